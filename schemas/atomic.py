@@ -1,0 +1,110 @@
+"""Commit a file or a folder in one step: a temporary sibling, fsync, rename. A reader sees the old or the new, never half."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from zpipe.schemas.errors import UsageError, ZpipeError
+
+TMP_PREFIX = ".tmp-"
+
+
+def _fsync_path(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder tree that may be absent."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def commit(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling path for the caller to create (file or folder); rename it to `path` on success.
+
+    On any error the temporary is removed and `path` is left as it was. An `OSError` (a full disk, above all) becomes a
+    one-line :class:`ZpipeError` naming `path`.
+    """
+    path = Path(path)
+    tmp = path.with_name(f"{TMP_PREFIX}{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(tmp)
+        yield tmp
+        if tmp.is_dir():
+            for child in sorted(tmp.rglob("*")):
+                _fsync_path(child)
+        _fsync_path(tmp)
+        if tmp.is_dir() and path.exists():
+            # rename() can't replace a folder that has content; whoever relies on the folder waits for its index file.
+            remove(path)
+        os.replace(tmp, path)
+        _fsync_path(path.parent)
+    except OSError as error:
+        raise ZpipeError(
+            f"{path}: could not be written ({error.strerror or error}); free space or fix permissions, then run again"
+        ) from error
+    finally:
+        if os.path.lexists(tmp):
+            remove(tmp)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically."""
+    with commit(path) as tmp:
+        tmp.write_bytes(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON to `path` atomically."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object. Errors: a :class:`ZpipeError` that names the file when it is absent, unreadable or not an object."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except FileNotFoundError as error:
+        raise ZpipeError(f"{path}: no such file; expected {what}") from error
+    except (OSError, ValueError) as error:
+        raise ZpipeError(f"{path}: not readable as {what} ({error}); restore or delete the file") from error
+    if not isinstance(value, dict):
+        raise ZpipeError(f"{path}: not readable as {what} (not a JSON object); restore or delete the file")
+    return value
+
+
+def claim_folder(path: Path, marker: str, what: str) -> None:
+    """Make sure that `path` is a folder we may write to: absent, empty, or one that holds our `marker` file.
+
+    Temporary leftovers of a killed run (``.tmp-*``) are removed. Errors: :class:`UsageError` when it holds something else.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path}: is a file, not a folder; give another path for the {what}")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        entries = sorted(path.iterdir())
+    except OSError as error:
+        raise UsageError(f"{path}: can't be used for the {what} ({error.strerror}); give another path") from error
+    foreign = [entry for entry in entries if not entry.name.startswith(TMP_PREFIX)]
+    if foreign and not (path / marker).is_file():
+        raise UsageError(
+            f"{path}: holds something else ({foreign[0].name}); give an empty or new folder for the {what}"
+        )
+    if not foreign or (path / marker).is_file():
+        for entry in entries:
+            if entry.name.startswith(TMP_PREFIX):
+                remove(entry)

@@ -1,0 +1,106 @@
+"""What one sample of a tar shard is: its key, its allowed members, its label. Pure: names and bytes in, samples out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from zpipe.schemas.errors import ZpipeError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+LABEL_SUFFIXES = ("cls", "json")
+ALLOWED_SUFFIXES = IMAGE_SUFFIXES + LABEL_SUFFIXES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sample as it lies in a tar: undecoded image bytes, label, and what `key.json` says."""
+
+    key: str
+    image: bytes
+    label: int | None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Split a member name into key and lower-case suffix at the first dot of its last part (WebDataset's rule)."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, suffix = base.partition(".")
+    return folder + slash + stem, suffix.lower()
+
+
+def shard_stem(name: str) -> str:
+    """The name of a tar shard without folder and suffix; its map shard carries the same stem."""
+    base = str(name).replace("\\", "/").rpartition("/")[2]
+    return base[: -len(".tar")] if base.endswith(".tar") else base
+
+
+def key_for_file(relative_path: str, rule: str = "stem") -> str:
+    """Key of a source file. `stem`: file name without suffix; `path`: its folders too, joined by ``__``.
+
+    Dots become underscores, because readers cut names at the first dot.
+    """
+    path = relative_path.replace("\\", "/")
+    base = path if rule == "path" else path.rpartition("/")[2]
+    stem = base.rpartition(".")[0] or base
+    return stem.replace("/", "__").replace(".", "_")
+
+
+def _label_from(key: str, parts: dict[str, bytes], meta: dict[str, Any], source: str) -> int | None:
+    if "cls" in parts:
+        text = parts["cls"]
+        try:
+            return int(text)
+        except ValueError as error:
+            raise ZpipeError(
+                f"{source}: key {key}: its .cls holds {text[:20]!r}, not a class index; rebuild this shard"
+            ) from error
+    label = meta.get("label")
+    if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
+        raise ZpipeError(f"{source}: key {key}: its .json has label {label!r}, not a class index; rebuild this shard")
+    return label
+
+
+def _sample_from(key: str, parts: dict[str, bytes], source: str) -> Sample:
+    images = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
+    if len(images) != 1:
+        found = ", ".join(sorted(parts)) or "nothing"
+        raise ZpipeError(f"{source}: key {key}: expected one image, found {found}; rebuild or replace this shard")
+    meta: dict[str, Any] = {}
+    if "json" in parts:
+        try:
+            meta = json.loads(parts["json"])
+        except ValueError as error:
+            raise ZpipeError(f"{source}: key {key}: its .json can't be read ({error}); rebuild this shard") from error
+        if not isinstance(meta, dict):
+            raise ZpipeError(f"{source}: key {key}: its .json is not an object; rebuild this shard")
+    return Sample(key=key, image=parts[images[0]], label=_label_from(key, parts, meta, source), meta=meta)
+
+
+def group_samples(members: Iterable[tuple[str, bytes]], source: str) -> Iterator[Sample]:
+    """Group the members of one tar, in order, into samples.
+
+    Members of one sample stand next to each other. Members whose suffix is not in `ALLOWED_SUFFIXES` are not looked at.
+    Errors: :class:`ZpipeError` naming `source` and key for a sample without image, a bad label, a key that comes twice.
+    """
+    seen: set[str] = set()
+    key: str | None = None
+    parts: dict[str, bytes] = {}
+    for name, data in members:
+        member_key, suffix = split_name(name)
+        if suffix not in ALLOWED_SUFFIXES:
+            continue
+        if member_key != key:
+            if key is not None:
+                yield _sample_from(key, parts, source)
+            if member_key in seen:
+                raise ZpipeError(f"{source}: key {member_key}: comes twice; rebuild this shard with unique keys")
+            seen.add(member_key)
+            key, parts = member_key, {}
+        if suffix in parts:
+            raise ZpipeError(f"{source}: key {member_key}: two .{suffix} members; rebuild this shard")
+        parts[suffix] = data
+    if key is not None:
+        yield _sample_from(key, parts, source)

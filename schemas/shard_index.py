@@ -1,0 +1,129 @@
+"""The index of a folder of tar shards, `shards.json`: what each tar holds, so that a cut or altered one is noticed.
+
+A tar cut on a sample boundary reads without an error; only the count and the digest tell (see `ShardEntry`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from zpipe.schemas.atomic import read_json, write_json
+from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.sample import shard_stem
+
+INDEX_NAME = "shards.json"
+FORMAT = "zpipe-shards"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One tar: file name, samples, bytes, SHA-256 of the file, SHA-256 of its keys (in order, newline-joined)."""
+
+    name: str
+    count: int
+    bytes: int
+    sha256: str
+    keys_sha256: str
+
+    @property
+    def stem(self) -> str:
+        return shard_stem(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardIndex:
+    """All tars of one data set in order. `classes` are the class names, or empty when only indices are known."""
+
+    shards: tuple[ShardEntry, ...]
+    classes: tuple[str, ...] = ()
+    source: str = ""
+
+    @property
+    def count(self) -> int:
+        return sum(entry.count for entry in self.shards)
+
+
+def digest_keys(keys: Iterable[str]) -> str:
+    """SHA-256 (hex) of keys joined by newlines, in the order given."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_index(folder: Path, index: ShardIndex) -> None:
+    """Write `shards.json`: the commit point of a shard folder. Grows by about 250 bytes a shard."""
+    value: dict[str, Any] = {"format": FORMAT, "version": VERSION, "count": index.count}
+    value |= asdict(index)
+    write_json(Path(folder) / INDEX_NAME, value)
+
+
+def read_index(folder: Path) -> ShardIndex:
+    """Read and check `shards.json`. Errors: :class:`ZpipeError` naming the file and what is wrong."""
+    path = Path(folder) / INDEX_NAME
+    value = read_json(path, "a shard index")
+    if value.get("format") != FORMAT or value.get("version") != VERSION:
+        found = f"{value.get('format')!r} version {value.get('version')!r}"
+        raise ZpipeError(f"{path}: is {found}, expected {FORMAT!r} version {VERSION}; run make-shards again")
+    try:
+        shards = tuple(ShardEntry(**entry) for entry in value["shards"])
+        index = ShardIndex(shards=shards, classes=tuple(value["classes"]), source=value["source"])
+    except (KeyError, TypeError) as error:
+        raise ZpipeError(f"{path}: not a complete shard index ({error}); run make-shards again") from error
+    stems = [entry.stem for entry in shards]
+    if len(set(stems)) != len(stems):
+        raise ZpipeError(f"{path}: two shards share a name; run make-shards again")
+    return index
+
+
+def find_shards(path: Path) -> tuple[Path, list[Path]]:
+    """The folder and the tars that `path` (a folder of tars, or one tar) stands for, sorted by name.
+
+    Errors: :class:`UsageError` when nothing is there.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix != ".tar":
+            raise UsageError(f"{path}: not a .tar file; give a folder of tar shards or one tar")
+        return path.parent, [path]
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder; give a folder of tar shards (zpipe make-shards makes one)")
+    tars = sorted(entry for entry in path.glob("*.tar") if not entry.name.startswith("."))
+    if not tars:
+        raise UsageError(f"{path}: holds no .tar file; give a folder of tar shards (zpipe make-shards makes one)")
+    return path, tars
+
+
+def check_listed(folder: Path, tars: list[Path], index: ShardIndex, *, whole_folder: bool) -> list[ShardEntry]:
+    """The index entries of `tars`; the folder and its index must name the same files, of the same size.
+
+    Errors: :class:`ZpipeError` naming the tar that is missing, unknown to the index, or of another size (cut, altered).
+    """
+    entries = {entry.name: entry for entry in index.shards}
+    names = [tar.name for tar in tars]
+    if whole_folder:
+        missing = sorted(set(entries) - set(names))
+        if missing:
+            raise ZpipeError(
+                f"{folder / missing[0]}: listed in {INDEX_NAME} but not there; restore it or make the shards again"
+            )
+    picked = []
+    for tar in tars:
+        entry = entries.get(tar.name)
+        if entry is None:
+            raise ZpipeError(f"{tar}: not listed in {folder / INDEX_NAME}; remove it or make the shards again")
+        size = tar.stat().st_size
+        if size != entry.bytes:
+            raise ZpipeError(
+                f"{tar}: {size} bytes, but {INDEX_NAME} says {entry.bytes}: truncated or altered; restore it or make the shards again"
+            )
+        picked.append(entry)
+    return picked

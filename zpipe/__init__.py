@@ -1,0 +1,24 @@
+"""zpipe: relevance maps of a frozen ViT teacher at data-set scale, and ViTs that zoom where the class is decided.
+
+Importing this module is cheap: neither torch nor ray is loaded.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import os
+
+    from zpipe.schemas.relevance_maps import RelevanceMaps
+
+__all__ = ["__version__", "open_maps"]
+__version__ = _version("zpipe")
+
+
+def open_maps(path: str | os.PathLike[str]) -> RelevanceMaps:
+    """Open a finished relevance store for reading by key. See :class:`zpipe.schemas.relevance_maps.RelevanceMaps`."""
+    from zpipe.schemas.relevance_maps import RelevanceMaps
+
+    return RelevanceMaps(path)
