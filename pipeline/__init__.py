@@ -1,0 +1,1 @@
+"""Offline preprocessing: images into tar shards, tar shards into relevance maps."""
