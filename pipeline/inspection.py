@@ -1,0 +1,99 @@
+"""Look into a store: what it holds in numbers, and one sample as a picture."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+from zpipe.pipeline.shard_reader import open_shards, read_samples
+from zpipe.schemas.atomic import commit
+from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.manifest import StoreManifest
+from zpipe.schemas.relevance_maps import RelevanceMaps
+from zpipe.schemas.relevance_store import OK
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreFigures:
+    """A store in numbers. `bytes` is its size on disk; `teacher_top1` the share of samples whose label the teacher
+    predicts; the quantiles are (5, 25, 50, 75, 95) % of entropy (nats), decimal logarithm of the scale, and mass in the
+    top 10 % of cells, over samples with a usable map.
+    """
+
+    manifest: StoreManifest
+    bytes: int
+    teacher_top1: float
+    entropy: tuple[float, ...]
+    log10_scale: tuple[float, ...]
+    top10_mass: tuple[float, ...]
+
+
+def store_figures(root: Path) -> StoreFigures:
+    """Read a store's index (not its maps). About 40 bytes a sample are read."""
+    maps = RelevanceMaps(root)
+    table = maps.table(["label", "predicted", "entropy", "scale", "top10_mass", "status"])
+    usable = table["status"].to_numpy(zero_copy_only=False) == OK
+    columns = {name: table[name].to_numpy() for name in ("label", "predicted", "entropy", "scale", "top10_mass")}
+    return StoreFigures(
+        manifest=maps.manifest,
+        bytes=sum(path.stat().st_size for path in Path(root).rglob("*") if path.is_file()),
+        teacher_top1=float((columns["label"] == columns["predicted"]).mean()),
+        entropy=_quantiles(columns["entropy"][usable]),
+        log10_scale=_quantiles(np.log10(columns["scale"][usable])),
+        top10_mass=_quantiles(columns["top10_mass"][usable]),
+    )
+
+
+def _quantiles(values: np.ndarray) -> tuple[float, ...]:
+    if not len(values):
+        return (float("nan"),) * 5
+    return tuple(float(value) for value in np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)))
+
+
+def show_map(root: Path, key: str, out: Path, shards: Path | None = None) -> Path:
+    """Write a PNG of one sample: image, map, map over image. `shards` defaults to where the manifest says they were.
+
+    Errors: :class:`UsageError` for an unknown key; :class:`ZpipeError` when the shards aren't there.
+    """
+    maps = RelevanceMaps(root, normalise="minmax")
+    if key not in maps:
+        some = ", ".join(list(maps)[:3])
+        raise UsageError(f"{root}: no map for key {key!r}; keys look like {some}")
+    stem, row = maps.place(key)
+    status = maps.index(stem, ["status"])["status"][row].as_py()
+    if status != OK:
+        raise ZpipeError(f"{root}: key {key}: has no usable map ({status})")
+    image = _find_image(Path(shards or maps.manifest.source), stem, key)
+    width, height = image.size
+    extent = (0, width, height, 0)
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3 * height / width + 0.4))
+    for axis, title in zip(axes, (key, "relevance", "overlay"), strict=True):
+        axis.set_title(title, fontsize=9)
+        axis.set_axis_off()
+    axes[0].imshow(image, extent=extent)
+    axes[1].imshow(maps[key], extent=extent, cmap="inferno", interpolation="nearest")
+    axes[2].imshow(image, extent=extent)
+    axes[2].imshow(maps[key], extent=extent, cmap="inferno", interpolation="bilinear", alpha=0.6)
+    figure.tight_layout(pad=0.4)
+    with commit(out) as tmp:
+        figure.savefig(tmp, format="png", dpi=120)
+    plt.close(figure)
+    return out
+
+
+def _find_image(shards: Path, stem: str, key: str) -> Image.Image:
+    for path, entry in open_shards(shards)[0]:
+        if entry.stem != stem:
+            continue
+        for sample in read_samples(path):
+            if sample.key == key:
+                return Image.open(io.BytesIO(sample.image)).convert("RGB")
+    raise ZpipeError(f"{shards}: has no tar {stem}.tar with key {key}; give the shards of this store with --shards")

@@ -1,0 +1,416 @@
+"""Images into WebDataset tar shards with an index: `key.jpg` (original bytes), `key.cls`, `key.json`.
+
+Sources: an ImageFolder tree (one folder a class), a flat folder with a `labels.csv`, and the embedded scenes. Shards are
+independent of each other: a killed run goes on with the first one that is missing. Memory holds one shard's file list and
+the images in decoding; `shards.json` grows by about 250 bytes a shard.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import webdataset as wds
+from PIL import Image
+
+from zpipe.pipeline.scenes import SceneConfig, make_scenes
+from zpipe.pipeline.shard_reader import scan_shard
+from zpipe.schemas.atomic import claim_folder, commit, write_bytes
+from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.progress import Progress, silent
+from zpipe.schemas.sample import IMAGE_SUFFIXES, key_for_file
+from zpipe.schemas.shard_index import (
+    INDEX_NAME,
+    ShardEntry,
+    ShardIndex,
+    digest_file,
+    digest_keys,
+    find_shards,
+    read_index,
+    write_index,
+)
+
+PROGRESS_NAME = "make-shards.jsonl"
+QUARANTINE_NAME = "quarantine.csv"
+LABELS_NAME = "labels.csv"
+# What PIL calls a format -> the suffix its bytes get in the tar. MPO is a JPEG with further pictures behind the first.
+SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One image on its way into a tar."""
+
+    key: str
+    suffix: str
+    image: bytes
+    label: int
+    meta: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """One source file that can't be read as an image, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeShardsReport:
+    """What a run made: samples and shards in the folder now, shards written by this run, files put in quarantine."""
+
+    count: int
+    shards: int
+    written: int
+    classes: int
+    quarantined: tuple[Rejected, ...]
+
+
+class Source(Protocol):
+    """Where images come from. Part i is what shard i will hold; parts don't depend on each other."""
+
+    classes: tuple[str, ...]
+
+    def describe(self) -> dict[str, Any]: ...
+    def parts(self) -> int: ...
+    def records(self, part: int) -> Iterator[Record | Rejected]: ...
+
+
+@dataclass(frozen=True)
+class _SourceFile:
+    path: str
+    key: str
+    label: int
+
+
+class FolderSource:
+    """Image files of an ImageFolder tree (class = sorted sub-folder) or of a flat folder with `labels.csv`.
+
+    `labels.csv` has columns `file` and `class_index`, and may have `class_name`.
+    Errors: :class:`UsageError` / :class:`ZpipeError` naming the folder, file or line.
+    """
+
+    def __init__(self, root: Path, *, shard_size: int, shuffle_seed: int | None, key_rule: str) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise UsageError(f"{root}: no such folder; give a folder of images, or 'scenes' for the embedded data")
+        self.shard_size = shard_size
+        self._settings = {"shard_size": shard_size, "shuffle_seed": shuffle_seed, "key_rule": key_rule}
+        labelled = self._from_csv() if (self.root / LABELS_NAME).is_file() else self._from_tree()
+        self._files = self._with_keys(labelled, key_rule)
+        if shuffle_seed is not None:
+            order = np.random.default_rng(shuffle_seed).permutation(len(self._files))
+            self._files = [self._files[i] for i in order]
+
+    def _from_csv(self) -> list[tuple[str, int]]:
+        path = self.root / LABELS_NAME
+        rows: list[tuple[str, int]] = []
+        names: dict[int, str] = {}
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            missing = {"file", "class_index"} - set(reader.fieldnames or ())
+            if missing:
+                raise ZpipeError(f"{path}: no column {sorted(missing)[0]!r}; the header must name file and class_index")
+            for row in reader:
+                label = row["class_index"] or ""
+                if not label.isdecimal():
+                    raise ZpipeError(
+                        f"{path}: line {reader.line_num}: class_index {label!r} is not a whole number >= 0; correct it"
+                    )
+                name = row["file"] or ""
+                if os.path.isabs(name) or ".." in Path(name).parts or not (self.root / name).is_file():
+                    raise ZpipeError(
+                        f"{path}: line {reader.line_num}: no file {name!r} in this folder; correct or remove the line"
+                    )
+                rows.append((name, int(label)))
+                if row.get("class_name"):
+                    names[int(label)] = row["class_name"]
+        if not rows:
+            raise UsageError(f"{path}: lists no images; add a line per image")
+        # Names are known only for classes that occur; an index of a larger label set keeps its place.
+        self.classes = tuple(names.get(i, "") for i in range(max(label for _, label in rows) + 1)) if names else ()
+        return rows
+
+    def _from_tree(self) -> list[tuple[str, int]]:
+        folders = sorted(
+            entry.name for entry in os.scandir(self.root) if entry.is_dir() and not entry.name.startswith(".")
+        )
+        rows: list[tuple[str, int]] = []
+        for label, folder in enumerate(folders):
+            for where, _, names in sorted(os.walk(self.root / folder)):
+                inside = os.path.relpath(where, self.root)
+                rows += [(f"{inside}/{name}", label) for name in sorted(names) if _looks_like_image(name)]
+        if not rows:
+            raise UsageError(
+                f"{self.root}: no images found; expected one sub-folder a class, or a {LABELS_NAME} with columns file, class_index"
+            )
+        self.classes = tuple(folders)
+        return rows
+
+    def _with_keys(self, rows: list[tuple[str, int]], key_rule: str) -> list[_SourceFile]:
+        owner: dict[str, str] = {}
+        files = []
+        for path, label in rows:
+            key = key_for_file(path, key_rule)
+            if not key:
+                raise ZpipeError(f"{self.root / path}: its name gives an empty key; rename the file")
+            if key in owner:
+                remedy = "rename one" if key_rule == "path" else "rename one, or use --keys path"
+                raise ZpipeError(f"{self.root / path}: has the key {key!r} of {owner[key]}; {remedy}")
+            owner[key] = path
+            files.append(_SourceFile(path, key, label))
+        return files
+
+    def describe(self) -> dict[str, Any]:
+        listing = "\n".join(f"{file.path}\t{file.label}" for file in self._files)
+        return {"source": str(self.root), "listing_sha256": digest_keys([listing])} | self._settings
+
+    def parts(self) -> int:
+        return -(-len(self._files) // self.shard_size)
+
+    def records(self, part: int) -> Iterator[Record | Rejected]:
+        files = self._files[part * self.shard_size : (part + 1) * self.shard_size]
+        # PIL decodes outside the interpreter lock, so threads are enough to check images on every core.
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            yield from pool.map(self._read, files)
+
+    def _read(self, file: _SourceFile) -> Record | Rejected:
+        try:
+            data = (self.root / file.path).read_bytes()
+            suffix, width, height = inspect_image(data)
+        except (OSError, ValueError) as error:
+            return Rejected(file=file.path, reason=str(error).split("\n")[0])
+        meta = {"width": width, "height": height, "source": file.path}
+        return Record(key=file.key, suffix=suffix, image=data, label=file.label, meta=meta)
+
+
+class SceneSource:
+    """The embedded data: handwritten digits hidden in scenes, encoded as JPEG; `key.json` carries the digit's box."""
+
+    classes = tuple(str(digit) for digit in range(10))
+    JPEG_QUALITY = 92
+
+    def __init__(self, *, count: int, split: str, seed: int, config: SceneConfig, shard_size: int) -> None:
+        if split not in ("train", "val"):
+            raise UsageError(f"--split {split}: the embedded scenes have splits train and val")
+        if count < 1:
+            raise UsageError(f"--count {count}: give a number of scenes >= 1")
+        self.count, self.split, self.seed, self.config, self.shard_size = count, split, seed, config, shard_size
+
+    def describe(self) -> dict[str, Any]:
+        settings = {"count": self.count, "split": self.split, "seed": self.seed, "shard_size": self.shard_size}
+        return {"source": "scenes", "config": json.loads(json.dumps(asdict(self.config)))} | settings
+
+    def parts(self) -> int:
+        return -(-self.count // self.shard_size)
+
+    def records(self, part: int) -> Iterator[Record]:
+        first = part * self.shard_size
+        count = min(self.shard_size, self.count - first)
+        seed = int(np.random.SeedSequence([self.seed, part]).generate_state(1)[0])
+        number = first
+        for batch in make_scenes(count, split=self.split, seed=seed, config=self.config):
+            for image, label, box in zip(batch.images, batch.labels, batch.boxes, strict=True):
+                buffer = io.BytesIO()
+                Image.fromarray(image).save(buffer, "JPEG", quality=self.JPEG_QUALITY)
+                height, width = image.shape[:2]
+                meta = {"width": width, "height": height, "source": "scenes", "box": [float(edge) for edge in box]}
+                yield Record(
+                    key=f"{self.split}_{number:07d}", suffix="jpg", image=buffer.getvalue(), label=int(label), meta=meta
+                )
+                number += 1
+
+
+def _looks_like_image(name: str) -> bool:
+    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+
+
+def inspect_image(data: bytes) -> tuple[str, int, int]:
+    """Decode an image fully; return the suffix of its true format, width and height.
+
+    Errors: OSError or ValueError when it can't be decoded, is of a format that shards don't carry, or is a decompression bomb.
+    """
+    if not data:
+        raise ValueError("zero bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                suffix = SUFFIX_OF_FORMAT.get(image.format or "")
+                if suffix is None:
+                    raise ValueError(f"format {image.format} is not one of JPEG, PNG, WEBP")
+                return suffix, image.width, image.height
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(str(error)) from error
+    except (SyntaxError, EOFError) as error:  # what PIL raises for some broken PNG chunks
+        raise ValueError(f"broken image: {error}") from error
+
+
+def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> MakeShardsReport:
+    """Write every part of `source` as a tar into `out`, then the index `shards.json`.
+
+    A folder that this source has begun is gone on with; one that is finished is left as it is. Unreadable images are
+    listed in `quarantine.csv` and in the report; the rest is written.
+    Errors: :class:`UsageError` when `out` holds something else; :class:`ZpipeError` when it was made from another source or
+    settings, or can't be written.
+    """
+    out = Path(out)
+    claim_folder(out, PROGRESS_NAME, "shards")
+    header = {"format": "zpipe-make-shards", "version": 1} | source.describe()
+    done = _read_progress(out, header)
+    parts = source.parts()
+    entries: list[ShardEntry] = []
+    rejected: list[Rejected] = []
+    log = [header, *done.values()]
+    _write_progress(out, log)
+    written = 0
+    for part in range(parts):
+        line = done.get(part)
+        if line is not None and _is_whole(out, line):
+            entry = ShardEntry(**line["entry"]) if line["entry"] else None
+            bad = [Rejected(**item) for item in line["rejected"]]
+        else:
+            entry, bad = _write_shard(source, part, parts, out)
+            written += 1
+            _append_progress(
+                out, {"part": part, "entry": asdict(entry) if entry else None, "rejected": [asdict(r) for r in bad]}
+            )
+        if entry:
+            entries.append(entry)
+        rejected += bad
+        progress("make-shards", part + 1, parts, images=sum(e.count for e in entries), quarantined=len(rejected))
+    if not entries:
+        raise ZpipeError(
+            f"{out}: not one readable image, {rejected[0].file}: {rejected[0].reason}; check the source folder"
+        )
+    index = ShardIndex(shards=tuple(entries), classes=source.classes, source=str(header["source"]))
+    if not (out / INDEX_NAME).is_file() or read_index(out) != index:
+        _write_quarantine(out, rejected)
+        write_index(out, index)
+    return MakeShardsReport(
+        count=index.count,
+        shards=len(entries),
+        written=written,
+        classes=len(source.classes),
+        quarantined=tuple(rejected),
+    )
+
+
+def index_shards(folder: Path, *, progress: Progress = silent) -> ShardIndex:
+    """Write `shards.json` for tars that somebody else made, by reading each of them once.
+
+    Errors: :class:`ZpipeError` naming a tar that is broken; nothing is written then.
+    """
+    folder, tars = find_shards(folder)
+    if (folder / INDEX_NAME).is_file():
+        raise UsageError(f"{folder / INDEX_NAME}: is there already; delete it to index the folder again")
+    entries = []
+    for number, tar in enumerate(tars):
+        entries.append(scan_shard(tar))
+        progress("index-shards", number + 1, len(tars), images=sum(entry.count for entry in entries))
+    index = ShardIndex(shards=tuple(entries), source=str(folder))
+    write_index(folder, index)
+    return index
+
+
+def _write_shard(source: Source, part: int, parts: int, out: Path) -> tuple[ShardEntry | None, list[Rejected]]:
+    path = out / f"shard-{part:0{max(5, len(str(parts - 1)))}d}.tar"
+    keys: list[str] = []
+    rejected: list[Rejected] = []
+    entry = None
+    with commit(path) as tmp, open(tmp, "wb") as file:
+        # A fixed time and owner: the same source gives the same bytes.
+        with wds.TarWriter(file, user="zpipe", group="zpipe", mtime=0.0, format="PAX_FORMAT") as tar:
+            for record in source.records(part):
+                if isinstance(record, Rejected):
+                    rejected.append(record)
+                    continue
+                keys.append(record.key)
+                tar.write(
+                    {
+                        "__key__": record.key,
+                        record.suffix: record.image,
+                        "cls": str(record.label).encode(),
+                        "json": json.dumps(record.meta).encode(),
+                    }
+                )
+        file.flush()
+        size, digest = os.path.getsize(tmp), digest_file(tmp)
+        entry = ShardEntry(name=path.name, count=len(keys), bytes=size, sha256=digest, keys_sha256=digest_keys(keys))
+    if not keys:
+        path.unlink()
+        return None, rejected
+    return entry, rejected
+
+
+def _is_whole(out: Path, line: dict[str, Any]) -> bool:
+    if line["entry"] is None:
+        return True
+    path = out / line["entry"]["name"]
+    return path.is_file() and path.stat().st_size == line["entry"]["bytes"]
+
+
+def _read_progress(out: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    path = out / PROGRESS_NAME
+    if not path.is_file():
+        return {}
+    lines = path.read_bytes().split(b"\n")
+    # A kill or a full disk may leave the last line torn; every line that ends in a newline is whole.
+    try:
+        values = [json.loads(line) for line in lines[:-1]]
+    except ValueError as error:
+        raise ZpipeError(f"{path}: not readable ({error}); give another output folder") from error
+    if not values:
+        return {}
+    for name in sorted(set(header) | set(values[0])):
+        if header.get(name) != values[0].get(name):
+            raise ZpipeError(
+                f"{out}: was made with {name} = {values[0].get(name)!r}, now it is {header.get(name)!r}; give another output folder"
+            )
+    return {value["part"]: value for value in values[1:]}
+
+
+def _write_progress(out: Path, lines: list[dict[str, Any]]) -> None:
+    write_bytes(out / PROGRESS_NAME, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+
+
+def _append_progress(out: Path, line: dict[str, Any]) -> None:
+    path = out / PROGRESS_NAME
+    try:
+        with open(path, "ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ZpipeError(f"{path}: could not be written ({error.strerror}); free space, then run again") from error
+
+
+def _write_quarantine(out: Path, rejected: list[Rejected]) -> None:
+    if not rejected:
+        return
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["file", "reason"])
+    writer.writerows([item.file, item.reason] for item in rejected)
+    write_bytes(out / QUARANTINE_NAME, text.getvalue().encode())
+
+
+def scene_config(image_size: int | None, overrides: dict[str, Any]) -> SceneConfig:
+    """The default scene configuration with fields replaced. Errors: :class:`UsageError` for an unknown field."""
+    if image_size is not None:
+        overrides = overrides | {"image_size": image_size}
+    try:
+        return replace(SceneConfig(), **overrides)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"scenes: {error}; see `zpipe make-shards --help`") from error

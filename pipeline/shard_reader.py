@@ -1,0 +1,193 @@
+"""Tar shards into decoded batches in the teacher's frame. The only place that opens a tar for extraction."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.geometry import Box
+from zpipe.schemas.sample import Sample, group_samples
+from zpipe.schemas.shard_index import (
+    INDEX_NAME,
+    ShardEntry,
+    ShardIndex,
+    check_listed,
+    digest_keys,
+    find_shards,
+    read_index,
+)
+
+PIL_FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FramedImage:
+    """One sample in the teacher's frame. `pixels` is uint8 [H, W, 3], or None with `problem` saying why not."""
+
+    key: str
+    label: int | None
+    pixels: np.ndarray | None
+    width: int
+    height: int
+    frame: Box
+    problem: str = ""
+
+
+class _HashingFile:
+    """Hashes what a streaming tar reader takes from a file, so that the check of the digest costs no second read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._hash.update(data)
+        return data
+
+    def hexdigest(self) -> str:
+        """Digest of the whole file: what the reader left (padding behind the last member) is read too."""
+        while self.read(1 << 20):
+            pass
+        return self._hash.hexdigest()
+
+
+def read_samples(path: Path, entry: ShardEntry | None = None) -> Iterator[Sample]:
+    """The samples of a tar, in order; nothing is written to disk, nothing but plain files is looked at.
+
+    With an `entry`, count, keys and bytes are compared at the end. Errors: :class:`ZpipeError` naming the tar when it is
+    truncated, altered, or holds a sample that breaks the rules of `zpipe.schemas.sample`.
+    """
+    keys: list[str] = []
+    with open(path, "rb") as raw:
+        file = _HashingFile(raw)
+        for sample in group_samples(_members(path, file), str(path)):
+            keys.append(sample.key)
+            yield sample
+        digest = file.hexdigest()
+    if entry is not None and (
+        len(keys) != entry.count or digest_keys(keys) != entry.keys_sha256 or digest != entry.sha256
+    ):
+        raise ZpipeError(
+            f"{path}: {len(keys)} samples, SHA-256 {digest[:12]}; {INDEX_NAME} says {entry.count}, {entry.sha256[:12]}: "
+            "truncated or altered; restore it or make the shards again"
+        )
+
+
+def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
+    try:
+        with tarfile.open(fileobj=file, mode="r|") as tar:
+            for member in tar:
+                if member.isfile():
+                    content = tar.extractfile(member)
+                    assert content is not None  # isfile() said so
+                    data = content.read()
+                    if len(data) != member.size:
+                        raise ZpipeError(
+                            f"{path}: ends inside {member.name}: truncated; restore it or make the shards again"
+                        )
+                    yield member.name, data
+    except (tarfile.TarError, EOFError) as error:
+        raise ZpipeError(f"{path}: not a whole tar ({error}); restore it or make the shards again") from error
+
+
+def open_shards(path: Path) -> tuple[list[tuple[Path, ShardEntry]], ShardIndex | None]:
+    """The tars under `path` with their index entries.
+
+    Folders that `make-shards` made carry `shards.json`; for others (public shards) every tar is read once to know its
+    count and digests, which takes as long as reading the data. Errors: :class:`UsageError`, :class:`ZpipeError`.
+    """
+    folder, tars = find_shards(path)
+    if (folder / INDEX_NAME).is_file():
+        index = read_index(folder)
+        entries = check_listed(folder, tars, index, whole_folder=path.is_dir())
+        return list(zip(tars, entries, strict=True)), index
+    return [(tar, scan_shard(tar)) for tar in tars], None
+
+
+def scan_shard(path: Path) -> ShardEntry:
+    """The index entry of a tar that has none, by reading it."""
+    with open(path, "rb") as raw:
+        file = _HashingFile(raw)
+        keys = [sample.key for sample in group_samples(_members(path, file), str(path))]
+        digest = file.hexdigest()
+    if not keys:
+        raise ZpipeError(f"{path}: holds no samples; remove it")
+    return ShardEntry(
+        name=path.name, count=len(keys), bytes=path.stat().st_size, sha256=digest, keys_sha256=digest_keys(keys)
+    )
+
+
+def frame_image(sample: Sample, size: tuple[int, int], interpolation: str) -> FramedImage:
+    """Decode a sample and squash the whole image to the teacher's input size: the frame named `full`.
+
+    size: (height, width). The EXIF orientation is ignored, as the usual ImageNet loaders do, so that boxes are in the
+    stored pixel matrix. An image that can't be decoded gives `pixels=None` and the problem.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(sample.image)) as image:
+                width, height = image.size
+                rgb = image.convert("RGB")
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        problem = str(error).split("\n")[0] if sample.image else "zero bytes"
+        unit = Box(0.0, 0.0, 1.0, 1.0)
+        return FramedImage(
+            key=sample.key, label=sample.label, pixels=None, width=0, height=0, frame=unit, problem=problem
+        )
+    pixels = np.asarray(rgb.resize((size[1], size[0]), PIL_FILTERS[interpolation]))  # [H, W, 3]
+    return FramedImage(
+        key=sample.key, label=sample.label, pixels=pixels, width=width, height=height, frame=Box.full(width, height)
+    )
+
+
+def framed_batches(
+    samples: Iterable[Sample], size: tuple[int, int], interpolation: str, *, batch_size: int, threads: int
+) -> Iterator[list[FramedImage]]:
+    """Decode ahead in `threads` threads and hand out lists of up to `batch_size` images, in order.
+
+    At most two batches lie decoded ahead of the one that is worked on.
+    """
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        pending: deque = deque()
+        batch: list[FramedImage] = []
+        source = iter(samples)
+        exhausted = False
+        while pending or not exhausted:
+            while not exhausted and len(pending) < 2 * batch_size:
+                sample = next(source, None)
+                if sample is None:
+                    exhausted = True
+                else:
+                    pending.append(pool.submit(frame_image, sample, size, interpolation))
+            if pending:
+                batch.append(pending.popleft().result())
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch

@@ -1,0 +1,110 @@
+"""Is this store whole and true? Reads every byte of it; with the shards at hand, holds its keys against theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from zpipe.pipeline.shard_reader import open_shards
+from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.manifest import MapShard, StoreManifest, read_manifest
+from zpipe.schemas.progress import Progress, silent
+from zpipe.schemas.relevance_store import (
+    NONFINITE,
+    STATUSES,
+    UNDECODABLE,
+    digest_maps,
+    index_path,
+    maps_path,
+    read_index,
+    read_seal,
+    read_stored,
+)
+from zpipe.schemas.shard_index import digest_file, digest_keys
+
+
+def verify_store(root: Path, shards: Path | None = None, *, progress: Progress = silent) -> list[str]:
+    """Check a finished store; return one line per problem, none when it is whole.
+
+    Checked: every shard of the manifest is there, no other is; digests of index files and maps; counts and grid; statuses
+    and finiteness agree; no key twice. With `shards`: input digests and key sets agree with the tars' index.
+    """
+    root = Path(root)
+    manifest = read_manifest(root)
+    problems: list[str] = []
+    listed = {shard.stem for shard in manifest.shards}
+    for folder, suffix in (("index", ".parquet"), ("maps", ".zarr")):
+        for path in sorted((root / folder).iterdir()) if (root / folder).is_dir() else []:
+            if path.name.removesuffix(suffix) not in listed:
+                problems.append(f"{path}: not listed in the manifest; remove it")
+    owner: dict[str, str] = {}
+    key_digests: dict[str, str] = {}
+    for number, shard in enumerate(manifest.shards):
+        try:
+            keys = _check_shard(root, manifest, shard, problems)
+        except ZpipeError as error:
+            problems.append(str(error))
+            keys = []
+        key_digests[shard.stem] = digest_keys(keys)
+        for key in keys:
+            if key in owner:
+                problems.append(f"{index_path(root, shard.stem)}: key {key} is in {owner[key]} too; extract again")
+            owner[key] = shard.stem
+        progress("verify", number + 1, len(manifest.shards), problems=len(problems))
+    if shards is not None:
+        problems += _check_against(manifest, key_digests, shards)
+    return problems
+
+
+def _check_shard(root: Path, manifest: StoreManifest, shard: MapShard, problems: list[str]) -> list[str]:
+    path = index_path(root, shard.stem)
+    if not path.is_file():
+        raise ZpipeError(f"{path}: missing; extract again")
+    if not maps_path(root, shard.stem).is_dir():
+        raise ZpipeError(f"{maps_path(root, shard.stem)}: missing; delete {path} and extract again")
+    if digest_file(path) != shard.index_sha256:
+        raise ZpipeError(f"{path}: its digest is not the manifest's: altered; delete it and extract again")
+    seal = read_seal(root, shard.stem)
+    assert seal is not None  # the file is there
+    if seal.fingerprint != manifest.provenance.fingerprint() or seal.input_sha256 != shard.input_sha256:
+        problems.append(f"{path}: made by another teacher or from another tar; delete it and extract again")
+    stored = read_stored(root, shard.stem)
+    table = read_index(root, shard.stem)
+    expected = (shard.count, *manifest.provenance.grid)
+    if stored.shape != expected or len(table) != shard.count:
+        raise ZpipeError(
+            f"{maps_path(root, shard.stem)}: shape {stored.shape}, {len(table)} rows, expected {expected}; extract again"
+        )
+    if digest_maps(stored) != seal.maps_sha256:
+        problems.append(
+            f"{maps_path(root, shard.stem)}: its bytes are not those that were written; delete {path} and extract again"
+        )
+    statuses = table["status"].to_numpy(zero_copy_only=False)
+    finite = np.isfinite(stored).all(axis=(1, 2))  # [n]
+    wrong = finite == np.isin(statuses, [UNDECODABLE, NONFINITE])
+    wrong |= ~np.isin(statuses, STATUSES)
+    keys = table["key"].to_pylist()
+    problems += [
+        f"{path}: key {keys[row]}: status {statuses[row]} does not fit its map; extract again"
+        for row in np.flatnonzero(wrong)
+    ]
+    return keys
+
+
+def _check_against(manifest: StoreManifest, key_digests: dict[str, str], shards: Path) -> list[str]:
+    problems = []
+    entries = {entry.stem: (path, entry) for path, entry in open_shards(shards)[0]}
+    for shard in manifest.shards:
+        if shard.stem not in entries:
+            problems.append(f"{shards}: no tar for map shard {shard.stem}; restore it or extract again")
+            continue
+        path, entry = entries[shard.stem]
+        if entry.sha256 != shard.input_sha256:
+            problems.append(
+                f"{path}: SHA-256 {entry.sha256[:12]}, its maps were made from {shard.input_sha256[:12]}; extract again"
+            )
+        if entry.keys_sha256 != key_digests[shard.stem]:
+            problems.append(f"{path}: its keys are not those of map shard {shard.stem}; extract again")
+    missing = sorted(set(entries) - {shard.stem for shard in manifest.shards})
+    return problems + [f"{entries[stem][0]}: has no map shard; extract again" for stem in missing]

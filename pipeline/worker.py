@@ -1,0 +1,216 @@
+"""One shard, end to end: tar in, committed map shard out, a small report back. Knows no cluster."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from zpipe.pipeline.relevance import attribute
+from zpipe.pipeline.shard_reader import FramedImage, framed_batches, read_samples
+from zpipe.pipeline.teacher import Teacher, load_teacher
+from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.relevance_store import (
+    INDEX_SCHEMA,
+    NONFINITE,
+    OK,
+    UNDECODABLE,
+    ZERO,
+    concentration,
+    encode_maps,
+    write_shard,
+)
+from zpipe.schemas.shard_index import ShardEntry
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """Everything a worker process needs to begin. Small and picklable: paths, names and numbers."""
+
+    teacher: str | None
+    weights: str
+    teacher_args: dict[str, Any]
+    num_classes: int | None
+    seed: int
+    teacher_digest: str
+    fingerprint: str
+    out: str
+    batch_size: int
+    threads: int
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """One input tar and what its index says of it."""
+
+    path: str
+    entry: ShardEntry
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardReport:
+    """What became of one shard. `error` is set when nothing was committed; `problems` names samples whose status isn't ok."""
+
+    stem: str
+    count: int = 0
+    statuses: dict[str, int] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    seconds: float = 0.0
+    error: str = ""
+
+
+class ShardWorker:
+    """Holds one frozen teacher and runs shards through it, one at a time."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        torch.set_num_threads(spec.threads)
+        self.spec = spec
+        self.teacher: Teacher = load_teacher(
+            spec.teacher,
+            spec.weights,
+            num_classes=spec.num_classes,
+            seed=spec.seed,
+            model_args=spec.teacher_args,
+            device=spec.device,
+        )
+        if self.teacher.digest != spec.teacher_digest:
+            raise ZpipeError(
+                f"{spec.weights}: weights with digest {self.teacher.digest[:12]}, the run began with {spec.teacher_digest[:12]}; "
+                "every machine needs the same file"
+            )
+        self._mean = torch.tensor(self.teacher.mean, device=spec.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(self.teacher.std, device=spec.device).view(1, 3, 1, 1)
+
+    def ready(self) -> bool:
+        """Answers once the teacher is loaded."""
+        return True
+
+    def process(self, task: ShardTask) -> ShardReport:
+        """Run one shard and commit its maps. A :class:`ZpipeError` becomes the report's `error`; nothing is committed then."""
+        begun = time.monotonic()
+        try:
+            report = self._process(task)
+        except ZpipeError as error:
+            return ShardReport(stem=task.entry.stem, error=str(error))
+        return ShardReport(**(vars(report) | {"seconds": time.monotonic() - begun}))
+
+    def _process(self, task: ShardTask) -> ShardReport:
+        path = Path(task.path)
+        gh, gw = self.teacher.grid
+        count = task.entry.count
+        raw = np.full((count, gh, gw), np.nan, np.float32)
+        columns: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
+        problems: list[str] = []
+        row = 0
+        for batch in self._batches(path, task.entry):
+            maps, logits = self._attribute(batch, path)
+            for item, relevance, logit in zip(batch, maps, logits, strict=True):
+                if row == count:
+                    raise ZpipeError(
+                        f"{path}: more than the {count} samples its index names: altered; make the shards again"
+                    )
+                raw[row] = relevance
+                status = _status(item, relevance)
+                if status != OK:
+                    problems.append(
+                        f"{path.name}: key {item.key}: {status}{': ' + item.problem if item.problem else ''}"
+                    )
+                _append_row(columns, item, logit, status)
+                row += 1
+        if row != count:
+            raise ZpipeError(
+                f"{path}: {row} samples, its index names {count}: truncated or altered; restore it or make the shards again"
+            )
+        stored, scale = encode_maps(raw)
+        entropy, top_mass = concentration(raw)
+        columns |= {"scale": scale, "entropy": entropy, "top10_mass": top_mass}
+        index = pa.table(columns).cast(INDEX_SCHEMA)
+        write_shard(
+            Path(self.spec.out),
+            task.entry.stem,
+            stored,
+            index,
+            input_sha256=task.entry.sha256,
+            fingerprint=self.spec.fingerprint,
+        )
+        statuses = dict(Counter(columns["status"]))
+        return ShardReport(stem=task.entry.stem, count=count, statuses=statuses, problems=tuple(problems))
+
+    def _batches(self, path: Path, entry: ShardEntry) -> Iterator[list[FramedImage]]:
+        samples = read_samples(path, entry)
+        return framed_batches(
+            samples,
+            self.teacher.image_size,
+            self.teacher.interpolation,
+            batch_size=self.spec.batch_size,
+            threads=max(1, self.spec.threads),
+        )
+
+    def _attribute(self, batch: list[FramedImage], path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Raw maps [n, gh, gw] and logits [n, classes] of a batch; NaN for images that could not be decoded."""
+        for item in batch:
+            if item.label is None:
+                raise ZpipeError(
+                    f"{path}: key {item.key}: has no label (.cls, or label in .json); add one, it is the target class"
+                )
+            if not 0 <= item.label < self.teacher.num_classes:
+                raise ZpipeError(
+                    f"{path}: key {item.key}: label {item.label} is outside the teacher's {self.teacher.num_classes} classes; "
+                    "correct the label or take a teacher with more classes"
+                )
+        gh, gw = self.teacher.grid
+        maps = np.full((len(batch), gh, gw), np.nan, np.float32)
+        logits = np.full((len(batch), self.teacher.num_classes), np.nan, np.float32)
+        good = [i for i, item in enumerate(batch) if item.pixels is not None]
+        if good:
+            pixels = np.stack([batch[i].pixels for i in good])  # uint8 [n, H, W, 3]
+            images = torch.from_numpy(pixels).to(self.spec.device).permute(0, 3, 1, 2).float() / 255.0  # [n, 3, H, W]
+            targets = torch.tensor([batch[i].label for i in good], device=self.spec.device)
+            found = attribute(self.teacher.model, (images - self._mean) / self._std, targets)
+            maps[good] = found.maps.float().cpu().numpy()
+            logits[good] = found.logits.float().cpu().numpy()
+        return maps, logits
+
+
+def _status(item: FramedImage, relevance: np.ndarray) -> str:
+    if item.pixels is None:
+        return UNDECODABLE
+    if not np.isfinite(relevance).all():
+        return NONFINITE
+    return OK if relevance.any() else ZERO
+
+
+def _append_row(columns: dict[str, list], item: FramedImage, logit: np.ndarray, status: str) -> None:
+    decoded = item.pixels is not None
+    probability = _softmax(logit) if decoded else logit
+    predicted = int(probability.argmax()) if decoded else -1
+    values = {
+        "key": item.key,
+        "label": item.label,
+        "target": item.label,
+        "predicted": predicted,
+        "predicted_probability": probability[predicted] if decoded else np.nan,
+        "target_probability": probability[item.label],
+        "width": item.width,
+        "height": item.height,
+        "frame_x1": item.frame.x1,
+        "frame_y1": item.frame.y1,
+        "frame_x2": item.frame.x2,
+        "frame_y2": item.frame.y2,
+        "status": status,
+    }
+    for name, value in values.items():
+        columns[name].append(value)
+
+
+def _softmax(logit: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logit.astype(np.float64) - logit.max())
+    return shifted / shifted.sum()
