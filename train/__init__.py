@@ -1,0 +1,1 @@
+"""Training and evaluation: shards and relevance maps into a Zoomer, a ZoomViT and their figures."""

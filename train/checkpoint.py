@@ -1,0 +1,211 @@
+"""A training run on disk, written and read here and nowhere else.
+
+    RUN/run.json           the resolved settings; marks the folder as a run
+    RUN/checkpoint.pt      everything needed to go on: weights, optimizer, position; replaced after every epoch
+    RUN/metrics.jsonl      one line per logging interval and per validation
+    RUN/model.safetensors  the finished weights
+    RUN/config.json        timm's model description, written last: a run without it is not finished
+    RUN/zoomer/            a ZoomViT's zoomer, when it has one, in the same form
+
+timm opens a finished ViT by itself: `timm.create_model("local-dir:RUN", pretrained=True)`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+import zpipe.train.models  # noqa: F401  (registers our models with timm)
+from zpipe.schemas.atomic import claim_folder, commit, read_json, write_json
+from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.train.models.zoomer import Zoomer
+
+RUN_NAME = "run.json"
+CHECKPOINT_NAME = "checkpoint.pt"
+METRICS_NAME = "metrics.jsonl"
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMAT = "zpipe-run"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What a model wants to see: square images of `image_size` pixels, normalised per channel."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crop_pct: float = 1.0
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [B, 3, S, S] -> float32 [B, 3, S, S], on the device of `images`."""
+        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
+        return (images.float() / 255.0 - mean) / std
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run: the model in eval mode, what it wants to see, its zoomer if it has one, its settings."""
+
+    path: Path
+    kind: str
+    model: nn.Module
+    preprocessing: Preprocessing
+    zoomer: Zoomer | None
+    settings: dict[str, Any]
+
+
+def begin_run(run: Path, kind: str, settings: dict[str, Any]) -> bool:
+    """Claim `run` for these settings; True when the run is finished already.
+
+    Errors: :class:`UsageError` when the folder holds something else; :class:`ZpipeError` showing the first setting in
+    which it differs from the run that is there.
+    """
+    run = Path(run)
+    claim_folder(run, RUN_NAME, "training run")
+    wanted = {"format": FORMAT, "version": VERSION, "kind": kind, "settings": settings}
+    path = run / RUN_NAME
+    if path.is_file():
+        found = read_json(path, "the settings of a run")
+        if found.get("kind") != kind:
+            raise ZpipeError(f"{run}: holds a {found.get('kind')} run, this is {kind}; give another --out folder")
+        old = found.get("settings", {})
+        for name in sorted(set(old) | set(settings)):
+            if old.get(name) != settings.get(name):
+                raise ZpipeError(
+                    f"{run}: was begun with {name} = {old.get(name)!r}, now it is {settings.get(name)!r}; "
+                    "give another --out folder, or the settings it was begun with"
+                )
+    else:
+        write_json(path, wanted)
+    return (run / CONFIG_NAME).is_file()
+
+
+def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
+    """Replace the run's checkpoint. Errors: :class:`ZpipeError`; the one before is then still there."""
+    with commit(Path(run) / CHECKPOINT_NAME) as tmp:
+        torch.save(state, tmp)
+
+
+def load_checkpoint(run: Path) -> dict[str, Any] | None:
+    """The run's checkpoint on the CPU, or None when it has none."""
+    path = Path(run) / CHECKPOINT_NAME
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise ZpipeError(
+            f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); delete it to start over"
+        ) from error
+
+
+def save_model(run: Path, model: nn.Module, preprocessing: Preprocessing) -> None:
+    """Write the finished weights and, last, the description that makes the run finished."""
+    run = Path(run)
+    size = preprocessing.image_size
+    data = {
+        "input_size": (3, size, size),
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+        "interpolation": "bicubic",
+        "crop_pct": preprocessing.crop_pct,
+    }
+    try:
+        with tempfile.TemporaryDirectory(dir=run, prefix=".tmp-") as folder:
+            if isinstance(model, Zoomer):
+                safetensors.torch.save_file(model.state_dict(), Path(folder) / WEIGHTS_NAME)
+                config = {"architecture": "zoomer", "model_args": _zoomer_args(model), "pretrained_cfg": data}
+                write_json(Path(folder) / CONFIG_NAME, config)
+            else:
+                save_for_hf(model, folder, safe_serialization=True, data_config=data)
+            for name in (WEIGHTS_NAME, CONFIG_NAME):
+                with commit(run / name) as tmp:
+                    os.replace(Path(folder) / name, tmp)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ZpipeError(f"{run}: the model could not be written ({error}); free space, then run again") from error
+
+
+def _zoomer_args(zoomer: Zoomer) -> dict[str, Any]:
+    stem = zoomer.trunk[0]
+    return {
+        "num_blocks": zoomer.num_blocks,
+        "grid": zoomer.grid,
+        "width": stem.out_channels,
+        "in_chans": stem.in_channels,
+    }
+
+
+def save_zoomer(run: Path, zoomer: Zoomer, preprocessing: Preprocessing) -> None:
+    """Put a copy of the zoomer into a ZoomViT's run, so that the two travel as one folder."""
+    folder = Path(run) / "zoomer"
+    folder.mkdir(exist_ok=True)
+    save_model(folder, zoomer, preprocessing)
+
+
+def load_run(run: Path) -> Run:
+    """Open a finished run. Errors: :class:`UsageError` when it is none; :class:`ZpipeError` when a file is broken."""
+    run = Path(run)
+    if not (run / CONFIG_NAME).is_file():
+        if (run / RUN_NAME).is_file():
+            raise UsageError(f"{run}: this run is not finished; run its command again to go on")
+        raise UsageError(f"{run}: not a training run (no {CONFIG_NAME}); train-zoomer and train-vit make them")
+    config = read_json(run / CONFIG_NAME, "a model description")
+    model, preprocessing = _load_model(run, config)
+    record = read_json(run / RUN_NAME, "the settings of a run") if (run / RUN_NAME).is_file() else {}
+    zoomer = None
+    if (run / "zoomer" / CONFIG_NAME).is_file():
+        zoomer = load_zoomer(run / "zoomer")[0]
+    kind = "zoomer" if isinstance(model, Zoomer) else "vit"
+    return Run(
+        path=run,
+        kind=kind,
+        model=model.eval(),
+        preprocessing=preprocessing,
+        zoomer=zoomer,
+        settings=record.get("settings", {}),
+    )
+
+
+def load_zoomer(run: Path) -> tuple[Zoomer, Preprocessing]:
+    """Open a zoomer, frozen. Errors: as `load_run`, and :class:`UsageError` when the run is of another kind."""
+    run = Path(run)
+    if not (run / CONFIG_NAME).is_file():
+        raise UsageError(f"{run}: not a finished zoomer (no {CONFIG_NAME}); zpipe train-zoomer makes one")
+    model, preprocessing = _load_model(run, read_json(run / CONFIG_NAME, "a model description"))
+    if not isinstance(model, Zoomer):
+        raise UsageError(f"{run}: holds a ViT, not a zoomer; zpipe train-zoomer makes one")
+    return model.freeze(), preprocessing
+
+
+def _load_model(run: Path, config: dict[str, Any]) -> tuple[nn.Module, Preprocessing]:
+    path = run / WEIGHTS_NAME
+    try:
+        data = config["pretrained_cfg"]
+        preprocessing = Preprocessing(
+            image_size=int(data["input_size"][1]),
+            mean=tuple(data["mean"]),
+            std=tuple(data["std"]),
+            crop_pct=float(data["crop_pct"]),
+        )
+        if config["architecture"] == "zoomer":
+            model: nn.Module = Zoomer(**config["model_args"])
+            model.load_state_dict(safetensors.torch.load_file(path))
+        else:
+            model = timm.create_model(f"local-dir:{run}", pretrained=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ZpipeError(f"{run / CONFIG_NAME}: not a complete model description ({error}); train again") from error
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ZpipeError(f"{path}: weights can't be read ({str(error).splitlines()[0]}); train again") from error
+    return model, preprocessing

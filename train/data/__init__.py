@@ -1,0 +1,1 @@
+"""Images and relevance maps in one stream."""

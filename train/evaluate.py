@@ -1,0 +1,250 @@
+"""What a finished run is worth: accuracy against tokens, multiply-adds and measured speed; maps against their teacher."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zpipe.schemas.atomic import write_json
+from zpipe.schemas.errors import UsageError
+from zpipe.schemas.progress import Progress, silent
+from zpipe.train.checkpoint import Run, load_run
+from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.data.transforms import ViewConfig
+from zpipe.train.loop import resolve_device
+from zpipe.train.macs import count_macs
+from zpipe.train.metrics import mae, mse, pointing_game, spearman
+from zpipe.train.models.zoomvit import ZoomViT
+from zpipe.train.train_vit import check_labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Settings of an evaluation.
+
+    alphas: thresholds of a ZoomViT. budgets: numbers of zoomed cells per image, beside or instead of thresholds.
+    scores: where a ZoomViT's scores come from, `zoomer` (its own) or `maps` (the store given).
+    """
+
+    alphas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
+    budgets: tuple[int, ...] = ()
+    scores: str = "zoomer"
+    batch_size: int = 128
+    num_workers: int = 0
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRow:
+    """One setting's figures.
+
+    tokens: mean sequence length an image, class token not counted. gmacs: 1e9 multiply-adds an image of the ViT;
+    gmacs_zoomer: those of the zoomer beside it (0 without one). images_per_s: median over batches, after a warm-up, of
+    zoomer and ViT together. top1_interval: half width of the 95 % interval (normal approximation).
+    """
+
+    setting: str
+    count: int
+    top1: float
+    top1_interval: float
+    tokens: float
+    gmacs: float
+    gmacs_zoomer: float
+    images_per_s: float
+
+
+@dataclass
+class _Tally:
+    right: int = 0
+    count: int = 0
+    lengths: Counter[int] | None = None
+    rates: list[float] | None = None
+
+
+def evaluate(
+    run: Path,
+    shards: Path,
+    config: EvalConfig,
+    *,
+    maps: Path | None = None,
+    out: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Evaluate a finished run on shards; returns, and writes as JSON to `out` when given, {kind, run, shards, rows}.
+
+    Every sample is counted once, on the centre crop that the run was made for. A ViT's rows are `EvalRow`s; a zoomer has
+    one row with its distance to the teacher's maps (needs `maps`). Errors: :class:`UsageError`, :class:`ZpipeError`.
+    """
+    opened = load_run(run)
+    loader = RelevanceLoader(
+        shards,
+        maps,
+        batch_size=config.batch_size,
+        image_size=opened.preprocessing.image_size,
+        augment="eval",
+        num_workers=config.num_workers,
+        missing="skip" if opened.kind == "zoomer" else "uniform",
+        view=ViewConfig(crop_pct=opened.preprocessing.crop_pct),
+    )
+    device = resolve_device(config.device)
+    if opened.kind == "zoomer":
+        if maps is None:
+            raise UsageError(f"{run}: a zoomer is measured against its teacher's maps; give --maps")
+        rows = [_evaluate_zoomer(opened, loader, device, progress)]
+    else:
+        rows = [asdict(row) for row in _evaluate_vit(opened, loader, config, device, progress)]
+    result = {"kind": opened.kind, "run": str(run), "shards": str(shards), "rows": rows}
+    if out is not None:
+        write_json(out, result)
+    return result
+
+
+def _settings(opened: Run, config: EvalConfig, has_maps: bool) -> list[tuple[str, dict[str, Any]]]:
+    if not isinstance(opened.model, ZoomViT):
+        return [("plain", {})]
+    if config.scores not in ("zoomer", "maps"):
+        raise UsageError(f"--scores {config.scores}: choose zoomer or maps")
+    if config.scores == "maps" and not has_maps:
+        raise UsageError("--scores maps needs a store: give --maps")
+    if config.scores == "zoomer" and opened.zoomer is None:
+        raise UsageError(f"{opened.path}: was trained without a zoomer; give --maps STORE --scores maps")
+    cells = opened.model.coarse_grid**2
+    for alpha in config.alphas:
+        if not 0.0 <= alpha <= 1.0:
+            raise UsageError(f"--alphas {alpha}: a threshold lies in [0, 1]")
+    for budget in config.budgets:
+        if not 0 <= budget <= cells:
+            raise UsageError(f"--budgets {budget}: this model has {cells} cells to zoom")
+    chosen: list[tuple[str, dict[str, Any]]] = [(f"alpha={alpha:g}", {"alpha": alpha}) for alpha in config.alphas]
+    return chosen + [(f"budget={budget}", {"budget": budget}) for budget in config.budgets]
+
+
+@torch.inference_mode()
+def _evaluate_vit(
+    opened: Run, loader: RelevanceLoader, config: EvalConfig, device: torch.device, progress: Progress
+) -> list[EvalRow]:
+    settings = _settings(opened, config, loader.maps is not None)
+    model = opened.model.to(device)
+    zoomer = opened.zoomer.to(device) if opened.zoomer is not None and config.scores == "zoomer" else None
+    tallies = {name: _Tally(lengths=Counter(), rates=[]) for name, _ in settings}
+    batches = len(loader)
+    for number, batch in enumerate(loader):
+        check_labels(batch["label"], batch["key"], model.num_classes)
+        labels = batch["label"].to(device)
+        images = opened.preprocessing.normalise(batch["image"].to(device))
+        for name, zoom in settings:
+            call = partial(_forward, model, zoomer, images, batch, zoom)
+            if number == 0:
+                call()  # the first call of a shape pays for allocation and kernel choice
+            (logits, scores), seconds = _timed(call, device)
+            tally = tallies[name]
+            tally.right += int((logits.argmax(dim=1) == labels).sum())
+            tally.count += len(labels)
+            tally.rates.append(len(labels) / seconds)
+            if scores is not None:
+                tally.lengths.update(model.token_counts(scores, **zoom).tolist())
+        progress("evaluate", number + 1, batches, top1=tallies[settings[-1][0]].right / tallies[settings[-1][0]].count)
+    shape = (1, 3, opened.preprocessing.image_size, opened.preprocessing.image_size)
+    image = torch.zeros(shape, device=device)
+    zoomer_macs = count_macs(lambda: zoomer(image)) if zoomer is not None else 0
+    macs = _MacsByLength(model, image)
+    return [_row(name, tallies[name], macs, zoomer_macs) for name, _ in settings]
+
+
+def _forward(
+    model: nn.Module, zoomer: nn.Module | None, images: Tensor, batch: dict[str, Any], zoom: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [B, classes], and the scores [B, s * s] that guided a ZoomViT."""
+    if not isinstance(model, ZoomViT):
+        return model(images), None
+    scores = zoomer(images) if zoomer is not None else batch["relevance"].to(images.device).flatten(1)
+    return model(images, scores, **zoom), scores
+
+
+def _timed(forward, device: torch.device) -> tuple[Any, float]:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    result = forward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - begun
+
+
+class _MacsByLength:
+    """Multiply-adds of the model for one image of a given token count, counted once for each."""
+
+    def __init__(self, model: nn.Module, image: Tensor) -> None:
+        self.model, self.image = model, image
+        self._known: dict[int, int] = {}
+
+    def plain(self) -> int:
+        return count_macs(lambda: self.model(self.image))
+
+    def zoomed(self, length: int) -> int:
+        if length not in self._known:
+            cells = self.model.coarse_grid**2
+            scores = torch.zeros(1, self.model.score_grid**2, device=self.image.device)
+            self._known[length] = count_macs(lambda: self.model(self.image, scores, budget=(length - cells) // 3))
+        return self._known[length]
+
+
+def _row(name: str, tally: _Tally, macs: _MacsByLength, zoomer_macs: int) -> EvalRow:
+    if tally.lengths:
+        total = sum(tally.lengths.values())
+        tokens = sum(length * times for length, times in tally.lengths.items()) / total
+        mean_macs = sum(macs.zoomed(length) * times for length, times in tally.lengths.items()) / total
+    else:
+        patch = getattr(macs.model, "patch_embed", None)
+        tokens = float(getattr(patch, "num_patches", float("nan")))
+        mean_macs = macs.plain()
+    top1 = tally.right / tally.count
+    return EvalRow(
+        setting=name,
+        count=tally.count,
+        top1=top1,
+        top1_interval=1.96 * (top1 * (1 - top1) / tally.count) ** 0.5,
+        tokens=tokens,
+        gmacs=mean_macs / 1e9,
+        gmacs_zoomer=zoomer_macs / 1e9,
+        images_per_s=float(np.median(tally.rates)),
+    )
+
+
+@torch.inference_mode()
+def _evaluate_zoomer(
+    opened: Run, loader: RelevanceLoader, device: torch.device, progress: Progress
+) -> dict[str, float]:
+    """Means over images of the distance between zoomer and teacher; with object boxes, the pointing game of both."""
+    zoomer = opened.model.to(device)
+    sums: Counter[str] = Counter()
+    count = with_box = ranked = 0
+    batches = len(loader)
+    for number, batch in enumerate(loader):
+        scores = zoomer(opened.preprocessing.normalise(batch["image"].to(device))).cpu()  # [B, g * g]
+        target = batch["relevance"].flatten(1)  # [B, g * g]
+        sums["mse"] += float(mse(scores, target).sum())
+        sums["mae"] += float(mae(scores, target).sum())
+        correlation = spearman(scores, target)
+        sums["rank_correlation"] += float(correlation.nansum())
+        ranked += int(correlation.isfinite().sum())
+        count += len(target)
+        if "object_box" in batch:
+            boxes = batch["object_box"]
+            side = zoomer.grid
+            sums["pointing_game"] += int(pointing_game(scores.view(-1, side, side), boxes).sum())
+            sums["teacher_pointing_game"] += int(pointing_game(batch["relevance"], boxes).sum())
+            sums["box_share"] += float(((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sum())
+            with_box += len(boxes)
+        progress("evaluate", number + 1, batches, mse=sums["mse"] / count)
+    divisor = {"mse": count, "mae": count, "rank_correlation": ranked}
+    row = {name: value / divisor.get(name, with_box) for name, value in sums.items() if divisor.get(name, with_box)}
+    return {"setting": "zoomer", "count": count} | row

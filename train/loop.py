@@ -1,0 +1,153 @@
+"""The one training loop: a task says what the loss is, the loop does the rest."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+
+from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.progress import Progress, silent
+from zpipe.train.checkpoint import CHECKPOINT_NAME, METRICS_NAME, load_checkpoint, save_checkpoint
+from zpipe.train.data.loader import RelevanceLoader
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of the loop. Durations are in epochs of the training shards; fractions are allowed.
+
+    opt: any optimizer name of timm. The learning rate rises linearly over `warmup_epochs` and falls as a cosine to
+    `min_lr`. clip_grad: bound of the global gradient norm, 0 for none. num_workers: data-loading processes.
+    """
+
+    epochs: float = 100.0
+    batch_size: int = 128
+    opt: str = "adamw"
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    warmup_epochs: float = 0.0
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.999
+    clip_grad: float = 0.0
+    seed: int = 0
+    num_workers: int = 1
+    log_every: int = 20
+    device: str = "auto"
+
+
+class Task(Protocol):
+    """What is trained: `model`, its loss on a batch with figures worth logging, and a validation (may be empty)."""
+
+    model: nn.Module
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]: ...
+    def validate(self) -> dict[str, float]: ...
+
+
+def resolve_device(asked: str) -> torch.device:
+    """`auto` is the CUDA device when there is one. Errors: :class:`ZpipeError` for a CUDA device that isn't there."""
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise ZpipeError(f"device {asked}: torch sees no CUDA device here; use --device cpu")
+    return torch.device(asked)
+
+
+def train(
+    task: Task, loader: RelevanceLoader, config: TrainConfig, run: Path, *, stage: str, progress: Progress = silent
+) -> dict[str, float]:
+    """Train to the end, from the run's checkpoint when there is one; return the last validation's figures.
+
+    A checkpoint is written after every epoch. All randomness of an epoch is a function of (seed, epoch), so a run that
+    was interrupted and gone on with equals an undisturbed one. Errors: :class:`ZpipeError` for a loss that is not
+    finite, naming the last good checkpoint.
+    """
+    model = task.model
+    loader.set_epoch(0)
+    steps_per_epoch = len(loader)
+    total = max(1, round(config.epochs * steps_per_epoch))
+    optimizer = create_optimizer_v2(
+        model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2)
+    )
+    scheduler = CosineLRScheduler(
+        optimizer,
+        t_initial=total,
+        lr_min=config.min_lr,
+        warmup_t=round(config.warmup_epochs * steps_per_epoch),
+        warmup_prefix=False,
+        t_in_epochs=False,
+    )
+    step, epoch = 0, 0
+    state = load_checkpoint(run)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, epoch = state["step"], state["epoch"]
+    figures: dict[str, float] = {}
+    begun, seen = time.monotonic(), 0
+    while step < total:
+        model.train()
+        torch.manual_seed(_epoch_seed(config.seed, epoch))
+        loader.set_epoch(epoch)
+        for batch in _up_to(loader, total - step):
+            scheduler.step_update(step)
+            loss, facts = task.loss(batch)
+            value = loss.item()
+            if not math.isfinite(value):
+                kept = (
+                    f"the last good state is {run / CHECKPOINT_NAME}"
+                    if (run / CHECKPOINT_NAME).is_file()
+                    else "no epoch was finished"
+                )
+                raise ZpipeError(f"{run}: the loss became {value} in step {step} of {total}; lower --lr; {kept}")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if config.clip_grad:
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
+            optimizer.step()
+            step += 1
+            seen += len(batch["label"])
+            if step % config.log_every == 0 or step == total:
+                rate = seen / (time.monotonic() - begun)
+                facts = {"loss": value, **facts, "lr": optimizer.param_groups[0]["lr"], "images_per_s": rate}
+                _log(run, {"step": step, "epoch": epoch, **facts})
+                progress(stage, step, total, **facts)
+        epoch += 1
+        save_checkpoint(
+            run, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch}
+        )
+    model.eval()
+    figures = task.validate()
+    _log(run, {"step": step, "epoch": epoch, **{f"val_{name}": value for name, value in figures.items()}})
+    return figures
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return (seed * 1_000_003 + epoch) % 2**63
+
+
+def _up_to(loader: RelevanceLoader, count: int) -> Iterator[dict[str, Any]]:
+    for number, batch in enumerate(loader):
+        if number == count:
+            return
+        yield batch
+
+
+def _log(run: Path, line: dict[str, float]) -> None:
+    try:
+        with open(run / METRICS_NAME, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise ZpipeError(
+            f"{run / METRICS_NAME}: could not be written ({error.strerror}); free space, then run again"
+        ) from error

@@ -1,0 +1,59 @@
+"""How well a score map agrees with a teacher's map, or with an object's box. One number for each map, [B]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mse(maps: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over the cells (Table 2 averages it over images). Both [B, S] -> [B]."""
+    return (maps - target).square().mean(dim=1)
+
+
+def mae(maps: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error over the cells (Table 2 averages it over images). Both [B, S] -> [B]."""
+    return (maps - target).abs().mean(dim=1)
+
+
+def spearman(maps: Tensor, target: Tensor) -> Tensor:
+    """Spearman's rank correlation over the cells, in [-1, 1], equal scores sharing their mean rank. Both [B, S] -> [B].
+
+    float64. NaN for an image where either map is constant, since it ranks nothing.
+    """
+    x, y = _centred_ranks(maps), _centred_ranks(target)
+    return (x * y).sum(dim=1) / (x.square().sum(dim=1) * y.square().sum(dim=1)).sqrt()
+
+
+def topk_overlap(maps: Tensor, target: Tensor, k: int) -> Tensor:
+    """The share of the target's k highest cells that are among the map's k highest, in [0, 1]. Both [B, S] -> [B].
+
+    Of equal scores the lower index counts as higher. Raises ValueError unless 1 <= k <= S.
+    """
+    if not 1 <= k <= maps.shape[1]:
+        raise ValueError(f"k must lie between 1 and the {maps.shape[1]} cells, got {k!r}")
+    return (_top(maps, k) & _top(target, k)).sum(dim=1) / k
+
+
+def pointing_game(maps: Tensor, boxes: Tensor) -> Tensor:
+    """Whether the centre of the highest cell lies in the box, its edges included. bool [B].
+
+    maps [B, gh, gw]; boxes [B, 4] as (left, top, right, bottom) in fractions of the image. Of equally high cells the
+    first in row-major order counts.
+    """
+    _, height, width = maps.shape
+    peak = maps.flatten(1).argsort(dim=1, descending=True, stable=True)[:, 0]  # argmax leaves ties open
+    x = (peak % width + 0.5) / width
+    y = (peak // width + 0.5) / height
+    left, top, right, bottom = boxes.unbind(dim=1)
+    return (left <= x) & (x <= right) & (top <= y) & (y <= bottom)
+
+
+def _centred_ranks(x: Tensor) -> Tensor:
+    """[B, S] -> ranks minus their mean, float64: cells below minus cells above, halved."""
+    return (x[:, :, None] - x[:, None, :]).sign().sum(dim=2).double() / 2
+
+
+def _top(x: Tensor, k: int) -> Tensor:
+    falling = x.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(x, dtype=torch.bool).scatter_(1, falling[:, :k], True)

@@ -1,0 +1,225 @@
+"""The token arithmetic of ZoomViT (section 3.3, Fig. 4): tensors in, tensors out, no model in sight.
+
+An image is covered by a coarse grid of c x c cells and a fine grid of 2c x 2c cells. A coarse cell is either kept
+as one coarse token or *zoomed*: replaced by the four fine tokens that cover the same pixels. So every pixel lies in
+exactly one token, and an image with z zoomed cells has c * c + 3 * z tokens.
+
+Scores come on the grid of the relevance teacher, s x s cells of one patch each, flattened row-major. The zoom factor
+(eta) says which of the two grids that is:
+
+    zoom factor 2.0: coarse grid = score grid (c = s),      fine patches are half a patch a side
+    zoom factor 0.5: fine grid   = score grid (c = s / 2),  coarse patches are two patches a side
+
+Tokens of both grids share one numbering, the *token id*: 0 .. 4C-1 are the fine tokens, row-major over the fine grid,
+4C .. 5C-1 the coarse ones, row-major over the coarse grid (C = c * c). All functions work for any batch size and
+treat every image on its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ZOOM_FACTORS = (2.0, 0.5)
+ZFE_KINDS = ("none", "fixed", "soft")
+
+
+class TokenOrder(NamedTuple):
+    """Which tokens cover each image of a batch, and in which order.
+
+    ids     int64 [B, 5C]: token ids; the first counts[b] of row b are its sequence, the rest are absent tokens.
+    counts  int64 [B]: tokens in the sequence; the class token is not among them.
+    fine    int64 [B]: fine tokens before any pruning (N_k of Eq. 6), four for each zoomed cell.
+    """
+
+    ids: Tensor
+    counts: Tensor
+    fine: Tensor
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def check_zoom_factor(zoom_factor: float) -> float:
+    """The zoom factor as a float. Raises ValueError unless it is 2.0 or 0.5."""
+    if zoom_factor not in ZOOM_FACTORS:
+        raise ValueError(f"zoom_factor must be 2.0 or 0.5, got {zoom_factor!r}")
+    return float(zoom_factor)
+
+
+def coarse_scores(scores: Tensor, zoom_factor: float) -> Tensor:
+    """The score of every coarse cell: its own at zoom factor 2, the highest of its 2 x 2 block at 0.5.
+
+    scores [B, s*s] -> [B, C], same dtype. Raises ValueError if the scores form no square grid (an even one at 0.5).
+    """
+    side = _side(scores)
+    if check_zoom_factor(zoom_factor) == 2.0:
+        return scores
+    if side % 2:
+        raise ValueError(f"zoom factor 0.5 needs an even score grid, got {side} x {side}")
+    half = side // 2
+    return scores.reshape(-1, half, 2, half, 2).amax((2, 4)).flatten(1)  # [B, C]
+
+
+def fine_scores(scores: Tensor, zoom_factor: float) -> Tensor:
+    """The score of every fine cell: that of the score cell it lies in. scores [B, s*s] -> [B, 4C], same dtype."""
+    side = _side(scores)
+    if check_zoom_factor(zoom_factor) == 0.5:
+        return scores
+    return _enlarge(scores.reshape(-1, side, side)).flatten(1)  # [B, 4C]
+
+
+# -- selection and order -----------------------------------------------------------------------------------------------
+
+
+def select_above(cell_scores: Tensor, alpha: float) -> Tensor:
+    """Zoom every coarse cell whose score is above the threshold, strictly. [B, C] -> bool [B, C].
+
+    At alpha = 1 nothing is zoomed. Raises ValueError unless 0 <= alpha <= 1.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha!r}")
+    return cell_scores > alpha
+
+
+def select_top(cell_scores: Tensor, budget: int) -> Tensor:
+    """Zoom exactly `budget` coarse cells an image, the highest-scored; of equals the lower index. [B, C] -> bool.
+
+    Every image of the batch then has the same number of tokens. Raises ValueError unless 0 <= budget <= C.
+    """
+    cells = cell_scores.shape[1]
+    if not 0 <= budget <= cells:
+        raise ValueError(f"budget must lie between 0 and the {cells} coarse cells, got {budget!r}")
+    falling = cell_scores.argsort(dim=1, descending=True, stable=True)  # [B, C]
+    return torch.zeros_like(cell_scores, dtype=torch.bool).scatter_(1, falling[:, :budget], True)
+
+
+def order_tokens(cell_scores: Tensor, place_scores: Tensor, zoomed: Tensor) -> TokenOrder:
+    """The token sequence of every image: fine tokens by falling score, then coarse tokens by falling score.
+
+    cell_scores [B, C], place_scores [B, 4C] (see `coarse_scores`, `fine_scores`), zoomed bool [B, C]. The sort is
+    stable: equal scores keep the order of their token ids.
+    """
+    cells = zoomed.shape[1]
+    side = math.isqrt(cells)
+    zoomed_fine = _enlarge(zoomed.reshape(-1, side, side)).flatten(1)  # [B, 4C]
+    kind = torch.cat([torch.where(zoomed_fine, 0, 2), torch.where(zoomed, 2, 1)], dim=1)  # [B, 5C]; 2: absent
+    # Two stable sorts, the lesser key first, sort by (kind, falling score, id).
+    by_score = torch.cat([place_scores, cell_scores], dim=1).argsort(dim=1, descending=True, stable=True)
+    ids = by_score.gather(1, kind.gather(1, by_score).argsort(dim=1, stable=True))  # [B, 5C]
+    fine = 4 * zoomed.sum(1)
+    return TokenOrder(ids=ids, counts=cells + 3 * zoomed.sum(1), fine=fine)
+
+
+def prune(order: TokenOrder, keep_tokens: int) -> TokenOrder:
+    """Keep the first `keep_tokens` of every ordered sequence (section 3.3, inference strategy).
+
+    An image with fewer tokens keeps them all. Raises ValueError unless 1 <= keep_tokens <= 4C, the longest sequence.
+    """
+    longest = order.ids.shape[1] // 5 * 4
+    if not 1 <= keep_tokens <= longest:
+        raise ValueError(f"keep_tokens must lie between 1 and the {longest} tokens of a full zoom, got {keep_tokens!r}")
+    return order._replace(counts=order.counts.clamp(max=keep_tokens))
+
+
+# -- zoom factor embedding ---------------------------------------------------------------------------------------------
+
+
+def zoom_factor_embedding(
+    fine: Tensor, length: int, kind: str = "soft", omega: float = 0.1, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """What is added to every channel of the token at each place of the ordered sequence.
+
+    fine int64 [B] (N_k) -> [B, length]. With pos = 0 .. length-1 the place in the sequence:
+        none   0
+        fixed  1 where pos < N_k (fine tokens), else 0
+        soft   Eq. 6: 1 - 1 / (1 + exp(omega (N_k - pos))) = sigmoid(omega (N_k - pos)); it tends to `fixed` as omega
+               grows, except at pos = N_k, the first coarse token, where it is 1/2 for every omega
+
+    Raises ValueError for another kind.
+    """
+    ahead = fine[:, None] - torch.arange(length, device=fine.device)  # [B, length], N_k - pos
+    if kind == "none":
+        return torch.zeros_like(ahead, dtype=dtype)
+    if kind == "fixed":
+        return (ahead > 0).to(dtype)
+    if kind == "soft":
+        return torch.sigmoid(omega * ahead.to(dtype))
+    raise ValueError(f"zoom factor embedding must be one of {', '.join(ZFE_KINDS)}, got {kind!r}")
+
+
+# -- patches -----------------------------------------------------------------------------------------------------------
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """images [B, D, H, W] -> [B, (H/patch) * (W/patch), D * patch * patch], each laid out as a flattened conv kernel."""
+    batch, chans, height, width = images.shape
+    x = images.reshape(batch, chans, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def half_kernel(kernel: Tensor) -> Tensor:
+    """The kernel for half-size patches: each 2 x 2 block of weights summed. [E, D, p, p] -> [E, D, p/2, p/2].
+
+    Applied to a patch of p/2 pixels it equals the kernel applied to that patch enlarged x2 (nearest): the four copies
+    of a pixel meet four weights.
+    """
+    return F.avg_pool2d(kernel, 2, divisor_override=1)
+
+
+def double_kernel(kernel: Tensor) -> Tensor:
+    """The kernel for double-size patches: each weight spread, divided by 4, over 2 x 2. [E, D, p, p] -> [E, D, 2p, 2p].
+
+    Applied to a patch of 2p pixels it equals the kernel applied to the 2 x 2 means of that patch.
+    """
+    return _enlarge(kernel) / 4
+
+
+def patches_and_kernels(images: Tensor, kernel: Tensor, zoom_factor: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Flattened patches of both grids and the flattened kernel that embeds each: one kernel serves all patch sizes.
+
+    images [B, D, H, W], kernel [E, D, p, p] -> fine patches [B, 4C, Kf], fine kernel [E, Kf], coarse patches
+    [B, C, Kc], coarse kernel [E, Kc]. A token's embedding is patch @ kernel.T + bias.
+
+    At zoom factor 2 the half-size patches meet `half_kernel`: the image enlarged to twice its size is never made,
+    and a fine token costs a quarter of a coarse one. At 0.5 the image is averaged over 2 x 2 pixels first, which
+    equals `double_kernel` on the double-size patches for a quarter of the multiply-adds.
+    """
+    patch = kernel.shape[-1]
+    if check_zoom_factor(zoom_factor) == 2.0:
+        half = half_kernel(kernel)
+        return patchify(images, patch // 2), half.flatten(1), patchify(images, patch), kernel.flatten(1)
+    flat = kernel.flatten(1)
+    return patchify(images, patch), flat, patchify(F.avg_pool2d(images, 2), patch), flat
+
+
+# -- geometry ----------------------------------------------------------------------------------------------------------
+
+
+def token_boxes(ids: Tensor, coarse_side: int, image_size: int) -> Tensor:
+    """The pixels that tokens cover. ids int64 [...] -> int64 [..., 4] as (left, top, right, bottom), right and bottom
+    exclusive. coarse_side is c, the coarse cells a side; image_size the pixels a side, a multiple of 2c.
+    """
+    cells = coarse_side * coarse_side
+    coarse = ids >= 4 * cells
+    index = torch.where(coarse, ids - 4 * cells, ids)
+    side = torch.where(coarse, coarse_side, 2 * coarse_side)  # cells a side of the token's own grid
+    pixels = image_size // side
+    corner = torch.stack([index % side, index // side], dim=-1) * pixels[..., None]  # [..., 2]
+    return torch.cat([corner, corner + pixels[..., None]], dim=-1)
+
+
+def _side(scores: Tensor) -> int:
+    side = math.isqrt(scores.shape[-1])
+    if scores.ndim != 2 or side * side != scores.shape[-1]:
+        raise ValueError(f"scores must be [batch, side * side], got {list(scores.shape)}")
+    return side
+
+
+def _enlarge(x: Tensor) -> Tensor:
+    """[..., h, w] -> [..., 2h, 2w], every entry repeated 2 x 2."""
+    return x.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)

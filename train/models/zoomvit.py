@@ -1,0 +1,478 @@
+"""ZoomViT: a vision transformer that sees scored regions through finer patches (section 3.3).
+
+The model takes images and the score maps that a zoomer (or anything else) made of them; it owns no zoomer. Which
+tokens an image gets is decided in `zoom_tokens`; here they are embedded, given positions and run through timm's
+transformer blocks. Importing this module registers zoomvit_{tiny,small,base}_patch16_224 with timm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from zpipe.train.models import zoom_tokens
+from zpipe.train.models.zoom_tokens import TokenOrder
+
+__all__ = ["TokenGroup", "WarmStart", "ZoomViT", "load_vit"]
+
+
+class TokenGroup(NamedTuple):
+    """The images of a batch whose sequences have the same length n, ready for the first block.
+
+    index   int64 [G]: their places in the batch.
+    ids     int64 [G, n]: token ids in sequence order (see `zoom_tokens`; `zoom_tokens.token_boxes` gives their pixels).
+    tokens  float [G, 1 + n, E]: the class token, then the embedded patches.
+    """
+
+    index: Tensor
+    ids: Tensor
+    tokens: Tensor
+
+
+class WarmStart(NamedTuple):
+    """What `load_vit` did: the names of our parameters that it filled, and one line for each thing it left out."""
+
+    filled: tuple[str, ...]
+    left: tuple[str, ...]
+
+
+class ZoomViT(nn.Module):
+    """A pre-norm vision transformer over two patch sizes, chosen by score.
+
+    `model(images, scores, alpha=0.03)` zooms the cells scored above alpha; `budget=k` instead zooms exactly the k
+    best cells of every image; with `scores=None` nothing is zoomed.
+
+    Images of a batch that have different token counts are run in groups of equal count, which is the simple way: no
+    padding, hence no mask, and an image's logits don't depend on its neighbours. A batch with many different counts
+    costs as many passes through the blocks; `budget` and `keep_tokens` make the counts agree.
+
+    Args:
+        img_size: pixels a side; images are square.
+        patch_size: pixels a side of a score cell and of the patch kernel. At zoom factor 2 the patches are patch_size
+            and half of it, at 0.5 patch_size and its double.
+        embed_dim, depth, num_heads, mlp_ratio: of the transformer.
+        num_classes: 0 makes the head an identity.
+        in_chans: channels of the image.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first, as in timm's ViT.
+        init_values: initial value of LayerScale (DeiT-III: 1e-4); None leaves LayerScale out (DeiT).
+        zoom_factor: 2.0 or 0.5 (eta).
+        zfe: zoom factor embedding, "none", "fixed" or "soft" (Eq. 6). It adds one number to all channels of a token,
+            which every LayerNorm of a pre-norm transformer takes away again: the three give the same logits.
+        omega: steepness of the soft embedding. The paper gives none; 0.1 is our choice.
+        pos: "learned" positions, started from 2-D sine-cosine ones, or "sincos" to keep those fixed. Both grids have
+            their own table, and both tables put a token at the centre of the pixels it covers.
+
+    Raises:
+        ValueError: sizes that don't divide, an unknown zoom_factor, zfe or pos.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        num_classes: int = 1000,
+        *,
+        in_chans: int = 3,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+        init_values: float | None = None,
+        zoom_factor: float = 2.0,
+        zfe: str = "soft",
+        omega: float = 0.1,
+        pos: str = "learned",
+    ) -> None:
+        super().__init__()
+        self.zoom_factor = zoom_tokens.check_zoom_factor(zoom_factor)
+        self.img_size = _square_side(img_size)
+        self.patch_size = patch_size
+        coarse_patch = patch_size if self.zoom_factor == 2.0 else 2 * patch_size
+        if self.img_size % coarse_patch or coarse_patch % 2:
+            raise ValueError(
+                f"zoom factor {self.zoom_factor:g} splits an image into even patches of {coarse_patch} pixels: "
+                f"image size {self.img_size} or patch size {patch_size} doesn't divide"
+            )
+        if zfe not in zoom_tokens.ZFE_KINDS:
+            raise ValueError(f"zfe must be one of {', '.join(zoom_tokens.ZFE_KINDS)}, got {zfe!r}")
+        if pos not in ("learned", "sincos"):
+            raise ValueError(f"pos must be learned or sincos, got {pos!r}")
+        if embed_dim % 4 or embed_dim % num_heads:
+            raise ValueError(f"embed_dim must divide by 4 and by num_heads {num_heads}, got {embed_dim}")
+        self.score_grid = self.img_size // patch_size  # s, cells a side of the score map
+        self.coarse_grid = self.img_size // coarse_patch  # c
+        self.zfe = zfe
+        self.omega = omega
+        self.pos = pos
+        self.num_classes = num_classes
+        self.num_features = self.embed_dim = embed_dim
+
+        # Holds the kernel: tokens are embedded by matrix products on the patches that are present.
+        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        tables = {
+            "pos_cls": torch.zeros(1, 1, embed_dim),
+            "pos_coarse": _sincos_table(self.coarse_grid, coarse_patch / patch_size, embed_dim)[None],
+            "pos_fine": _sincos_table(2 * self.coarse_grid, coarse_patch / patch_size / 2, embed_dim)[None],
+        }
+        for name, table in tables.items():
+            if pos == "learned":
+                self.register_parameter(name, nn.Parameter(table))
+            else:
+                self.register_buffer(name, table)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    embed_dim,
+                    num_heads,
+                    mlp_ratio,
+                    qkv_bias=True,
+                    init_values=init_values,
+                    drop_path=rate,
+                    norm_layer=norm,
+                )
+                for rate in rates
+            )
+        )
+        self.norm = norm(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+
+        nn.init.normal_(self.cls_token, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        images: Tensor,
+        scores: Tensor | None = None,
+        alpha: float | None = None,
+        keep_tokens: int | None = None,
+        budget: int | None = None,
+    ) -> Tensor:
+        """Logits of every image.
+
+        Args:
+            images: [B, in_chans, img_size, img_size].
+            scores: [B, s * s] in [0, 1], s = img_size / patch_size, row-major; no gradient flows into them. None
+                zooms nothing, whatever alpha says.
+            alpha: threshold in [0, 1]; a coarse cell is zoomed if its score is strictly above it.
+            keep_tokens: prune every ordered sequence to this many tokens, class token not counted; a shorter one stays.
+            budget: zoom exactly this many coarse cells of every image, instead of those above alpha.
+
+        Returns:
+            [B, num_classes].
+
+        Raises:
+            ValueError: images or scores of another shape, NaN in scores, alpha outside [0, 1], budget or keep_tokens
+                out of range, scores with both or neither of alpha and budget, keep_tokens or budget without scores.
+        """
+        return self.forward_head(self.forward_features(images, scores, alpha, keep_tokens, budget))
+
+    def forward_features(
+        self,
+        images: Tensor,
+        scores: Tensor | None = None,
+        alpha: float | None = None,
+        keep_tokens: int | None = None,
+        budget: int | None = None,
+    ) -> Tensor:
+        """The normalised class token after the last block, [B, embed_dim]. Arguments and errors as in `forward`."""
+        groups = self.tokenise(images, scores, alpha, keep_tokens, budget)
+        features = torch.cat([self.norm(self.blocks(group.tokens)[:, 0]) for group in groups])  # [B, E], by group
+        return features[torch.cat([group.index for group in groups]).argsort()]
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """[B, embed_dim] -> logits [B, num_classes], or the features themselves with pre_logits."""
+        return features if pre_logits else self.head(features)
+
+    def tokenise(
+        self,
+        images: Tensor,
+        scores: Tensor | None = None,
+        alpha: float | None = None,
+        keep_tokens: int | None = None,
+        budget: int | None = None,
+    ) -> list[TokenGroup]:
+        """The sequences that enter the first block, one group for each token count, shortest first.
+
+        Arguments and errors as in `forward`.
+        """
+        chans = self.patch_embed.in_channels
+        if images.ndim != 4 or tuple(images.shape[1:]) != (chans, self.img_size, self.img_size) or not len(images):
+            raise ValueError(
+                f"images must be [batch, {chans}, {self.img_size}, {self.img_size}], got {list(images.shape)}"
+            )
+        order = self._order(scores, alpha, keep_tokens, budget, len(images), images.device)
+        longest = int(order.counts.max())
+        ids = order.ids[:, :longest]  # [B, N]
+        place = torch.arange(longest, device=ids.device)
+        present = place < order.counts[:, None]  # [B, N]
+        fine = present & (ids < self.pos_fine.shape[1])
+        coarse = present & ~fine
+
+        # Embed the present tokens only, those of the whole batch in one list, and remember who lies where in it.
+        fine_patches, fine_kernel, coarse_patches, coarse_kernel = zoom_tokens.patches_and_kernels(
+            images, self.patch_embed.weight, self.zoom_factor
+        )
+        image = torch.arange(len(images), device=ids.device)[:, None].expand_as(ids)  # [B, N]
+        coarse_ids = ids[coarse] - self.pos_fine.shape[1]
+        bias = self.patch_embed.bias
+        fine_part = F.linear(fine_patches[image[fine], ids[fine]], fine_kernel, bias)
+        coarse_part = F.linear(coarse_patches[image[coarse], coarse_ids], coarse_kernel, bias)
+        embedded = torch.cat(
+            [
+                fine_part + self.pos_fine[0, ids[fine]],
+                coarse_part + self.pos_coarse[0, coarse_ids],
+            ]
+        )  # [T, E]
+        row = torch.zeros_like(ids)  # [B, N], the row of `embedded` that holds each token
+        row[fine] = torch.arange(len(fine_part), device=ids.device)
+        row[coarse] = torch.arange(len(fine_part), len(embedded), device=ids.device)
+        embedding = zoom_tokens.zoom_factor_embedding(
+            order.fine, longest, self.zfe, self.omega, embedded.dtype
+        )  # [B, N]
+
+        groups = []
+        for count in order.counts.unique().tolist():
+            index = (order.counts == count).nonzero()[:, 0]  # [G]
+            tokens = embedded[row[index, :count]] + embedding[index, :count, None]  # [G, n, E]
+            cls = (self.cls_token + self.pos_cls).expand(len(index), -1, -1)  # [G, 1, E]
+            groups.append(TokenGroup(index, ids[index, :count], torch.cat([cls.to(tokens.dtype), tokens], dim=1)))
+        return groups
+
+    def token_counts(
+        self,
+        scores: Tensor,
+        alpha: float | None = None,
+        keep_tokens: int | None = None,
+        budget: int | None = None,
+    ) -> Tensor:
+        """How many tokens each image gets, int64 [B]; the class token is not counted.
+
+        Without pruning that is C + 3 * (zoomed cells). Arguments and errors as in `forward`.
+        """
+        return self._order(scores, alpha, keep_tokens, budget, len(scores), scores.device).counts
+
+    def _order(
+        self,
+        scores: Tensor | None,
+        alpha: float | None,
+        keep_tokens: int | None,
+        budget: int | None,
+        batch: int,
+        device: torch.device,
+    ) -> TokenOrder:
+        cells = self.score_grid**2
+        if alpha is not None and not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"alpha must lie in [0, 1], got {alpha!r}")
+        if scores is None:
+            if keep_tokens is not None or budget is not None:
+                raise ValueError("keep_tokens and budget need scores to choose by, got scores=None")
+            scores, alpha = torch.zeros(batch, cells, device=device), 1.0
+        if tuple(scores.shape) != (batch, cells):
+            raise ValueError(
+                f"scores must be [{batch}, {cells}], a {self.score_grid} x {self.score_grid} map for each image, "
+                f"got {list(scores.shape)}"
+            )
+        if (alpha is None) == (budget is None):
+            raise ValueError(f"scores need either alpha or budget, got alpha={alpha}, budget={budget}")
+        if scores.isnan().any():
+            raise ValueError("scores must be numbers in [0, 1], got NaN")
+        cell_scores = zoom_tokens.coarse_scores(scores, self.zoom_factor)
+        if budget is None:
+            zoomed = zoom_tokens.select_above(cell_scores, alpha)
+        else:
+            zoomed = zoom_tokens.select_top(cell_scores, budget)
+        order = zoom_tokens.order_tokens(cell_scores, zoom_tokens.fine_scores(scores, self.zoom_factor), zoomed)
+        return order if keep_tokens is None else zoom_tokens.prune(order, keep_tokens)
+
+    # What timm's optimizers and fine-tuning tools ask of a model.
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
+        return {"cls_token", "pos_cls", "pos_coarse", "pos_fine"}
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a freshly initialised one."""
+        self.num_classes = num_classes
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(self.embed_dim, num_classes).to(self.cls_token)
+            trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+
+# -- warm start --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def load_vit(model: ZoomViT, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart:
+    """Start a ZoomViT from a plain ViT or DeiT of the same width and depth, in place.
+
+    Blocks, norm, patch kernel and class token are copied. The ViT's position table goes to the grid of its patch
+    size: the coarse one at zoom factor 2, whose fine positions are it enlarged x2 (bicubic), the fine one at 0.5,
+    whose coarse positions are its 2 x 2 means. With nothing zoomed at zoom factor 2, or everything at 0.5, the
+    logits are those of the ViT. A position table for another number of patches is resized (bicubic) first.
+
+    Left as they were, each with a line in the result: a head for another number of classes, the positions of a model
+    with fixed ones, and the distillation token of a distilled DeiT.
+
+    Args:
+        model: the ZoomViT.
+        vit: a timm VisionTransformer or its state dict.
+
+    Raises:
+        ValueError: the two differ in any other way (width, depth, patch size, LayerScale, norms, register tokens).
+            The model is then untouched.
+    """
+    source = dict(vit.state_dict() if isinstance(vit, nn.Module) else vit)
+    target = model.state_dict()
+    updates: dict[str, Tensor] = {}
+    left: list[str] = []
+
+    for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
+        if name not in source:
+            raise ValueError(f"not the state dict of a plain ViT: it has no {name}")
+    updates["cls_token"] = source.pop("cls_token")
+    updates["patch_embed.weight"] = source.pop("patch_embed.proj.weight")
+    updates["patch_embed.bias"] = source.pop("patch_embed.proj.bias")
+
+    positions = source.pop("pos_embed")
+    prefix = 1
+    if "dist_token" in source:
+        prefix = 2
+        for name in [name for name in source if name == "dist_token" or name.startswith("head_dist.")]:
+            left.append(f"{name}: ZoomViT has no distillation token")
+            source.pop(name)
+    elif math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+        prefix = 0  # DeiT-III: the class token has no position
+    if model.pos == "sincos":
+        left.append("pos_embed: the model's positions are fixed")
+    else:
+        updates |= _positions_from_vit(model, positions, prefix)
+
+    head = {name: source.pop(name) for name in ("head.weight", "head.bias") if name in source}
+    classes = len(head["head.bias"]) if "head.bias" in head else 0
+    if classes == model.num_classes:
+        updates |= head
+    else:
+        left.append(f"head: the ViT has {classes} classes, the model {model.num_classes}")
+
+    body = {name for name in target if name.startswith(("blocks.", "norm."))}
+    if differ := sorted(body ^ source.keys()):
+        raise ValueError(f"the ViT and the model are not built alike: {differ[0]} is only in one of them")
+    updates |= source
+    for name, value in updates.items():
+        if value.shape != target[name].shape:
+            raise ValueError(f"{name}: the ViT has {list(value.shape)}, the model {list(target[name].shape)}")
+    for name, value in updates.items():
+        target[name].copy_(value)
+    return WarmStart(filled=tuple(updates), left=tuple(left))
+
+
+def _positions_from_vit(model: ZoomViT, positions: Tensor, prefix: int) -> dict[str, Tensor]:
+    """positions [1, prefix + side * side, E] of a ViT -> the model's three position tables."""
+    side = math.isqrt(positions.shape[1] - prefix)
+    if side * side != positions.shape[1] - prefix:
+        raise ValueError(f"pos_embed: {positions.shape[1]} positions are no square grid with {prefix} before it")
+    positions = positions.float()
+    grid = positions[:, prefix:].transpose(1, 2).unflatten(2, (side, side))  # [1, E, side, side]
+    if side != model.score_grid:
+        grid = _resize(grid, model.score_grid)
+    if model.zoom_factor == 2.0:
+        coarse, fine = grid, _resize(grid, 2 * model.score_grid)
+    else:
+        coarse, fine = F.avg_pool2d(grid, 2), grid
+    return {
+        "pos_cls": positions[:, :1] if prefix else torch.zeros_like(positions[:, :1]),
+        "pos_coarse": coarse.flatten(2).transpose(1, 2),  # [1, C, E]
+        "pos_fine": fine.flatten(2).transpose(1, 2),  # [1, 4C, E]
+    }
+
+
+def _resize(grid: Tensor, side: int) -> Tensor:
+    return F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False, antialias=True)
+
+
+def _sincos_table(side: int, step: float, dim: int) -> Tensor:
+    """2-D sine-cosine positions of a side x side grid, [side * side, dim]: a quarter of the channels each for the sine
+    and cosine of row and column. step is a cell's size in score cells, so that grids of different cells share
+    one ruler: a cell's coordinate is that of its centre, and score cell i lies at i.
+    """
+    centre = (torch.arange(side) + 0.5) * step - 0.5
+    frequency = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))
+    angle = centre[:, None] * frequency  # [side, dim / 4]
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # [side, dim / 2]
+    rows, columns = wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)
+
+
+def _square_side(img_size: int | tuple[int, int]) -> int:
+    height, width = img_size if isinstance(img_size, (tuple, list)) else (img_size, img_size)
+    if height != width:
+        raise ValueError(f"images must be square, got {height} x {width}")
+    return int(height)
+
+
+# -- timm registry -----------------------------------------------------------------------------------------------------
+
+_CFG = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "fixed_input_size": True,
+    "crop_pct": 0.9,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "patch_embed",
+    "classifier": "head",
+}
+default_cfgs = generate_default_cfgs(
+    {f"zoomvit_{size}_patch16_224.untrained": _CFG for size in ("tiny", "small", "base")}
+)
+
+
+def _build(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> ZoomViT:
+    return build_model_with_cfg(ZoomViT, variant, pretrained, **defaults | kwargs)
+
+
+@register_model
+def zoomvit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> ZoomViT:
+    """ZoomViT on DeiT-Ti (Table 8). Takes the arguments of `ZoomViT`."""
+    defaults = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
+    return _build("zoomvit_tiny_patch16_224", pretrained, defaults, kwargs)
+
+
+@register_model
+def zoomvit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> ZoomViT:
+    """ZoomViT on DeiT-S, the paper's main model. Takes the arguments of `ZoomViT`."""
+    defaults = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
+    return _build("zoomvit_small_patch16_224", pretrained, defaults, kwargs)
+
+
+@register_model
+def zoomvit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> ZoomViT:
+    """ZoomViT on DeiT-B (Table 8). Takes the arguments of `ZoomViT`."""
+    defaults = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+    return _build("zoomvit_base_patch16_224", pretrained, defaults, kwargs)

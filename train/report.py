@@ -1,0 +1,103 @@
+"""Pictures: a contact sheet that shows what teacher, zoomer and ZoomViT look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+from zpipe.schemas.atomic import commit
+from zpipe.schemas.errors import UsageError
+from zpipe.train.checkpoint import load_run
+from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.data.transforms import ViewConfig
+from zpipe.train.models.zoom_tokens import token_boxes
+from zpipe.train.models.zoomvit import ZoomViT
+
+
+@torch.inference_mode()
+def contact_sheet(
+    run: Path,
+    shards: Path,
+    maps: Path,
+    out: Path,
+    *,
+    budget: int | None = None,
+    alpha: float | None = None,
+    images: int = 8,
+) -> None:
+    """Write a PNG with one row an image: image (and object box), teacher map, zoomer map, patch map.
+
+    run: a finished ZoomViT with its zoomer; the zoom is `budget` cells or those above `alpha`.
+    Errors: :class:`UsageError` when the run has no zoomer.
+    """
+    opened = load_run(run)
+    model, zoomer = opened.model, opened.zoomer
+    if not isinstance(model, ZoomViT) or zoomer is None:
+        raise UsageError(f"{run}: the contact sheet needs a ZoomViT that was trained with a zoomer")
+    side = opened.preprocessing.image_size
+    view = ViewConfig(crop_pct=opened.preprocessing.crop_pct)
+    loader = RelevanceLoader(
+        shards, maps, batch_size=images, image_size=side, augment="eval", missing="uniform", view=view
+    )
+    batch = next(iter(loader))
+    pixels = opened.preprocessing.normalise(batch["image"])
+    scores = zoomer(pixels)  # [B, s * s]
+    logits = model(pixels, scores, alpha=alpha, budget=budget)
+    groups = model.tokenise(pixels, scores, alpha=alpha, budget=budget)
+    tokens = {int(place): group.ids[row] for group in groups for row, place in enumerate(group.index)}
+    names = loader.index.classes
+    titles = ("image", "teacher map", "zoomer map", "patch map")
+    count = len(batch["key"])
+    figure, axes = plt.subplots(count, 4, figsize=(8, 2 * count + 0.4), squeeze=False)
+    for row in range(count):
+        image = batch["image"][row].permute(1, 2, 0).numpy()  # [S, S, 3]
+        for column in range(4):
+            axes[row, column].imshow(image, extent=(0, side, side, 0), interpolation="nearest")
+            axes[row, column].set_axis_off()
+            if row == 0:
+                axes[row, column].set_title(titles[column], fontsize=10)
+        label, guess = int(batch["label"][row]), int(logits[row].argmax())
+        told = [names[index] if index < len(names) and names[index] else str(index) for index in (label, guess)]
+        axes[row, 0].text(
+            1,
+            side - 1,
+            f"{told[0]}, seen as {told[1]}",
+            fontsize=7,
+            color="white",
+            backgroundcolor="#00000090",
+            va="bottom",
+        )
+        if "object_box" in batch:
+            x1, y1, x2, y2 = (batch["object_box"][row] * side).tolist()
+            axes[row, 0].add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=1.2))
+        overlay(axes[row, 1], batch["relevance"][row].numpy(), side)
+        overlay(axes[row, 2], scores[row].view(zoomer.grid, zoomer.grid).numpy(), side)
+        for x1, y1, x2, y2 in token_boxes(tokens[row], model.coarse_grid, side).tolist():
+            fine = x2 - x1 < side // model.coarse_grid
+            axes[row, 3].add_patch(
+                Rectangle(
+                    (x1, y1),
+                    x2 - x1,
+                    y2 - y1,
+                    fill=False,
+                    edgecolor="red" if fine else "white",
+                    linewidth=0.8 if fine else 0.4,
+                )
+            )
+    figure.tight_layout(pad=0.3)
+    with commit(out) as tmp:
+        figure.savefig(tmp, format="png", dpi=130)
+    plt.close(figure)
+
+
+def overlay(axes: Axes, relevance: np.ndarray, side: int) -> None:
+    """Lay a map [gh, gw] over the image that is shown on `axes`."""
+    axes.imshow(relevance, extent=(0, side, side, 0), cmap="inferno", alpha=0.65, interpolation="bilinear", vmin=0.0)
