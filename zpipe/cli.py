@@ -1,0 +1,455 @@
+"""The command line: one verb per stage. Each parses, calls one function, and prints what came of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from zpipe.progress import ProgressBars, ProgressLines, progress_for
+from zpipe.schemas.errors import UsageError, ZpipeError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Relevance maps of a frozen ViT teacher at data-set scale, and ViTs that zoom where the class is decided. Try `zpipe demo`.",
+)
+maps_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into a relevance store.")
+app.add_typer(maps_app, name="maps")
+
+out = Console()
+err = Console(stderr=True)
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any other setting, dotted where nested: train.opt=muon, view.flip=0. Repeatable.",
+    ),
+]
+ModelArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        metavar="KEY=VALUE",
+        help="Argument of the model's constructor: patch_size=8, depth=6. Repeatable.",
+    ),
+]
+
+
+@contextmanager
+def reporting() -> Iterator[ProgressBars | ProgressLines]:
+    """Progress while a verb runs; what users can act on becomes one line and an exit code."""
+    try:
+        with progress_for(err) as progress:
+            yield progress
+    except ZpipeError as error:
+        fail(str(error), error.details, error.exit_code)
+    except OSError as error:
+        fail(
+            f"{error.filename or 'system'}: {error.strerror or error}; free space or fix permissions, then run again",
+            (),
+            1,
+        )
+    except KeyboardInterrupt:
+        fail("interrupted; run the same command again to go on", (), 130)
+
+
+def fail(message: str, details: tuple[str, ...], code: int) -> None:
+    """Print `error: message` and its details to standard error, and exit."""
+    print(f"error: {message}", file=sys.stderr)
+    for line in details:
+        print(f"  {line}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def parse_settings(pairs: list[str] | None, option: str) -> dict[str, Any]:
+    """`key=value` pairs; values are JSON where they parse as such, text otherwise."""
+    settings: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{option} {pair}: write it as key=value")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings
+
+
+def parse_numbers(text: str, kind: type, option: str) -> tuple:
+    """A comma-separated list of numbers."""
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: write numbers separated by commas, such as 0,0.1,0.5") from error
+
+
+@app.command("make-shards")
+def make_shards_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of images (a sub-folder a class, or a labels.csv), or 'scenes' for the embedded data."
+        ),
+    ],
+    output: Annotated[Path | None, typer.Argument(help="Folder for the tars and their index; new or empty.")] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images per tar at most.")] = 1000,
+    keys: Annotated[
+        str, typer.Option(help="Key of an image: 'stem' (file name) or 'path' (with its folders).")
+    ] = "stem",
+    seed: Annotated[int, typer.Option(help="Seed of the order of images, and of scenes.")] = 0,
+    no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="Keep the order of folders and files.")] = False,
+    count: Annotated[int, typer.Option(help="Scenes to make.")] = 10000,
+    split: Annotated[str, typer.Option(help="Split of the scenes: train or val; they share no digit.")] = "train",
+    image_size: Annotated[int | None, typer.Option(help="Pixels a side of a scene.")] = None,
+    settings: Sets = None,
+    index_only: Annotated[
+        bool, typer.Option("--index-only", help="SOURCE holds tars already: only write their shards.json.")
+    ] = False,
+) -> None:
+    """Images into WebDataset tars: key.jpg (original bytes), key.cls, key.json, and a shards.json.
+
+    Images that can't be decoded are listed in quarantine.csv; the rest is written, and the exit code is 1.
+    """
+    with reporting() as progress:
+        from zpipe.pipeline.make_shards import FolderSource, SceneSource, index_shards, make_shards, scene_config
+
+        if index_only:
+            index = index_shards(Path(source), progress=progress)
+            out.print(f"{source}: {index.count} images in {len(index.shards)} shards indexed")
+            return
+        if output is None:
+            raise UsageError("give an output folder: zpipe make-shards SOURCE OUTPUT")
+        if keys not in ("stem", "path"):
+            raise UsageError(f"--keys {keys}: choose stem or path")
+        if source == "scenes":
+            config = scene_config(image_size, parse_settings(settings, "--set"))
+            chosen = SceneSource(count=count, split=split, seed=seed, config=config, shard_size=shard_size)
+        else:
+            if settings or image_size:
+                raise UsageError("--image-size and --set belong to the embedded scenes; image folders have neither")
+            chosen = FolderSource(
+                Path(source), shard_size=shard_size, shuffle_seed=None if no_shuffle else seed, key_rule=keys
+            )
+        report = make_shards(chosen, output, progress=progress)
+        out.print(
+            f"{output}: {report.count} images in {report.shards} shards ({report.written} written now)", highlight=False
+        )
+        if report.quarantined:
+            raise ZpipeError(
+                f"{output / 'quarantine.csv'}: {len(report.quarantined)} unreadable images were put aside; mend or remove them at the source",
+                [f"{item.file}: {item.reason}" for item in report.quarantined[:20]],
+            )
+
+
+@app.command("extract-teacher-maps")
+def extract_command(
+    shards: Annotated[Path, typer.Argument(help="Folder of tar shards, or one tar.")],
+    output: Annotated[
+        Path, typer.Option("--out", help="Folder of the relevance store; new, empty, or one to go on with.")
+    ],
+    teacher: Annotated[
+        str | None, typer.Option(help="timm model; default deit_base_patch16_224, or what the weights folder says.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="Weights file, folder of a finished train-vit run, 'pretrained', or 'random'.")
+    ] = "pretrained",
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes of the teacher, where neither weights nor model tell.")
+    ] = None,
+    model_arg: ModelArgs = None,
+    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    executor: Annotated[
+        str, typer.Option(help="'ray' (local when no cluster is given) or 'local' (this process).")
+    ] = "ray",
+    address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster; default RAY_ADDRESS, else this machine.")
+    ] = None,
+    actors: Annotated[int, typer.Option(min=0, help="Worker processes; 0 chooses.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each worker; 0 chooses.")] = 0,
+    gpus_per_actor: Annotated[float, typer.Option(min=0, help="GPUs of each worker; 0 chooses.")] = 0.0,
+    batch_size: Annotated[int, typer.Option(min=0, help="Images at once; 0 chooses (8 on CPU, 64 on GPU).")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Run a frozen teacher over tar shards and store its relevance maps for each image's own label.
+
+    One tar gives one map shard. Shards that are done are kept, so the same command goes on after an interruption.
+    """
+    with reporting() as progress:
+        from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
+
+        if executor not in ("ray", "local"):
+            raise UsageError(f"--executor {executor}: choose ray or local")
+        if weights == "random":
+            print(
+                "warning: random weights were asked for: these maps mean nothing; the manifest says so", file=sys.stderr
+            )
+        config = ExtractConfig(
+            teacher=teacher,
+            weights=weights,
+            num_classes=num_classes,
+            teacher_args=parse_settings(model_arg, "--model-arg"),
+            seed=seed,
+            executor=executor,
+            batch_size=batch_size,
+            actors=actors,
+            threads=threads,
+            gpus_per_actor=gpus_per_actor,
+            address=address,
+            device=device,
+        )
+        report = extract_teacher_maps(shards, output, config, progress=progress)
+        out.print(
+            f"{output}: {report.count} maps in {report.shards} shards ({report.extracted} extracted now)",
+            highlight=False,
+        )
+        if report.problems:
+            raise ZpipeError(
+                f"{output}: {len(report.problems)} images have no usable map; the store is whole and says which",
+                report.problems[:20],
+            )
+
+
+@app.command("train-zoomer")
+def train_zoomer_command(
+    shards: Annotated[Path, typer.Argument(help="Folder of tar shards.")],
+    maps: Annotated[Path, typer.Option(help="Relevance store made from these shards.")],
+    output: Annotated[Path, typer.Option("--out", help="Folder of the run; new, empty, or one to go on with.")],
+    num_blocks: Annotated[int, typer.Option(help="Residual blocks: 2, 4 or 6.")] = 4,
+    image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
+    epochs: Annotated[float, typer.Option(help="Epochs; fractions are allowed.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.01,
+    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 1,
+    missing: Annotated[str, typer.Option(help="Samples without a usable map: error, skip or uniform.")] = "error",
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    settings: Sets = None,
+) -> None:
+    """Stage 1: teach a small convolutional Zoomer to predict the teacher's maps from the image alone."""
+    with reporting() as progress:
+        from zpipe.train.settings import with_settings
+        from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
+
+        flags = {"num_blocks": num_blocks, "image_size": image_size, "missing": missing}
+        flags |= {
+            "train.epochs": epochs,
+            "train.batch_size": batch_size,
+            "train.lr": lr,
+            "train.num_workers": num_workers,
+        }
+        flags |= {"train.seed": seed, "train.device": device}
+        config = with_settings(ZoomerConfig(), flags | parse_settings(settings, "--set"))
+        train_zoomer(shards, maps, output, config, progress=progress)
+        out.print(
+            f"{output}: zoomer ready; measure it with: zpipe evaluate {output} VAL_SHARDS --maps VAL_MAPS",
+            highlight=False,
+        )
+
+
+@app.command("train-vit")
+def train_vit_command(
+    shards: Annotated[Path, typer.Argument(help="Folder of tar shards.")],
+    output: Annotated[Path, typer.Option("--out", help="Folder of the run; new, empty, or one to go on with.")],
+    model: Annotated[
+        str, typer.Option(help="zoomvit_{tiny,small,base}_patch16_224, or any timm classifier (no zoom).")
+    ] = "zoomvit_small_patch16_224",
+    model_arg: ModelArgs = None,
+    zoomer: Annotated[Path | None, typer.Option(help="Finished train-zoomer run that scores the image.")] = None,
+    maps: Annotated[
+        Path | None, typer.Option(help="Relevance store whose maps are the scores, instead of a zoomer.")
+    ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Finished run to start from (a plain ViT may start a ZoomViT).")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes; default those that the shards name.")] = None,
+    image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
+    epochs: Annotated[float, typer.Option(help="Epochs; fractions are allowed.")] = 300,
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 1,
+    missing: Annotated[str, typer.Option(help="Samples without a usable map: error, skip or uniform.")] = "error",
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    settings: Sets = None,
+) -> None:
+    """Stage 2: train a ZoomViT under a frozen zoomer (or cached maps), or a plain timm ViT without zoom."""
+    with reporting() as progress:
+        from zpipe.train.settings import with_settings
+        from zpipe.train.train_vit import VitConfig, train_vit
+
+        flags = {"model": model, "model_args": parse_settings(model_arg, "--model-arg"), "num_classes": num_classes}
+        flags |= {"image_size": image_size, "missing": missing, "init_from": str(init_from) if init_from else None}
+        flags |= {
+            "train.epochs": epochs,
+            "train.batch_size": batch_size,
+            "train.lr": lr,
+            "train.num_workers": num_workers,
+        }
+        flags |= {"train.seed": seed, "train.device": device}
+        config = with_settings(VitConfig(), flags | parse_settings(settings, "--set"))
+        train_vit(shards, output, config, zoomer=zoomer, maps=maps, progress=progress)
+        out.print(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS", highlight=False)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="Finished train-vit or train-zoomer run.")],
+    shards: Annotated[Path, typer.Argument(help="Folder of validation shards.")],
+    alphas: Annotated[str, typer.Option(help="Thresholds of a ZoomViT, comma-separated.")] = "0,0.05,0.1,0.2,0.5,1",
+    budgets: Annotated[
+        str, typer.Option(help="Numbers of zoomed cells per image, comma-separated, beside the thresholds.")
+    ] = "",
+    maps: Annotated[Path | None, typer.Option(help="Relevance store of these shards (needed for a zoomer).")] = None,
+    scores: Annotated[str, typer.Option(help="A ZoomViT's scores: its own 'zoomer', or the 'maps' given.")] = "zoomer",
+    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Results file; default evaluation.json in the run.")
+    ] = None,
+) -> None:
+    """Top-1, mean tokens, GMACs and images/s of a ViT, for each alpha; or a zoomer's distance to its teacher."""
+    with reporting() as progress:
+        from zpipe.train.evaluate import EvalConfig, evaluate
+
+        config = EvalConfig(
+            alphas=parse_numbers(alphas, float, "--alphas"),
+            budgets=parse_numbers(budgets, int, "--budgets"),
+            scores=scores,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=device,
+        )
+        target = json_path or run / "evaluation.json"
+        result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
+    print_rows(result["rows"], title=str(run))
+    out.print(f"written to {target}", highlight=False)
+
+
+def print_rows(rows: list[dict[str, Any]], title: str) -> None:
+    """Rows with the same columns as a table on standard output."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name in ("setting", "model") else "right")
+    for row in rows:
+        table.add_row(
+            *(
+                value if isinstance(value, str) else f"{value:.4g}" if isinstance(value, float) else str(value)
+                for value in row.values()
+            )
+        )
+    out.print(table)
+
+
+@maps_app.command("info")
+def maps_info(store: Annotated[Path, typer.Argument(help="Relevance store.")]) -> None:
+    """What a store holds and where it comes from."""
+    with reporting():
+        from zpipe.pipeline.inspection import store_figures
+
+        figures = store_figures(store)
+        origin = figures.manifest.provenance
+        table = Table(show_header=False, title=str(store), title_justify="left")
+        statuses = ", ".join(f"{count} {status}" for status, count in figures.manifest.statuses.items())
+        table.add_row("maps", f"{figures.manifest.count} ({statuses}) in {len(figures.manifest.shards)} shards")
+        table.add_row(
+            "size", f"{figures.bytes / 1e6:.1f} MB, {figures.bytes / max(1, figures.manifest.count):.0f} bytes a sample"
+        )
+        table.add_row("teacher", f"{origin.teacher}, weights {origin.weights}, digest {origin.teacher_digest[:12]}")
+        table.add_row(
+            "method",
+            f"{origin.method}, target {origin.target}, frame {origin.frame}, grid {origin.grid[0]} x {origin.grid[1]}",
+        )
+        table.add_row("teacher's top-1", f"{figures.teacher_top1:.1%} on these labels")
+        table.add_row("quantiles", "5 %, 25 %, 50 %, 75 %, 95 %")
+        for name in ("entropy", "log10_scale", "top10_mass"):
+            table.add_row(name, ", ".join(f"{value:.3g}" for value in getattr(figures, name)))
+        table.add_row("made from", figures.manifest.source)
+        out.print(table)
+
+
+@maps_app.command("verify")
+def maps_verify(
+    store: Annotated[Path, typer.Argument(help="Relevance store.")],
+    shards: Annotated[Path | None, typer.Option(help="The tars it was made from, to hold its keys against.")] = None,
+) -> None:
+    """Read every byte of a store and check it; exit code 1 and a line per problem when it isn't whole."""
+    with reporting() as progress:
+        from zpipe.pipeline.verify import verify_store
+
+        problems = verify_store(store, shards, progress=progress)
+        if problems:
+            raise ZpipeError(f"{store}: {len(problems)} problems", problems)
+        out.print(f"{store}: whole", highlight=False)
+
+
+@maps_app.command("show")
+def maps_show(
+    store: Annotated[Path, typer.Argument(help="Relevance store.")],
+    key: Annotated[str, typer.Argument(help="Key of a sample.")],
+    shards: Annotated[
+        Path | None, typer.Option(help="The tars it was made from; default where the manifest says.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--out", help="PNG to write; default KEY.png here.")] = None,
+) -> None:
+    """Image, map and overlay of one sample as a PNG."""
+    with reporting():
+        from zpipe.pipeline.inspection import show_map
+
+        path = show_map(store, key, output or Path(f"{key.replace('/', '_')}.png"), shards)
+        out.print(f"{path}: written", highlight=False)
+
+
+@app.command("demo")
+def demo_command(
+    output: Annotated[
+        Path, typer.Argument(help="Folder for everything the demo makes; new, empty, or one to go on with.")
+    ] = Path("demo-run"),
+    seed: Annotated[int, typer.Option()] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The same line in a minute, with too little data to learn anything.")
+    ] = False,
+) -> None:
+    """The whole line on embedded data in minutes: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, contact sheet."""
+    with reporting() as progress:
+        from zpipe.demo import run_demo
+
+        report = run_demo(
+            output, seed=seed, quick=quick, progress=progress, say=lambda line: err.print(line, highlight=False)
+        )
+    print_rows(report["rows"], title="validation scenes")
+    print_rows([report["maps"]], title="maps on validation scenes")
+    for line in report["notes"]:
+        out.print(line, highlight=False)
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Versions, PIL build, devices, Ray, shared memory, temp: exit code 1 on what would fail later."""
+    from zpipe.doctor import examine
+
+    findings = examine()
+    table = Table(show_header=False)
+    for finding in findings:
+        table.add_row("ok" if finding.ok else "PROBLEM", finding.name, finding.value)
+    out.print(table)
+    bad = [finding for finding in findings if not finding.ok]
+    if bad:
+        fail(f"{len(bad)} problems", tuple(f"{finding.name}: {finding.value}" for finding in bad), 1)
+
+
+def main() -> None:
+    """Entry point of the `zpipe` command."""
+    app(prog_name="zpipe")
