@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import CHECKPOINT_NAME, METRICS_NAME, load_checkpoint, save_checkpoint
 from zpipe.train.data.loader import RelevanceLoader
@@ -25,8 +25,9 @@ from zpipe.train.data.loader import RelevanceLoader
 class TrainConfig:
     """Settings of the loop. Durations are in epochs of the training shards; fractions are allowed.
 
-    opt: any optimizer name of timm. The learning rate rises linearly over `warmup_epochs` and falls as a cosine to
-    `min_lr`. clip_grad: bound of the global gradient norm, 0 for none. num_workers: data-loading processes.
+    opt: any optimizer name of timm; opt_args: further keyword arguments of its constructor (betas, nesterov).
+    The learning rate rises linearly over `warmup_epochs` and falls as a cosine to `min_lr`. clip_grad: bound of the
+    global gradient norm, 0 for none. num_workers: data-loading processes.
     """
 
     epochs: float = 100.0
@@ -36,8 +37,7 @@ class TrainConfig:
     min_lr: float = 0.0
     warmup_epochs: float = 0.0
     weight_decay: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.999
+    opt_args: dict[str, Any] = field(default_factory=dict)
     clip_grad: float = 0.0
     seed: int = 0
     num_workers: int = 1
@@ -76,9 +76,7 @@ def train(
     loader.set_epoch(0)
     steps_per_epoch = len(loader)
     total = max(1, round(config.epochs * steps_per_epoch))
-    optimizer = create_optimizer_v2(
-        model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, betas=(config.beta1, config.beta2)
-    )
+    optimizer = _optimizer(model, config)
     scheduler = CosineLRScheduler(
         optimizer,
         t_initial=total,
@@ -130,6 +128,17 @@ def train(
     figures = task.validate()
     _log(run, {"step": step, "epoch": epoch, **{f"val_{name}": value for name, value in figures.items()}})
     return figures
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    try:
+        return create_optimizer_v2(
+            model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **config.opt_args
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"optimizer {config.opt}: {' '.join(str(error).split())[:200]}; check train.opt and train.opt_args"
+        ) from error
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -52,7 +52,7 @@ class VitConfig:
     missing: str = "error"
     view: ViewConfig = field(default_factory=ViewConfig)
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(lr=1e-3, epochs=300, warmup_epochs=5, batch_size=128)
+        default_factory=lambda: TrainConfig(lr=1e-3, epochs=300.0, warmup_epochs=5.0, batch_size=128)
     )
 
 

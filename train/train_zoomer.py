@@ -36,7 +36,7 @@ class ZoomerConfig:
     kl_direction: str = "student||teacher"
     missing: str = "error"
     view: ViewConfig = field(default_factory=ViewConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=0.01, epochs=100, batch_size=128))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=0.01, epochs=100.0, batch_size=128))
 
 
 class ZoomerTask:

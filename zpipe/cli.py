@@ -26,7 +26,8 @@ app = typer.Typer(
 maps_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into a relevance store.")
 app.add_typer(maps_app, name="maps")
 
-out = Console()
+# Off a terminal rich assumes 80 columns and cuts what is wider; a file has room.
+out = Console(width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
 
 Sets = Annotated[
@@ -63,6 +64,11 @@ def reporting() -> Iterator[ProgressBars | ProgressLines]:
         )
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to go on", (), 130)
+
+
+def tell(line: str) -> None:
+    """Print a line of a result, unbroken however narrow the terminal is."""
+    out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def fail(message: str, details: tuple[str, ...], code: int) -> None:
@@ -143,9 +149,7 @@ def make_shards_command(
                 Path(source), shard_size=shard_size, shuffle_seed=None if no_shuffle else seed, key_rule=keys
             )
         report = make_shards(chosen, output, progress=progress)
-        out.print(
-            f"{output}: {report.count} images in {report.shards} shards ({report.written} written now)", highlight=False
-        )
+        tell(f"{output}: {report.count} images in {report.shards} shards ({report.written} written now)")
         if report.quarantined:
             raise ZpipeError(
                 f"{output / 'quarantine.csv'}: {len(report.quarantined)} unreadable images were put aside; mend or remove them at the source",
@@ -210,10 +214,7 @@ def extract_command(
             device=device,
         )
         report = extract_teacher_maps(shards, output, config, progress=progress)
-        out.print(
-            f"{output}: {report.count} maps in {report.shards} shards ({report.extracted} extracted now)",
-            highlight=False,
-        )
+        tell(f"{output}: {report.count} maps in {report.shards} shards ({report.extracted} extracted now)")
         if report.problems:
             raise ZpipeError(
                 f"{output}: {len(report.problems)} images have no usable map; the store is whole and says which",
@@ -252,10 +253,7 @@ def train_zoomer_command(
         flags |= {"train.seed": seed, "train.device": device}
         config = with_settings(ZoomerConfig(), flags | parse_settings(settings, "--set"))
         train_zoomer(shards, maps, output, config, progress=progress)
-        out.print(
-            f"{output}: zoomer ready; measure it with: zpipe evaluate {output} VAL_SHARDS --maps VAL_MAPS",
-            highlight=False,
-        )
+        tell(f"{output}: zoomer ready; measure it with: zpipe evaluate {output} VAL_SHARDS --maps VAL_MAPS")
 
 
 @app.command("train-vit")
@@ -300,7 +298,7 @@ def train_vit_command(
         flags |= {"train.seed": seed, "train.device": device}
         config = with_settings(VitConfig(), flags | parse_settings(settings, "--set"))
         train_vit(shards, output, config, zoomer=zoomer, maps=maps, progress=progress)
-        out.print(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS", highlight=False)
+        tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")
 
 
 @app.command("evaluate")
@@ -335,7 +333,7 @@ def evaluate_command(
         target = json_path or run / "evaluation.json"
         result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
     print_rows(result["rows"], title=str(run))
-    out.print(f"written to {target}", highlight=False)
+    tell(f"written to {target}")
 
 
 def print_rows(rows: list[dict[str, Any]], title: str) -> None:
@@ -392,7 +390,7 @@ def maps_verify(
         problems = verify_store(store, shards, progress=progress)
         if problems:
             raise ZpipeError(f"{store}: {len(problems)} problems", problems)
-        out.print(f"{store}: whole", highlight=False)
+        tell(f"{store}: whole")
 
 
 @maps_app.command("show")
@@ -409,7 +407,7 @@ def maps_show(
         from zpipe.pipeline.inspection import show_map
 
         path = show_map(store, key, output or Path(f"{key.replace('/', '_')}.png"), shards)
-        out.print(f"{path}: written", highlight=False)
+        tell(f"{path}: written")
 
 
 @app.command("demo")
@@ -427,12 +425,12 @@ def demo_command(
         from zpipe.demo import run_demo
 
         report = run_demo(
-            output, seed=seed, quick=quick, progress=progress, say=lambda line: err.print(line, highlight=False)
+            output, seed=seed, quick=quick, progress=progress, say=lambda line: print(line, file=sys.stderr)
         )
     print_rows(report["rows"], title="validation scenes")
     print_rows([report["maps"]], title="maps on validation scenes")
     for line in report["notes"]:
-        out.print(line, highlight=False)
+        tell(line)
 
 
 @app.command("doctor")

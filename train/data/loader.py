@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ class _Batches(torch.utils.data.IterableDataset):
         worker = info.id if info else 0
         mine = [loader.shards[i] for i in loader._mine(loader.rank, worker)]
         lane = [loader.seed, self.epoch, loader.rank, worker]
-        stages: list[Any] = [mine, _read_all]
+        stages: list[Any] = [partial(iter, mine), _read_all]
         if loader.maps is not None:
             stages.append(join_maps(loader.maps, loader.missing))
         if loader.train:
@@ -180,8 +181,6 @@ def _viewer(loader: RelevanceLoader, rng: np.random.Generator):
             try:
                 image = decode(sample.image)
             except (OSError, ValueError, SyntaxError) as error:
-                if loader.missing == "skip":
-                    continue
                 raise ZpipeError(
                     f"{where}: can't be decoded ({error}); make the shards again, which puts it aside"
                 ) from error
