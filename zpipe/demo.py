@@ -1,0 +1,322 @@
+"""The whole line on the embedded data: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, contact sheet.
+
+Every stage is the one that users run on their own data; this file only says with which settings and in which order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
+from zpipe.pipeline.make_shards import SceneSource, make_shards
+from zpipe.pipeline.scenes import SceneConfig
+from zpipe.schemas.atomic import claim_folder, read_json, write_json
+from zpipe.schemas.errors import UsageError
+from zpipe.schemas.progress import Progress, silent
+from zpipe.train.data.transforms import ViewConfig
+from zpipe.train.evaluate import EvalConfig, evaluate
+from zpipe.train.loop import TrainConfig
+from zpipe.train.report import contact_sheet
+from zpipe.train.train_vit import VitConfig, train_vit
+from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
+
+MARKER = "demo.json"
+REPORT = "report.json"
+SHEET = "contact_sheet.png"
+
+SIDE = 48  # pixels of a scene
+COARSE = 8  # pixels of an unzoomed patch; the digits are 11 to 13
+PLAIN = 6  # pixels of the control's patches: 64 tokens, a ZoomViT with 9 zoomed cells has 63
+BUDGETS = (0, 3, 4, 6, 9)  # zoomed cells; a digit touches four at most places
+SHOWN_BUDGET = 4
+BODY = {"embed_dim": 96, "depth": 6, "num_heads": 3}
+TEACHER = {"patch_size": 4} | BODY
+BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """One step of the teacher's curriculum: a small scene with few distractors first, then the real one.
+
+    A plain ViT that starts on the real scenes stays at chance for as long as the whole demo may take.
+    """
+
+    side: int
+    pieces: tuple[int, int]
+    scenes: int
+    steps: int
+    lr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSize:
+    """How much of everything. The last lesson's scenes also train both students."""
+
+    lessons: tuple[Lesson, ...]
+    map_scenes: int
+    val_scenes: int
+    zoomer_steps: int
+    vit_steps: int
+
+
+FULL = DemoSize(
+    lessons=(
+        Lesson(side=16, pieces=(0, 0), scenes=20_000, steps=400, lr=5e-3),
+        Lesson(side=24, pieces=(1, 2), scenes=20_000, steps=300, lr=5e-3),
+        Lesson(side=SIDE, pieces=(4, 5), scenes=30_000, steps=225, lr=4e-3),
+    ),
+    map_scenes=3_000,
+    val_scenes=2_000,
+    zoomer_steps=250,
+    vit_steps=240,
+)
+QUICK = DemoSize(
+    lessons=(
+        Lesson(side=16, pieces=(0, 0), scenes=192, steps=3, lr=5e-3),
+        Lesson(side=SIDE, pieces=(4, 5), scenes=192, steps=3, lr=4e-3),
+    ),
+    map_scenes=192,
+    val_scenes=64,
+    zoomer_steps=3,
+    vit_steps=3,
+)
+
+
+def run_demo(
+    out: Path,
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    progress: Progress = silent,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Run every stage into `out`; a folder that a demo was begun in is gone on with.
+
+    Returns {rows, maps, seconds, notes} and leaves them as `report.json`, beside `contact_sheet.png`. quick: the same
+    line on almost no data, to see that it runs. Errors: :class:`UsageError` when `out` holds something else.
+    """
+    out = Path(out)
+    claim_folder(out, MARKER, "demo")
+    settings = {"format": "zpipe-demo", "seed": seed, "quick": quick}
+    if (out / MARKER).is_file():
+        if read_json(out / MARKER, "a demo's settings") != settings:
+            raise UsageError(f"{out}: holds a demo with other settings; give another folder")
+    else:
+        write_json(out / MARKER, settings)
+    if (out / REPORT).is_file() and (out / SHEET).is_file():
+        say(f"{out}: finished before; this is its report")
+        return read_json(out / REPORT, "a demo's report")
+    report = _Demo(out, seed, QUICK if quick else FULL, progress, say).run()
+    write_json(out / REPORT, report)
+    return report
+
+
+class _Demo:
+    def __init__(self, out: Path, seed: int, size: DemoSize, progress: Progress, say: Callable[[str], None]) -> None:
+        self.out, self.seed, self.size, self._progress, self._say = out, seed, size, progress, say
+        self._stage = ""
+        self.train_shards = self.out / "scenes" / f"{SIDE}px"
+        self.map_shards = self.out / "scenes" / "maps"
+        self.val_shards = self.out / "scenes" / "val"
+        self.seconds: dict[str, float] = {}
+        self.results: dict[str, Any] = {}
+
+    def run(self) -> dict[str, Any]:
+        stages: list[tuple[str, Callable[[], str]]] = [("scenes", self._scenes)]
+        for number in range(len(self.size.lessons)):
+            stages.append((f"teacher-{self.size.lessons[number].side}px", lambda n=number: self._lesson(n)))
+        stages += [
+            ("teacher-evaluation", self._evaluate_teacher),
+            ("maps", self._maps),
+            ("zoomer", self._zoomer),
+            ("zoomer-evaluation", self._evaluate_zoomer),
+            ("zoomvit", self._zoomvit),
+            ("plain-vit", self._plain),
+            ("evaluation", self._evaluate_vits),
+            ("contact-sheet", self._sheet),
+        ]
+        for number, (name, stage) in enumerate(stages, start=1):
+            self._stage = f"{number}/{len(stages)} {name}"
+            begun = time.monotonic()
+            told = stage()
+            self.seconds[name] = round(time.monotonic() - begun, 1)
+            self._say(f"{self._stage}: {told} ({self.seconds[name]:.0f} s)")
+        return {
+            "rows": self._rows(),
+            "maps": self._map_figures(),
+            "seconds": self.seconds | {"all": round(sum(self.seconds.values()), 1)},
+            "notes": self._notes(),
+        }
+
+    def _show(self, stage: str, done: int, total: int, **facts: object) -> None:
+        self._progress(self._stage, done, total, **facts)
+
+    def _scenes(self) -> str:
+        wanted = [(f"{lesson.side}px", lesson.scenes, "train", lesson, 0) for lesson in self.size.lessons]
+        last = self.size.lessons[-1]
+        wanted += [("maps", self.size.map_scenes, "train", last, 1), ("val", self.size.val_scenes, "val", last, 2)]
+        for name, count, split, lesson, offset in wanted:
+            config = SceneConfig(image_size=lesson.side, pieces=lesson.pieces)
+            source = SceneSource(
+                count=count, split=split, seed=3 * self.seed + offset, config=config, shard_size=min(1000, count // 2)
+            )
+            make_shards(source, self.out / "scenes" / name, progress=self._show)
+        return f"{sum(count for _, count, *_ in wanted):,} made"
+
+    def _recipe(self, scenes: int, steps: int, lr: float) -> TrainConfig:
+        epoch = scenes // BATCH  # steps in an epoch; its last batch, not full, is dropped
+        return TrainConfig(
+            epochs=steps / epoch,
+            warmup_epochs=min(20, steps // 3) / epoch,
+            batch_size=BATCH,
+            opt="muon",
+            opt_args={"nesterov": True},
+            lr=lr,
+            clip_grad=1.0,
+            seed=self.seed,
+            device="cpu",
+        )
+
+    def _view(self, shift: int, side: int) -> ViewConfig:
+        """Digits can't be mirrored, and filling the frame is what they are told by: only small shifts."""
+        least = ((side - shift) / side) ** 2
+        return ViewConfig(crop_scale=(least, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, crop_pct=1.0)
+
+    def _vit(self, steps: int, lr: float, lesson: Lesson, **settings: Any) -> VitConfig:
+        return VitConfig(
+            image_size=lesson.side,
+            view=self._view(1 if lesson.side < 24 else 2, lesson.side),
+            train=self._recipe(lesson.scenes, steps, lr),
+            **settings,
+        )
+
+    def _teacher_run(self, number: int) -> Path:
+        last = number == len(self.size.lessons) - 1
+        return self.out / ("teacher" if last else f"teacher-{self.size.lessons[number].side}px")
+
+    def _lesson(self, number: int) -> str:
+        lesson = self.size.lessons[number]
+        before = str(self._teacher_run(number - 1)) if number else None
+        config = self._vit(
+            lesson.steps, lesson.lr, lesson, model="deit_tiny_patch16_224", model_args=TEACHER, init_from=before
+        )
+        shards = self.out / "scenes" / f"{lesson.side}px"
+        train_vit(shards, self._teacher_run(number), config, progress=self._show)
+        return f"{lesson.steps} steps"
+
+    def _evaluate_teacher(self) -> str:
+        self.results["teacher"] = self._evaluate("teacher")[0]
+        return f"top-1 {self.results['teacher']['top1']:.1%}"
+
+    def _evaluate(self, run: str, **settings: Any) -> list[dict[str, Any]]:
+        maps = self.out / "maps" / "val" if settings.get("scores") == "maps" or run == "zoomer" else None
+        config = EvalConfig(batch_size=100, device="cpu", **settings)
+        name = "evaluation-maps.json" if settings.get("scores") == "maps" else "evaluation.json"
+        target = self.out / run / name
+        return evaluate(self.out / run, self.val_shards, config, maps=maps, out=target, progress=self._show)["rows"]
+
+    def _maps(self) -> str:
+        config = ExtractConfig(weights=str(self.out / "teacher"), batch_size=32, device="cpu")
+        count = 0
+        for shards, name in ((self.map_shards, "train"), (self.val_shards, "val")):
+            count += extract_teacher_maps(shards, self.out / "maps" / name, config, progress=self._show).count
+        return f"{count:,} extracted on Ray"
+
+    def _zoomer(self) -> str:
+        config = ZoomerConfig(
+            num_blocks=2,
+            width=32,
+            image_size=SIDE,
+            view=self._view(8, SIDE),
+            train=self._recipe(self.size.map_scenes, self.size.zoomer_steps, 4e-3),
+        )
+        train_zoomer(self.map_shards, self.out / "maps" / "train", self.out / "zoomer", config, progress=self._show)
+        return f"{self.size.zoomer_steps} steps"
+
+    def _evaluate_zoomer(self) -> str:
+        self.results["zoomer"] = self._evaluate("zoomer")[0]
+        row = self.results["zoomer"]
+        return f"peak in the digit's box: teacher {row['teacher_pointing_game']:.1%}, zoomer {row['pointing_game']:.1%}"
+
+    def _zoomvit(self) -> str:
+        config = self._vit(
+            self.size.vit_steps,
+            3e-3,
+            self.size.lessons[-1],
+            model="zoomvit_tiny_patch16_224",
+            model_args={"patch_size": COARSE // 2, "zoom_factor": 0.5} | BODY,
+            init_from=str(self.out / "teacher"),
+            zoom_draw="budget",
+            max_zoomed=max(BUDGETS),
+        )
+        train_vit(self.train_shards, self.out / "zoomvit", config, zoomer=self.out / "zoomer", progress=self._show)
+        return f"{self.size.vit_steps} steps from the teacher's weights"
+
+    def _plain(self) -> str:
+        config = self._vit(
+            self.size.vit_steps,
+            3e-3,
+            self.size.lessons[-1],
+            model="deit_tiny_patch16_224",
+            model_args={"patch_size": PLAIN} | BODY,
+            init_from=str(self.out / "teacher"),
+        )
+        train_vit(self.train_shards, self.out / "plain", config, progress=self._show)
+        return f"{self.size.vit_steps} steps from the teacher's weights"
+
+    def _evaluate_vits(self) -> str:
+        self.results["zoomvit"] = self._evaluate("zoomvit", alphas=(), budgets=BUDGETS)
+        self.results["zoomvit-maps"] = self._evaluate("zoomvit", alphas=(), budgets=(SHOWN_BUDGET,), scores="maps")
+        self.results["plain"] = self._evaluate("plain")[0]
+        best = max(self.results["zoomvit"], key=lambda row: row["top1"])
+        return f"ZoomViT at best {best['top1']:.1%}, plain ViT {self.results['plain']['top1']:.1%}"
+
+    def _sheet(self) -> str:
+        path = self.out / SHEET
+        contact_sheet(self.out / "zoomvit", self.val_shards, self.out / "maps" / "val", path, budget=SHOWN_BUDGET)
+        return str(path)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = [("teacher, plain 4 px", self.results["teacher"]), (f"plain {PLAIN} px", self.results["plain"])]
+        rows += [(f"ZoomViT {row['setting']}", row) for row in self.results["zoomvit"]]
+        rows += [(f"ZoomViT {row['setting']}, teacher's maps", row) for row in self.results["zoomvit-maps"]]
+        return [_row(name, row) for name, row in rows]
+
+    def _map_figures(self) -> dict[str, Any]:
+        return {name: value for name, value in self.results["zoomer"].items() if name != "setting"}
+
+    def _notes(self) -> list[str]:
+        zoomer, plain = self.results["zoomer"], self.results["plain"]
+        notes = [
+            f"the peak of the map lies in the digit's box (share of the area: {zoomer['box_share']:.1%}) in "
+            f"{zoomer['teacher_pointing_game']:.1%} of scenes for the teacher, {zoomer['pointing_game']:.1%} for the zoomer",
+            f"both students start from the teacher's weights and take {self.size.vit_steps} steps",
+            "the teacher's maps as scores know the label; they show what a perfect imitation of the teacher would give",
+        ]
+        for counted, told in ((False, "not counted"), (True, "counted")):
+            macs = {row["setting"]: row["gmacs"] + counted * row["gmacs_zoomer"] for row in self.results["zoomvit"]}
+            row = min(self.results["zoomvit"], key=lambda row: abs(macs[row["setting"]] - plain["gmacs"]))
+            notes.append(
+                f"at the plain ViT's {plain['gmacs']:.4f} GMACs and {plain['top1']:.1%}: ZoomViT {row['setting']} with "
+                f"{macs[row['setting']]:.4f} GMACs, the zoomer {told}: {row['top1']:.1%}"
+            )
+        return [
+            *notes,
+            f"all of it took {sum(self.seconds.values()) / 60:.1f} minutes; the picture: {self.out / SHEET}",
+        ]
+
+
+def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model": name,
+        "top1": row["top1"],
+        "+-": row["top1_interval"],
+        "tokens": row["tokens"],
+        "gmacs": row["gmacs"],
+        "gmacs with zoomer": row["gmacs"] + row["gmacs_zoomer"],
+        "images/s": row["images_per_s"],
+    }
