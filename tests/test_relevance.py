@@ -496,14 +496,15 @@ def bad(model, images, targets, case):
         "class -1 is outside": (images, torch.tensor([0, 1, -1])),
         "integers": (images, targets.double()),
         "targets have shape": (images, targets[:2]),
-        "3 images need one each": (images, targets[:, None]),
+        "3 images need": (images, targets[:, None, None]),
+        r"targets have shape \[3, 0\]": (images, targets[:, None][:, :0]),
         "meta": (images.to("meta"), targets),
     }[case]
 
 
 BAD = (
     "shape", r"\[B, 3, 16, 16\]", "images have shape", "float32", "image 1 ", "infinite", "class 5 is outside 0..4",
-    "class -1 is outside", "integers", "targets have shape", "3 images need one each", "meta",
+    "class -1 is outside", "integers", "targets have shape", "3 images need", r"targets have shape \[3, 0\]", "meta",
 )  # fmt: skip
 
 
