@@ -8,7 +8,7 @@ K target classes an image.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,9 @@ class Linear(NamedTuple):
         """The layer that computes only these outputs."""
         return Linear(self.weight[rows], None if self.bias is None else self.bias[rows])
 
+    def to(self, dtype: torch.dtype) -> Linear:
+        return Linear(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
@@ -66,8 +69,12 @@ class Normed(NamedTuple):
     def of(cls, norm: nn.LayerNorm, x: Tensor) -> Normed:
         return cls(*torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
 
+    def to(self, dtype: torch.dtype) -> Normed:
+        return Normed(*(part.to(dtype) for part in self))
+
     def grad(self, norm: nn.LayerNorm, x: Tensor, grad: Tensor) -> Tensor:
-        args = (norm.normalized_shape, self.mean, self.rstd, norm.weight, norm.bias)
+        weight = None if norm.weight is None else norm.weight.to(grad.dtype)
+        args = (norm.normalized_shape, self.mean, self.rstd, weight, None)
         return torch.ops.aten.native_layer_norm_backward(grad, x, *args, [True, False, False])[0]
 
 
@@ -90,6 +97,9 @@ class BlockRecord:
     mixed: Tensor  # [B, Q, D] what the MLP adds
     out: Tensor  # [B, Q, D]
 
+    def to(self, dtype: torch.dtype) -> BlockRecord:
+        return BlockRecord(**{field.name: getattr(self, field.name).to(dtype) for field in fields(self)})
+
 
 @dataclass(slots=True)
 class TopRecord:
@@ -99,6 +109,9 @@ class TopRecord:
     norm: Normed
     logits: Tensor  # [B, 1, classes]
 
+    def to(self, dtype: torch.dtype) -> TopRecord:
+        return TopRecord(self.x.to(dtype), self.norm.to(dtype), self.logits.to(dtype))
+
 
 class Recorded(NamedTuple):
     """A forward pass with everything a downward sweep needs."""
@@ -107,15 +120,11 @@ class Recorded(NamedTuple):
     top: TopRecord
     targets: Tensor  # int64 [B, K]
     single: bool  # the targets came as [B], so the maps leave without the K
-
-    @property
-    def logits(self) -> Tensor:
-        """[B, classes]"""
-        return self.top.logits[:, 0]
+    logits: Tensor  # [B, classes], in the model's dtype whatever that of the records
 
     def one_hot(self, k: int) -> Tensor:
-        """The k-th target of each image as [B, classes], in the dtype of the logits."""
-        return F.one_hot(self.targets[:, k], self.logits.shape[1]).to(self.logits.dtype)
+        """The k-th target of each image as [B, classes], in the dtype of the records."""
+        return F.one_hot(self.targets[:, k], self.logits.shape[1]).to(self.top.logits.dtype)
 
     def as_maps(self, model: VisionTransformer, rows: list[Tensor]) -> Tensor:
         """The class token's rows [B, N], one for each of the K targets -> maps [B, gh, gw] or [B, K, gh, gw].
@@ -127,27 +136,32 @@ class Recorded(NamedTuple):
         return maps[:, 0] if self.single else maps
 
 
-def record_forward(model: VisionTransformer, images: Tensor, targets: Targets) -> Recorded:
-    """Run the model on images [B, C, H, W] and settle which classes [B, K] are asked about.
+def record_forward(
+    model: VisionTransformer, images: Tensor, targets: Targets, dtype: torch.dtype | None = None
+) -> Recorded:
+    """Run the model on images [B, C, H, W] in its own dtype and settle which classes [B, K] are asked about.
 
-    What was asked has passed `check_request`. Errors: ValueError for targets made of the logits that don't fit.
+    The records are kept in `dtype` (None: the model's), and it is that in which the sweep computes. What was asked has passed `check_request`. Errors: ValueError for targets made of the logits that don't fit.
     """
-    blocks, top = _forward(model, images)
+    dtype = dtype or images.dtype
+    blocks, top = _forward(model, images, dtype)
+    logits = top.logits[:, 0]
     if not isinstance(targets, Tensor):
-        targets = targets(top.logits[:, 0])
+        targets = targets(logits)
         check_targets(model, targets, len(images))
     targets = targets.to(images.device, torch.int64)
     single = targets.ndim == 1
-    return Recorded(blocks, top, targets[:, None] if single else targets, single)
+    return Recorded(blocks, top.to(dtype), targets[:, None] if single else targets, single, logits)
 
 
-def _forward(model: VisionTransformer, images: Tensor) -> tuple[list[BlockRecord], TopRecord]:
+def _forward(model: VisionTransformer, images: Tensor, dtype: torch.dtype) -> tuple[list[BlockRecord], TopRecord]:
     # Below block 1's attention nothing carries relevance, so timm's own embedding serves; in eval it drops nothing.
     x = model._pos_embed(model.patch_embed(images))  # [B, N, D]
     records = []
     for number, block in enumerate(model.blocks, start=1):
-        records.append(_record_block(block, x, only_class_token=number == len(model.blocks)))
-        x = records[-1].out
+        record = _record_block(block, x, only_class_token=number == len(model.blocks))
+        x = record.out
+        records.append(record if dtype == x.dtype else record.to(dtype))
     norm = Normed.of(model.norm, x)  # [B, 1, D]
     logits = Linear.of(model.head).forward(norm.out)  # [B, 1, classes]
     return records, TopRecord(x, norm, logits)
