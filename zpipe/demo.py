@@ -67,7 +67,7 @@ FULL = DemoSize(
     lessons=(
         Lesson(side=16, pieces=(0, 0), scenes=20_000, steps=400, lr=5e-3),
         Lesson(side=24, pieces=(1, 2), scenes=20_000, steps=300, lr=5e-3),
-        Lesson(side=SIDE, pieces=(4, 5), scenes=30_000, steps=225, lr=4e-3),
+        Lesson(side=SIDE, pieces=(4, 5), scenes=16_000, steps=225, lr=4e-3),
     ),
     map_scenes=3_000,
     val_scenes=2_000,
