@@ -13,6 +13,7 @@ timm opens a finished ViT by itself: `timm.create_model("local-dir:RUN", pretrai
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ class Run:
 def begin_run(run: Path, kind: str, settings: dict[str, Any]) -> bool:
     """Claim `run` for these settings; True when the run is finished already.
 
+    Settings bind from the first checkpoint on; before it nothing is lost, and a mistake in them can be corrected.
     Errors: :class:`UsageError` when the folder holds something else; :class:`ZpipeError` showing the first setting in
     which it differs from the run that is there.
     """
@@ -76,15 +78,15 @@ def begin_run(run: Path, kind: str, settings: dict[str, Any]) -> bool:
     claim_folder(run, RUN_NAME, "training run")
     wanted = {"format": FORMAT, "version": VERSION, "kind": kind, "settings": settings}
     path = run / RUN_NAME
-    if path.is_file():
-        found = read_json(path, "the settings of a run")
-        if found.get("kind") != kind:
-            raise ZpipeError(f"{run}: holds a {found.get('kind')} run, this is {kind}; give another --out folder")
-        old = found.get("settings", {})
-        for name in sorted(set(old) | set(settings)):
-            if old.get(name) != settings.get(name):
+    found = read_json(path, "the settings of a run") if path.is_file() else wanted
+    if found.get("kind") != kind:
+        raise ZpipeError(f"{run}: holds a {found.get('kind')} run, this is {kind}; give another --out folder")
+    if (run / CHECKPOINT_NAME).is_file() or (run / CONFIG_NAME).is_file():
+        old, new = _dotted(found.get("settings", {})), _dotted(settings)
+        for name in sorted(set(old) | set(new)):
+            if old.get(name) != new.get(name):
                 raise ZpipeError(
-                    f"{run}: was begun with {name} = {old.get(name)!r}, now it is {settings.get(name)!r}; "
+                    f"{run}: was begun with {name} = {old.get(name)!r}, now it is {new.get(name)!r}; "
                     "give another --out folder, or the settings it was begun with"
                 )
     else:
@@ -92,10 +94,21 @@ def begin_run(run: Path, kind: str, settings: dict[str, Any]) -> bool:
     return (run / CONFIG_NAME).is_file()
 
 
+def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
 def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
     """Replace the run's checkpoint. Errors: :class:`ZpipeError`; the one before is then still there."""
-    with commit(Path(run) / CHECKPOINT_NAME) as tmp:
-        torch.save(state, tmp)
+    path = Path(run) / CHECKPOINT_NAME
+    with commit(path) as tmp:
+        try:
+            torch.save(state, tmp)
+        except RuntimeError as error:  # what torch's zip writer says to a full disk
+            raise ZpipeError(f"{path}: could not be written; free space, then run again to go on") from error
 
 
 def load_checkpoint(run: Path) -> dict[str, Any] | None:
@@ -105,9 +118,9 @@ def load_checkpoint(run: Path) -> dict[str, Any] | None:
         return None
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise ZpipeError(
-            f"{path}: not a readable checkpoint ({str(error).splitlines()[0]}); delete it to start over"
+            f"{path}: not a readable checkpoint ({_first_line(error)}); delete it to start over"
         ) from error
 
 
@@ -207,5 +220,9 @@ def _load_model(run: Path, config: dict[str, Any]) -> tuple[nn.Module, Preproces
     except (KeyError, TypeError, ValueError) as error:
         raise ZpipeError(f"{run / CONFIG_NAME}: not a complete model description ({error}); train again") from error
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ZpipeError(f"{path}: weights can't be read ({str(error).splitlines()[0]}); train again") from error
+        raise ZpipeError(f"{path}: weights can't be read ({_first_line(error)}); train again") from error
     return model, preprocessing
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
+from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import Run, load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
@@ -23,7 +24,7 @@ from zpipe.train.loop import resolve_device
 from zpipe.train.macs import count_macs
 from zpipe.train.metrics import mae, mse, pointing_game, spearman
 from zpipe.train.models.zoomvit import ZoomViT
-from zpipe.train.train_vit import check_labels
+from zpipe.train.train_vit import check_grid, check_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +97,9 @@ def evaluate(
     )
     device = resolve_device(config.device)
     if opened.kind == "zoomer":
-        if maps is None:
+        if loader.maps is None:
             raise UsageError(f"{run}: a zoomer is measured against its teacher's maps; give --maps")
+        check_grid(loader.maps, opened.model.grid)
         rows = [_evaluate_zoomer(opened, loader, device, progress)]
     else:
         rows = [asdict(row) for row in _evaluate_vit(opened, loader, config, device, progress)]
@@ -107,13 +109,17 @@ def evaluate(
     return result
 
 
-def _settings(opened: Run, config: EvalConfig, has_maps: bool) -> list[tuple[str, dict[str, Any]]]:
+def _settings(opened: Run, config: EvalConfig, store: RelevanceMaps | None) -> list[tuple[str, dict[str, Any]]]:
     if not isinstance(opened.model, ZoomViT):
         return [("plain", {})]
     if config.scores not in ("zoomer", "maps"):
         raise UsageError(f"--scores {config.scores}: choose zoomer or maps")
-    if config.scores == "maps" and not has_maps:
-        raise UsageError("--scores maps needs a store: give --maps")
+    if not config.alphas and not config.budgets:
+        raise UsageError("nothing to evaluate: give --alphas or --budgets")
+    if config.scores == "maps":
+        if store is None:
+            raise UsageError("--scores maps needs a store: give --maps")
+        check_grid(store, opened.model.score_grid)
     if config.scores == "zoomer" and opened.zoomer is None:
         raise UsageError(f"{opened.path}: was trained without a zoomer; give --maps STORE --scores maps")
     cells = opened.model.coarse_grid**2
@@ -131,7 +137,7 @@ def _settings(opened: Run, config: EvalConfig, has_maps: bool) -> list[tuple[str
 def _evaluate_vit(
     opened: Run, loader: RelevanceLoader, config: EvalConfig, device: torch.device, progress: Progress
 ) -> list[EvalRow]:
-    settings = _settings(opened, config, loader.maps is not None)
+    settings = _settings(opened, config, loader.maps)
     model = opened.model.to(device)
     zoomer = opened.zoomer.to(device) if opened.zoomer is not None and config.scores == "zoomer" else None
     tallies = {name: _Tally(lengths=Counter(), rates=[]) for name, _ in settings}

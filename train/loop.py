@@ -15,6 +15,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
+from zpipe.schemas.atomic import write_bytes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import CHECKPOINT_NAME, METRICS_NAME, load_checkpoint, save_checkpoint
@@ -44,6 +45,16 @@ class TrainConfig:
     log_every: int = 20
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        if self.epochs <= 0:
+            raise UsageError(f"train.epochs {self.epochs:g}: give a number above 0")
+        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "seed", "num_workers"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"train.{name} {getattr(self, name):g}: give a number >= 0")
+        for name in ("batch_size", "log_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"train.{name} {getattr(self, name)}: give a number >= 1")
+
 
 class Task(Protocol):
     """What is trained: `model`, its loss on a batch with figures worth logging, and a validation (may be empty)."""
@@ -55,12 +66,15 @@ class Task(Protocol):
 
 
 def resolve_device(asked: str) -> torch.device:
-    """`auto` is the CUDA device when there is one. Errors: :class:`ZpipeError` for a CUDA device that isn't there."""
+    """`auto` is the CUDA device when there is one. Errors: :class:`ZpipeError` for a device that isn't there."""
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if asked.startswith("cuda") and not torch.cuda.is_available():
         raise ZpipeError(f"device {asked}: torch sees no CUDA device here; use --device cpu")
-    return torch.device(asked)
+    try:
+        return torch.device(asked)
+    except RuntimeError as error:
+        raise UsageError(f"device {asked}: torch knows no such device; choose auto, cpu or cuda") from error
 
 
 def train(
@@ -88,9 +102,13 @@ def train(
     step, epoch = 0, 0
     state = load_checkpoint(run)
     if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, epoch = state["step"], state["epoch"]
+        try:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, epoch = state["step"], state["epoch"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ZpipeError(f"{run / CHECKPOINT_NAME}: not this run's checkpoint; delete it to start over") from error
+    _trim_log(run, step)
     figures: dict[str, float] = {}
     begun, seen = time.monotonic(), 0
     while step < total:
@@ -150,6 +168,14 @@ def _up_to(loader: RelevanceLoader, count: int) -> Iterator[dict[str, Any]]:
         if number == count:
             return
         yield batch
+
+
+def _trim_log(run: Path, step: int) -> None:
+    """Drop the lines of steps behind the checkpoint (and a torn last one): these steps are done again."""
+    path = run / METRICS_NAME
+    if path.is_file():
+        lines = path.read_bytes().split(b"\n")[:-1]
+        write_bytes(path, b"".join(line + b"\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 def _log(run: Path, line: dict[str, float]) -> None:

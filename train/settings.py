@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from zpipe.schemas.errors import UsageError
 
@@ -14,7 +16,7 @@ Config = TypeVar("Config")
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     """`config` with fields replaced; dotted names reach into nested dataclasses, lists become tuples.
 
-    Errors: :class:`UsageError` for an unknown name or a value of another type than the field's present one.
+    Errors: :class:`UsageError` for an unknown name, or a value that isn't of the field's type.
     """
     for name, value in settings.items():
         config = _replace(config, name.split("."), value, name)
@@ -32,14 +34,29 @@ def _replace(config: Any, path: list[str], value: Any, full: str) -> Any:
         return replace(config, **{path[0]: _replace(present, path[1:], value, full)})
     if is_dataclass(present):
         raise UsageError(f"setting {full}: give one of its own, such as {full}.{fields(present)[0].name}")
-    return replace(config, **{path[0]: _coerce(value, present, full)})
+    return replace(config, **{path[0]: _coerce(value, get_type_hints(type(config))[path[0]], full)})
 
 
-def _coerce(value: Any, present: Any, full: str) -> Any:
-    if isinstance(present, tuple) and isinstance(value, list):
-        return tuple(value)
-    if isinstance(present, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if present is not None and value is not None and type(value) is not type(present):
-        raise UsageError(f"setting {full}: {value!r} is not of type {type(present).__name__}")
+def _coerce(value: Any, wanted: Any, full: str) -> Any:
+    """`value` as the annotated type `wanted`: a plain type, `X | None`, a Literal, a tuple or a dict."""
+    if get_origin(wanted) in (Union, UnionType):
+        if value is None:
+            return None
+        wanted = next(option for option in get_args(wanted) if option is not NoneType)
+    if get_origin(wanted) is Literal:
+        if value not in get_args(wanted):
+            raise UsageError(f"setting {full}: {value!r}; choose one of {', '.join(get_args(wanted))}")
+        return value
+    if get_origin(wanted) is tuple and isinstance(value, (list, tuple)):
+        parts = get_args(wanted)
+        if len(value) != len(parts):
+            raise UsageError(f"setting {full}: wants {len(parts)} values, got {len(value)}")
+        return tuple(_coerce(item, part, full) for item, part in zip(value, parts, strict=True))
+    plain = get_origin(wanted) or wanted
+    if plain is float and type(value) is int:
+        value = float(value)
+    if type(value) is not plain:
+        raise UsageError(f"setting {full}: {value!r} is not of type {plain.__name__}")
+    if plain is float and not math.isfinite(value):
+        raise UsageError(f"setting {full}: {value!r} is not a finite number")
     return value

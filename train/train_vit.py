@@ -55,6 +55,12 @@ class VitConfig:
         default_factory=lambda: TrainConfig(lr=1e-3, epochs=300.0, warmup_epochs=5.0, batch_size=128)
     )
 
+    def __post_init__(self) -> None:
+        if self.num_classes is not None and self.num_classes < 1:
+            raise UsageError(f"num_classes {self.num_classes}: give a number >= 1")
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise UsageError(f"label_smoothing {self.label_smoothing:g}: give a share in [0, 1]")
+
 
 class ClassifyTask:
     """Cross-entropy over the classes; a ZoomViT sees another zoom in every batch."""
@@ -133,6 +139,8 @@ def train_vit(
         std=IMAGENET_DEFAULT_STD,
         crop_pct=config.view.crop_pct,
     )
+    if isinstance(model, ZoomViT) and not 0 <= (config.max_zoomed or 0) <= model.coarse_grid**2:
+        raise UsageError(f"max_zoomed {config.max_zoomed}: this model has {model.coarse_grid**2} cells to zoom")
     frozen, scorer = choose_scorer(model, zoomer, store, config.image_size)
     if frozen is not None:
         frozen.to(device)
@@ -155,13 +163,20 @@ def _text(path: Path | None) -> str | None:
 
 def build_vit(config: VitConfig, num_classes: int) -> nn.Module:
     """Create the model. Errors: :class:`UsageError` naming the model or argument that timm doesn't know."""
-    arguments = {"img_size": config.image_size} | config.model_args | {"num_classes": num_classes}
+    for name, option in (("num_classes", "--num-classes"), ("img_size", "--image-size")):
+        if name in config.model_args:
+            raise UsageError(f"model_args.{name}: has an option of its own, {option}")
+    arguments = config.model_args | {"num_classes": num_classes}
     try:
-        return timm.create_model(config.model, **arguments)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise UsageError(
-            f"model {config.model}: {str(error).splitlines()[0]}; check --model and --model-arg"
-        ) from error
+        try:
+            return timm.create_model(config.model, img_size=config.image_size, **arguments)
+        except TypeError as error:
+            if "'img_size'" not in str(error):
+                raise
+            return timm.create_model(config.model, **arguments)  # convolutional: any size will do
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
+        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"model {config.model}: {told}; check --model and --model-arg") from error
 
 
 def choose_scorer(
@@ -179,11 +194,7 @@ def choose_scorer(
     if (zoomer is None) == (store is None):
         raise UsageError("a zoomvit_* model needs its scores from one source: give --zoomer RUN or --maps STORE")
     if store is not None:
-        grid = store.manifest.provenance.grid
-        if tuple(grid) != (model.score_grid, model.score_grid):
-            raise UsageError(
-                f"{store.path}: maps of {grid[0]} x {grid[1]}, the model wants {model.score_grid} x {model.score_grid}"
-            )
+        check_grid(store, model.score_grid)
         return None, lambda images, batch: batch["relevance"].to(images.device).flatten(1)
     frozen, preprocessing = load_zoomer(zoomer)
     if frozen.grid != model.score_grid:
@@ -200,6 +211,13 @@ def choose_scorer(
             return frozen(images)
 
     return frozen, score
+
+
+def check_grid(store: RelevanceMaps, side: int) -> None:
+    """Errors: :class:`UsageError` when the maps of `store` aren't the side x side that a model scores with."""
+    grid = store.manifest.provenance.grid
+    if tuple(grid) != (side, side):
+        raise UsageError(f"{store.path}: maps of {grid[0]} x {grid[1]}, the model wants {side} x {side}")
 
 
 def start_from(model: nn.Module, run: Path) -> None:

@@ -62,6 +62,11 @@ def reporting() -> Iterator[ProgressBars | ProgressLines]:
             (),
             1,
         )
+    except RuntimeError as error:
+        # torch raises this wherever the main thread happens to be when a worker dies.
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        fail("a data-loading process was killed, often for want of memory; give fewer --num-workers, run again", (), 1)
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to go on", (), 130)
 
@@ -230,11 +235,11 @@ def train_zoomer_command(
     num_blocks: Annotated[int, typer.Option(help="Residual blocks: 2, 4 or 6.")] = 4,
     image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
     epochs: Annotated[float, typer.Option(help="Epochs; fractions are allowed.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.01,
     num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 1,
     missing: Annotated[str, typer.Option(help="Samples without a usable map: error, skip or uniform.")] = "error",
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     settings: Sets = None,
 ) -> None:
@@ -274,11 +279,11 @@ def train_vit_command(
     num_classes: Annotated[int | None, typer.Option(help="Classes; default those that the shards name.")] = None,
     image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
     epochs: Annotated[float, typer.Option(help="Epochs; fractions are allowed.")] = 300,
-    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
     lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 1,
     missing: Annotated[str, typer.Option(help="Samples without a usable map: error, skip or uniform.")] = "error",
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     settings: Sets = None,
 ) -> None:
@@ -311,7 +316,7 @@ def evaluate_command(
     ] = "",
     maps: Annotated[Path | None, typer.Option(help="Relevance store of these shards (needed for a zoomer).")] = None,
     scores: Annotated[str, typer.Option(help="A ZoomViT's scores: its own 'zoomer', or the 'maps' given.")] = "zoomer",
-    batch_size: Annotated[int, typer.Option(min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
     num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_path: Annotated[
@@ -415,7 +420,7 @@ def demo_command(
     output: Annotated[
         Path, typer.Argument(help="Folder for everything the demo makes; new, empty, or one to go on with.")
     ] = Path("demo-run"),
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="The same line in a minute, with too little data to learn anything.")
     ] = False,

@@ -123,8 +123,11 @@ def _shm() -> Finding:
 
 
 def _temp() -> Finding:
-    folder = Path(tempfile.gettempdir())
+    # Python passes over a TMPDIR that it can't use; Ray and libraries in C don't.
+    asked = os.environ.get("TMPDIR")
+    folder = Path(asked or "/tmp")
     try:
+        folder = Path(asked or tempfile.gettempdir())
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             file.write(b"x" * 4096)
             file.flush()

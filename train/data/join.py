@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.relevance_store import OK
 from zpipe.train.data.stream import Shard
@@ -43,8 +43,6 @@ def join_maps(maps: RelevanceMaps, missing: Missing) -> Callable[[Iterable[dict]
     missing: what a sample without a usable map does: `error` stops and names it, `skip` leaves the sample out,
     `uniform` gives it a map of ones.
     """
-    if missing not in MISSING_POLICIES:
-        raise UsageError(f"missing={missing!r}; choose one of {', '.join(MISSING_POLICIES)}")
     ones = np.ones(maps.manifest.provenance.grid, np.float32)
 
     def stage(samples: Iterable[dict]) -> Iterator[dict]:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
+from PIL import Image
 from torch.utils.data import get_worker_info
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.train.data.join import Missing, check_store, join_maps, usable_counts
+from zpipe.train.data.join import MISSING_POLICIES, Missing, check_store, join_maps, usable_counts
 from zpipe.train.data.stream import Shard, list_shards, read_tar, shard_order, split_shards
 from zpipe.train.data.transforms import Augment, ViewConfig, decode, draw_view, view_box, view_image, view_map
 
@@ -63,10 +64,13 @@ class RelevanceLoader:
         missing: Missing = "error",
         view: ViewConfig | None = None,
     ) -> None:
-        if batch_size < 1 or not 0 <= rank < world_size or num_workers < 0:
+        if batch_size < 1 or image_size < 1 or not 0 <= rank < world_size or num_workers < 0 or seed < 0:
             raise UsageError(
-                f"batch_size={batch_size}, rank={rank} of {world_size}, num_workers={num_workers}: out of range"
+                f"batch_size={batch_size}, image_size={image_size}, rank={rank} of {world_size}, "
+                f"num_workers={num_workers}, seed={seed}: out of range"
             )
+        if missing not in MISSING_POLICIES:
+            raise UsageError(f"missing={missing!r}; choose one of {', '.join(MISSING_POLICIES)}")
         self.shards, self.index = list_shards(Path(shards))
         self.path = Path(shards)
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
@@ -180,7 +184,7 @@ def _viewer(loader: RelevanceLoader, rng: np.random.Generator):
                 raise ZpipeError(f"{where}: has no label (.cls, or label in .json); add one")
             try:
                 image = decode(sample.image)
-            except (OSError, ValueError, SyntaxError) as error:
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise ZpipeError(
                     f"{where}: can't be decoded ({error}); make the shards again, which puts it aside"
                 ) from error

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from zpipe.schemas.errors import UsageError
 from zpipe.schemas.geometry import Box, crop_map
 
 Augment = Literal["train", "eval"]
@@ -28,6 +29,18 @@ class ViewConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     crop_pct: float = 0.875
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        if not 0.0 < low <= high <= 1.0:
+            raise UsageError(f"view.crop_scale {low:g}, {high:g}: give 0 < low <= high <= 1")
+        low, high = self.crop_ratio
+        if not 0.0 < low <= high:
+            raise UsageError(f"view.crop_ratio {low:g}, {high:g}: give 0 < low <= high")
+        if not 0.0 <= self.flip <= 1.0:
+            raise UsageError(f"view.flip {self.flip:g}: give a probability in [0, 1]")
+        if not 0.0 < self.crop_pct <= 1.0:
+            raise UsageError(f"view.crop_pct {self.crop_pct:g}: give a share in (0, 1]")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,415 @@
+"""The command line: each verb on real data, every wrong use one `error:` line, nothing overwritten, progress as promised."""
+
+import json
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import typer.main
+from PIL import Image
+from tiny import BODY, SIDE, TEACHER, cut, encode, scenes, store, write_shards
+from typer.testing import CliRunner
+
+from zpipe import open_maps
+from zpipe.cli import app
+
+LOOP = f"--epochs 1 --batch-size 4 --image-size {SIDE} --num-workers 0 --device cpu"
+BODY_ARGS = " ".join(f"--model-arg {name}={value}" for name, value in BODY.items())
+
+
+def zoomer(shards="{shards}", maps="{maps}", out="{out}", more=""):
+    return f"train-zoomer {shards} --maps {maps} --out {out} {LOOP} --num-blocks 2 --set width=8 {more}"
+
+
+def vit(shards="{shards}", out="{out}", scores="--zoomer {zoomer}", model="zoomvit_tiny_patch16_224", more=""):
+    return f"train-vit {shards} --out {out} {LOOP} --model {model} {BODY_ARGS} {scores} {more}"
+
+
+def evaluate(run="{vit}", shards="{shards}", more=""):
+    return f"evaluate {run} {shards} --device cpu --json {{out}} {more}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def call(line, places=None):
+    """Run a command in this process. `line` is split at spaces, and {names} in it are filled in."""
+    words = [word.format(**places) if places else word for word in line.split()]
+    return CliRunner().invoke(app, words, env={"COLUMNS": "200"}, prog_name="zpipe")
+
+
+def succeed(line, places=None):
+    result = call(line, places)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folders by name: what commands made, and each way in which a folder can be wrong."""
+    root = tmp_path_factory.mktemp("cli")
+    names = "shards other_shards maps other_maps other_grid zoomer vit plain with_maps missing empty file foreign "
+    names += "tars_only cut_on cut_inside unfinished_store broken_store unfinished_run unfinished_zoomer odd_label"
+    where = {name: root / name for name in names.split()}
+    scenes(where["shards"])
+    scenes(where["other_shards"], seed=5)
+    store(where["shards"], where["maps"])
+    store(where["other_shards"], where["other_maps"])
+    store(where["shards"], where["other_grid"], patch_size=4)
+    for line in (
+        zoomer(out="{zoomer}"),
+        vit(out="{vit}"),
+        vit(out="{with_maps}", scores="--maps {maps}"),
+        vit(out="{plain}", model="deit_tiny_patch16_224", scores=""),
+    ):
+        succeed(line, where)
+    where["empty"].mkdir()
+    where["file"].write_text("text")
+    where["foreign"].mkdir()
+    (where["foreign"] / "thesis.txt").write_text("mine")
+    for name in ("tars_only", "cut_on", "cut_inside"):
+        shutil.copytree(where["shards"], where[name])
+        if name == "tars_only":
+            (where[name] / "shards.json").unlink()
+        else:
+            cut(where[name] / "shard-00002.tar", name.removeprefix("cut_"))
+    for name in ("unfinished_store", "broken_store"):
+        shutil.copytree(where["maps"], where[name])
+    (where["unfinished_store"] / "manifest.json").unlink()
+    (where["broken_store"] / "index" / "shard-00001.parquet").write_bytes(b"PAR1")
+    for name, whole in (("unfinished_run", "vit"), ("unfinished_zoomer", "zoomer")):
+        where[name].mkdir()
+        shutil.copy(where[whole] / "run.json", where[name])
+    image = encode(np.zeros((SIDE, SIDE, 3), np.uint8))
+    write_shards(where["odd_label"], [{"odd.png": image, "odd.cls": b"77"}])
+    return where
+
+
+def snapshot(folder):
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def errors_of(stderr):
+    """Lines that are no progress and no warning; exactly one error, then its details."""
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if not line.startswith(("{", "warning: "))]
+    assert lines and lines[0].startswith("error: ") and all(line.startswith("  ") for line in lines[1:]), stderr
+    return lines
+
+
+WRONG = {
+    # train-zoomer
+    "zoomer: no such shards": (zoomer("{missing}"), 2, "missing: no such folder"),
+    "zoomer: empty shards": (zoomer("{empty}"), 2, "empty: holds no .tar"),
+    "zoomer: shards are a file": (zoomer("{file}"), 2, "file: not a .tar file"),
+    "zoomer: no index": (zoomer("{tars_only}"), 2, "--index-only {tars_only}"),
+    "zoomer: cut on a boundary": (zoomer("{cut_on}"), 1, "cut_on/shard-00002.tar: "),
+    "zoomer: cut inside a sample": (zoomer("{cut_inside}"), 1, "cut_inside/shard-00002.tar: "),
+    "zoomer: no such store": (zoomer(maps="{missing}"), 1, "missing: not a relevance store"),
+    "zoomer: shards as store": (zoomer(maps="{shards}"), 1, "shards: not a relevance store"),
+    "zoomer: store of other tars": (zoomer(maps="{other_maps}"), 1, "other_maps: made from a shard-00000.tar"),
+    "zoomer: unfinished store": (zoomer(maps="{unfinished_store}"), 1, "run extract-teacher-maps again to go on"),
+    "zoomer: broken store": (zoomer(maps="{broken_store}"), 1, "broken_store/index/shard-00001.parquet: "),
+    "zoomer: foreign output": (zoomer(out="{foreign}"), 2, "foreign: holds something else (thesis.txt)"),
+    "zoomer: output is a file": (zoomer(out="{file}"), 2, "file: is a file, not a folder"),
+    "zoomer: output below a file": (zoomer(out="{file}/run"), 2, "file/run: can't be used"),
+    "zoomer: output is the shards": (zoomer(out="{shards}"), 2, "shards: holds something else"),
+    "zoomer: finished run, other maps": (zoomer(maps="{other_grid}", out="{zoomer}"), 1, "was begun with maps = "),
+    "zoomer: finished run, other lr": (zoomer(out="{zoomer}", more="--lr 0.5"), 1, "was begun with train.lr = 0.01"),
+    "zoomer: unknown setting": (zoomer(more="--set train.learning=1"), 2, "setting train.learning: unknown"),
+    "zoomer: setting without value": (zoomer(more="--set train.opt"), 2, "--set train.opt: write it as key=value"),
+    "zoomer: setting of another type": (zoomer(more="--set train.opt=3"), 2, "setting train.opt: 3 is not"),
+    "zoomer: unknown optimizer": (zoomer(more="--set train.opt=adamwww"), 2, "optimizer adamwww"),
+    "zoomer: lr is no number": (zoomer(more="--lr nan"), 2, "setting train.lr: nan"),
+    "zoomer: no epochs": (zoomer(more="--epochs 0"), 2, "train.epochs 0"),
+    "zoomer: blocks": (zoomer(more="--num-blocks 3"), 2, "num_blocks must be 2, 4 or 6"),
+    "zoomer: missing policy": (zoomer(more="--missing ignore"), 2, "missing='ignore'; choose one of error, skip"),
+    "zoomer: batch too large": (zoomer(more="--batch-size 64"), 2, "too few samples (40) for one batch of 64"),
+    "zoomer: device": (zoomer(more="--device abacus"), 2, "device abacus"),
+    "zoomer: image size": (zoomer(more="--image-size 0"), 2, "image_size=0"),
+    # train-vit
+    "vit: no such shards": (vit("{missing}"), 2, "missing: no such folder"),
+    "vit: empty shards": (vit("{empty}"), 2, "empty: holds no .tar"),
+    "vit: no index": (vit("{tars_only}"), 2, "--index-only {tars_only}"),
+    "vit: cut tar": (vit("{cut_on}"), 1, "cut_on/shard-00002.tar: "),
+    "vit: no source of scores": (vit(scores=""), 2, "give --zoomer RUN or --maps STORE"),
+    "vit: two sources of scores": (vit(scores="--zoomer {zoomer} --maps {maps}"), 2, "from one source"),
+    "vit: zoomer missing": (vit(scores="--zoomer {missing}"), 2, "missing: not a finished zoomer"),
+    "vit: zoomer unfinished": (vit(scores="--zoomer {unfinished_zoomer}"), 2, "not a finished zoomer"),
+    "vit: zoomer is a vit": (vit(scores="--zoomer {plain}"), 2, "plain: holds a ViT, not a zoomer"),
+    "vit: store of other tars": (vit(scores="--maps {other_maps}"), 1, "other_maps: made from a shard-00000.tar"),
+    "vit: store of another grid": (vit(scores="--maps {other_grid}"), 2, "maps of 8 x 8, the model wants 4 x 4"),
+    "vit: unfinished store": (vit(scores="--maps {unfinished_store}"), 1, "is not finished"),
+    "vit: broken store": (vit(scores="--maps {broken_store}"), 1, "shard-00001.parquet: "),
+    "vit: plain with zoomer": (vit(model="deit_tiny_patch16_224"), 2, "this model doesn't zoom"),
+    "vit: unknown model": (vit(model="vit_enormous"), 2, "model vit_enormous: "),
+    "vit: unknown model argument": (vit(more="--model-arg depht=3"), 2, "depht"),
+    "vit: model argument without value": (vit(more="--model-arg depth"), 2, "--model-arg depth: write it as"),
+    "vit: unknown setting": (vit(more="--set zoom=1"), 2, "setting zoom: unknown; choose one of model, "),
+    "vit: foreign output": (vit(out="{foreign}"), 2, "foreign: holds something else"),
+    "vit: output is a zoomer": (vit(out="{zoomer}"), 1, "holds a zoomer run, this is vit"),
+    "vit: finished run, other model": (vit(out="{vit}", more="--model-arg depth=3"), 1, "begun with model_args.depth"),
+    "vit: start from nothing": (vit(more="--init-from {missing}"), 2, "missing: not a training run"),
+    "vit: start from unfinished": (vit(more="--init-from {unfinished_run}"), 2, "this run is not finished"),
+    "vit: start from a zoomer": (vit(more="--init-from {zoomer}"), 1, "zoomer: can't start from it"),
+    "vit: no classes": (vit("{odd_label}", more="--batch-size 1"), 2, "give --num-classes"),
+    "vit: label": (vit("{odd_label}", more="--batch-size 1 --num-classes 9"), 1, "key odd: label 77 is outside"),
+    # evaluate
+    "evaluate: no such run": (evaluate("{missing}"), 2, "missing: not a training run"),
+    "evaluate: empty run": (evaluate("{empty}"), 2, "empty: not a training run"),
+    "evaluate: unfinished run": (evaluate("{unfinished_run}"), 2, "run its command again to go on"),
+    "evaluate: no such shards": (evaluate(shards="{missing}"), 2, "missing: no such folder"),
+    "evaluate: no index": (evaluate(shards="{tars_only}"), 2, "--index-only"),
+    "evaluate: cut tar": (evaluate(shards="{cut_inside}"), 1, "cut_inside/shard-00002.tar: "),
+    "evaluate: zoomer without maps": (evaluate("{zoomer}"), 2, "give --maps"),
+    "evaluate: zoomer, other tars": (evaluate("{zoomer}", more="--maps {other_maps}"), 1, "other_maps: made from"),
+    "evaluate: zoomer, other grid": (evaluate("{zoomer}", more="--maps {other_grid}"), 2, "maps of 8 x 8"),
+    "evaluate: zoomer, unfinished": (evaluate("{zoomer}", more="--maps {unfinished_store}"), 1, "is not finished"),
+    "evaluate: alpha": (evaluate(more="--alphas 0,1.5"), 2, "--alphas 1.5: a threshold lies in [0, 1]"),
+    "evaluate: alphas are words": (evaluate(more="--alphas some"), 2, "--alphas some: write numbers"),
+    "evaluate: budget": (evaluate(more="--budgets 17"), 2, "--budgets 17: this model has 16 cells"),
+    "evaluate: half a budget": (evaluate(more="--budgets 1.5"), 2, "--budgets 1.5: write numbers"),
+    "evaluate: nothing asked": (evaluate(more="--alphas ,"), 2, "give --alphas or --budgets"),
+    "evaluate: scores": (evaluate(more="--scores teacher"), 2, "choose zoomer or maps"),
+    "evaluate: scores maps": (evaluate(more="--scores maps"), 2, "needs a store: give --maps"),
+    "evaluate: no zoomer": (evaluate("{with_maps}"), 2, "give --maps STORE --scores maps"),
+    "evaluate: label": (evaluate(shards="{odd_label}"), 1, "key odd: label 77 is outside the model's 10 classes"),
+    "evaluate: results below a file": ("evaluate {vit} {shards} --json {file}/x.json", 1, "file/x.json: could not be"),
+    # maps
+    "info: nothing": ("maps info {missing}", 1, "missing: not a relevance store"),
+    "info: shards": ("maps info {shards}", 1, "shards: not a relevance store"),
+    "info: unfinished": ("maps info {unfinished_store}", 1, "is not finished"),
+    "info: broken": ("maps info {broken_store}", 1, "shard-00001.parquet: "),
+    "verify: nothing": ("maps verify {empty}", 1, "empty: not a relevance store"),
+    "verify: unfinished": ("maps verify {unfinished_store}", 1, "is not finished"),
+    "verify: broken": ("maps verify {broken_store}", 1, "broken_store: 1 problems"),
+    "verify: other tars": ("maps verify {maps} --shards {other_shards}", 1, "maps: "),
+    "verify: no such shards": ("maps verify {maps} --shards {missing}", 2, "missing: no such folder"),
+    "show: unknown key": ("maps show {maps} nobody --out {out}", 2, "no map for key 'nobody'"),
+    "show: nothing": ("maps show {missing} train_0000000 --out {out}", 1, "missing: not a relevance store"),
+    "show: no such shards": ("maps show {maps} train_0000000 --shards {empty} --out {out}", 2, "empty: holds no .tar"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use_is_one_line(places, tmp_path, case):
+    line, code, told = WRONG[case]
+    root, out = places["shards"].parent, tmp_path / "out"
+    before = snapshot(root)
+    result = call(line, places | {"out": out})
+    assert isinstance(result.exception, SystemExit), repr(result.exception)
+    first = errors_of(result.stderr)[0]
+    assert told.format(**places) in first and result.exit_code == code, first
+    assert len(first) < 600
+    assert snapshot(root) == before
+    # A run that never began may have claimed its folder, and holds no more than that.
+    assert not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {"run.json"})
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["train-zoomer", "train-vit {shards}", zoomer(more="--epochs many"), "evaluate {vit}", "maps", "nonsense", ""],
+)
+def test_an_incomplete_line_shows_how_to_go_on(places, tmp_path, line):
+    result = call(line, places | {"out": tmp_path / "out"})
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    assert "Usage: zpipe" in result.output and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- what is printed
+
+
+def verbs(command, path=()):
+    for name, verb in getattr(command, "commands", {}).items():
+        yield (*path, name), verb
+        yield from verbs(verb, (*path, name))
+
+
+VERBS = dict(verbs(typer.main.get_command(app)))
+
+
+def test_all_verbs_are_there():
+    assert {
+        "make-shards",
+        "extract-teacher-maps",
+        "train-zoomer",
+        "train-vit",
+        "evaluate",
+        "maps",
+        "demo",
+        "doctor",
+    } == {path[0] for path in VERBS}
+
+
+@pytest.mark.parametrize("path", VERBS, ids=" ".join)
+def test_help_of_a_verb_explains_every_option(path):
+    told = succeed(" ".join(path) + " --help").stdout
+    assert f"Usage: zpipe {' '.join(path)}" in told
+    for parameter in VERBS[path].params:
+        if parameter.param_type_name == "option":
+            assert all(name in told for name in parameter.opts)
+        else:
+            assert parameter.name in told.lower()
+        assert parameter.name == "help" or parameter.help, f"{parameter.name} has no help"
+
+
+def test_what_commands_say_on_success(places, tmp_path):
+    out = tmp_path / "rows.json"
+    result = succeed("evaluate {vit} {shards} --alphas 0,0.3,1 --budgets 3 --json {out}", places | {"out": out})
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["setting"] for row in rows] == ["alpha=0", "alpha=0.3", "alpha=1", "budget=3"]
+    for row in rows:
+        assert row["setting"] in result.stdout and f"{row['gmacs']:.4g}" in result.stdout
+    for name in rows[0]:
+        assert name in result.stdout
+    assert f"written to {out}" in result.stdout
+    assert "…" not in result.stdout
+    default = places["plain"] / "evaluation.json"
+    assert f"written to {default}" in succeed("evaluate {plain} {shards}", places).stdout
+    default.unlink()
+    assert "again" not in succeed(zoomer(out="{zoomer}"), places).stdout
+
+
+def test_maps_commands(places, tmp_path):
+    assert "40 (40 ok) in 4 shards" in succeed("maps info {maps}", places).stdout
+    assert "maps: whole" in succeed("maps verify {maps} --shards {shards}", places).stdout
+    succeed("maps show {maps} train_0000003 --out {out}", places | {"out": tmp_path / "map.png"})
+    with Image.open(tmp_path / "map.png") as picture:
+        assert picture.format == "PNG" and picture.width > 300
+
+
+def test_optimizer_arguments_on_the_command_line(places, tmp_path):
+    more = '--set train.opt=muon --set train.opt_args={{"nesterov":true}} --set view.crop_scale=[0.5,1]'
+    succeed(zoomer(more=more), places | {"out": tmp_path / "run"})
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    assert settings["train"]["opt_args"] == {"nesterov": True} and settings["view"]["crop_scale"] == [0.5, 1.0]
+
+
+# ------------------------------------------------------------------------------------------------------------ progress
+
+
+def test_progress_is_json_lines_off_a_terminal(places, tmp_path):
+    told = succeed(zoomer(more="--set train.log_every=2"), places | {"out": tmp_path / "run"}).stderr.splitlines()
+    lines = [json.loads(line) for line in told]
+    assert {line["stage"] for line in lines} == {"train-zoomer"}
+    assert all(0 < line["done"] <= line["total"] == 10 and line["images_per_s"] > 0 for line in lines)
+    # At most one every few seconds, and the last one always.
+    assert len(lines) < 5 and lines[-1]["done"] == 10
+
+
+def start(*words, **streams):
+    command = [sys.executable, "-c", "from zpipe.cli import main; main()", *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "120"}
+    return subprocess.Popen(command, env=environment, **streams)
+
+
+def test_progress_is_a_bar_on_a_terminal(places):
+    ours, theirs = pty.openpty()
+    process = start("maps", "verify", places["maps"], stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    seen, end = b"", time.monotonic() + 60
+    try:
+        while time.monotonic() < end and select.select([ours], [], [], 60)[0]:
+            try:
+                chunk = os.read(ours, 4096)
+            except OSError:  # what Linux says when the other side has closed
+                break
+            if not chunk:
+                break
+            seen += chunk
+        stdout, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        os.close(ours)
+    told = seen.decode()
+    assert process.returncode == 0
+    assert "verify" in told and "4/4" in told and "━" in told and "problems 0" in told
+    assert '"stage"' not in told
+    assert stdout.decode().strip().endswith("maps: whole")
+
+
+def test_a_wrong_use_by_subprocess(places, tmp_path):
+    process = start(*evaluate("{missing}").format(**places, out=tmp_path).split(), stderr=subprocess.PIPE)
+    try:
+        stderr = process.communicate(timeout=60)[1].decode()
+    finally:
+        process.kill()
+    assert process.returncode == 2 and len(errors_of(stderr)) == 1
+
+
+def test_an_interrupt_is_one_line(places, tmp_path):
+    """As Ctrl-C at a terminal does it: to the command and its data process at once."""
+    line = zoomer(more="--epochs 10000 --num-workers 1 --image-size 224").format(**places, out=tmp_path / "run")
+    streams = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
+    process = start(*line.split(), **streams)
+    try:
+        end = time.monotonic() + 60
+        while not (tmp_path / "run" / "checkpoint.pt").is_file():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.5)  # into the next epoch
+        while process.poll() is None:
+            assert time.monotonic() < end
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                stderr = process.communicate(timeout=8)[1].decode()
+            except subprocess.TimeoutExpired:
+                continue  # between two epochs torch may swallow one
+    finally:
+        process.kill()
+    assert errors_of(stderr) == ["error: interrupted; run the same command again to go on"]
+    assert process.returncode == 130
+
+
+# ----------------------------------------------------------------------------------------------------- the whole line
+
+
+def test_odd_but_legal_images_go_all_the_way(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = {
+        "a/cmyk.jpg": ("CMYK", (40, 30), "JPEG"),
+        "a/grey.jpg": ("L", (31, 57), "JPEG"),
+        "a/png-in-disguise.JPEG": ("RGB", (33, 20), "PNG"),
+        "b/one-pixel.png": ("RGB", (1, 1), "PNG"),
+        "b/ribbon.png": ("RGBA", (200, 1), "PNG"),
+        "b/palette.png": ("P", (9, 9), "PNG"),
+        "b/deep.png": ("I;16", (12, 8), "PNG"),
+        "b/w.webp": ("RGB", (16, 16), "WEBP"),
+    }
+    for name, (mode, size, kind) in pictures.items():
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = rng.integers(0, 256, size[0] * size[1] * 4, dtype=np.uint8).tobytes()
+        Image.frombytes(mode, size, data[: len(Image.new(mode, size).tobytes())]).save(path, kind)
+    where = {name: tmp_path / name for name in ("photos", "shards", "maps", "zoomer", "vit")} | {
+        "out": tmp_path / "rows"
+    }
+    teacher = " ".join(f"--model-arg {name}={value}" for name, value in TEACHER.items())
+    lines = (
+        "make-shards {photos} {shards}",
+        f"extract-teacher-maps {{shards}} --out {{maps}} --teacher deit_tiny_patch16_224 --weights random {teacher} "
+        "--num-classes 2 --executor local --threads 1 --device cpu",
+        zoomer(out="{zoomer}"),
+        vit(out="{vit}"),
+        evaluate(),
+        evaluate("{zoomer}", more="--maps {maps}"),
+    )
+    for line in lines:
+        result = succeed(line, where)
+        noise = [told for told in result.stderr.splitlines() if not told.startswith(("{", "warning: random weights"))]
+        assert not noise, noise
+    assert len(open_maps(where["maps"])) == len(pictures)
+    assert json.loads(where["out"].read_text())["rows"][0]["count"] == len(pictures)

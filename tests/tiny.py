@@ -1,0 +1,107 @@
+"""Data, maps and models small enough for tests, made by the real commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
+from zpipe.pipeline.make_shards import SceneSource, index_shards, make_shards
+from zpipe.pipeline.scenes import SceneConfig
+from zpipe.schemas.manifest import read_manifest, write_manifest
+from zpipe.schemas.relevance_store import OK, encode_maps, index_path, read_index, write_shard
+from zpipe.schemas.shard_index import digest_file
+
+SIDE, GRID = 32, 4
+BODY = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
+TEACHER = {"img_size": SIDE} | BODY
+
+
+def scenes(out: Path, count: int = 40, *, shard_size: int = 10, seed: int = 0, split: str = "train") -> Path:
+    """Tars of the embedded scenes, 32 pixels a side."""
+    config = SceneConfig(image_size=SIDE, digit_size=(9, 10), pieces=(1, 2))
+    make_shards(SceneSource(count=count, split=split, seed=seed, config=config, shard_size=shard_size), out)
+    return out
+
+
+def store(shards: Path, out: Path, *, num_classes: int = 10, seed: int = 0, **teacher: int) -> Path:
+    """Maps of a random teacher over `shards`, in this process."""
+    config = ExtractConfig(
+        teacher="deit_tiny_patch16_224",
+        weights="random",
+        num_classes=num_classes,
+        teacher_args=TEACHER | teacher,
+        seed=seed,
+        executor="local",
+        threads=1,
+        device="cpu",
+    )
+    extract_teacher_maps(shards, out, config)
+    return out
+
+
+def encode(pixels: np.ndarray, kind: str = "PNG") -> bytes:
+    """uint8 [H, W, 3] or [H, W] as an image file."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def write_shards(folder: Path, tars: list[dict[str, bytes]]) -> Path:
+    """Tars with the given members, and their index."""
+    for number, members in enumerate(tars):
+        write_tar(folder / f"shard-{number:05d}.tar", members)
+    index_shards(folder)
+    return folder
+
+
+def rewrite_store(root: Path, maps: dict[str, np.ndarray], statuses: dict[str, str] | None = None) -> Path:
+    """Replace the maps [gh, gw] of a finished store, and the statuses of some keys, through the store's own writer."""
+    manifest = read_manifest(root)
+    provenance = dataclasses.replace(manifest.provenance, grid=next(iter(maps.values())).shape)
+    shards = []
+    for shard in manifest.shards:
+        table = read_index(root, shard.stem)
+        keys = table["key"].to_pylist()
+        stored, scale = encode_maps(np.stack([maps[key] for key in keys]))
+        columns = {name: table[name] for name in table.column_names}
+        columns |= {"scale": pa.array(scale), "status": pa.array([(statuses or {}).get(key, OK) for key in keys])}
+        write_shard(
+            root,
+            shard.stem,
+            stored,
+            pa.table(columns),
+            input_sha256=shard.input_sha256,
+            fingerprint=provenance.fingerprint(),
+        )
+        shards.append(dataclasses.replace(shard, index_sha256=digest_file(index_path(root, shard.stem))))
+    write_manifest(root, dataclasses.replace(manifest, provenance=provenance, shards=tuple(shards)))
+    return root
+
+
+def cut(path: Path, where: str) -> None:
+    """Truncate a tar `on` a sample boundary, or `inside` the data of a member, about half way through."""
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    middle = len(members) // 2
+    first_of_sample = next(
+        member for member in members[middle:] if member.name.endswith((".jpg", ".png"))
+    )  # every sample begins with its image
+    end = first_of_sample.offset if where == "on" else first_of_sample.offset_data + first_of_sample.size // 2
+    with open(path, "r+b") as file:
+        file.truncate(end)
