@@ -42,7 +42,7 @@ def run_ray(spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, 
     """Run the tasks on Ray actors, one task at a time on each; reports arrive in the order of completion.
 
     Connects to `resources.address` or RAY_ADDRESS when given, else starts Ray on this machine for the time of the run.
-    A worker that dies is started again and its shard retried, `MAX_RETRIES` times; then the shard is reported as failed
+    A worker that dies is replaced and its shard retried, `MAX_RETRIES` times; then the shard is reported as failed
     and the rest goes on. Errors: :class:`ZpipeError` when Ray can't give the resources or a worker can't begin.
     """
     # Ray reads these at import; without them it announces a change of its GPU defaults on every start.
@@ -71,7 +71,7 @@ def run_ray(spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, 
     try:
         gpus = resources.gpus_per_actor
         actor_class = ray.remote(
-            num_cpus=0 if gpus else spec.threads, num_gpus=gpus, max_restarts=MAX_RETRIES, max_task_retries=0
+            num_cpus=0 if gpus else spec.threads, num_gpus=gpus, max_restarts=0, max_task_retries=0
         )(ShardWorker)
         actors = [actor_class.remote(spec) for _ in range(min(resources.actors, len(tasks)))]
         _wait_until_one_is_ready(ray, actors, spec, gpus, (RayActorError, RayTaskError, GetTimeoutError))
@@ -91,7 +91,12 @@ def run_ray(spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, 
                 # The worker died (killed, out of memory, node lost) or raised something that is a defect of ours.
                 stem = task.entry.stem
                 tries[stem] = tries.get(stem, 0) + 1
-                if tries[stem] <= MAX_RETRIES and isinstance(error, RayActorError):
+                died = isinstance(error, RayActorError)
+                if died:
+                    # A new actor, not a restart: Ray refuses calls to an actor while it restarts, and counts restarts
+                    # over the whole run, so that one bad shard would use up what belongs to the others.
+                    actor = actor_class.remote(spec)
+                if died and tries[stem] <= MAX_RETRIES:
                     queue.append(task)
                 else:
                     on_report(ShardReport(stem=stem, error=f"{task.path}: worker failed: {_last_line(error)}"))

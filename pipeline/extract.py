@@ -15,7 +15,7 @@ from zpipe.pipeline.executor import Resources, run_local, run_ray
 from zpipe.pipeline.shard_reader import open_shards
 from zpipe.pipeline.teacher import Teacher, load_teacher
 from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec
-from zpipe.schemas.atomic import claim_folder
+from zpipe.schemas.atomic import claim_folder, clear_temporaries
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import (
     EXTRACTION_NAME,
@@ -88,6 +88,7 @@ def extract_teacher_maps(
     )
     provenance = provenance_of(teacher, config)
     _begin(out, provenance)
+    _clear_temporaries(out)
     todo, kept = _plan(out, entries, provenance)
     spec = WorkerSpec(
         teacher=config.teacher,
@@ -104,6 +105,7 @@ def extract_teacher_maps(
     )
     del teacher
     failed = _execute(spec, todo, config, progress, kept=kept, total=sum(entry.count for _, entry in entries))
+    _clear_temporaries(out)  # of workers that died in this run
     if failed:
         raise ZpipeError(
             f"{out}: {len(failed)} of {len(entries)} shards failed, the others are committed; mend them and run again to go on",
@@ -168,6 +170,11 @@ def _begin(out: Path, provenance: Provenance) -> None:
         write_extraction(out, provenance)
     else:
         check_compatible(found, provenance, out)
+
+
+def _clear_temporaries(out: Path) -> None:
+    for folder in ("maps", "index"):
+        clear_temporaries(out / folder)
 
 
 def _plan(out: Path, entries: list[tuple[Path, ShardEntry]], provenance: Provenance) -> tuple[list[ShardTask], int]:

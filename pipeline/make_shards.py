@@ -11,7 +11,6 @@ import csv
 import io
 import json
 import os
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ import webdataset as wds
 from PIL import Image
 
 from zpipe.pipeline.scenes import SceneConfig, make_scenes
-from zpipe.pipeline.shard_reader import scan_shard
+from zpipe.pipeline.shard_reader import open_image, scan_shard
 from zpipe.schemas.atomic import claim_folder, commit, write_bytes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
@@ -104,6 +103,8 @@ class FolderSource:
         self.root = Path(root)
         if not self.root.is_dir():
             raise UsageError(f"{root}: no such folder; give a folder of images, or 'scenes' for the embedded data")
+        if shuffle_seed is not None:
+            _check_seed(shuffle_seed)
         self.shard_size = shard_size
         self._settings = {"shard_size": shard_size, "shuffle_seed": shuffle_seed, "key_rule": key_rule}
         labelled = self._from_csv() if (self.root / LABELS_NAME).is_file() else self._from_tree()
@@ -116,30 +117,37 @@ class FolderSource:
         path = self.root / LABELS_NAME
         rows: list[tuple[str, int]] = []
         names: dict[int, str] = {}
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            missing = {"file", "class_index"} - set(reader.fieldnames or ())
-            if missing:
-                raise ZpipeError(f"{path}: no column {sorted(missing)[0]!r}; the header must name file and class_index")
-            for row in reader:
-                label = row["class_index"] or ""
-                if not label.isdecimal():
+        try:
+            # Spreadsheets put a byte order mark in front.
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file)
+                missing = {"file", "class_index"} - set(reader.fieldnames or ())
+                if missing:
                     raise ZpipeError(
-                        f"{path}: line {reader.line_num}: class_index {label!r} is not a whole number >= 0; correct it"
+                        f"{path}: no column {sorted(missing)[0]!r}; the header must name file and class_index"
                     )
-                name = row["file"] or ""
-                if os.path.isabs(name) or ".." in Path(name).parts or not (self.root / name).is_file():
-                    raise ZpipeError(
-                        f"{path}: line {reader.line_num}: no file {name!r} in this folder; correct or remove the line"
-                    )
-                rows.append((name, int(label)))
-                if row.get("class_name"):
-                    names[int(label)] = row["class_name"]
+                for row in reader:
+                    name, label = self._checked(row, f"{path}: line {reader.line_num}")
+                    rows.append((name, label))
+                    if row.get("class_name"):
+                        names[label] = row["class_name"]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ZpipeError(f"{path}: not readable as a UTF-8 CSV file ({error}); save it as one") from error
         if not rows:
             raise UsageError(f"{path}: lists no images; add a line per image")
         # Names are known only for classes that occur; an index of a larger label set keeps its place.
         self.classes = tuple(names.get(i, "") for i in range(max(label for _, label in rows) + 1)) if names else ()
         return rows
+
+    def _checked(self, row: dict[str, str | None], where: str) -> tuple[str, int]:
+        label = row["class_index"] or ""
+        # Longer numbers don't fit the int32 that a relevance store keeps.
+        if not label.isdecimal() or len(label) > 9:
+            raise ZpipeError(f"{where}: class_index {label!r} is not a whole number from 0 to 999999999; correct it")
+        name = row["file"] or ""
+        if os.path.isabs(name) or ".." in Path(name).parts or not (self.root / name).is_file():
+            raise ZpipeError(f"{where}: no file {name!r} in this folder; correct or remove the line")
+        return name, int(label)
 
     def _from_tree(self) -> list[tuple[str, int]]:
         folders = sorted(
@@ -162,6 +170,10 @@ class FolderSource:
         files = []
         for path, label in rows:
             key = key_for_file(path, key_rule)
+            try:
+                path.encode()
+            except UnicodeEncodeError as error:
+                raise ZpipeError(f"{self.root}: the name of {path!r} is not UTF-8; rename the file") from error
             if not key:
                 raise ZpipeError(f"{self.root / path}: its name gives an empty key; rename the file")
             if key in owner:
@@ -173,7 +185,7 @@ class FolderSource:
 
     def describe(self) -> dict[str, Any]:
         listing = "\n".join(f"{file.path}\t{file.label}" for file in self._files)
-        return {"source": str(self.root), "listing_sha256": digest_keys([listing])} | self._settings
+        return {"source": str(self.root)} | self._settings | {"listing_sha256": digest_keys([listing])}
 
     def parts(self) -> int:
         return -(-len(self._files) // self.shard_size)
@@ -205,6 +217,7 @@ class SceneSource:
             raise UsageError(f"--split {split}: the embedded scenes have splits train and val")
         if count < 1:
             raise UsageError(f"--count {count}: give a number of scenes >= 1")
+        _check_seed(seed)
         self.count, self.split, self.seed, self.config, self.shard_size = count, split, seed, config, shard_size
 
     def describe(self) -> dict[str, Any]:
@@ -231,6 +244,11 @@ class SceneSource:
                 number += 1
 
 
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise UsageError(f"--seed {seed}: give a whole number >= 0")
+
+
 def _looks_like_image(name: str) -> bool:
     return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
 
@@ -240,19 +258,10 @@ def inspect_image(data: bytes) -> tuple[str, int, int]:
 
     Errors: OSError or ValueError when it can't be decoded, is of a format that shards don't carry, or is a decompression bomb.
     """
-    if not data:
-        raise ValueError("zero bytes")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                suffix = SUFFIX_OF_FORMAT.get(image.format or "")
-                if suffix is None:
-                    raise ValueError(f"format {image.format} is not one of JPEG, PNG, WEBP")
-                return suffix, image.width, image.height
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(str(error)) from error
+        with open_image(data) as image:
+            image.load()
+            return SUFFIX_OF_FORMAT[image.format or ""], image.width, image.height
     except (SyntaxError, EOFError) as error:  # what PIL raises for some broken PNG chunks
         raise ValueError(f"broken image: {error}") from error
 
@@ -373,7 +382,7 @@ def _read_progress(out: Path, header: dict[str, Any]) -> dict[int, dict[str, Any
         raise ZpipeError(f"{path}: not readable ({error}); give another output folder") from error
     if not values:
         return {}
-    for name in sorted(set(header) | set(values[0])):
+    for name in header | values[0]:  # what people set comes before digests
         if header.get(name) != values[0].get(name):
             raise ZpipeError(
                 f"{out}: was made with {name} = {values[0].get(name)!r}, now it is {header.get(name)!r}; give another output folder"
@@ -382,7 +391,9 @@ def _read_progress(out: Path, header: dict[str, Any]) -> dict[int, dict[str, Any
 
 
 def _write_progress(out: Path, lines: list[dict[str, Any]]) -> None:
-    write_bytes(out / PROGRESS_NAME, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+    path, data = out / PROGRESS_NAME, b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    if not path.is_file() or path.read_bytes() != data:
+        write_bytes(path, data)
 
 
 def _append_progress(out: Path, line: dict[str, Any]) -> None:

@@ -58,7 +58,12 @@ class SceneConfig:
 
     def __post_init__(self) -> None:
         for name in ("digit_size", "pieces", "piece_size", "photo_level", "ink_level"):
-            low, high = getattr(self, name)
+            try:
+                low, high = getattr(self, name)
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"SceneConfig.{name} is {getattr(self, name)}; give two whole numbers") from error
+            if not (_whole(low) and _whole(high)):
+                raise UsageError(f"SceneConfig.{name} is ({low}, {high}); give two whole numbers")
             floor = 2 if name.endswith("size") else 0
             if not floor <= low <= high:
                 raise UsageError(f"SceneConfig.{name} is ({low}, {high}); give {floor} <= low <= high")
@@ -67,11 +72,17 @@ class SceneConfig:
                 raise UsageError(f"SceneConfig.{name} ends at {getattr(self, name)[1]}; grey levels end at 255")
         if not 0.0 <= self.photo_contrast <= 1.0:
             raise UsageError(f"SceneConfig.photo_contrast is {self.photo_contrast}; give a number from 0 to 1")
+        if not _whole(self.image_size):
+            raise UsageError(f"SceneConfig.image_size is {self.image_size}; give a whole number")
         if not max(self.digit_size[1], self.piece_size[1]) <= self.image_size <= _MAX_IMAGE:
             raise UsageError(
                 f"SceneConfig.image_size is {self.image_size}; it must hold a digit of {self.digit_size[1]} px "
                 f"and pieces of {self.piece_size[1]} px, and be at most {_MAX_IMAGE}, the width of the photo area kept for val"
             )
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.geometry import Box
@@ -36,6 +35,9 @@ PIL_FILTERS = {
 }
 
 
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FramedImage:
     """One sample in the teacher's frame. `pixels` is uint8 [H, W, 3], or None with `problem` saying why not."""
@@ -47,6 +49,26 @@ class FramedImage:
     height: int
     frame: Box
     problem: str = ""
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Open image bytes, not yet decoded, whatever their name says.
+
+    Errors: OSError, ValueError or SyntaxError when PIL can't open them, they are of another format than shards carry
+    (PIL knows formats that start programs), or they unpack to more pixels than PIL takes for harmless.
+    """
+    if not data:
+        raise ValueError("zero bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"not a readable {', '.join(IMAGE_FORMATS)} image") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error
+    # PIL only warns up to twice this size. Turning its warning into an error is not safe between threads.
+    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
+    return image
 
 
 class _HashingFile:
@@ -75,7 +97,7 @@ def read_samples(path: Path, entry: ShardEntry | None = None) -> Iterator[Sample
     truncated, altered, or holds a sample that breaks the rules of `zpipe.schemas.sample`.
     """
     keys: list[str] = []
-    with open(path, "rb") as raw:
+    with _open_tar(path) as raw:
         file = _HashingFile(raw)
         for sample in group_samples(_members(path, file), str(path)):
             keys.append(sample.key)
@@ -88,6 +110,13 @@ def read_samples(path: Path, entry: ShardEntry | None = None) -> Iterator[Sample
             f"{path}: {len(keys)} samples, SHA-256 {digest[:12]}; {INDEX_NAME} says {entry.count}, {entry.sha256[:12]}: "
             "truncated or altered; restore it or make the shards again"
         )
+
+
+def _open_tar(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise ZpipeError(f"{path}: can't be read ({error.strerror}); restore it or make the shards again") from error
 
 
 def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
@@ -103,7 +132,10 @@ def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
                             f"{path}: ends inside {member.name}: truncated; restore it or make the shards again"
                         )
                     yield member.name, data
-    except (tarfile.TarError, EOFError) as error:
+            # tarfile takes a cut or damaged header for the end; a whole tar says so with a second block of zeros.
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise ZpipeError(f"{path}: has no end mark: truncated or altered; restore it or make the shards again")
+    except (tarfile.TarError, EOFError, OSError) as error:
         raise ZpipeError(f"{path}: not a whole tar ({error}); restore it or make the shards again") from error
 
 
@@ -113,6 +145,7 @@ def open_shards(path: Path) -> tuple[list[tuple[Path, ShardEntry]], ShardIndex |
     Folders that `make-shards` made carry `shards.json`; for others (public shards) every tar is read once to know its
     count and digests, which takes as long as reading the data. Errors: :class:`UsageError`, :class:`ZpipeError`.
     """
+    path = Path(path)
     folder, tars = find_shards(path)
     if (folder / INDEX_NAME).is_file():
         index = read_index(folder)
@@ -123,7 +156,7 @@ def open_shards(path: Path) -> tuple[list[tuple[Path, ShardEntry]], ShardIndex |
 
 def scan_shard(path: Path) -> ShardEntry:
     """The index entry of a tar that has none, by reading it."""
-    with open(path, "rb") as raw:
+    with _open_tar(path) as raw:
         file = _HashingFile(raw)
         keys = [sample.key for sample in group_samples(_members(path, file), str(path))]
         digest = file.hexdigest()
@@ -141,20 +174,11 @@ def frame_image(sample: Sample, size: tuple[int, int], interpolation: str) -> Fr
     stored pixel matrix. An image that can't be decoded gives `pixels=None` and the problem.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(sample.image)) as image:
-                width, height = image.size
-                rgb = image.convert("RGB")
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        problem = str(error).split("\n")[0] if sample.image else "zero bytes"
+        with open_image(sample.image) as image:
+            width, height = image.size
+            rgb = image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        problem = str(error).split("\n")[0]
         unit = Box(0.0, 0.0, 1.0, 1.0)
         return FramedImage(
             key=sample.key, label=sample.label, pixels=None, width=0, height=0, frame=unit, problem=problem

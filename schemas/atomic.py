@@ -104,7 +104,10 @@ def claim_folder(path: Path, marker: str, what: str) -> None:
         raise UsageError(
             f"{path}: holds something else ({foreign[0].name}); give an empty or new folder for the {what}"
         )
-    if not foreign or (path / marker).is_file():
-        for entry in entries:
-            if entry.name.startswith(TMP_PREFIX):
-                remove(entry)
+    clear_temporaries(path)
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Remove what killed runs left in `folder` (``.tmp-*``); the folder may be absent."""
+    for entry in sorted(Path(folder).glob(f"{TMP_PREFIX}*")):
+        remove(entry)

@@ -143,7 +143,7 @@ def read_seal(root: Path, stem: str) -> ShardSeal | None:
     try:
         metadata = pq.read_schema(path).metadata or {}
         return ShardSeal(**{name: metadata[name.encode()].decode() for name in ShardSeal.__dataclass_fields__})
-    except (pa.ArrowInvalid, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
         raise ZpipeError(
             f"{path}: not a readable map index ({_first_line(error)}); delete it and extract again"
         ) from error
@@ -154,7 +154,7 @@ def read_index(root: Path, stem: str, columns: list[str] | None = None) -> pa.Ta
     path = index_path(root, stem)
     try:
         return pq.read_table(path, columns=columns, partitioning=None).replace_schema_metadata(None)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise ZpipeError(
             f"{path}: map index can't be read ({_first_line(error)}); delete it and extract again"
         ) from error
@@ -167,7 +167,8 @@ def read_stored(root: Path, stem: str) -> np.ndarray:
     path = maps_path(root, stem)
     try:
         return np.asarray(zarr.open_array(store=str(path), mode="r")[:])
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    # A damaged array fails wherever Zarr or its codec happens to notice, each in its own way.
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, SystemError) as error:
         raise ZpipeError(
             f"{path}: maps can't be read ({_first_line(error)}); delete {index_path(root, stem)} and extract again"
         ) from error

@@ -1,0 +1,153 @@
+"""Who may import whom. The rules keep the two programs apart, the contracts light, and `import zpipe` cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"zpipe": "zpipe", "schemas": "zpipe.schemas", "pipeline": "zpipe.pipeline", "train": "zpipe.train"}
+FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+
+TAR_READERS = ("pipeline/make_shards.py", "pipeline/shard_reader.py", "train/data/")
+RAY_USERS = ("pipeline/executor.py", "train/distributed.py")
+PURE = ("train/models/", "train/losses.py")
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports_of(source: str, *, module_level: bool = False) -> list[str]:
+    """Full names that a module imports: `from a.b import c` gives a.b and a.b.c. Relative imports start with a dot.
+
+    module_level: only what is run by importing it (not inside functions, not under TYPE_CHECKING).
+    """
+    found: list[str] = []
+
+    def visit(node: ast.AST) -> None:
+        if module_level and (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
+            return
+        if module_level and is_type_checking(node):
+            return
+        if isinstance(node, ast.Import):
+            found.extend(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            found.append(base)
+            found.extend(f"{base}.{alias.name}" for alias in node.names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(source))
+    return found
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def broken_rules(path: str, source: str) -> list[str]:
+    """The import rules that a file breaks, as `name: rule`."""
+    names = imports_of(source)
+    broken = [f"{name}: imports are absolute" for name in names if name.startswith(".")]
+
+    def forbid(rule: str, *packages: str) -> None:
+        broken.extend(f"{name}: {rule}" for name in names if any(within(name, package) for package in packages))
+
+    def ours_but(rule: str, *allowed: str) -> None:
+        broken.extend(
+            f"{name}: {rule}"
+            for name in names
+            if within(name, "zpipe") and name != "zpipe" and not any(within(name, package) for package in allowed)
+        )
+
+    if path.startswith("schemas/"):
+        ours_but("the contracts import nothing else of ours", "zpipe.schemas")
+        allowed = set(sys.stdlib_module_names) | {"numpy", "pyarrow", "zarr", "zpipe"}
+        broken.extend(
+            f"{name}: the contracts are read with numpy, pyarrow and zarr alone"
+            for name in names
+            if name.partition(".")[0] not in allowed
+        )
+    if path.startswith("pipeline/"):
+        ours_but("the pipeline knows only the contracts", "zpipe.schemas", "zpipe.pipeline")
+    if path.startswith("train/"):
+        ours_but("training knows only the contracts", "zpipe.schemas", "zpipe.train")
+    if path.startswith(PURE):
+        ours_but("models and losses see no other part of ours", "zpipe.train.models")
+        allowed = set(sys.stdlib_module_names) | {"torch", "timm", "zpipe"}
+        broken.extend(
+            f"{name}: models and losses are torch and timm"
+            for name in names
+            if name.partition(".")[0] not in allowed | {""}
+        )
+    if path not in RAY_USERS:
+        forbid("ray stays in one file a program", "ray")
+    if not path.startswith(TAR_READERS):
+        forbid("tars are opened in few places", "webdataset", "tarfile")
+    return broken
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_a_module_imports_only_what_its_layer_may(path):
+    assert broken_rules(path, (ROOT / path).read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        ("schemas/x.py", "import torch"),
+        ("schemas/x.py", "def f():\n    from zpipe.pipeline import worker"),
+        ("schemas/x.py", "from zpipe import cli"),
+        ("pipeline/x.py", "from zpipe.train.losses import ZoomerLoss"),
+        ("pipeline/x.py", "import ray"),
+        ("pipeline/x.py", "from ..train import losses"),
+        ("pipeline/x.py", "from tarfile import open"),
+        ("train/x.py", "import zpipe.pipeline.relevance"),
+        ("train/loop.py", "import webdataset as wds"),
+        ("train/losses.py", "import numpy"),
+        ("train/models/x.py", "from zpipe.schemas.errors import ZpipeError"),
+        ("zpipe/x.py", "import ray.data"),
+    ],
+)
+def test_the_rules_notice_a_breach(path, source):
+    assert broken_rules(path, source)
+
+
+def module_file(name: str) -> Path | None:
+    """The file of a module of ours."""
+    for folder, package in sorted(FOLDERS.items(), key=lambda item: -len(item[1])):
+        if within(name, package):
+            path = ROOT / folder / name[len(package) + 1 :].replace(".", "/")
+            return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+    return None
+
+
+def test_the_command_line_loads_no_stage_before_it_is_asked_for():
+    """Everything that importing zpipe or zpipe.cli runs, followed through the modules of ours that it reaches."""
+    todo, seen = ["zpipe", "zpipe.cli"], set()
+    while todo:
+        name = todo.pop()
+        file = module_file(name)
+        if file is None or name in seen:
+            continue
+        seen.add(name)
+        for found in imports_of(file.read_text(), module_level=True):
+            assert not within(found, "zpipe.pipeline") and not within(found, "zpipe.train"), f"{file}: {found}"
+            todo.append(found)
+    assert {"zpipe.cli", "zpipe.schemas.errors"} <= seen
+
+
+@pytest.mark.parametrize("module", ["zpipe", "zpipe.cli", "zpipe.schemas.relevance_maps"])
+def test_importing_it_in_a_fresh_interpreter_is_cheap(module):
+    code = f"import sys, {module}; print(*(set(sys.modules) & {{'torch', 'ray', 'timm', 'webdataset', 'sklearn'}}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == []
+
+
+def test_no_file_is_named_after_nothing():
+    assert [name for name in NAMES if Path(name).stem in ("utils", "helpers", "common", "misc")] == []

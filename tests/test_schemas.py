@@ -1,0 +1,514 @@
+"""The contracts: what a sample is, what a commit promises, where a crop lies in a map, what the index files hold."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zpipe.schemas import atomic, manifest, shard_index
+from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.geometry import Box, crop_map, overlap_weights
+from zpipe.schemas.sample import group_samples, key_for_file, shard_stem, split_name
+
+
+def names_below(root):
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+
+
+# ------------------------------------------------------------------------------------------------------- samples
+
+
+@pytest.mark.parametrize(
+    "name, key, suffix",
+    [
+        ("0001.jpg", "0001", "jpg"),
+        ("0001.JPEG", "0001", "jpeg"),
+        ("n01440764_10026.PNG", "n01440764_10026", "png"),
+        ("a.b.jpg", "a", "b.jpg"),
+        ("train.v2/a.b.cls", "train.v2/a", "b.cls"),
+        ("train.v2/README", "train.v2/README", ""),
+        ("./a.json", "./a", "json"),
+    ],
+)
+def test_names_are_cut_at_the_first_dot_of_the_last_part(name, key, suffix):
+    assert split_name(name) == (key, suffix)
+
+
+def group(*members):
+    return list(group_samples(members, "x.tar"))
+
+
+def test_members_next_to_each_other_make_a_sample():
+    found = group(
+        ("a.JPEG", b"A"),
+        ("a.cls", b" 3\n"),
+        ("a.json", b'{"box": [1, 2]}'),
+        ("dir/b.json", b'{"label": 4}'),
+        ("dir/b.png", b"B"),
+        ("c.webp", b"C"),
+    )
+    assert [(s.key, s.image, s.label) for s in found] == [("a", b"A", 3), ("dir/b", b"B", 4), ("c", b"C", None)]
+    assert found[0].meta == {"box": [1, 2]} and found[2].meta == {}
+
+
+def test_the_class_file_wins_over_the_label_in_json():
+    assert group(("a.jpg", b"A"), ("a.json", b'{"label": 4}'), ("a.cls", b"7"))[0].label == 7
+
+
+@pytest.mark.parametrize("name", ["a.pyd", "a.pkl", "a.pth", "a.seg.png", "__MACOSX/._a.jpg", "a.txt", "LICENSE"])
+def test_members_of_other_kinds_are_not_looked_at(name):
+    assert [s.key for s in group(("a.jpg", b"A"), (name, b"\x80bad"), ("a.cls", b"1"))] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "members, told",
+    [
+        ([("k.cls", b"1")], "one image, found cls"),
+        ([("k.jpg", b"A"), ("k.png", b"B")], "one image, found jpg, png"),
+        ([("k.jpg", b"A"), ("k.JPG", b"B")], "two .jpg members"),
+        ([("k.jpg", b"A"), ("k.cls", b"ant")], "b'ant', not a class index"),
+        ([("k.jpg", b"A"), ("k.cls", b"\xff\xfe")], "not a class index"),
+        ([("k.jpg", b"A"), ("k.cls", b"")], "not a class index"),
+        ([("k.jpg", b"A"), ("k.json", b"{")], ".json can't be read"),
+        ([("k.jpg", b"A"), ("k.json", b"\xff")], ".json can't be read"),
+        ([("k.jpg", b"A"), ("k.json", b"[1]")], ".json is not an object"),
+        ([("k.jpg", b"A"), ("k.json", b'{"label": "3"}')], "label '3', not a class index"),
+        ([("k.jpg", b"A"), ("k.json", b'{"label": true}')], "label True, not a class index"),
+        ([("k.jpg", b"A"), ("l.jpg", b"B"), ("k.cls", b"1")], "comes twice"),
+    ],
+)
+def test_a_broken_sample_is_named_in_one_line(members, told):
+    with pytest.raises(ZpipeError) as error:
+        group(*members)
+    text = str(error.value)
+    assert told in text and text.startswith("x.tar: key k: ") and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "path, stem, whole",
+    [
+        ("ant/a.jpg", "a", "ant__a"),
+        ("ant/v1.2/a.b.JPEG", "a_b", "ant__v1_2__a_b"),
+        ("a.jpg", "a", "a"),
+        ("noend", "noend", "noend"),
+    ],
+)
+def test_keys_of_files_hold_no_dot(path, stem, whole):
+    assert key_for_file(path) == stem and key_for_file(path, "path") == whole
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
+def test_a_key_comes_back_from_the_member_name_it_gets(path):
+    key = key_for_file(path, "path")
+    assert split_name(f"{key}.jpg") == (key, "jpg")
+
+
+@pytest.mark.parametrize("name, stem", [("a/b-00.tar", "b-00"), ("b.v1.tar", "b.v1"), ("c", "c")])
+def test_the_stem_of_a_shard(name, stem):
+    assert shard_stem(name) == stem
+
+
+# ------------------------------------------------------------------------------------------------ commit in one step
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error, seen", [(Stop(), Stop), (OSError(28, "No space left on device"), ZpipeError)])
+@pytest.mark.parametrize("before", [b"old", None])
+def test_a_failed_commit_leaves_the_old_file_and_nothing_else(tmp_path, before, error, seen):
+    path = tmp_path / "file.json"
+    if before:
+        path.write_bytes(before)
+    with pytest.raises(seen) as caught, atomic.commit(path) as tmp:
+        tmp.write_bytes(b"half")
+        assert (path.read_bytes() if before else None) == before
+        raise error
+    assert names_below(tmp_path) == (["file.json"] if before else [])
+    assert not before or path.read_bytes() == before
+    if seen is ZpipeError:
+        assert str(caught.value).startswith(f"{path}: ") and "No space left" in str(caught.value)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_folder_is_committed_whole_or_not_at_all(tmp_path, before):
+    path = tmp_path / "deep" / "folder"
+    if before:
+        path.mkdir(parents=True)
+        (path / "old").write_text("old")
+    with pytest.raises(Stop), atomic.commit(path) as tmp:
+        tmp.mkdir()
+        (tmp / "half").write_text("half")
+        raise Stop
+    assert names_below(path.parent) == (["folder", "folder/old"] if before else [])
+    with atomic.commit(path) as tmp:
+        (tmp / "c" / "0").mkdir(parents=True)
+        (tmp / "c" / "0" / "new").write_text("new")
+    assert names_below(path.parent) == ["folder", "folder/c", "folder/c/0", "folder/c/0/new"]
+
+
+def test_a_killed_commit_leaves_the_old_content_and_the_next_one_clears_up(tmp_path):
+    (tmp_path / "marker").write_text("old")
+    code = (
+        "import sys, os, signal, pathlib; from zpipe.schemas.atomic import commit\n"
+        "with commit(pathlib.Path(sys.argv[1])) as tmp:\n"
+        "    tmp.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "marker")], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert (tmp_path / "marker").read_text() == "old" and len(names_below(tmp_path)) == 2
+    atomic.claim_folder(tmp_path, "marker", "things")
+    assert names_below(tmp_path) == ["marker"]
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(small_disk):
+    path = small_disk.root / "file"
+    atomic.write_bytes(path, b"old")
+    small_disk.fill()
+    with pytest.raises(ZpipeError, match=r"file: could not be written \(No space left on device\)"):
+        atomic.write_bytes(path, bytes(100_000))
+    assert path.read_bytes() == b"old" and names_below(small_disk.root) == ["file", "filler"]
+
+
+def test_claiming_a_folder(tmp_path):
+    new = tmp_path / "a" / "b"
+    atomic.claim_folder(new, "marker", "things")
+    assert new.is_dir()
+    atomic.claim_folder(new, "marker", "things")  # empty
+    (new / ".tmp-1-x").mkdir()
+    atomic.claim_folder(new, "marker", "things")
+    assert names_below(new) == []
+    (new / "thesis.tex").write_text("dear")
+    (new / ".tmp-1-x").write_text("not ours to remove")
+    with pytest.raises(UsageError, match=r"holds something else \(thesis.tex\); give an empty or new folder"):
+        atomic.claim_folder(new, "marker", "things")
+    assert names_below(new) == [".tmp-1-x", "thesis.tex"]
+    (new / "marker").write_text("")
+    atomic.claim_folder(new, "marker", "things")
+    assert names_below(new) == ["marker", "thesis.tex"]
+    with pytest.raises(UsageError, match="is a file, not a folder"):
+        atomic.claim_folder(new / "marker", "marker", "things")
+    with pytest.raises(UsageError, match="can't be used"):
+        atomic.claim_folder(new / "marker" / "below", "marker", "things")
+
+
+@pytest.mark.parametrize(
+    "content, told", [(None, "no such file"), (b"{", "not readable"), (b"[]", "not a JSON object")]
+)
+def test_reading_json_that_is_not_there_or_not_json(tmp_path, content, told):
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ZpipeError, match=told):
+        atomic.read_json(tmp_path / "x.json", "a thing")
+
+
+def test_json_keeps_any_text_and_refuses_nan(tmp_path):
+    value = {"class": "Bär 🐻", "n": [1, 2.5, None]}
+    atomic.write_json(tmp_path / "x.json", value)
+    assert atomic.read_json(tmp_path / "x.json", "a thing") == value
+    with pytest.raises(ValueError):
+        atomic.write_json(tmp_path / "x.json", {"n": float("nan")})
+    assert atomic.read_json(tmp_path / "x.json", "a thing") == value and names_below(tmp_path) == ["x.json"]
+
+
+# ------------------------------------------------------------------------------------------------------- geometry
+
+side = st.floats(1.0, 1000.0)
+share = st.floats(0.0, 1.0)
+
+
+@st.composite
+def crops(draw):
+    """A map grid, a frame and a crop inside it: neither square, nor at the origin, nor aligned to the grid."""
+    gh, gw = draw(st.integers(2, 16)), draw(st.integers(2, 16))
+    x, y, width, height = draw(share) * 50, draw(share) * 50, draw(side), draw(side)
+    frame = Box(x, y, x + width, y + height)
+    x1, y1 = frame.x1 + draw(share) * 0.9 * width, frame.y1 + draw(share) * 0.9 * height
+    x2 = x1 + max(0.05, draw(share)) * (frame.x2 - x1)
+    y2 = y1 + max(0.05, draw(share)) * (frame.y2 - y1)
+    return (gh, gw), frame, Box(x1, y1, x2, y2), (draw(st.integers(1, 12)), draw(st.integers(1, 12)))
+
+
+@given(crops(), st.booleans(), st.sampled_from("xy"))
+def test_the_crop_of_a_ramp_is_the_ramp_at_the_crop(case, flip, axis):
+    """A map that rises linearly in x (or y) through its cell centres, cropped to cells whose edges are cell edges.
+
+    On such a staircase the mean over any stretch between cell edges is the value of the line at the stretch's centre.
+    """
+    (gh, gw), frame, crop, _ = case
+    rows = sorted({round((edge - frame.y1) / frame.height * gh) for edge in (crop.y1, crop.y2)})
+    cols = sorted({round((edge - frame.x1) / frame.width * gw) for edge in (crop.x1, crop.x2)})
+    rows, cols = (rows if len(rows) == 2 else [0, gh]), (cols if len(cols) == 2 else [0, gw])
+    aligned = Box(
+        frame.x1 + cols[0] / gw * frame.width,
+        frame.y1 + rows[0] / gh * frame.height,
+        frame.x1 + cols[1] / gw * frame.width,
+        frame.y1 + rows[1] / gh * frame.height,
+    )
+    centres_x = frame.x1 + (np.arange(gw) + 0.5) / gw * frame.width
+    centres_y = frame.y1 + (np.arange(gh) + 0.5) / gh * frame.height
+    ramp = np.broadcast_to(centres_x[None, :] if axis == "x" else centres_y[:, None], (gh, gw))
+    found = crop_map(ramp, frame, aligned, (rows[1] - rows[0], cols[1] - cols[0]), flip=flip)
+    xs = centres_x[cols[0] : cols[1]][:: -1 if flip else 1]
+    ys = centres_y[rows[0] : rows[1]]
+    expected = np.broadcast_to(xs[None, :] if axis == "x" else ys[:, None], found.shape)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@given(crops(), st.booleans())
+def test_any_crop_of_a_ramp_stays_within_a_cell_of_it(case, flip):
+    """Unaligned crops too: a staircase leaves its line by at most half a cell, in x and in y each with its own scale."""
+    (gh, gw), frame, crop, (out_h, out_w) = case
+    for n, origin, extent, low, high, out, axis in (
+        (gw, frame.x1, frame.width, crop.x1, crop.x2, out_w, 1),
+        (gh, frame.y1, frame.height, crop.y1, crop.y2, out_h, 0),
+    ):
+        line = origin + (np.arange(n) + 0.5) / n * extent
+        ramp = np.broadcast_to(line[None, :] if axis else line[:, None], (gh, gw))
+        found = crop_map(ramp, frame, crop, (out_h, out_w), flip=flip)
+        centres = low + (np.arange(out) + 0.5) / out * (high - low)
+        if axis and flip:
+            centres = centres[::-1]
+        along = found[0] if axis else found[:, 0]
+        assert np.abs(along - centres).max() <= 0.5 * extent / n * 1.001 + 1e-3
+
+
+def test_a_crop_on_the_hot_quadrant_is_hot():
+    """Width and height swapped, or (top, left) taken for (x, y), reads zero here."""
+    hot = np.zeros((6, 4))
+    hot[0:3, 2:4] = 1.0  # the upper right quarter of a 400 x 300 image
+    frame = Box.full(400, 300)
+    assert (crop_map(hot, frame, Box(200, 0, 400, 150), (5, 7)) == 1).all()
+    for cold in (Box(0, 0, 200, 150), Box(0, 150, 200, 300), Box(200, 150, 400, 300)):
+        assert (crop_map(hot, frame, cold, (5, 7)) == 0).all()
+    assert crop_map(hot, frame, Box(100, 75, 300, 225), (1, 1)).item() == pytest.approx(0.25)
+
+
+@given(crops(), st.integers(0, 2**32 - 1), st.booleans())
+def test_mass_is_conserved(case, seed, flip):
+    """The crop's mean is the area-weighted mean of the map under it, whatever the output size; a flip changes no mass."""
+    grid, frame, crop, size = case
+    relevance = np.random.default_rng(seed).normal(size=grid)
+    found = crop_map(relevance, frame, crop, size, flip=flip)
+    coarse = crop_map(relevance, frame, crop, (1, 1))
+    np.testing.assert_allclose(found.mean(dtype=np.float64), coarse.item(), atol=1e-5)
+    whole = crop_map(relevance, frame, frame, size)
+    np.testing.assert_allclose(whole.mean(dtype=np.float64), relevance.mean(), atol=1e-5)
+
+
+@given(crops(), st.integers(0, 2**32 - 1))
+def test_a_flip_mirrors_columns_and_the_whole_frame_is_the_map(case, seed):
+    grid, frame, crop, size = case
+    relevance = np.random.default_rng(seed).normal(size=grid).astype(np.float32)
+    plain, mirrored = (crop_map(relevance, frame, crop, size, flip=flip) for flip in (False, True))
+    np.testing.assert_array_equal(mirrored, plain[:, ::-1])
+    np.testing.assert_allclose(crop_map(relevance, frame, frame, grid), relevance, rtol=1e-5, atol=1e-6)
+
+
+@given(st.integers(1, 20), share, share, st.integers(1, 20))
+def test_weights_are_shares_of_each_output_cell(n_in, a, b, n_out):
+    start, stop = sorted((a * n_in, b * n_in))
+    if stop - start < 1e-6:
+        start, stop = 0.0, float(n_in)
+    weights = overlap_weights(n_in, start, stop, n_out)
+    assert weights.shape == (n_out, n_in) and (weights >= 0).all()
+    np.testing.assert_allclose(weights.sum(axis=1), 1.0)
+
+
+@pytest.mark.parametrize("corners", [(1, 0, 1, 2), (2, 0, 1, 2), (0, 2, 1, 2), (0, 3, 1, 2), (0, 0, float("nan"), 1)])
+def test_a_box_without_area_is_refused(corners):
+    with pytest.raises(ValueError, match="x1 < x2 and y1 < y2"):
+        Box(*corners)
+
+
+def test_a_crop_that_leaves_the_frame_is_refused():
+    frame = Box.full(400, 300)
+    for outside in (Box(-1, 0, 100, 100), Box(0, -1, 100, 100), Box(0, 0, 401, 100), Box(0, 0, 100, 400)):
+        assert not frame.contains(outside)
+        with pytest.raises(ValueError, match="leaves the frame"):
+            crop_map(np.ones((4, 4)), frame, outside, (2, 2))
+    assert frame.contains(Box(-1e-4, 0, 400 + 1e-4, 300))
+    assert np.isfinite(crop_map(np.ones((4, 4)), frame, Box(-1e-4, 0, 400 + 1e-4, 300), (2, 2))).all()
+    assert Box(1, 2, 4, 8).as_tuple() == (1, 2, 4, 8) and (Box(1, 2, 4, 8).width, Box(1, 2, 4, 8).height) == (3, 6)
+
+
+# ----------------------------------------------------------------------------------------------------- shard index
+
+
+def entry(name="a.tar", **changes):
+    return shard_index.ShardEntry(
+        **({"name": name, "count": 3, "bytes": 10, "sha256": "0" * 64, "keys_sha256": "1" * 64} | changes)
+    )
+
+
+def test_a_shard_index_comes_back_as_it_was_written(tmp_path):
+    index = shard_index.ShardIndex(shards=(entry(), entry("b.tar", count=4)), classes=("ant", "Bär"), source="x")
+    shard_index.write_index(tmp_path, index)
+    assert shard_index.read_index(tmp_path) == index and index.count == 7
+    assert json.loads((tmp_path / "shards.json").read_text())["count"] == 7
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"format": "other"}, "is 'other' version 1, expected 'zpipe-shards' version 1"),
+        ({"version": 2}, "version 2"),
+        ({"shards": [{"name": "a.tar"}]}, "not a complete shard index"),
+        ({"shards": [7]}, "not a complete shard index"),
+        ({"classes": None}, "not a complete shard index"),
+    ],
+)
+def test_a_damaged_shard_index_is_refused(tmp_path, change, told):
+    shard_index.write_index(tmp_path, shard_index.ShardIndex(shards=(entry(),)))
+    path = tmp_path / "shards.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ZpipeError, match=told):
+        shard_index.read_index(tmp_path)
+
+
+def test_two_shards_of_one_name_are_refused(tmp_path):
+    shard_index.write_index(tmp_path, shard_index.ShardIndex(shards=(entry(), entry())))
+    with pytest.raises(ZpipeError, match="two shards share a name"):
+        shard_index.read_index(tmp_path)
+
+
+def test_folder_and_index_must_name_the_same_tars(tmp_path):
+    index = shard_index.ShardIndex(shards=(entry("a.tar"), entry("b.tar")))
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / name).write_bytes(bytes(10))
+    folder, tars = shard_index.find_shards(tmp_path)
+    assert folder == tmp_path and [tar.name for tar in tars] == ["a.tar", "b.tar"]
+    assert shard_index.check_listed(tmp_path, tars, index, whole_folder=True) == list(index.shards)
+    assert shard_index.check_listed(tmp_path, tars[:1], index, whole_folder=False) == [index.shards[0]]
+    with pytest.raises(ZpipeError, match="b.tar: listed in shards.json but not there"):
+        shard_index.check_listed(tmp_path, tars[:1], index, whole_folder=True)
+    (tmp_path / "b.tar").write_bytes(bytes(9))
+    with pytest.raises(ZpipeError, match=r"b.tar: 9 bytes, but shards.json says 10: truncated or altered"):
+        shard_index.check_listed(tmp_path, tars, index, whole_folder=True)
+    (tmp_path / "b.tar").rename(tmp_path / "c.tar")
+    with pytest.raises(ZpipeError, match="c.tar: not listed"):
+        shard_index.check_listed(tmp_path, [tmp_path / "c.tar"], index, whole_folder=False)
+
+
+def test_finding_shards(tmp_path):
+    with pytest.raises(UsageError, match="no such folder"):
+        shard_index.find_shards(tmp_path / "none")
+    (tmp_path / ".tmp-1-a.tar").write_bytes(b"")
+    with pytest.raises(UsageError, match="holds no .tar file"):
+        shard_index.find_shards(tmp_path)
+    (tmp_path / "a.zip").write_bytes(b"")
+    with pytest.raises(UsageError, match="not a .tar file"):
+        shard_index.find_shards(tmp_path / "a.zip")
+    (tmp_path / "a.tar").write_bytes(b"")
+    assert shard_index.find_shards(tmp_path / "a.tar") == (tmp_path, [tmp_path / "a.tar"])
+
+
+def test_digests_know_order_and_content(tmp_path):
+    assert shard_index.digest_keys(["a", "b"]) != shard_index.digest_keys(["b", "a"])
+    (tmp_path / "x").write_bytes(b"abc")
+    assert shard_index.digest_file(tmp_path / "x").startswith("ba7816bf")
+
+
+# -------------------------------------------------------------------------------------------------------- manifest
+
+PROVENANCE = manifest.Provenance(
+    teacher="deit_tiny_patch16_224",
+    teacher_args={"img_size": [64, 96]},
+    weights="teacher.pth",
+    seed=None,
+    teacher_digest="a" * 64,
+    num_classes=5,
+    method="transformer-attribution",
+    start_layer=0,
+    target="ground-truth",
+    frame="full",
+    grid=(4, 6),
+    image_size=(64, 96),
+    mean=(0.5, 0.5, 0.5),
+    std=(0.25, 0.25, 0.25),
+    interpolation="bicubic",
+    dtype="float32",
+)
+MANIFEST = manifest.StoreManifest(
+    provenance=PROVENANCE,
+    shards=(manifest.MapShard(stem="a", count=3, input_sha256="1" * 64, index_sha256="2" * 64),),
+    statuses={"ok": 2, "zero": 1},
+    source="shards",
+    zpipe_version="0.1.0",
+)
+
+
+def test_a_manifest_comes_back_as_it_was_written(tmp_path):
+    manifest.write_manifest(tmp_path, MANIFEST)
+    manifest.write_extraction(tmp_path, PROVENANCE)
+    assert manifest.read_manifest(tmp_path) == MANIFEST and MANIFEST.count == 3
+    assert manifest.read_extraction(tmp_path) == PROVENANCE
+    assert manifest.read_extraction(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"num_classes": 6}, "made with num_classes = 5, this run has 6; give another --out folder"),
+        ({"grid": (14, 14)}, r"grid = \[4, 6\], this run has \[14, 14\]"),
+        ({"teacher_args": {"img_size": [96, 64]}}, r"\{\"img_size\": \[64, 96\]\}, this run has \{\"img_size\": \[96"),
+        ({"teacher_digest": "b" * 64}, 'teacher_digest = "aaaa.*this run has "bbbb'),
+        ({"frame": "center"}, 'frame = "full", this run has "center"'),
+    ],
+)
+def test_another_provenance_is_told_with_both_values(tmp_path, change, told):
+    other = dataclasses.replace(PROVENANCE, **change)
+    assert other.fingerprint() != PROVENANCE.fingerprint()
+    with pytest.raises(ZpipeError, match=told) as error:
+        manifest.check_compatible(PROVENANCE, other, tmp_path)
+    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
+
+
+def test_where_the_weights_lay_does_not_matter():
+    other = dataclasses.replace(PROVENANCE, weights="/elsewhere/teacher.pth", seed=3)
+    assert other.fingerprint() == PROVENANCE.fingerprint()
+    manifest.check_compatible(PROVENANCE, other, "store")
+
+
+def test_every_other_field_of_the_provenance_counts():
+    different = {"teacher_args": {}, "grid": (1, 1), "image_size": (1, 1), "mean": (0.0,), "std": (1.0,)}
+    for field in dataclasses.fields(PROVENANCE):
+        value = different.get(field.name, -1 if isinstance(getattr(PROVENANCE, field.name), int) else "other")
+        same = dataclasses.replace(PROVENANCE, **{field.name: value}).fingerprint() == PROVENANCE.fingerprint()
+        assert same == (field.name in ("weights", "seed")), field.name
+
+
+def test_reading_what_is_no_manifest(tmp_path):
+    with pytest.raises(ZpipeError, match="not a relevance store"):
+        manifest.read_manifest(tmp_path)
+    manifest.write_extraction(tmp_path, PROVENANCE)
+    with pytest.raises(ZpipeError, match="extraction is not finished"):
+        manifest.read_manifest(tmp_path)
+    manifest.write_manifest(tmp_path, MANIFEST)
+    good = json.loads((tmp_path / "manifest.json").read_text())
+    for change, told in [
+        ({"version": 99}, "version 99"),
+        ({"shards": [{}]}, "not a complete manifest"),
+        ({"provenance": good["provenance"] | {"novel": 1}}, "provenance field 'novel' missing or unknown"),
+        ({"provenance": {}}, "provenance field"),
+    ]:
+        (tmp_path / "manifest.json").write_text(json.dumps(good | change))
+        with pytest.raises(ZpipeError, match=told):
+            manifest.read_manifest(tmp_path)
+    (tmp_path / "extraction.json").write_text(json.dumps({"format": "zpipe-relevance-store", "version": 1}))
+    with pytest.raises(ZpipeError, match="not an extraction record"):
+        manifest.read_extraction(tmp_path)
+
+
+def test_errors_say_how_the_command_ends():
+    assert (ZpipeError("x").exit_code, UsageError("x").exit_code) == (1, 2)
+    assert ZpipeError("x", ["a", "b"]).details == ("a", "b")
+    assert os.linesep not in str(ZpipeError("x", ["a"]))
