@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 
 from zpipe.pipeline.executor import Resources, run_local, run_ray
-from zpipe.pipeline.shard_reader import open_shards
+from zpipe.pipeline.explainer import PRECISIONS, ExplainConfig, available_memory, batch_that_fits, bytes_per_image
+from zpipe.pipeline.shard_reader import FRAMES, open_shards
 from zpipe.pipeline.teacher import Teacher, load_teacher
-from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec
+from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec, frame_of
 from zpipe.schemas.atomic import claim_folder, clear_temporaries
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import (
@@ -40,6 +41,8 @@ class ExtractConfig:
 
     teacher: timm model name; None takes what the weights folder says, else deit_base_patch16_224.
     weights: a file, a folder that train-vit wrote, `pretrained`, or `random` (for trying things out).
+    explain: method, target, symmetrisation, precision. frame: `full` (the whole image, which can serve any crop) or
+    `center` (the teacher's own evaluation view).
     batch_size, actors, threads: 0 chooses. threads are those of each worker; equal threads give equal bytes.
     device: `auto` takes a CUDA device when there is one.
     """
@@ -49,6 +52,8 @@ class ExtractConfig:
     num_classes: int | None = None
     teacher_args: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    explain: ExplainConfig = field(default_factory=ExplainConfig)
+    frame: str = "full"
     executor: Literal["ray", "local"] = "ray"
     batch_size: int = 0
     actors: int = 0
@@ -60,7 +65,8 @@ class ExtractConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractReport:
-    """What an extraction did: samples in the store, shards in it, shards made by this run, samples per status."""
+    """What an extraction did: samples in the store, shards in it, shards made by this run, samples per status,
+    images without a usable map, and what had to be changed on the way (a batch size lowered)."""
 
     count: int
     shards: int
@@ -68,6 +74,7 @@ class ExtractReport:
     statuses: dict[str, int]
     provenance: Provenance
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def extract_teacher_maps(
@@ -81,6 +88,8 @@ def extract_teacher_maps(
     written until all are).
     """
     shards, out = Path(shards), Path(out)
+    if config.frame not in FRAMES:
+        raise UsageError(f"--frame {config.frame}: choose one of {', '.join(FRAMES)}")
     entries, _ = open_shards(shards)
     device = _device(config.device)
     teacher = load_teacher(
@@ -90,6 +99,8 @@ def extract_teacher_maps(
     _begin(out, provenance)
     _clear_temporaries(out)
     todo, kept = _plan(out, entries, provenance)
+    actors = _actors(config, device)
+    batch_size, notes = _batch_size(config, teacher, device, actors)
     spec = WorkerSpec(
         teacher=config.teacher,
         weights=config.weights if config.weights in ("pretrained", "random") else str(Path(config.weights).resolve()),
@@ -99,12 +110,17 @@ def extract_teacher_maps(
         teacher_digest=teacher.digest,
         fingerprint=provenance.fingerprint(),
         out=str(out.resolve()),
-        batch_size=config.batch_size or (64 if device.startswith("cuda") else 8),
+        explain=config.explain,
+        frame=config.frame,
+        batch_size=batch_size,
         threads=_threads(config),
         device=device,
     )
     del teacher
-    failed = _execute(spec, todo, config, progress, kept=kept, total=sum(entry.count for _, entry in entries))
+    total = sum(entry.count for _, entry in entries)
+    reports = _execute(spec, todo, config, actors, progress, kept=kept, total=total)
+    failed = [report for report in reports if report.error]
+    notes += [note for report in reports for note in report.notes]
     _clear_temporaries(out)  # of workers that died in this run
     if failed:
         raise ZpipeError(
@@ -119,6 +135,7 @@ def extract_teacher_maps(
         statuses=manifest.statuses,
         provenance=provenance,
         problems=_problems(out, manifest),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -131,16 +148,18 @@ def provenance_of(teacher: Teacher, config: ExtractConfig) -> Provenance:
         seed=config.seed if config.weights == "random" else None,
         teacher_digest=teacher.digest,
         num_classes=teacher.num_classes,
-        method="transformer-attribution",
+        method=config.explain.method,
         start_layer=0,
-        target="ground-truth",
-        frame="full",
+        target=config.explain.recorded_target,
+        frame=config.frame,
         grid=tuple(teacher.grid),
         image_size=tuple(teacher.image_size),
         mean=tuple(teacher.mean),
         std=tuple(teacher.std),
         interpolation=teacher.interpolation,
-        dtype="float32",
+        crop_pct=frame_of(teacher, config.frame).crop_pct,
+        symmetrised=config.explain.symmetrise,
+        precision=config.explain.precision,
     )
 
 
@@ -161,6 +180,35 @@ def _threads(config: ExtractConfig) -> int:
     # More processes with fewer threads are faster, fewer processes take less memory: up to 4 threads each. It must not
     # depend on how much is left to do, or a resumed run would sum in another order than an undisturbed one.
     return min(4, max(1, cpus // 2))
+
+
+def _gpus_per_actor(config: ExtractConfig, device: str) -> float:
+    return config.gpus_per_actor or (1.0 if device.startswith("cuda") else 0.0)
+
+
+def _actors(config: ExtractConfig, device: str) -> int:
+    if config.executor == "local":
+        return 1
+    if config.actors:
+        return config.actors
+    gpus = _gpus_per_actor(config, device)
+    return max(1, int(torch.cuda.device_count() / gpus)) if gpus else max(1, (os.cpu_count() or 1) // _threads(config))
+
+
+def _batch_size(config: ExtractConfig, teacher: Teacher, device: str, actors: int) -> tuple[int, list[str]]:
+    """The batch size to begin with, and what to say when it isn't the one asked for."""
+    if device.startswith("cuda"):
+        return config.batch_size or 64, []  # a GPU says when it is full, and the worker halves
+    asked = config.batch_size or 8
+    # A CPU doesn't say: the kernel ends a process that takes too much. So it is reckoned before.
+    need = bytes_per_image(teacher.model, PRECISIONS[config.explain.precision][0])
+    fits = batch_that_fits(asked, need, actors, available_memory())
+    if fits == asked:
+        return asked, []
+    told = (
+        f"a batch of {asked} would take {asked * need * actors / 2**30:.1f} GiB in {actors} workers: lowered to {fits}"
+    )
+    return fits, [told]
 
 
 def _begin(out: Path, provenance: Provenance) -> None:
@@ -206,12 +254,19 @@ def _plan(out: Path, entries: list[tuple[Path, ShardEntry]], provenance: Provena
 
 
 def _execute(
-    spec: WorkerSpec, todo: list[ShardTask], config: ExtractConfig, progress: Progress, *, kept: int, total: int
+    spec: WorkerSpec,
+    todo: list[ShardTask],
+    config: ExtractConfig,
+    actors: int,
+    progress: Progress,
+    *,
+    kept: int,
+    total: int,
 ) -> list[ShardReport]:
     if not todo:
         progress("extract-teacher-maps", total, total, shards_left=0)
         return []
-    failed: list[ShardReport] = []
+    reports: list[ShardReport] = []
     done, left = kept, len(todo)
     statuses: Counter[str] = Counter()
 
@@ -220,18 +275,16 @@ def _execute(
         left -= 1
         done += report.count
         statuses.update(report.statuses)
-        if report.error:
-            failed.append(report)
+        reports.append(report)
+        failed = sum(bool(report.error) for report in reports)
         bad = sum(count for status, count in statuses.items() if status != OK)
-        progress("extract-teacher-maps", done, total, shards_left=left, failed=len(failed), bad_images=bad)
+        progress("extract-teacher-maps", done, total, shards_left=left, failed=failed, bad_images=bad)
 
     progress("extract-teacher-maps", done, total, shards_left=left)
-    cpus = os.cpu_count() or 1
-    gpus = config.gpus_per_actor or (1.0 if spec.device.startswith("cuda") else 0.0)
-    actors = config.actors or (max(1, int(torch.cuda.device_count() / gpus)) if gpus else max(1, cpus // spec.threads))
+    gpus = _gpus_per_actor(config, spec.device)
     run = run_ray if config.executor == "ray" else run_local
     run(spec, todo, Resources(actors=actors, gpus_per_actor=gpus, address=config.address), on_report)
-    return failed
+    return reports
 
 
 def _audit(out: Path, entries: list[ShardEntry], provenance: Provenance, source: Path) -> StoreManifest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from zpipe.schemas.relevance_store import OK
 
 @dataclass(frozen=True, kw_only=True)
 class StoreFigures:
-    """A store in numbers. `bytes` is its size on disk; `teacher_top1` the share of samples whose label the teacher
-    predicts; the quantiles are (5, 25, 50, 75, 95) % of entropy (nats), decimal logarithm of the scale, and mass in the
+    """A store in numbers. `bytes` is its size on disk; `teacher_top1` the share of labelled samples whose label the
+    teacher predicts; the quantiles are (5, 25, 50, 75, 95) % of entropy (nats), decimal logarithm of the scale, and mass in the
     top 10 % of cells, over samples with a usable map.
     """
 
@@ -42,10 +43,11 @@ def store_figures(root: Path) -> StoreFigures:
     table = maps.table(["label", "predicted", "entropy", "scale", "top10_mass", "status"])
     usable = table["status"].to_numpy(zero_copy_only=False) == OK
     columns = {name: table[name].to_numpy() for name in ("label", "predicted", "entropy", "scale", "top10_mass")}
+    labelled = columns["label"] >= 0
     return StoreFigures(
         manifest=maps.manifest,
         bytes=sum(path.stat().st_size for path in Path(root).rglob("*") if path.is_file()),
-        teacher_top1=float((columns["label"] == columns["predicted"]).mean()),
+        teacher_top1=float((columns["label"] == columns["predicted"])[labelled].mean()) if labelled.any() else math.nan,
         entropy=_quantiles(columns["entropy"][usable]),
         log10_scale=_quantiles(np.log10(columns["scale"][usable])),
         top10_mass=_quantiles(columns["top10_mass"][usable]),

@@ -340,7 +340,7 @@ def _write_shard(source: Source, part: int, parts: int, out: Path) -> tuple[Shar
     entry = None
     with commit(path) as tmp, open(tmp, "wb") as file:
         # A fixed time and owner: the same source gives the same bytes.
-        with wds.TarWriter(file, user="zpipe", group="zpipe", mtime=0.0, format="PAX_FORMAT") as tar:
+        with wds.TarWriter(file, user="zpipe", group="zpipe", mtime=0, format="PAX_FORMAT") as tar:
             for record in source.records(part):
                 if isinstance(record, Rejected):
                     rejected.append(record)

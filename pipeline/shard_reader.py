@@ -167,10 +167,37 @@ def scan_shard(path: Path) -> ShardEntry:
     )
 
 
-def frame_image(sample: Sample, size: tuple[int, int], interpolation: str) -> FramedImage:
-    """Decode a sample and squash the whole image to the teacher's input size: the frame named `full`.
+FRAMES = ("full", "center")
 
-    size: (height, width). The EXIF orientation is ignored, as the usual ImageNet loaders do, so that boxes are in the
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """What part of an image the teacher sees, and how.
+
+    kind: `full` squashes the whole image to `size`, (height, width); `center` takes the centred box of that aspect ratio
+    that fills `crop_pct` of the image: the teacher's own evaluation view, but for the rounding of its two steps to pixels.
+    """
+
+    kind: str
+    size: tuple[int, int]
+    interpolation: str
+    crop_pct: float = 1.0
+
+    def box(self, width: int, height: int) -> Box:
+        """The part in source pixels."""
+        if self.kind == "full":
+            return Box.full(width, height)
+        scale = self.crop_pct * min(width / self.size[1], height / self.size[0])
+        half_w, half_h = self.size[1] * scale / 2, self.size[0] * scale / 2
+        left, right = max(0.0, width / 2 - half_w), min(float(width), width / 2 + half_w)
+        top, bottom = max(0.0, height / 2 - half_h), min(float(height), height / 2 + half_h)
+        return Box(left, top, right, bottom)
+
+
+def frame_image(sample: Sample, frame: Frame) -> FramedImage:
+    """Decode a sample and bring the frame's part of it to the teacher's input size.
+
+    The EXIF orientation is ignored, as the usual ImageNet loaders do, so that boxes are in the
     stored pixel matrix. An image that can't be decoded gives `pixels=None` and the problem.
     """
     try:
@@ -183,14 +210,13 @@ def frame_image(sample: Sample, size: tuple[int, int], interpolation: str) -> Fr
         return FramedImage(
             key=sample.key, label=sample.label, pixels=None, width=0, height=0, frame=unit, problem=problem
         )
-    pixels = np.asarray(rgb.resize((size[1], size[0]), PIL_FILTERS[interpolation]))  # [H, W, 3]
-    return FramedImage(
-        key=sample.key, label=sample.label, pixels=pixels, width=width, height=height, frame=Box.full(width, height)
-    )
+    box, (out_h, out_w) = frame.box(width, height), frame.size
+    pixels = np.asarray(rgb.resize((out_w, out_h), PIL_FILTERS[frame.interpolation], box=box.as_tuple()))  # [H, W, 3]
+    return FramedImage(key=sample.key, label=sample.label, pixels=pixels, width=width, height=height, frame=box)
 
 
 def framed_batches(
-    samples: Iterable[Sample], size: tuple[int, int], interpolation: str, *, batch_size: int, threads: int
+    samples: Iterable[Sample], frame: Frame, *, batch_size: int, threads: int
 ) -> Iterator[list[FramedImage]]:
     """Decode ahead in `threads` threads and hand out lists of up to `batch_size` images, in order.
 
@@ -207,7 +233,7 @@ def framed_batches(
                 if sample is None:
                     exhausted = True
                 else:
-                    pending.append(pool.submit(frame_image, sample, size, interpolation))
+                    pending.append(pool.submit(frame_image, sample, frame))
             if pending:
                 batch.append(pending.popleft().result())
             if len(batch) == batch_size:

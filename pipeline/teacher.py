@@ -30,7 +30,8 @@ class Teacher:
     `model` is in eval mode, takes no gradient, and has passed `relevance.check_supported`. `name` is timm's name of the
     architecture, `weights` the request that loaded it, `model_args` the arguments that rebuild it beside `name` and
     `num_classes` (JSON values). `image_size` and `grid` are (height, width), in pixels and in patches. Images are
-    scaled to 0..1, resized by `interpolation`, and normalised by `mean` and `std`, one number per channel.
+    scaled to 0..1, resized by `interpolation`, and normalised by `mean` and `std`, one number per channel; the teacher's
+    own evaluation looks at the centred `crop_pct` of them.
     """
 
     model: VisionTransformer
@@ -43,6 +44,7 @@ class Teacher:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
+    crop_pct: float
     model_args: dict[str, Any]
 
 
@@ -124,6 +126,7 @@ def load_teacher(
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         interpolation=data["interpolation"],
+        crop_pct=data["crop_pct"],
         model_args=model_args,
     )
 

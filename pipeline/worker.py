@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from zpipe.pipeline.relevance import attribute
-from zpipe.pipeline.shard_reader import FramedImage, framed_batches, read_samples
+from zpipe.pipeline.explainer import NO_CLASS, ExplainConfig, Explained, Explainer
+from zpipe.pipeline.shard_reader import Frame, FramedImage, framed_batches, read_samples
 from zpipe.pipeline.teacher import Teacher, load_teacher
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.relevance_store import (
@@ -42,6 +42,8 @@ class WorkerSpec:
     teacher_digest: str
     fingerprint: str
     out: str
+    explain: ExplainConfig
+    frame: str
     batch_size: int
     threads: int
     device: str
@@ -57,7 +59,8 @@ class ShardTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """What became of one shard. `error` is set when nothing was committed; `problems` names samples whose status isn't ok."""
+    """What became of one shard. `error` is set when nothing was committed; `problems` names samples whose status isn't ok,
+    `notes` says what the worker had to change on the way."""
 
     stem: str
     count: int = 0
@@ -65,6 +68,7 @@ class ShardReport:
     problems: tuple[str, ...] = ()
     seconds: float = 0.0
     error: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class ShardWorker:
@@ -86,8 +90,10 @@ class ShardWorker:
                 f"{spec.weights}: weights with digest {self.teacher.digest[:12]}, the run began with {spec.teacher_digest[:12]}; "
                 "every machine needs the same file"
             )
-        self._mean = torch.tensor(self.teacher.mean, device=spec.device).view(1, 3, 1, 1)
-        self._std = torch.tensor(self.teacher.std, device=spec.device).view(1, 3, 1, 1)
+        # A reduced precision is asked for by name; no setting that lies about in the process may bring it in unasked.
+        torch.set_float32_matmul_precision("highest")
+        self._explainer = Explainer(self.teacher, spec.explain, batch_size=spec.batch_size, device=spec.device)
+        self._frame = frame_of(self.teacher, spec.frame)
 
     def ready(self) -> bool:
         """Answers once the teacher is loaded."""
@@ -109,10 +115,11 @@ class ShardWorker:
         raw = np.full((count, gh, gw), np.nan, np.float32)
         columns: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
         problems: list[str] = []
+        told = len(self._explainer.notes)
         row = 0
         for batch in self._batches(path, task.entry):
-            maps, logits = self._attribute(batch, path)
-            for item, relevance, logit in zip(batch, maps, logits, strict=True):
+            maps, logits, targets = self._explain(batch, path)
+            for item, relevance, logit, target in zip(batch, maps, logits, targets, strict=True):
                 if row == count:
                     raise ZpipeError(
                         f"{path}: more than the {count} samples its index names: altered; make the shards again"
@@ -123,7 +130,7 @@ class ShardWorker:
                     problems.append(
                         f"{path.name}: key {item.key}: {status}{': ' + item.problem if item.problem else ''}"
                     )
-                _append_row(columns, item, logit, status)
+                _append_row(columns, item, logit, int(target), status)
                 row += 1
         if row != count:
             raise ZpipeError(
@@ -142,24 +149,25 @@ class ShardWorker:
             fingerprint=self.spec.fingerprint,
         )
         statuses = dict(Counter(columns["status"]))
-        return ShardReport(stem=task.entry.stem, count=count, statuses=statuses, problems=tuple(problems))
+        notes = tuple(self._explainer.notes[told:])
+        return ShardReport(stem=task.entry.stem, count=count, statuses=statuses, problems=tuple(problems), notes=notes)
 
     def _batches(self, path: Path, entry: ShardEntry) -> Iterator[list[FramedImage]]:
         samples = read_samples(path, entry)
         return framed_batches(
             samples,
-            self.teacher.image_size,
-            self.teacher.interpolation,
+            self._frame,
             batch_size=self.spec.batch_size,
             threads=max(1, self.spec.threads),
         )
 
-    def _attribute(self, batch: list[FramedImage], path: Path) -> tuple[np.ndarray, np.ndarray]:
-        """Raw maps [n, gh, gw] and logits [n, classes] of a batch; NaN for images that could not be decoded."""
-        for item in batch:
+    def _explain(self, batch: list[FramedImage], path: Path) -> Explained:
+        """Maps, logits and targets of a batch; NaN and no class for images that could not be decoded."""
+        for item in batch if self.spec.explain.asks_label else ():
             if item.label is None:
                 raise ZpipeError(
-                    f"{path}: key {item.key}: has no label (.cls, or label in .json); add one, it is the target class"
+                    f"{path}: key {item.key}: has no label (.cls, or label in .json); add one, it is the target class, "
+                    "or choose --target predicted"
                 )
             if not 0 <= item.label < self.teacher.num_classes:
                 raise ZpipeError(
@@ -169,15 +177,13 @@ class ShardWorker:
         gh, gw = self.teacher.grid
         maps = np.full((len(batch), gh, gw), np.nan, np.float32)
         logits = np.full((len(batch), self.teacher.num_classes), np.nan, np.float32)
+        targets = np.full(len(batch), NO_CLASS, np.int64)
         good = [i for i, item in enumerate(batch) if item.pixels is not None]
         if good:
             pixels = np.stack([batch[i].pixels for i in good])  # uint8 [n, H, W, 3]
-            images = torch.from_numpy(pixels).to(self.spec.device).permute(0, 3, 1, 2).float() / 255.0  # [n, 3, H, W]
-            targets = torch.tensor([batch[i].label for i in good], device=self.spec.device)
-            found = attribute(self.teacher.model, (images - self._mean) / self._std, targets)
-            maps[good] = found.maps.float().cpu().numpy()
-            logits[good] = found.logits.float().cpu().numpy()
-        return maps, logits
+            labels = np.array([NO_CLASS if batch[i].label is None else batch[i].label for i in good], np.int64)
+            maps[good], logits[good], targets[good] = self._explainer(pixels, labels)
+        return Explained(maps, logits, targets)
 
 
 def _status(item: FramedImage, relevance: np.ndarray) -> str:
@@ -188,17 +194,23 @@ def _status(item: FramedImage, relevance: np.ndarray) -> str:
     return OK if relevance.any() else ZERO
 
 
-def _append_row(columns: dict[str, list], item: FramedImage, logit: np.ndarray, status: str) -> None:
+def frame_of(teacher: Teacher, kind: str) -> Frame:
+    """The teacher's frame of that kind."""
+    crop_pct = teacher.crop_pct if kind == "center" else 1.0
+    return Frame(kind=kind, size=teacher.image_size, interpolation=teacher.interpolation, crop_pct=crop_pct)
+
+
+def _append_row(columns: dict[str, list], item: FramedImage, logit: np.ndarray, target: int, status: str) -> None:
     decoded = item.pixels is not None
     probability = _softmax(logit) if decoded else logit
     predicted = int(probability.argmax()) if decoded else -1
     values = {
         "key": item.key,
-        "label": item.label,
-        "target": item.label,
+        "label": NO_CLASS if item.label is None else item.label,
+        "target": target,
         "predicted": predicted,
         "predicted_probability": probability[predicted] if decoded else np.nan,
-        "target_probability": probability[item.label],
+        "target_probability": probability[target] if decoded and target != NO_CLASS else np.nan,
         "width": item.width,
         "height": item.height,
         "frame_x1": item.frame.x1,

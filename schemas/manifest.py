@@ -39,7 +39,9 @@ class Provenance:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
-    dtype: str
+    crop_pct: float
+    symmetrised: bool
+    precision: str
     store_version: int = STORE_VERSION
 
     # The path that the weights were read from, and the seed, may differ while the weights are the same.

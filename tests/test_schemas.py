@@ -435,7 +435,9 @@ PROVENANCE = manifest.Provenance(
     mean=(0.5, 0.5, 0.5),
     std=(0.25, 0.25, 0.25),
     interpolation="bicubic",
-    dtype="float32",
+    crop_pct=1.0,
+    symmetrised=False,
+    precision="float32",
 )
 MANIFEST = manifest.StoreManifest(
     provenance=PROVENANCE,

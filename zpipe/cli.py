@@ -179,6 +179,24 @@ def extract_command(
     ] = None,
     model_arg: ModelArgs = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    method: Annotated[
+        str, typer.Option(help="transformer-attribution, gradient-attention, rollout or class-attention.")
+    ] = "transformer-attribution",
+    target: Annotated[
+        str, typer.Option(help="Class that a map explains: ground-truth, predicted, or class:K.")
+    ] = "ground-truth",
+    frame: Annotated[
+        str, typer.Option(help="'full' (the whole image, for training) or 'center' (the teacher's evaluation view).")
+    ] = "full",
+    symmetrise: Annotated[
+        bool, typer.Option("--symmetrise", help="Mean with the mirrored image's map; twice the price.")
+    ] = False,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="float32, float64, or FORWARD+SWEEP: float64+float32 (all but exact), float64+bfloat16, float32+bfloat16, float32+tf32."
+        ),
+    ] = "float32",
     executor: Annotated[
         str, typer.Option(help="'ray' (local when no cluster is given) or 'local' (this process).")
     ] = "ray",
@@ -196,6 +214,7 @@ def extract_command(
     One tar gives one map shard. Shards that are done are kept, so the same command goes on after an interruption.
     """
     with reporting() as progress:
+        from zpipe.pipeline.explainer import ExplainConfig
         from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 
         if executor not in ("ray", "local"):
@@ -210,6 +229,8 @@ def extract_command(
             num_classes=num_classes,
             teacher_args=parse_settings(model_arg, "--model-arg"),
             seed=seed,
+            explain=ExplainConfig(method=method, target=target, symmetrise=symmetrise, precision=precision),
+            frame=frame,
             executor=executor,
             batch_size=batch_size,
             actors=actors,
@@ -220,6 +241,8 @@ def extract_command(
         )
         report = extract_teacher_maps(shards, output, config, progress=progress)
         tell(f"{output}: {report.count} maps in {report.shards} shards ({report.extracted} extracted now)")
+        for note in report.notes:
+            print(f"note: {note}", file=sys.stderr)
         if report.problems:
             raise ZpipeError(
                 f"{output}: {len(report.problems)} images have no usable map; the store is whole and says which",
@@ -373,8 +396,9 @@ def maps_info(store: Annotated[Path, typer.Argument(help="Relevance store.")]) -
         table.add_row("teacher", f"{origin.teacher}, weights {origin.weights}, digest {origin.teacher_digest[:12]}")
         table.add_row(
             "method",
-            f"{origin.method}, target {origin.target}, frame {origin.frame}, grid {origin.grid[0]} x {origin.grid[1]}",
+            f"{origin.method}{' symmetrised' if origin.symmetrised else ''}, target {origin.target}, {origin.precision}",
         )
+        table.add_row("frame", f"{origin.frame}, grid {origin.grid[0]} x {origin.grid[1]}")
         table.add_row("teacher's top-1", f"{figures.teacher_top1:.1%} on these labels")
         table.add_row("quantiles", "5 %, 25 %, 50 %, 75 %, 95 %")
         for name in ("entropy", "log10_scale", "top10_mass"):
