@@ -65,9 +65,9 @@ class DemoSize:
 
 FULL = DemoSize(
     lessons=(
-        Lesson(side=16, pieces=(0, 0), scenes=16_000, steps=350, lr=5e-3),
-        Lesson(side=24, pieces=(1, 2), scenes=16_000, steps=250, lr=5e-3),
-        Lesson(side=SIDE, pieces=(4, 5), scenes=14_000, steps=190, lr=4e-3),
+        Lesson(side=16, pieces=(0, 0), scenes=16_000, steps=400, lr=5e-3),
+        Lesson(side=24, pieces=(1, 2), scenes=20_000, steps=300, lr=5e-3),
+        Lesson(side=SIDE, pieces=(4, 5), scenes=15_000, steps=220, lr=4e-3),
     ),
     map_scenes=2_000,
     val_scenes=1_000,
