@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ OnReport = Callable[[ShardReport], None]
 # The smallest object store Ray accepts is 75 MiB; we put nothing in it.
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
 READY_TIMEOUT_S = 300.0
+CONNECT_TIMEOUT_S = 10.0
 MAX_RETRIES = 2
 
 
@@ -54,6 +56,7 @@ def run_ray(spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, 
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     try:
         if address:
+            _check_reachable(address)
             ray.init(address=address, **quiet)
         else:
             ray.init(
@@ -63,7 +66,7 @@ def run_ray(spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, 
                 include_dashboard=False,
                 **quiet,
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
         where = f"Ray at {address}" if address else "Ray on this machine"
         raise ZpipeError(
             f"{where} could not be reached or started ({_first_line(error)}); check it, or use --executor local"
@@ -105,6 +108,13 @@ def run_ray(spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, 
                 running[actor.process.remote(task)] = (actor, task)
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself goes on for many minutes where nobody answers. Errors: OSError."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdecimal():  # not the `auto` or `local` that Ray understands too
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
 
 
 def _wait_until_one_is_ready(ray, actors, spec: WorkerSpec, gpus: float, errors: tuple) -> None:

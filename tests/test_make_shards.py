@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from zpipe.pipeline.make_shards import FolderSource, SceneSource, index_shards, inspect_image, make_shards, scene_config
-from zpipe.pipeline.shard_reader import frame_image, open_shards, read_samples, scan_shard
+from zpipe.pipeline.shard_reader import Frame, frame_image, open_shards, read_samples, scan_shard
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.sample import Sample
 from zpipe.schemas.shard_index import digest_file, read_index
@@ -24,6 +24,10 @@ from zpipe.schemas.shard_index import digest_file, read_index
 
 def folder(root, **changes):
     return FolderSource(root, **({"shard_size": 5, "shuffle_seed": 0, "key_rule": "stem"} | changes))
+
+
+def squashed(height, width):
+    return Frame(kind="full", size=(height, width), interpolation="bicubic")
 
 
 def samples_of(out):
@@ -113,7 +117,7 @@ def test_images_of_every_kind_keep_their_bytes_under_their_true_suffix(tmp_path,
     assert sorted(found) == sorted(name for name in files if not name.endswith(("txt", ".hidden.jpg")))
     for name, sample in found.items():
         assert sample.image == files[name]
-        assert frame_image(sample, (16, 24), "bicubic").pixels.shape == (16, 24, 3)
+        assert frame_image(sample, squashed(16, 24)).pixels.shape == (16, 24, 3)
     with tarfile.open(out / "shard-00000.tar") as tar:
         names = tar.getnames()
     assert {"png_named.png", "cmyk.jpg", "grey.jpg", "one_pixel.jpg", "alpha.png", "web.webp", "below_v2.jpg"} <= {
@@ -189,7 +193,7 @@ def test_no_damage_to_an_image_is_more_than_a_rejection(encode, form, mode):
             readable = True
         except (OSError, ValueError):
             readable = False
-        framed = frame_image(Sample(key="k", image=data, label=0), (8, 8), "bicubic")
+        framed = frame_image(Sample(key="k", image=data, label=0), squashed(8, 8))
         assert (framed.pixels is not None) == readable and bool(framed.problem) != readable
         rejected += not readable
     assert 0 < rejected
@@ -200,7 +204,7 @@ def test_formats_that_shards_do_not_carry_are_never_decoded():
     data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     with pytest.raises(ValueError, match="not a readable JPEG"):
         inspect_image(data)
-    assert frame_image(Sample(key="k", image=data, label=0), (8, 8), "bicubic").pixels is None
+    assert frame_image(Sample(key="k", image=data, label=0), squashed(8, 8)).pixels is None
 
 
 def test_a_decompression_bomb_is_rejected_in_every_thread(monkeypatch, encode):
@@ -213,7 +217,7 @@ def test_a_decompression_bomb_is_rejected_in_every_thread(monkeypatch, encode):
     def decode(number: int) -> None:
         for _ in range(60):
             accepted.append(
-                frame_image(Sample(key="k", image=bombs[number % 2], label=0), (8, 8), "bicubic").pixels is not None
+                frame_image(Sample(key="k", image=bombs[number % 2], label=0), squashed(8, 8)).pixels is not None
             )
             assert inspect_image(fine) == ("png", 40, 25)
             with pytest.raises(ValueError):
@@ -563,7 +567,7 @@ def test_scenes_carry_label_and_box(tmp_path, cli):
     for sample in samples:
         x1, y1, x2, y2 = sample.meta["box"]
         assert 0 <= x1 < x2 <= 40 and 0 <= y1 < y2 <= 40 and sample.label in range(10)
-        framed = frame_image(sample, (40, 40), "bicubic")
+        framed = frame_image(sample, squashed(40, 40))
         # Pens are brighter than any background, JPEG or not; the box is where the brightest ink is.
         assert framed.pixels.shape == (40, 40, 3)
         inside = framed.pixels[int(y1) : int(np.ceil(y2)), int(x1) : int(np.ceil(x2))]

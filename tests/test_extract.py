@@ -1,0 +1,551 @@
+"""Extraction: the same bytes whoever computes them and however often they are interrupted; one line for what fails."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from zpipe.pipeline.executor import Resources, run_ray
+from zpipe.pipeline.explainer import ExplainConfig
+from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
+from zpipe.pipeline.make_shards import FolderSource, index_shards, make_shards
+from zpipe.pipeline.relevance import transformer_attribution
+from zpipe.pipeline.shard_reader import frame_image, open_shards, read_samples
+from zpipe.pipeline.teacher import load_teacher
+from zpipe.pipeline.verify import verify_store
+from zpipe.pipeline.worker import ShardTask, WorkerSpec, frame_of
+from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.manifest import read_manifest
+from zpipe.schemas.relevance_maps import RelevanceMaps
+from zpipe.schemas.relevance_store import index_path, maps_path
+
+
+@pytest.fixture
+def extract(teacher_settings):
+    """Extract in this process with the tiny teacher: `extract(shards, out, **changes) -> ExtractReport`."""
+
+    def run(shards, out, **changes):
+        return extract_teacher_maps(shards, out, ExtractConfig(**(teacher_settings | {"executor": "local"} | changes)))
+
+    return run
+
+
+@pytest.fixture
+def failing(cli, teacher_flags):
+    """The same through the command line; returns what it said. It must fail with one line."""
+
+    def run(shards, out, *flags, code=1):
+        done = cli("extract-teacher-maps", shards, "--out", out, *teacher_flags, "--executor", "local", *flags)
+        assert done.code == code, done.stderr
+        assert done.error
+        return done
+
+    return run
+
+
+def state(root):
+    """Name -> time of last change, of every file and folder."""
+    return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in sorted(root.rglob("*"))}
+
+
+def tar_members(path):
+    with tarfile.open(path) as tar:
+        return [(member.name, tar.extractfile(member).read()) for member in tar]
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+# ------------------------------------------------------------------------------------------------ what is in a store
+
+
+def test_every_sample_has_the_map_of_its_own_image_and_label(store, shards, teacher_settings):
+    """Against the attribution itself, one image at a time: no map may come to lie under another key."""
+    settings = teacher_settings
+    teacher = load_teacher(settings["teacher"], "random", num_classes=5, seed=0, model_args=settings["teacher_args"])
+    mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (teacher.mean, teacher.std))
+    maps, frame = RelevanceMaps(store), frame_of(teacher, "full")
+    seen = 0
+    for path, entry in open_shards(shards)[0]:
+        for sample in read_samples(path, entry):
+            pixels = frame_image(sample, frame).pixels
+            image = (torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255 - mean) / std
+            expected = transformer_attribution(teacher.model, image, torch.tensor([sample.label]))[0].numpy()
+            np.testing.assert_allclose(maps[sample.key], expected, atol=2e-3 * np.abs(expected).max())
+            seen += 1
+    assert seen == len(maps) == 18
+    provenance = maps.manifest.provenance
+    assert provenance.teacher_digest == teacher.digest and provenance.grid == (4, 6)
+    assert (provenance.weights, provenance.seed, provenance.teacher_args) == ("random", 0, settings["teacher_args"])
+    assert maps.manifest.statuses == {"ok": 18} and maps.manifest.source == str(shards)
+
+
+def test_a_second_run_does_nothing(store_copy, shards, extract):
+    before = state(store_copy)
+    report = extract(shards, store_copy)
+    assert (report.count, report.shards, report.extracted, report.problems) == (18, 4, 0, ())
+    assert state(store_copy) == before
+
+
+def test_a_fresh_run_gives_the_same_bytes(store, shards, extract, tmp_path, contents):
+    report = extract(shards, tmp_path / "again")
+    assert (report.count, report.extracted, report.statuses) == (18, 4, {"ok": 18})
+    assert contents(tmp_path / "again") == contents(store)
+    assert contents(extract(shards, tmp_path / "other", seed=1) and tmp_path / "other") != contents(store)
+
+
+@pytest.mark.parametrize("lost", ["index", "maps", "manifest"])
+def test_what_was_lost_is_made_again_and_the_rest_is_left(store_copy, store, shards, extract, contents, lost):
+    before = state(store_copy)
+    if lost == "index":
+        index_path(store_copy, "shard-00001").unlink()
+    elif lost == "maps":
+        shutil.rmtree(maps_path(store_copy, "shard-00001"))
+    else:
+        (store_copy / "manifest.json").unlink()
+    # And what a killed worker leaves.
+    (store_copy / "maps" / ".tmp-7-shard-00001.zarr").mkdir()
+    (store_copy / "index" / ".tmp-7-shard-00001.parquet").write_bytes(b"half")
+    assert extract(shards, store_copy).extracted == (lost != "manifest")
+    assert contents(store_copy) == contents(store) and verify_store(store_copy, shards) == []
+    kept = {
+        name: time
+        for name, time in state(store_copy).items()
+        if name.startswith(("index/shard-00000", "maps/shard-00000"))
+    }
+    assert kept and all(before[name] == time for name, time in kept.items())
+
+
+def test_one_tar_is_enough(shards, tmp_path, extract):
+    report = extract(shards / "shard-00003.tar", tmp_path / "out")
+    assert (report.count, report.shards) == (3, 1) and len(RelevanceMaps(tmp_path / "out")) == 3
+
+
+def test_tars_without_an_index_are_read_too(shards_copy, store, tmp_path, extract, contents):
+    for name in ("shards.json", "make-shards.jsonl"):
+        (shards_copy / name).unlink()
+    extract(shards_copy, tmp_path / "out")
+    found, expected = contents(tmp_path / "out"), contents(store)
+    del found["manifest.json"], expected["manifest.json"]  # it names the folder of the tars
+    assert found == expected
+
+
+# ----------------------------------------------------------------------------------------------------- interruptions
+
+# Slow enough for a signal to arrive between the first shard and the last.
+SLOWER = {"img_size": [160, 240], "depth": 12, "embed_dim": 192}
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, photos):
+    """18 shards of one image: fine steps to be interrupted at."""
+    out = tmp_path_factory.mktemp("many") / "shards"
+    make_shards(FolderSource(photos, shard_size=1, shuffle_seed=0, key_rule="stem"), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, many, teacher_settings):
+    """The store of `many` by the local executor, never interrupted."""
+    out = tmp_path_factory.mktemp("undisturbed") / "store"
+    config = ExtractConfig(**(teacher_settings | {"teacher_args": SLOWER, "executor": "local", "batch_size": 1}))
+    extract_teacher_maps(many, out, config)
+    return out
+
+
+def descendants(pid):
+    """The process ids below `pid`, from /proc."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it ended meanwhile
+            continue
+        children.setdefault(parent, []).append(int(path.parent.name))
+    found, todo = [], [pid]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+def name_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def committed(out):
+    return len(list(out.glob("index/shard-*.parquet")))
+
+
+def wait_for(condition, seconds, running=None):
+    """Poll until `condition()`; also stops when the process `running` has ended. Returns what the condition said last."""
+    deadline = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < deadline and (running is None or running.poll() is None):
+        time.sleep(0.002)
+    return met
+
+
+@pytest.fixture
+def start(command, teacher_flags, many, tmp_path):
+    """Start an extraction of `many` as a process; whatever is left of it and of its children is killed at the end."""
+    started: list[tuple[subprocess.Popen, set[int]]] = []
+
+    def run(out, *flags):
+        log = open(tmp_path / f"log{len(started)}", "w+")
+        slower = [part for name, value in SLOWER.items() for part in ("--model-arg", f"{name}={value}")]
+        all_flags = [*teacher_flags, *slower, "--batch-size", "1", *flags]
+        line = command("extract-teacher-maps", many, "--out", out, *all_flags)
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        running = subprocess.Popen(line, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+        running.said = lambda: Path(log.name).read_text()
+        started.append(running)
+        return running
+
+    yield run
+    for running in started:
+        below = descendants(running.pid) if running.poll() is None else []
+        for pid in [running.pid, *below]:
+            if running.poll() is None or pid != running.pid:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+        running.wait(30)
+
+
+def kill_in_mid_run(running, out):
+    """SIGKILL once some but not all shards are committed; waits until its children are gone too. Returns how many."""
+    assert wait_for(lambda: committed(out) >= 3, 120, running), running.said()
+    below = descendants(running.pid)
+    running.kill()
+    running.wait(30)
+    assert wait_for(lambda: not any("ShardWorker" in name_of(pid) for pid in below), 30)
+    made = committed(out)
+    assert 3 <= made < 18 and not (out / "manifest.json").exists()
+    return made
+
+
+def test_killed_and_run_again_gives_the_same_store(many, undisturbed, tmp_path, start, contents):
+    out = tmp_path / "store"
+    made = kill_in_mid_run(start(out, "--executor", "local"), out)
+    with pytest.raises(ZpipeError, match="extraction is not finished"):
+        RelevanceMaps(out)
+    before = state(out / "index")
+    again = start(out, "--executor", "local")
+    assert again.wait(120) == 0, again.said()
+    assert f"18 maps in 18 shards ({18 - made} extracted now)" in again.said()
+    assert contents(out) == contents(undisturbed)
+    after = state(out / "index")
+    assert {name: time for name, time in after.items() if name in before} == {
+        name: time for name, time in before.items() if not name.startswith(".tmp-")
+    }
+
+
+def test_on_ray_with_a_worker_killed_the_store_is_the_same(undisturbed, tmp_path, start, contents):
+    """Byte for byte that of the local executor, though a worker died in mid-run and its shard was done again."""
+    out = tmp_path / "store"
+    running = start(out, "--executor", "ray", "--actors", "2")
+
+    def worker_at_work():
+        if committed(out) < 2:
+            return None
+        return next((pid for pid in descendants(running.pid) if "ShardWorker.process" in name_of(pid)), None)
+
+    worker = wait_for(worker_at_work, 150, running)
+    assert worker, running.said()
+    os.kill(worker, signal.SIGKILL)
+    assert committed(out) < 18
+    assert running.wait(150) == 0, running.said()
+    assert "18 maps in 18 shards (18 extracted now)" in running.said()
+    assert contents(out) == contents(undisturbed)
+
+
+@pytest.mark.slow
+def test_ray_killed_and_run_again_gives_the_same_store(undisturbed, tmp_path, start, contents):
+    out = tmp_path / "store"
+    flags = ("--executor", "ray", "--actors", "2")
+    made = kill_in_mid_run(start(out, *flags), out)
+    again = start(out, *flags)
+    assert again.wait(150) == 0, again.said()
+    # A worker may have committed one more shard after its driver had gone.
+    left = int(again.said().rpartition("18 maps in 18 shards (")[2].split()[0])
+    assert 18 - made - 2 <= left <= 18 - made
+    assert contents(out) == contents(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_shard_that_kills_every_worker_is_reported_and_the_rest_goes_on(undisturbed, tmp_path, start, many, contents):
+    """The only worker is killed while it is at the first shards, as often as that shard is tried."""
+    out = tmp_path / "store"
+    running = start(out, "--executor", "ray", "--actors", "1")
+    dead: set[int] = set()
+
+    def killed_three():
+        for pid in descendants(running.pid):
+            if pid not in dead and "ShardWorker" in name_of(pid):
+                # The first worker after it has done a shard, the next ones before they can do any.
+                if committed(out) >= 1:
+                    os.kill(pid, signal.SIGKILL)
+                    dead.add(pid)
+        return len(dead) >= 3
+
+    assert wait_for(killed_three, 200, running), running.said()
+    assert running.wait(200) == 1, running.said()
+    said = running.said()
+    assert "1 of 18 shards failed, the others are committed" in said and "Traceback" not in said
+    # The first death may come after its shard was committed and before that was told.
+    assert said.count("worker failed") == 1 and committed(out) >= 17 and not (out / "manifest.json").exists()
+    again = start(out, "--executor", "local")
+    assert again.wait(120) == 0, again.said()
+    assert contents(out) == contents(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_begin_is_one_line(shards, tmp_path, teacher_settings):
+    """Weights that differ between machines, which here is a digest that no weights have."""
+    path, entry = open_shards(shards)[0][0]
+    spec = WorkerSpec(
+        **{name: teacher_settings[name] for name in ("teacher", "weights", "teacher_args", "num_classes")},
+        seed=0,
+        teacher_digest="0" * 64,
+        fingerprint="1" * 64,
+        out=str(tmp_path),
+        explain=ExplainConfig(),
+        frame="full",
+        batch_size=1,
+        threads=1,
+        device="cpu",
+    )
+    reports = []
+    with pytest.raises(ZpipeError, match="a worker could not begin: .*every machine needs the same file") as error:
+        run_ray(spec, [ShardTask(path=str(path), entry=entry)], Resources(actors=1), reports.append)
+    assert "\n" not in str(error.value) and not reports and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"])
+def test_a_cluster_that_does_not_answer_is_one_line_at_once(shards, tmp_path, extract, address):
+    begun = time.monotonic()
+    with pytest.raises(ZpipeError, match=f"Ray at {address} could not be reached .*use --executor local") as error:
+        extract(shards, tmp_path / "out", executor="ray", address=address)
+    assert "\n" not in str(error.value) and time.monotonic() - begun < 60
+
+
+# --------------------------------------------------------------------------------------- stores that aren't this run's
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--seed", "1"], "made with teacher_digest = "),
+        (["--num-classes", "6"], "made with teacher_digest = "),
+        (["--model-arg", "depth=1"], '"depth": 2'),
+    ],
+)
+def test_another_teacher_is_refused(store_copy, shards, contents, failing, flags, told):
+    before = contents(store_copy)
+    error = failing(shards, store_copy, *flags).error
+    assert told in error and "this run has" in error and "give another --out folder" in error
+    assert contents(store_copy) == before
+
+
+def test_other_tars_are_refused(store_copy, shards_copy, contents, failing, encode):
+    before = contents(store_copy)
+    tar = shards_copy / "shard-00003.tar"
+    members = tar_members(tar)
+    write_tar(tar, [(n, encode("JPEG", 900, 900) if n.endswith("jpg") else data) for n, data in members])
+    assert "truncated or altered" in failing(shards_copy, store_copy).error
+    (shards_copy / "shards.json").unlink()
+    old = read_manifest(store_copy).shards[3].input_sha256[:12]
+    error = failing(shards_copy, store_copy).error
+    assert f"made from a tar with SHA-256 {old}" in error and "now has" in error
+    tar.rename(shards_copy / "renamed.tar")
+    assert "its input tar is not among these shards" in failing(shards_copy, store_copy).error
+    assert contents(store_copy) == before
+
+
+def test_a_folder_that_holds_something_else_is_refused(shards, tmp_path, failing, contents):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("dear")
+    assert "holds something else (thesis.tex)" in failing(shards, tmp_path / "home", code=2).error
+    assert "is a file, not a folder" in failing(shards, tmp_path / "home" / "thesis.tex", code=2).error
+    before = contents(shards)
+    assert "holds something else" in failing(shards, shards, code=2).error
+    assert contents(shards) == before and list(contents(tmp_path)) == ["home/thesis.tex"]
+
+
+# ------------------------------------------------------------------------------------------------ tars that are broken
+
+
+def test_a_truncated_tar_fails_alone(shards_copy, tmp_path, failing, extract, store, contents, shards):
+    """Of the right size and therefore found while it is read: the others are committed, and its return completes the store."""
+    tar = shards_copy / "shard-00001.tar"
+    good = tar.read_bytes()
+    tar.write_bytes(good[: len(good) // 2] + bytes(len(good) - len(good) // 2))
+    out = tmp_path / "out"
+    done = failing(shards_copy, out)
+    assert "1 of 4 shards failed, the others are committed; mend them and run again" in done.error
+    assert len(done.details) == 1 and str(tar) in done.details[0]
+    assert committed(out) == 3 and not (out / "manifest.json").exists()
+    assert not maps_path(out, "shard-00001").exists() and not list(out.rglob(".tmp-*"))
+    tar.write_bytes(good)
+    assert extract(shards_copy, out).extracted == 1
+    found, expected = contents(out), contents(store)
+    del found["manifest.json"], expected["manifest.json"]
+    assert found == expected
+
+
+def test_a_shortened_tar_is_refused_before_any_work(shards_copy, tmp_path, failing):
+    tar = shards_copy / "shard-00001.tar"
+    size = tar.stat().st_size
+    os.truncate(tar, size - 512)
+    error = failing(shards_copy, tmp_path / "out").error
+    assert f"{tar}: {size - 512} bytes, but shards.json says {size}: truncated or altered" in error
+    tar.unlink()
+    assert f"{tar}: listed in shards.json but not there" in failing(shards_copy, tmp_path / "out").error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def odd(tmp_path, encode):
+    """A tar of three samples whose members a test may replace: `odd({"b.cls": b"7"}) -> folder`."""
+
+    def run(changes):
+        members = {}
+        for number, key in enumerate("abc"):
+            members |= {f"{key}.jpg": encode("JPEG", 60, 40, seed=number), f"{key}.cls": str(number).encode()}
+        members |= changes
+        root = tmp_path / "odd"
+        write_tar(root / "one.tar", [(name, data) for name, data in members.items() if data is not None])
+        return root
+
+    return run
+
+
+def test_images_that_cannot_be_decoded_are_named_and_the_rest_is_there(odd, tmp_path, failing, encode):
+    whole = encode("JPEG", 60, 40)
+    root = odd({"a.jpg": b"", "b.jpg": whole[: len(whole) // 2]})
+    index_shards(root)
+    out = tmp_path / "out"
+    done = failing(root, out)
+    assert "2 images have no usable map; the store is whole and says which" in done.error
+    assert done.details == ["one.tar: key a: undecodable", "one.tar: key b: undecodable"]
+    assert verify_store(out, root) == []
+    maps = RelevanceMaps(out)
+    assert maps.manifest.statuses == {"ok": 1, "undecodable": 2}
+    assert np.isnan(maps["a"]).all() and np.isfinite(maps["c"]).all() and maps["c"].any()
+    rows = {row["key"]: row for row in maps.table().to_pylist()}
+    assert (rows["a"]["label"], rows["a"]["predicted"], rows["a"]["width"]) == (0, -1, 0) and np.isnan(
+        rows["a"]["scale"]
+    )
+    before = state(out)
+    assert failing(root, out).details == done.details  # still so, and nothing is done again
+    assert state(out) == before
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"b.cls": b"5"}, "key b: label 5 is outside the teacher's 5 classes"),
+        ({"b.cls": b"-1"}, "key b: label -1 is outside"),
+        ({"b.cls": None}, "key b: has no label"),
+        ({"b.cls": b"bee"}, "key b: its .cls holds b'bee'"),
+        ({"b.jpg": None}, "key b: expected one image, found cls"),
+    ],
+)
+def test_samples_that_have_no_target_or_image_fail_their_shard(odd, tmp_path, failing, changes, told):
+    out = tmp_path / "out"
+    done = failing(odd(changes), out)
+    assert told in done.error + "".join(done.details) and "one.tar" in done.error + "".join(done.details)
+    assert not list(out.rglob("*.parquet")) and not (out / "manifest.json").exists() and not list(out.rglob("*.zarr"))
+
+
+def test_a_tar_altered_after_it_was_indexed(odd, tmp_path, failing):
+    """Of the same size, with other keys."""
+    root = odd({})
+    index_shards(root)
+    write_tar(root / "one.tar", [(name.replace("c.", "d."), data) for name, data in tar_members(root / "one.tar")])
+    done = failing(root, tmp_path / "out")
+    assert "3 samples, SHA-256" in done.details[0] and "truncated or altered" in done.details[0]
+    assert committed(tmp_path / "out") == 0
+
+
+# ------------------------------------------------------------------------------------------------------ wrong requests
+
+
+def test_a_source_without_tars(tmp_path, failing):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.zip").write_bytes(b"")
+    for source, told in [("none", "no such folder"), ("empty", "holds no .tar file"), ("x.zip", "not a .tar file")]:
+        error = failing(tmp_path / source, tmp_path / "out", code=2).error
+        assert told in error and str(tmp_path / source) in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--executor", "spark"], "--executor spark: choose ray or local"),
+        (["--teacher", "deit_tinny"], "timm has no such model"),
+        (["--weights", "/none/teacher.pth"], "/none/teacher.pth: no such weights"),
+        (["--model-arg", "depth"], "write it as key=value"),
+        (["--model-arg", "patch_size=[1"], "cannot be built"),
+    ],
+)
+def test_options_that_make_no_sense(shards, tmp_path, failing, flags, told):
+    assert told in failing(shards, tmp_path / "out", *flags, code=2).error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_device_that_is_not_there(shards, tmp_path, extract):
+    with pytest.raises(UsageError, match="--device cuda: torch sees no CUDA device"):
+        extract(shards, tmp_path / "out", device="cuda")
+
+
+@pytest.mark.parametrize("leave", [0, 6_000, 30_000])
+def test_a_full_disk(small_disk, shards, failing, extract, store, contents, leave):
+    """Room for nothing, for the record of the run, for some shards: one line; with room again the run goes on."""
+    out = small_disk.root / "out"
+    small_disk.fill(leave)
+    done = failing(shards, out)
+    told = done.error + " ".join(done.details)
+    assert "could not be written" in told and "No space left on device" in told and str(out) in told
+    assert not (out / "manifest.json").exists() and not list(out.rglob(".tmp-*")) and committed(out) < 4
+    small_disk.fill(400_000)
+    extract(shards, out)
+    assert contents(out) == contents(store)
+
+
+# --------------------------------------------------------------------------------------------------------- as a process
+
+
+def test_the_command_as_a_process(shards, store, tmp_path, process, teacher_flags, contents):
+    """Exit codes and the two streams as a shell sees them: results on one, progress and errors on the other."""
+    out = tmp_path / "out"
+    flags = [*teacher_flags, "--executor", "local"]
+    done = process("extract-teacher-maps", shards, "--out", out, *flags)
+    assert (done.code, done.stdout) == (0, f"{out}: 18 maps in 4 shards (4 extracted now)\n")
+    first, *lines = done.stderr.splitlines()
+    assert first.startswith("warning: random weights") and json.loads(lines[-1])["done"] == 18
+    assert contents(out) == contents(store)
+    done = process("extract-teacher-maps", shards, "--out", out, *flags, "--seed", "1")
+    assert done.code == 1 and done.stdout == "" and "teacher_digest" in done.error and done.details == []
