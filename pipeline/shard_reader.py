@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.geometry import Box
-from zpipe.schemas.sample import Sample, group_samples
+from zpipe.schemas.sample import IMAGE_FORMATS, Sample, group_samples
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -33,9 +33,6 @@ PIL_FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
-
-
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,7 +166,10 @@ def read_stored(root: Path, stem: str) -> np.ndarray:
 
     path = maps_path(root, stem)
     try:
-        return np.asarray(zarr.open_array(store=str(path), mode="r")[:])
+        array = zarr.open_array(store=str(path), mode="r")
+        if array.nchunks_initialized != array.nchunks:  # Zarr would read zeros where a chunk is gone
+            raise ValueError("a chunk is missing")
+        return np.asarray(array[:])
     # A damaged array fails wherever Zarr or its codec happens to notice, each in its own way.
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, SystemError) as error:
         raise ZpipeError(

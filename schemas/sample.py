@@ -10,6 +10,7 @@ from typing import Any
 from zpipe.schemas.errors import ZpipeError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # what PIL calls them; it knows others, some of which start programs
 LABEL_SUFFIXES = ("cls", "json")
 ALLOWED_SUFFIXES = IMAGE_SUFFIXES + LABEL_SUFFIXES
 

@@ -270,3 +270,15 @@ def test_the_index_says_what_the_teacher_saw(store, shards, photos):
         assert 0 <= row["target_probability"] <= row["predicted_probability"] <= 1 and 0 <= row["predicted"] < 5
         assert row["status"] == "ok" and 0 <= row["entropy"] <= np.log(24) and 0 < row["top10_mass"] <= 1
     assert dataclasses.asdict(read_manifest(store).provenance)["grid"] == (4, 6)
+
+
+def test_a_lost_chunk_is_no_map_of_zeros(store_copy):
+    stem = RelevanceMaps(store_copy).manifest.shards[0].stem
+    (chunk,) = [
+        path
+        for path in (store_copy / "maps" / f"{stem}.zarr").rglob("*")
+        if path.is_file() and path.name != "zarr.json"
+    ]
+    chunk.unlink()
+    with pytest.raises(ZpipeError, match="a chunk is missing"):
+        RelevanceMaps(store_copy).array()

@@ -138,7 +138,7 @@ def make_shards_command(
 
         if index_only:
             index = index_shards(Path(source), progress=progress)
-            out.print(f"{source}: {index.count} images in {len(index.shards)} shards indexed")
+            tell(f"{source}: {index.count} images in {len(index.shards)} shards indexed")
             return
         if output is None:
             raise UsageError("give an output folder: zpipe make-shards SOURCE OUTPUT")
@@ -157,7 +157,7 @@ def make_shards_command(
         tell(f"{output}: {report.count} images in {report.shards} shards ({report.written} written now)")
         if report.quarantined:
             raise ZpipeError(
-                f"{output / 'quarantine.csv'}: {len(report.quarantined)} unreadable images were put aside; mend or remove them at the source",
+                f"{output / 'quarantine.csv'}: {len(report.quarantined)} unreadable images were put aside; mend or remove them, then make the shards in a new folder",
                 [f"{item.file}: {item.reason}" for item in report.quarantined[:20]],
             )
 

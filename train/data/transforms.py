@@ -12,6 +12,7 @@ from PIL import Image
 
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.geometry import Box, crop_map
+from zpipe.schemas.sample import IMAGE_FORMATS
 
 Augment = Literal["train", "eval"]
 
@@ -75,8 +76,14 @@ def draw_view(rng: np.random.Generator, width: int, height: int, config: ViewCon
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decode to RGB; EXIF orientation is ignored, as boxes are in the stored pixel matrix."""
-    with Image.open(io.BytesIO(data)) as image:
+    """Decode to RGB; EXIF orientation is ignored, as boxes are in the stored pixel matrix.
+
+    Errors: OSError, ValueError or SyntaxError for what PIL can't decode, formats that shards don't carry, and images of
+    more pixels than PIL takes for harmless.
+    """
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
         return image.convert("RGB")
 
 
