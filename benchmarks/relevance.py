@@ -10,6 +10,7 @@ a figure is the median over the rounds, with the smallest and the largest beside
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import statistics
 import time
@@ -50,6 +51,7 @@ def peak_bytes(run, device: str) -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what earlier runs freed, and the process kept, would count as held
     Path("/proc/self/clear_refs").write_text("5")  # sets the process's high-water mark back to what it holds now
     before = status_bytes("VmRSS")
     run()

@@ -162,8 +162,10 @@ class Explainer:
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    # torch's CPU allocator has no exception of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # The CPU's allocators have no exception of their own. oneDNN's message has other causes too: one that isn't memory
+    # stays when the batch is down to one image.
+    told = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
+    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in told)
 
 
 def bytes_per_image(model: VisionTransformer, dtype: torch.dtype = torch.float32) -> int:

@@ -361,13 +361,8 @@ def test_an_interrupt_is_one_line(places, tmp_path):
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.01)
         time.sleep(0.5)  # into the next epoch
-        while process.poll() is None:
-            assert time.monotonic() < end
-            os.killpg(process.pid, signal.SIGINT)
-            try:
-                stderr = process.communicate(timeout=8)[1].decode()
-            except subprocess.TimeoutExpired:
-                continue  # between two epochs torch may swallow one
+        os.killpg(process.pid, signal.SIGINT)
+        stderr = process.communicate(timeout=60)[1].decode()
     finally:
         process.kill()
     assert errors_of(stderr) == ["error: interrupted; run the same command again to go on"]

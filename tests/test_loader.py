@@ -225,6 +225,15 @@ def test_ranks_take_equally_many_steps_over_disjoint_samples(data, batch_size, w
     assert len(seen) == len(set(seen)) == world_size * batch_size * lengths.pop()
 
 
+def test_a_rank_reads_other_shards_in_other_epochs(data):
+    def shards(epoch):
+        loader = RelevanceLoader(data[0], batch_size=1, image_size=4, rank=0, world_size=2)
+        loader.set_epoch(epoch)
+        return frozenset(np.searchsorted(np.cumsum(LENGTHS), KEYS.index(key), side="right") for key in keys_of(loader))
+
+    assert len({shards(epoch) for epoch in range(6)}) > 2
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_together_evaluate_every_sample_once(data, world_size):
     keys = [

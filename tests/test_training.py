@@ -387,7 +387,7 @@ def small_disk(tmp_path):
         subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True, timeout=30)
 
     yield folder, resize
-    subprocess.run(["umount", str(folder)], check=True, timeout=30)
+    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=30)
 
 
 @each_kind

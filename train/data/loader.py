@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import signal
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +16,7 @@ import numpy as np
 import torch
 import webdataset as wds
 from PIL import Image
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.relevance_maps import RelevanceMaps
@@ -105,21 +108,25 @@ class RelevanceLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch = self.epoch
-        stream = _Batches(self, epoch)
-        loader = wds.WebLoader(stream, batch_size=None, num_workers=self.num_workers)
         left = len(self)
         if left == 0:
             raise UsageError(
                 f"{self.path}: too few samples ({self.sample_count}) for one batch of {self.batch_size} on each of "
                 f"{self.world_size} x {max(1, self.num_workers)} readers; lower the batch size or the number of workers"
             )
-        for batch in loader:
-            if isinstance(batch, ZpipeError):
-                raise batch
-            if left == 0:
-                return
-            left -= 1
-            yield batch
+        with _interrupts_held():
+            batches = iter(DataLoader(_Batches(self, epoch), batch_size=None, num_workers=self.num_workers))
+        try:
+            for batch in batches:
+                if isinstance(batch, ZpipeError):
+                    raise batch
+                if left == 0:
+                    return
+                left -= 1
+                yield batch
+        finally:
+            with _interrupts_held():
+                del batches
         if left:
             raise ZpipeError(
                 f"{self.path}: the epoch ended {left} batches early; run the same command with --num-workers 0 to see why"
@@ -135,6 +142,26 @@ class RelevanceLoader:
             samples = sum(self._counts[self.shards[i].entry.stem] for i in self._mine(rank, worker))
             total += samples // self.batch_size if self.train else -(-samples // self.batch_size)
         return total
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Delivers Ctrl-C after the block that starts or ends processes.
+
+    Inside a fork's hooks or a finaliser Python prints a KeyboardInterrupt and drops it. Processes started in the block
+    inherit the deafness: a terminal sends Ctrl-C to all of them, and it is for the parent to end them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        signal.raise_signal(signal.SIGINT)
 
 
 class _Batches(torch.utils.data.IterableDataset):
