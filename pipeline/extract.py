@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any, Literal
 import torch
 
 from zpipe.pipeline.executor import Resources, run_local, run_ray
-from zpipe.pipeline.explainer import PRECISIONS, ExplainConfig, available_memory, batch_that_fits, bytes_per_image
+from zpipe.pipeline.explainer import ExplainConfig
+from zpipe.pipeline.lease import Lease, held_lease
 from zpipe.pipeline.shard_reader import FRAMES, open_shards
 from zpipe.pipeline.teacher import Teacher, load_teacher
 from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec, frame_of
@@ -31,8 +33,9 @@ from zpipe.schemas.manifest import (
     write_manifest,
 )
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.relevance_store import OK, index_path, maps_path, read_index, read_seal
-from zpipe.schemas.shard_index import ShardEntry, digest_file
+from zpipe.schemas.relevance_store import OK, IndexFile, index_path, read_index, read_seal
+from zpipe.schemas.shard_index import ShardEntry
+from zpipe.schemas.storage import as_path, is_remote, map_files, names_in, remove
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,8 @@ class ExtractConfig:
     explain: method, target, symmetrisation, precision. frame: `full` (the whole image, which can serve any crop) or
     `center` (the teacher's own evaluation view).
     batch_size, actors, threads: 0 chooses. threads are those of each worker; equal threads give equal bytes.
-    device: `auto` takes a CUDA device when there is one.
+    device: `auto` takes CUDA devices when there are any, on a Ray cluster when the cluster has any.
+    replace: remove what the store holds and start over.
     """
 
     teacher: str | None = None
@@ -61,6 +65,7 @@ class ExtractConfig:
     gpus_per_actor: float = 0.0
     address: str | None = None
     device: str = "auto"
+    replace: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,29 +83,47 @@ class ExtractReport:
 
 
 def extract_teacher_maps(
-    shards: Path, out: Path, config: ExtractConfig, *, progress: Progress = silent
+    shards: str | Path, out: str | Path, config: ExtractConfig, *, progress: Progress = silent
 ) -> ExtractReport:
     """Run the frozen teacher over every shard and write its relevance maps to `out`.
 
-    Shards that are there already, with the digest of their input and of the teacher, are kept. Errors:
-    :class:`UsageError` for a folder or option that makes no sense; :class:`ZpipeError` when the store was made by another
-    teacher or from other shards, or when shards failed (listed in `details`; the others are committed and no manifest is
-    written until all are).
+    `shards` and `out` are folders or fsspec URLs. Shards that are there already, with the digest of their input and of the
+    teacher, are kept. Memory of this process grows by about 2 KB a shard. Errors: :class:`UsageError` for a folder or option
+    that makes no sense; :class:`ZpipeError` when the store was made by another teacher or from other shards, when another
+    run is writing to it, or when shards failed (listed in `details`; the others are committed and no manifest is written
+    until all are).
     """
-    shards, out = Path(shards), Path(out)
+    shards, out = as_path(shards), as_path(out)
     if config.frame not in FRAMES:
         raise UsageError(f"--frame {config.frame}: choose one of {', '.join(FRAMES)}")
     entries, _ = open_shards(shards)
-    device = _device(config.device)
+    device = _device(config)
     teacher = load_teacher(
         config.teacher, config.weights, num_classes=config.num_classes, seed=config.seed, model_args=config.teacher_args
     )
     provenance = provenance_of(teacher, config)
+    claim_folder(out, EXTRACTION_NAME, "relevance store")
+    with held_lease(out) as lease:
+        return _extract(shards, out, entries, teacher, provenance, config, device, lease, progress)
+
+
+def _extract(
+    shards: Path,
+    out: Path,
+    entries: list[tuple[Path, ShardEntry]],
+    teacher: Teacher,
+    provenance: Provenance,
+    config: ExtractConfig,
+    device: str,
+    lease: Lease,
+    progress: Progress,
+) -> ExtractReport:
+    if config.replace:
+        _wipe(out)
     _begin(out, provenance)
     _clear_temporaries(out)
     todo, kept = _plan(out, entries, provenance)
-    actors = _actors(config, device)
-    batch_size, notes = _batch_size(config, teacher, device, actors)
+    threads = _threads(config)
     spec = WorkerSpec(
         teacher=config.teacher,
         weights=config.weights if config.weights in ("pretrained", "random") else str(Path(config.weights).resolve()),
@@ -109,18 +132,20 @@ def extract_teacher_maps(
         seed=config.seed,
         teacher_digest=teacher.digest,
         fingerprint=provenance.fingerprint(),
-        out=str(out.resolve()),
+        out=str(out if is_remote(out) else out.resolve()),
         explain=config.explain,
         frame=config.frame,
-        batch_size=batch_size,
-        threads=_threads(config),
+        batch_size=config.batch_size,
+        threads=threads,
+        sharing=1 if config.executor == "local" else config.actors or max(1, (os.cpu_count() or 1) // threads),
         device=device,
     )
     del teacher
     total = sum(entry.count for _, entry in entries)
-    reports = _execute(spec, todo, config, actors, progress, kept=kept, total=total)
+    reports = _execute(spec, todo, config, lease.check, progress, kept=kept, total=total)
+    lease.check()
     failed = [report for report in reports if report.error]
-    notes += [note for report in reports for note in report.notes]
+    notes = [note for report in reports for note in report.notes]
     _clear_temporaries(out)  # of workers that died in this run
     if failed:
         raise ZpipeError(
@@ -163,12 +188,15 @@ def provenance_of(teacher: Teacher, config: ExtractConfig) -> Provenance:
     )
 
 
-def _device(asked: str) -> str:
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {asked}: torch sees no CUDA device here; use --device cpu")
-    return asked
+def _device(config: ExtractConfig) -> str:
+    """The device, or `auto` where only Ray knows what the machines have."""
+    cluster = config.executor == "ray"
+    if config.device == "auto":
+        return "auto" if cluster else "cuda" if torch.cuda.is_available() else "cpu"
+    remote = cluster and (config.address or os.environ.get("RAY_ADDRESS"))
+    if config.device.startswith("cuda") and not remote and not torch.cuda.is_available():
+        raise UsageError(f"--device {config.device}: torch sees no CUDA device here; use --device cpu")
+    return config.device
 
 
 def _threads(config: ExtractConfig) -> int:
@@ -182,42 +210,18 @@ def _threads(config: ExtractConfig) -> int:
     return min(4, max(1, cpus // 2))
 
 
-def _gpus_per_actor(config: ExtractConfig, device: str) -> float:
-    return config.gpus_per_actor or (1.0 if device.startswith("cuda") else 0.0)
-
-
-def _actors(config: ExtractConfig, device: str) -> int:
-    if config.executor == "local":
-        return 1
-    if config.actors:
-        return config.actors
-    gpus = _gpus_per_actor(config, device)
-    return max(1, int(torch.cuda.device_count() / gpus)) if gpus else max(1, (os.cpu_count() or 1) // _threads(config))
-
-
-def _batch_size(config: ExtractConfig, teacher: Teacher, device: str, actors: int) -> tuple[int, list[str]]:
-    """The batch size to begin with, and what to say when it isn't the one asked for."""
-    if device.startswith("cuda"):
-        return config.batch_size or 64, []  # a GPU says when it is full, and the worker halves
-    asked = config.batch_size or 8
-    # A CPU doesn't say: the kernel ends a process that takes too much. So it is reckoned before.
-    need = bytes_per_image(teacher.model, PRECISIONS[config.explain.precision][0])
-    fits = batch_that_fits(asked, need, actors, available_memory())
-    if fits == asked:
-        return asked, []
-    told = (
-        f"a batch of {asked} would take {asked * need * actors / 2**30:.1f} GiB in {actors} workers: lowered to {fits}"
-    )
-    return fits, [told]
-
-
 def _begin(out: Path, provenance: Provenance) -> None:
-    claim_folder(out, EXTRACTION_NAME, "relevance store")
     found = read_extraction(out)
     if found is None:
         write_extraction(out, provenance)
     else:
         check_compatible(found, provenance, out)
+
+
+def _wipe(out: Path) -> None:
+    """Remove a store's content. The manifest goes first and the mark of a store last: in between it is an unfinished store."""
+    for name in (MANIFEST_NAME, "index", "maps", EXTRACTION_NAME):
+        remove(out / name)
 
 
 def _clear_temporaries(out: Path) -> None:
@@ -230,26 +234,36 @@ def _plan(out: Path, entries: list[tuple[Path, ShardEntry]], provenance: Provena
     known = {entry.stem for _, entry in entries}
     if len(known) != len(entries):
         raise ZpipeError(f"{entries[0][0].parent}: two tars share a name; rename one")
-    for path in sorted((out / "index").glob("*.parquet")):
-        if path.stem not in known:
-            raise ZpipeError(f"{path}: its input tar is not among these shards; give another --out folder")
-    todo, kept = [], 0
-    for path, entry in entries:
-        seal = read_seal(out, entry.stem)
-        if seal is None or not maps_path(out, entry.stem).is_dir():
-            todo.append(ShardTask(path=str(path.resolve()), entry=entry))
-            continue
+    indexed = {name.removesuffix(".parquet") for name in names_in(out / "index")}
+    mapped = {name.removesuffix(".zarr") for name in names_in(out / "maps")}
+    foreign = sorted(indexed - known)
+    if foreign:
+        raise ZpipeError(
+            f"{index_path(out, foreign[0])}: its input tar is not among these shards; give another --out folder, or --replace"
+        )
+    done = [(path, entry) for path, entry in entries if entry.stem in indexed & mapped]
+    seals = map_files(out, lambda item: read_seal(out, item[1].stem), done)
+    wanted, kept = provenance.fingerprint(), 0
+    for (path, entry), seal in zip(done, seals, strict=True):
+        assert seal is not None  # it was listed, and nobody else writes here
+        where = index_path(out, entry.stem)
         if seal.input_sha256 != entry.sha256:
             raise ZpipeError(
-                f"{index_path(out, entry.stem)}: made from a tar with SHA-256 {seal.input_sha256[:12]}, {path} now has "
-                f"{entry.sha256[:12]}; give another --out folder"
+                f"{where}: made from a tar with SHA-256 {seal.input_sha256[:12]}, {path} now has {entry.sha256[:12]}; "
+                "give another --out folder, or --replace to start over"
             )
-        if seal.fingerprint != provenance.fingerprint():
+        if seal.fingerprint != wanted:
             raise ZpipeError(
-                f"{index_path(out, entry.stem)}: made under fingerprint {seal.fingerprint[:12]}, this run has "
-                f"{provenance.fingerprint()[:12]}; give another --out folder"
+                f"{where}: made under fingerprint {seal.fingerprint[:12]}, this run has {wanted[:12]}; "
+                "give another --out folder, or --replace to start over"
             )
         kept += entry.count
+    skipped = {entry.stem for _, entry in done}
+    todo = [
+        ShardTask(path=str(path if is_remote(path) else path.resolve()), entry=entry)
+        for path, entry in entries
+        if entry.stem not in skipped
+    ]
     return todo, kept
 
 
@@ -257,7 +271,7 @@ def _execute(
     spec: WorkerSpec,
     todo: list[ShardTask],
     config: ExtractConfig,
-    actors: int,
+    check: Callable[[], None],
     progress: Progress,
     *,
     kept: int,
@@ -281,9 +295,9 @@ def _execute(
         progress("extract-teacher-maps", done, total, shards_left=left, failed=failed, bad_images=bad)
 
     progress("extract-teacher-maps", done, total, shards_left=left)
-    gpus = _gpus_per_actor(config, spec.device)
     run = run_ray if config.executor == "ray" else run_local
-    run(spec, todo, Resources(actors=actors, gpus_per_actor=gpus, address=config.address), on_report)
+    resources = Resources(actors=config.actors, gpus_per_actor=config.gpus_per_actor, address=config.address)
+    run(spec, todo, resources, on_report, check)
     return reports
 
 
@@ -291,15 +305,15 @@ def _audit(out: Path, entries: list[ShardEntry], provenance: Provenance, source:
     """Look at what lies on disk, not at what workers said, and write the manifest unless it says so already."""
     statuses: Counter[str] = Counter()
     map_shards = []
-    for entry in entries:
-        index = read_index(out, entry.stem, ["status"])
-        if len(index) != entry.count:
-            raise ZpipeError(
-                f"{index_path(out, entry.stem)}: {len(index)} rows for {entry.count} samples; delete it and run again"
-            )
-        statuses.update(index["status"].to_pylist())
-        digest = digest_file(index_path(out, entry.stem))
-        map_shards.append(MapShard(stem=entry.stem, count=entry.count, input_sha256=entry.sha256, index_sha256=digest))
+    files = map_files(out, lambda entry: IndexFile(index_path(out, entry.stem)), entries)
+    for entry, file in zip(entries, files, strict=True):
+        found = file.table(["status"])["status"].to_pylist()
+        if len(found) != entry.count:
+            raise ZpipeError(f"{file.path}: {len(found)} rows for {entry.count} samples; delete it and run again")
+        statuses.update(found)
+        map_shards.append(
+            MapShard(stem=entry.stem, count=entry.count, input_sha256=entry.sha256, index_sha256=file.sha256)
+        )
     manifest = StoreManifest(
         provenance=provenance,
         shards=tuple(map_shards),
@@ -308,9 +322,9 @@ def _audit(out: Path, entries: list[ShardEntry], provenance: Provenance, source:
         zpipe_version=version("zpipe"),
     )
     if (out / MANIFEST_NAME).is_file():
-        found = read_manifest(out)
-        if found.shards == manifest.shards and found.provenance.fingerprint() == provenance.fingerprint():
-            return found
+        before = read_manifest(out)
+        if before.shards == manifest.shards and before.provenance.fingerprint() == provenance.fingerprint():
+            return before
     write_manifest(out, manifest)
     return manifest
 

@@ -20,6 +20,7 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import StoreManifest
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.relevance_store import OK
+from zpipe.schemas.storage import as_path, folder_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,28 @@ class StoreFigures:
     entropy: tuple[float, ...]
     log10_scale: tuple[float, ...]
     top10_mass: tuple[float, ...]
+    histograms: dict[str, Histogram]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """Counts in equal steps from the smallest value to the largest."""
+
+    counts: tuple[int, ...]
+    low: float
+    high: float
+
+    def bars(self) -> str:
+        """One character a step, its height the share of the fullest step."""
+        most = max(self.counts, default=0) or 1
+        return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // most)] for count in self.counts)
+
+
+def _histogram(values: np.ndarray, steps: int = 32) -> Histogram:
+    if not len(values):
+        return Histogram(counts=(), low=math.nan, high=math.nan)
+    counts, edges = np.histogram(values, bins=steps)
+    return Histogram(counts=tuple(int(count) for count in counts), low=float(edges[0]), high=float(edges[-1]))
 
 
 def store_figures(root: Path) -> StoreFigures:
@@ -44,13 +67,17 @@ def store_figures(root: Path) -> StoreFigures:
     usable = table["status"].to_numpy(zero_copy_only=False) == OK
     columns = {name: table[name].to_numpy() for name in ("label", "predicted", "entropy", "scale", "top10_mass")}
     labelled = columns["label"] >= 0
+    shown = {
+        "entropy": columns["entropy"][usable],
+        "log10_scale": np.log10(columns["scale"][usable]),
+        "top10_mass": columns["top10_mass"][usable],
+    }
     return StoreFigures(
         manifest=maps.manifest,
-        bytes=sum(path.stat().st_size for path in Path(root).rglob("*") if path.is_file()),
+        bytes=folder_bytes(as_path(root)),
         teacher_top1=float((columns["label"] == columns["predicted"])[labelled].mean()) if labelled.any() else math.nan,
-        entropy=_quantiles(columns["entropy"][usable]),
-        log10_scale=_quantiles(np.log10(columns["scale"][usable])),
-        top10_mass=_quantiles(columns["top10_mass"][usable]),
+        **{name: _quantiles(values) for name, values in shown.items()},
+        histograms={name: _histogram(values) for name, values in shown.items()},
     )
 
 
@@ -73,7 +100,7 @@ def show_map(root: Path, key: str, out: Path, shards: Path | None = None) -> Pat
     status = maps.index(stem, ["status"])["status"][row].as_py()
     if status != OK:
         raise ZpipeError(f"{root}: key {key}: has no usable map ({status})")
-    image = _find_image(Path(shards or maps.manifest.source), stem, key)
+    image = _find_image(as_path(shards or maps.manifest.source), stem, key)
     width, height = image.size
     extent = (0, width, height, 0)
     figure, axes = plt.subplots(1, 3, figsize=(9, 3 * height / width + 0.4))

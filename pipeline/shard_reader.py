@@ -27,6 +27,7 @@ from zpipe.schemas.shard_index import (
     find_shards,
     read_index,
 )
+from zpipe.schemas.storage import as_path, storage_errors
 
 PIL_FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -74,10 +75,12 @@ class _HashingFile:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._hash = hashlib.sha256()
+        self.count = 0
 
     def read(self, size: int = -1) -> bytes:
         data = self._file.read(size)
         self._hash.update(data)
+        self.count += len(data)
         return data
 
     def hexdigest(self) -> str:
@@ -111,9 +114,10 @@ def read_samples(path: Path, entry: ShardEntry | None = None) -> Iterator[Sample
 
 def _open_tar(path: Path) -> BinaryIO:
     try:
-        return open(path, "rb")
-    except OSError as error:
-        raise ZpipeError(f"{path}: can't be read ({error.strerror}); restore it or make the shards again") from error
+        return as_path(path).open("rb")
+    except storage_errors() as error:
+        told = getattr(error, "strerror", None) or error
+        raise ZpipeError(f"{path}: can't be read ({told}); restore it or make the shards again") from error
 
 
 def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
@@ -132,7 +136,7 @@ def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
             # tarfile takes a cut or damaged header for the end; a whole tar says so with a second block of zeros.
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise ZpipeError(f"{path}: has no end mark: truncated or altered; restore it or make the shards again")
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, *storage_errors()) as error:
         raise ZpipeError(f"{path}: not a whole tar ({error}); restore it or make the shards again") from error
 
 
@@ -142,7 +146,7 @@ def open_shards(path: Path) -> tuple[list[tuple[Path, ShardEntry]], ShardIndex |
     Folders that `make-shards` made carry `shards.json`; for others (public shards) every tar is read once to know its
     count and digests, which takes as long as reading the data. Errors: :class:`UsageError`, :class:`ZpipeError`.
     """
-    path = Path(path)
+    path = as_path(path)
     folder, tars = find_shards(path)
     if (folder / INDEX_NAME).is_file():
         index = read_index(folder)
@@ -159,9 +163,7 @@ def scan_shard(path: Path) -> ShardEntry:
         digest = file.hexdigest()
     if not keys:
         raise ZpipeError(f"{path}: holds no samples; remove it")
-    return ShardEntry(
-        name=path.name, count=len(keys), bytes=path.stat().st_size, sha256=digest, keys_sha256=digest_keys(keys)
-    )
+    return ShardEntry(name=path.name, count=len(keys), bytes=file.count, sha256=digest, keys_sha256=digest_keys(keys))
 
 
 FRAMES = ("full", "center")

@@ -14,14 +14,14 @@ from zpipe.schemas.relevance_store import (
     NONFINITE,
     STATUSES,
     UNDECODABLE,
+    IndexFile,
     digest_maps,
     index_path,
     maps_path,
-    read_index,
-    read_seal,
     read_stored,
 )
-from zpipe.schemas.shard_index import digest_file, digest_keys
+from zpipe.schemas.shard_index import digest_keys
+from zpipe.schemas.storage import as_path, map_files, names_in
 
 
 def verify_store(root: Path, shards: Path | None = None, *, progress: Progress = silent) -> list[str]:
@@ -30,22 +30,31 @@ def verify_store(root: Path, shards: Path | None = None, *, progress: Progress =
     Checked: every shard of the manifest is there, no other is; digests of index files and maps; counts and grid; statuses
     and finiteness agree; no key twice. With `shards`: input digests and key sets agree with the tars' index.
     """
-    root = Path(root)
+    root = as_path(root)
     manifest = read_manifest(root)
     problems: list[str] = []
     listed = {shard.stem for shard in manifest.shards}
+    there = {folder: set(names_in(root / folder)) for folder in ("index", "maps")}
     for folder, suffix in (("index", ".parquet"), ("maps", ".zarr")):
-        for path in sorted((root / folder).iterdir()) if (root / folder).is_dir() else []:
-            if path.name.removesuffix(suffix) not in listed:
-                problems.append(f"{path}: not listed in the manifest; remove it")
+        problems += [
+            f"{root / folder / name}: not listed in the manifest; remove it"
+            for name in sorted(there[folder])
+            if name.removesuffix(suffix) not in listed
+        ]
     owner: dict[str, str] = {}
     key_digests: dict[str, str] = {}
-    for number, shard in enumerate(manifest.shards):
+
+    def check(shard: MapShard) -> tuple[list[str], list[str]]:
+        found: list[str] = []
         try:
-            keys = _check_shard(root, manifest, shard, problems)
+            return _check_shard(root, manifest, shard, there, found), found
         except ZpipeError as error:
-            problems.append(str(error))
-            keys = []
+            return [], [*found, str(error)]
+
+    for number, (shard, (keys, found)) in enumerate(
+        zip(manifest.shards, map_files(root, check, manifest.shards), strict=True)
+    ):
+        problems += found
         key_digests[shard.stem] = digest_keys(keys)
         for key in keys:
             if key in owner:
@@ -57,20 +66,23 @@ def verify_store(root: Path, shards: Path | None = None, *, progress: Progress =
     return problems
 
 
-def _check_shard(root: Path, manifest: StoreManifest, shard: MapShard, problems: list[str]) -> list[str]:
+def _check_shard(
+    root: Path, manifest: StoreManifest, shard: MapShard, there: dict[str, set[str]], problems: list[str]
+) -> list[str]:
+    """The shard's keys; what is wrong with single samples goes to `problems`, what spoils the whole shard is raised."""
     path = index_path(root, shard.stem)
-    if not path.is_file():
+    if path.name not in there["index"]:
         raise ZpipeError(f"{path}: missing; extract again")
-    if not maps_path(root, shard.stem).is_dir():
+    if maps_path(root, shard.stem).name not in there["maps"]:
         raise ZpipeError(f"{maps_path(root, shard.stem)}: missing; delete {path} and extract again")
-    if digest_file(path) != shard.index_sha256:
+    index = IndexFile(path)
+    if index.sha256 != shard.index_sha256:
         raise ZpipeError(f"{path}: its digest is not the manifest's: altered; delete it and extract again")
-    seal = read_seal(root, shard.stem)
-    assert seal is not None  # the file is there
+    seal = index.seal
     if seal.fingerprint != manifest.provenance.fingerprint() or seal.input_sha256 != shard.input_sha256:
         problems.append(f"{path}: made by another teacher or from another tar; delete it and extract again")
     stored = read_stored(root, shard.stem)
-    table = read_index(root, shard.stem)
+    table = index.table()
     expected = (shard.count, *manifest.provenance.grid)
     if stored.shape != expected or len(table) != shard.count:
         raise ZpipeError(

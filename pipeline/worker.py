@@ -13,7 +13,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from zpipe.pipeline.explainer import NO_CLASS, ExplainConfig, Explained, Explainer
+from zpipe.pipeline.explainer import (
+    NO_CLASS,
+    PRECISIONS,
+    ExplainConfig,
+    Explained,
+    Explainer,
+    available_memory,
+    batch_that_fits,
+    bytes_per_image,
+)
 from zpipe.pipeline.shard_reader import Frame, FramedImage, framed_batches, read_samples
 from zpipe.pipeline.teacher import Teacher, load_teacher
 from zpipe.schemas.errors import ZpipeError
@@ -28,6 +37,7 @@ from zpipe.schemas.relevance_store import (
     write_shard,
 )
 from zpipe.schemas.shard_index import ShardEntry
+from zpipe.schemas.storage import as_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +56,7 @@ class WorkerSpec:
     frame: str
     batch_size: int
     threads: int
+    sharing: int  # how many workers share a machine's memory
     device: str
 
 
@@ -92,7 +103,9 @@ class ShardWorker:
             )
         # A reduced precision is asked for by name; no setting that lies about in the process may bring it in unasked.
         torch.set_float32_matmul_precision("highest")
-        self._explainer = Explainer(self.teacher, spec.explain, batch_size=spec.batch_size, device=spec.device)
+        batch_size, note = _batch_size(spec, self.teacher)
+        self._explainer = Explainer(self.teacher, spec.explain, batch_size=batch_size, device=spec.device)
+        self._notes = [note] if note else []
         self._frame = frame_of(self.teacher, spec.frame)
 
     def ready(self) -> bool:
@@ -109,13 +122,14 @@ class ShardWorker:
         return ShardReport(**(vars(report) | {"seconds": time.monotonic() - begun}))
 
     def _process(self, task: ShardTask) -> ShardReport:
-        path = Path(task.path)
+        path = as_path(task.path)
         gh, gw = self.teacher.grid
         count = task.entry.count
         raw = np.full((count, gh, gw), np.nan, np.float32)
         columns: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
         problems: list[str] = []
         told = len(self._explainer.notes)
+        before, self._notes = self._notes, []
         row = 0
         for batch in self._batches(path, task.entry):
             maps, logits, targets = self._explain(batch, path)
@@ -141,7 +155,7 @@ class ShardWorker:
         columns |= {"scale": scale, "entropy": entropy, "top10_mass": top_mass}
         index = pa.table(columns).cast(INDEX_SCHEMA)
         write_shard(
-            Path(self.spec.out),
+            as_path(self.spec.out),
             task.entry.stem,
             stored,
             index,
@@ -149,7 +163,7 @@ class ShardWorker:
             fingerprint=self.spec.fingerprint,
         )
         statuses = dict(Counter(columns["status"]))
-        notes = tuple(self._explainer.notes[told:])
+        notes = (*before, *self._explainer.notes[told:])
         return ShardReport(stem=task.entry.stem, count=count, statuses=statuses, problems=tuple(problems), notes=notes)
 
     def _batches(self, path: Path, entry: ShardEntry) -> Iterator[list[FramedImage]]:
@@ -157,7 +171,7 @@ class ShardWorker:
         return framed_batches(
             samples,
             self._frame,
-            batch_size=self.spec.batch_size,
+            batch_size=self._explainer.batch_size,
             threads=max(1, self.spec.threads),
         )
 
@@ -184,6 +198,20 @@ class ShardWorker:
             labels = np.array([NO_CLASS if batch[i].label is None else batch[i].label for i in good], np.int64)
             maps[good], logits[good], targets[good] = self._explainer(pixels, labels)
         return Explained(maps, logits, targets)
+
+
+def _batch_size(spec: WorkerSpec, teacher: Teacher) -> tuple[int, str]:
+    """The batch size to begin with, and what to say when it isn't the one asked for."""
+    if spec.device.startswith("cuda"):
+        return spec.batch_size or 64, ""  # a GPU says when it is full, and the explainer halves
+    asked = spec.batch_size or 8
+    # A CPU doesn't say: the kernel ends a process that takes too much. So it is reckoned before.
+    need = bytes_per_image(teacher.model, PRECISIONS[spec.explain.precision][0])
+    fits = batch_that_fits(asked, need, spec.sharing, available_memory())
+    if fits == asked:
+        return asked, ""
+    gib = asked * need * spec.sharing / 2**30
+    return fits, f"a batch of {asked} would take {gib:.1f} GiB in {spec.sharing} workers: lowered to {fits}"
 
 
 def _status(item: FramedImage, relevance: np.ndarray) -> str:

@@ -1,16 +1,30 @@
-"""Commit a file or a folder in one step: a temporary sibling, fsync, rename. A reader sees the old or the new, never half."""
+"""Commit a file or a folder in one step: a temporary sibling, fsync, rename. A reader sees the old or the new, never half.
+
+On an object store a file is one request, which is one step too; a folder is not, and whoever relies on it commits an index
+file behind it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.storage import (
+    as_path,
+    check_reachable,
+    is_remote,
+    names_in,
+    remove,
+    storage_errors,
+    upload,
+)
 
 TMP_PREFIX = ".tmp-"
 
@@ -23,26 +37,21 @@ def _fsync_path(path: Path) -> None:
         os.close(fd)
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a folder tree that may be absent."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 @contextmanager
 def commit(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling path for the caller to create (file or folder); rename it to `path` on success.
+    """Yield a temporary local path for the caller to create (file or folder); rename it to `path`, or upload it, on success.
 
     On any error the temporary is removed and `path` is left as it was. An `OSError` (a full disk, above all) becomes a
     one-line :class:`ZpipeError` naming `path`.
     """
-    path = Path(path)
-    tmp = path.with_name(f"{TMP_PREFIX}{os.getpid()}-{path.name}")
+    path = as_path(path)
+    if is_remote(path):
+        with _committed_remotely(path) as tmp:
+            yield tmp
+        return
+    tmp = path.with_name(f"{TMP_PREFIX}{uuid.uuid4().hex[:12]}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(tmp)
         yield tmp
         if tmp.is_dir():
             for child in sorted(tmp.rglob("*")):
@@ -62,6 +71,20 @@ def commit(path: Path) -> Iterator[Path]:
             remove(tmp)
 
 
+@contextmanager
+def _committed_remotely(path: Path) -> Iterator[Path]:
+    try:
+        with tempfile.TemporaryDirectory(prefix="zpipe-") as scratch:
+            tmp = Path(scratch) / path.name
+            yield tmp
+            upload(tmp, path)
+    except storage_errors() as error:
+        told = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise ZpipeError(
+            f"{path}: could not be written ({told}); check access and free space, then run again"
+        ) from error
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` atomically."""
     with commit(path) as tmp:
@@ -76,10 +99,10 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Read a JSON object. Errors: a :class:`ZpipeError` that names the file when it is absent, unreadable or not an object."""
     try:
-        value = json.loads(Path(path).read_bytes())
+        value = json.loads(as_path(path).read_bytes())
     except FileNotFoundError as error:
         raise ZpipeError(f"{path}: no such file; expected {what}") from error
-    except (OSError, ValueError) as error:
+    except (*storage_errors(), ValueError) as error:
         raise ZpipeError(f"{path}: not readable as {what} ({error}); restore or delete the file") from error
     if not isinstance(value, dict):
         raise ZpipeError(f"{path}: not readable as {what} (not a JSON object); restore or delete the file")
@@ -91,23 +114,26 @@ def claim_folder(path: Path, marker: str, what: str) -> None:
 
     Temporary leftovers of a killed run (``.tmp-*``) are removed. Errors: :class:`UsageError` when it holds something else.
     """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
+    path = as_path(path)
+    check_reachable(path)
+    if not is_remote(path) and path.exists() and not path.is_dir():
         raise UsageError(f"{path}: is a file, not a folder; give another path for the {what}")
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        entries = sorted(path.iterdir())
+        if not is_remote(path):
+            path.mkdir(parents=True, exist_ok=True)
+        entries = names_in(path)
     except OSError as error:
         raise UsageError(f"{path}: can't be used for the {what} ({error.strerror}); give another path") from error
-    foreign = [entry for entry in entries if not entry.name.startswith(TMP_PREFIX)]
+    foreign = [name for name in entries if not name.startswith(TMP_PREFIX)]
     if foreign and not (path / marker).is_file():
-        raise UsageError(
-            f"{path}: holds something else ({foreign[0].name}); give an empty or new folder for the {what}"
-        )
+        raise UsageError(f"{path}: holds something else ({foreign[0]}); give an empty or new folder for the {what}")
     clear_temporaries(path)
 
 
 def clear_temporaries(folder: Path) -> None:
     """Remove what killed runs left in `folder` (``.tmp-*``); the folder may be absent."""
-    for entry in sorted(Path(folder).glob(f"{TMP_PREFIX}*")):
+    folder = as_path(folder)
+    if is_remote(folder):
+        return  # nothing temporary is ever put there
+    for entry in sorted(folder.glob(f"{TMP_PREFIX}*")):
         remove(entry)

@@ -10,6 +10,7 @@ from typing import Any
 
 from zpipe.schemas.atomic import read_json, write_json
 from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.storage import as_path, check_reachable
 
 MANIFEST_NAME = "manifest.json"
 EXTRACTION_NAME = "extraction.json"
@@ -73,7 +74,7 @@ def check_compatible(found: Provenance, wanted: Provenance, path: Path) -> None:
         if old[name] != new[name]:
             raise ZpipeError(
                 f"{path}: made with {name} = {_short(old[name])}, this run has {_short(new[name])}; "
-                "give another --out folder, or the settings that made this store"
+                "give another --out folder, the settings that made this store, or --replace to start over"
             )
 
 
@@ -110,14 +111,15 @@ class StoreManifest:
 def write_manifest(root: Path, manifest: StoreManifest) -> None:
     """Write `manifest.json`. Grows by about 250 bytes a shard."""
     value = {"format": FORMAT, "version": STORE_VERSION, "count": manifest.count} | asdict(manifest)
-    write_json(Path(root) / MANIFEST_NAME, value)
+    write_json(as_path(root) / MANIFEST_NAME, value)
 
 
 def read_manifest(root: Path) -> StoreManifest:
     """Read and check `manifest.json`. Errors: :class:`ZpipeError` naming file and remedy."""
-    path = Path(root) / MANIFEST_NAME
+    path = as_path(root) / MANIFEST_NAME
+    check_reachable(path)
     if not path.is_file():
-        if (Path(root) / EXTRACTION_NAME).is_file():
+        if (as_path(root) / EXTRACTION_NAME).is_file():
             raise ZpipeError(
                 f"{root}: the extraction is not finished (no {MANIFEST_NAME}); run extract-teacher-maps again to go on"
             )
@@ -141,13 +143,13 @@ def read_manifest(root: Path) -> StoreManifest:
 def write_extraction(root: Path, provenance: Provenance) -> None:
     """Mark `root` as a store in progress, with the provenance its shards will have."""
     write_json(
-        Path(root) / EXTRACTION_NAME, {"format": FORMAT, "version": STORE_VERSION, "provenance": asdict(provenance)}
+        as_path(root) / EXTRACTION_NAME, {"format": FORMAT, "version": STORE_VERSION, "provenance": asdict(provenance)}
     )
 
 
 def read_extraction(root: Path) -> Provenance | None:
     """The provenance that the store at `root` was begun with; None when it was not begun."""
-    path = Path(root) / EXTRACTION_NAME
+    path = as_path(root) / EXTRACTION_NAME
     if not path.is_file():
         return None
     value = read_json(path, "an extraction record")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,6 +13,7 @@ import pyarrow as pa
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.manifest import StoreManifest, read_manifest
 from zpipe.schemas.relevance_store import decode_maps, read_index, read_stored
+from zpipe.schemas.storage import as_path, map_files
 
 Normalise = Literal["minmax"] | None
 
@@ -28,9 +28,10 @@ def normalise_minmax(maps: np.ndarray) -> np.ndarray:
 class RelevanceMaps:
     """The maps of a finished store, by key and in order.
 
-    `maps[key]` is float32 [gh, gw]: raw relevance, or min-max per map with ``normalise="minmax"``. A shard's maps are read
-    in one piece at the first look-up and kept; memory grows to 4 * gh * gw bytes a map read (0.8 KB at 14 x 14), and the
-    key table to about 100 bytes a key.
+    `maps[key]` is float32 [gh, gw]: raw relevance, or min-max per map with ``normalise="minmax"``, as the training loader
+    reads them; `maps[10:20]` is float32 [10, gh, gw], in the order of `table()`; `maps[[key, key]]` is float32 [2, gh, gw].
+    `path` is a folder or an fsspec URL. A shard's maps are read in one piece at the first look-up and kept; memory grows to
+    4 * gh * gw bytes a map read (0.8 KB at 14 x 14), and the key table to about 100 bytes a key.
 
     Errors: :class:`ZpipeError` when `path` is no finished store; KeyError for an unknown key.
     """
@@ -38,7 +39,7 @@ class RelevanceMaps:
     def __init__(self, path: str | os.PathLike[str], normalise: Normalise = None) -> None:
         if normalise not in (None, "minmax"):
             raise ValueError(f"normalise must be None or 'minmax', got {normalise!r}")
-        self.path = Path(path)
+        self.path = as_path(path)
         self.manifest: StoreManifest = read_manifest(self.path)
         self.normalise = normalise
         self._shards: dict[str, np.ndarray] = {}
@@ -52,9 +53,15 @@ class RelevanceMaps:
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
-    def __getitem__(self, key: str) -> np.ndarray:
-        stem, row = self.place(key)
-        return self.shard(stem)[row]
+    def __getitem__(self, key: str | slice | Sequence[str]) -> np.ndarray:
+        if isinstance(key, str):
+            stem, row = self.place(key)
+            return self.shard(stem)[row]
+        if isinstance(key, slice):
+            return self._sliced(key)
+        if isinstance(key, Sequence):
+            return np.stack([self[one] for one in key]) if key else self._empty(0)
+        raise TypeError(f"maps[...] takes a key, a list of keys or a slice, got {type(key).__name__}")
 
     def place(self, key: str) -> tuple[str, int]:
         """The shard (stem) and row where a key's map lies. Errors: KeyError."""
@@ -88,16 +95,34 @@ class RelevanceMaps:
 
     def array(self) -> np.ndarray:
         """Every map, float32 [N, gh, gw], in the order of `table()`. 0.8 KB a map at 14 x 14: 1 GB for ImageNet."""
-        gh, gw = self.manifest.provenance.grid
-        if not self.manifest.shards:
-            return np.zeros((0, gh, gw), np.float32)
-        return np.concatenate([self.shard(shard.stem) for shard in self.manifest.shards])
+        return self._sliced(slice(None))
+
+    def _sliced(self, rows: slice) -> np.ndarray:
+        wanted = range(*rows.indices(len(self)))
+        order = np.asarray(wanted if wanted.step > 0 else wanted[::-1], np.int64)
+        out = self._empty(len(order))
+        ends = np.cumsum([shard.count for shard in self.manifest.shards], dtype=np.int64)
+        touched = [int(i) for i in np.unique(np.searchsorted(ends, order, side="right"))]
+        # Shards that nobody has asked for by key are not kept: the caller holds their maps already.
+        parts = map_files(self.path, self._shard_unkept, [self.manifest.shards[i].stem for i in touched])
+        for i, maps in zip(touched, parts, strict=True):
+            start = ends[i] - self.manifest.shards[i].count
+            first, end = np.searchsorted(order, [start, ends[i]])
+            out[first:end] = maps[order[first:end] - start]
+        return out if wanted.step > 0 else out[::-1]
+
+    def _shard_unkept(self, stem: str) -> np.ndarray:
+        kept = self._shards.get(stem)
+        return self.read_shard(stem) if kept is None else kept
+
+    def _empty(self, count: int) -> np.ndarray:
+        return np.zeros((count, *self.manifest.provenance.grid), np.float32)
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
         """The index of every shard as one table, with the shard's stem in column `shard`."""
         parts = []
-        for shard in self.manifest.shards:
-            part = read_index(self.path, shard.stem, columns)
+        tables = map_files(self.path, lambda shard: read_index(self.path, shard.stem, columns), self.manifest.shards)
+        for shard, part in zip(self.manifest.shards, tables, strict=True):
             stems = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(part), np.int32)), pa.array([shard.stem]))
             parts.append(part.append_column("shard", stems))
         return pa.concat_tables(parts).unify_dictionaries()
@@ -105,8 +130,9 @@ class RelevanceMaps:
     @cached_property
     def _places(self) -> dict[str, tuple[str, int]]:
         places: dict[str, tuple[str, int]] = {}
-        for shard in self.manifest.shards:
-            for row, key in enumerate(read_index(self.path, shard.stem, ["key"])["key"].to_pylist()):
+        tables = map_files(self.path, lambda shard: read_index(self.path, shard.stem, ["key"]), self.manifest.shards)
+        for shard, table in zip(self.manifest.shards, tables, strict=True):
+            for row, key in enumerate(table["key"].to_pylist()):
                 if key in places:
                     raise ZpipeError(
                         f"{self.path}: key {key!r} is in shards {places[key][0]} and {shard.stem}; run zpipe maps verify"

@@ -5,6 +5,9 @@
     STORE/index/<stem>.parquet   one row a sample, in the order of the array; committed last: no index, no shard
     STORE/manifest.json          written when every shard is there
 
+STORE is a folder or an fsspec URL. On an object store the two files of an array are put one after the other and the index,
+one request, behind them: there as here, no index, no shard.
+
 Raw relevance spans many decades between images, so each map is stored as map / max|map| in float16 and its scale as
 float32 in the index. About 330-400 bytes a sample for 14 x 14 maps, index included.
 """
@@ -19,8 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zpipe.schemas.atomic import commit, remove
+from zpipe.schemas.atomic import commit
 from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.storage import as_path, is_remote, remove, storage_errors
 
 # What became of a sample. Only `ok` maps may be trained on: the others have no relevance to give.
 OK, UNDECODABLE, NONFINITE, ZERO = "ok", "undecodable", "nonfinite", "zero"
@@ -58,11 +62,11 @@ class ShardSeal:
 
 
 def maps_path(root: Path, stem: str) -> Path:
-    return Path(root) / "maps" / f"{stem}.zarr"
+    return as_path(root) / "maps" / f"{stem}.zarr"
 
 
 def index_path(root: Path, stem: str) -> Path:
-    return Path(root) / "index" / f"{stem}.parquet"
+    return as_path(root) / "index" / f"{stem}.parquet"
 
 
 def encode_maps(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -136,28 +140,54 @@ def write_shard(
 
 
 def read_seal(root: Path, stem: str) -> ShardSeal | None:
-    """The seal of a committed shard, or None when the shard is not there. Reads the file's footer only."""
+    """The seal of a committed shard, or None when the shard is not there."""
     path = index_path(root, stem)
-    if not path.is_file():
-        return None
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-        return ShardSeal(**{name: metadata[name.encode()].decode() for name in ShardSeal.__dataclass_fields__})
-    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-        raise ZpipeError(
-            f"{path}: not a readable map index ({_first_line(error)}); delete it and extract again"
-        ) from error
+    return IndexFile(path).seal if path.is_file() else None
 
 
 def read_index(root: Path, stem: str, columns: list[str] | None = None) -> pa.Table:
     """The index rows of one shard."""
-    path = index_path(root, stem)
-    try:
-        return pq.read_table(path, columns=columns, partitioning=None).replace_schema_metadata(None)
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise ZpipeError(
-            f"{path}: map index can't be read ({_first_line(error)}); delete it and extract again"
-        ) from error
+    return IndexFile(index_path(root, stem)).table(columns)
+
+
+class IndexFile:
+    """The index of one shard, fetched in one piece (some 50 bytes a sample). Errors: :class:`ZpipeError` naming the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._data = path.read_bytes()
+        except storage_errors() as error:
+            raise self._unreadable(error) from error
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 (hex) of the file."""
+        return hashlib.sha256(self._data).hexdigest()
+
+    @property
+    def seal(self) -> ShardSeal:
+        """What the file says about itself."""
+        try:
+            metadata = pq.read_schema(pa.BufferReader(self._data)).metadata or {}
+            return ShardSeal(**{name: metadata[name.encode()].decode() for name in ShardSeal.__dataclass_fields__})
+        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+            raise self._unreadable(error) from error
+
+    def table(self, columns: list[str] | None = None) -> pa.Table:
+        """The rows, or those columns of them."""
+        try:
+            # One thread: callers read many shards side by side.
+            with pq.ParquetFile(pa.BufferReader(self._data)) as file:
+                missing = set(columns or ()) - set(file.schema_arrow.names)
+                if missing:
+                    raise KeyError(f"no column {min(missing)}")
+                return file.read(columns=columns, use_threads=False).replace_schema_metadata(None)
+        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> ZpipeError:
+        return ZpipeError(f"{self.path}: map index can't be read ({_first_line(error)}); delete it and extract again")
 
 
 def read_stored(root: Path, stem: str) -> np.ndarray:
@@ -166,12 +196,13 @@ def read_stored(root: Path, stem: str) -> np.ndarray:
 
     path = maps_path(root, stem)
     try:
-        array = zarr.open_array(store=str(path), mode="r")
+        options = dict(path.storage_options) if is_remote(path) else None
+        array = zarr.open_array(store=str(path), mode="r", storage_options=options)
         if array.nchunks_initialized != array.nchunks:  # Zarr would read zeros where a chunk is gone
             raise ValueError("a chunk is missing")
         return np.asarray(array[:])
     # A damaged array fails wherever Zarr or its codec happens to notice, each in its own way.
-    except (OSError, ValueError, RuntimeError, LookupError, TypeError, SystemError) as error:
+    except (*storage_errors(), ValueError, RuntimeError, LookupError, TypeError, SystemError) as error:
         raise ZpipeError(
             f"{path}: maps can't be read ({_first_line(error)}); delete {index_path(root, stem)} and extract again"
         ) from error

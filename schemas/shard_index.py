@@ -14,6 +14,7 @@ from typing import Any
 from zpipe.schemas.atomic import read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.sample import shard_stem
+from zpipe.schemas.storage import as_path, check_reachable, file_sizes
 
 INDEX_NAME = "shards.json"
 FORMAT = "zpipe-shards"
@@ -55,7 +56,7 @@ def digest_keys(keys: Iterable[str]) -> str:
 
 def digest_file(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
-    with open(path, "rb") as file:
+    with as_path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -63,12 +64,12 @@ def write_index(folder: Path, index: ShardIndex) -> None:
     """Write `shards.json`: the commit point of a shard folder. Grows by about 250 bytes a shard."""
     value: dict[str, Any] = {"format": FORMAT, "version": VERSION, "count": index.count}
     value |= asdict(index)
-    write_json(Path(folder) / INDEX_NAME, value)
+    write_json(as_path(folder) / INDEX_NAME, value)
 
 
 def read_index(folder: Path) -> ShardIndex:
     """Read and check `shards.json`. Errors: :class:`ZpipeError` naming the file and what is wrong."""
-    path = Path(folder) / INDEX_NAME
+    path = as_path(folder) / INDEX_NAME
     value = read_json(path, "a shard index")
     if value.get("format") != FORMAT or value.get("version") != VERSION:
         found = f"{value.get('format')!r} version {value.get('version')!r}"
@@ -89,7 +90,8 @@ def find_shards(path: Path) -> tuple[Path, list[Path]]:
 
     Errors: :class:`UsageError` when nothing is there.
     """
-    path = Path(path)
+    path = as_path(path)
+    check_reachable(path)
     if path.is_file():
         if path.suffix != ".tar":
             raise UsageError(f"{path}: not a .tar file; give a folder of tar shards or one tar")
@@ -109,6 +111,7 @@ def check_listed(folder: Path, tars: list[Path], index: ShardIndex, *, whole_fol
     """
     entries = {entry.name: entry for entry in index.shards}
     names = [tar.name for tar in tars]
+    sizes = file_sizes(folder, names)
     if whole_folder:
         missing = sorted(set(entries) - set(names))
         if missing:
@@ -120,7 +123,7 @@ def check_listed(folder: Path, tars: list[Path], index: ShardIndex, *, whole_fol
         entry = entries.get(tar.name)
         if entry is None:
             raise ZpipeError(f"{tar}: not listed in {folder / INDEX_NAME}; remove it or make the shards again")
-        size = tar.stat().st_size
+        size = sizes.get(tar.name, 0)
         if size != entry.bytes:
             raise ZpipeError(
                 f"{tar}: {size} bytes, but {INDEX_NAME} says {entry.bytes}: truncated or altered; restore it or make the shards again"

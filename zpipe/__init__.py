@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import os
 
-    from zpipe.schemas.relevance_maps import RelevanceMaps
+    from zpipe.schemas.relevance_maps import Normalise, RelevanceMaps
 
 __all__ = ["__version__", "open_maps"]
 __version__ = _version("zpipe")
 
 
-def open_maps(path: str | os.PathLike[str]) -> RelevanceMaps:
-    """Open a finished relevance store for reading by key. See :class:`zpipe.schemas.relevance_maps.RelevanceMaps`."""
+def open_maps(path: str | os.PathLike[str], normalise: Normalise = None) -> RelevanceMaps:
+    """Open a finished relevance store, a folder or an fsspec URL, for reading by key.
+
+    normalise: None for raw relevance, "minmax" for maps in [0, 1] as the training loader reads them. See
+    :class:`zpipe.schemas.relevance_maps.RelevanceMaps`.
+    """
     from zpipe.schemas.relevance_maps import RelevanceMaps
 
-    return RelevanceMaps(path)
+    return RelevanceMaps(path, normalise=normalise)

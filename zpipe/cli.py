@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +18,7 @@ from rich.table import Table
 
 from zpipe.progress import ProgressBars, ProgressLines, progress_for
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.storage import as_path
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,11 +52,35 @@ ModelArgs = Annotated[
 ]
 
 
+class Terminated(BaseException):
+    """SIGTERM: what is in hand is dropped, as on Ctrl-C."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises :class:`Terminated` in the main thread; processes forked meanwhile just end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = os.getpid()
+
+    def on_terminate(number: int, frame: object) -> None:
+        if os.getpid() != ours:
+            os._exit(128 + number)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @contextmanager
 def reporting() -> Iterator[ProgressBars | ProgressLines]:
     """Progress while a verb runs; what users can act on becomes one line and an exit code."""
     try:
-        with progress_for(err) as progress:
+        with terminable(), progress_for(err) as progress:
             yield progress
     except ZpipeError as error:
         fail(str(error), error.details, error.exit_code)
@@ -67,6 +95,8 @@ def reporting() -> Iterator[ProgressBars | ProgressLines]:
         if "DataLoader worker (pid" not in str(error):
             raise
         fail("a data-loading process was killed, often for want of memory; give fewer --num-workers, run again", (), 1)
+    except Terminated:
+        fail("terminated; run the same command again to go on", (), 1)
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to go on", (), 130)
 
@@ -82,6 +112,15 @@ def fail(message: str, details: tuple[str, ...], code: int) -> None:
     for line in details:
         print(f"  {line}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def count_or_auto(text: str) -> int:
+    """A number of at least 1, or 0 for `auto`."""
+    if text in ("auto", "0"):
+        return 0
+    if not text.isdecimal():
+        raise typer.BadParameter("give a number of images, or auto")
+    return int(text)
 
 
 def parse_settings(pairs: list[str] | None, option: str) -> dict[str, Any]:
@@ -164,9 +203,17 @@ def make_shards_command(
 
 @app.command("extract-teacher-maps")
 def extract_command(
-    shards: Annotated[Path, typer.Argument(help="Folder of tar shards, or one tar.")],
+    shards: Annotated[
+        Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of tar shards, or one tar.")
+    ],
     output: Annotated[
-        Path, typer.Option("--out", help="Folder of the relevance store; new, empty, or one to go on with.")
+        Path,
+        typer.Option(
+            "--out",
+            parser=as_path,
+            metavar="PATH|URL",
+            help="Folder of the relevance store; new, empty, or one to go on with.",
+        ),
     ],
     teacher: Annotated[
         str | None, typer.Option(help="timm model; default deit_base_patch16_224, or what the weights folder says.")
@@ -206,8 +253,16 @@ def extract_command(
     actors: Annotated[int, typer.Option(min=0, help="Worker processes; 0 chooses.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of each worker; 0 chooses.")] = 0,
     gpus_per_actor: Annotated[float, typer.Option(min=0, help="GPUs of each worker; 0 chooses.")] = 0.0,
-    batch_size: Annotated[int, typer.Option(min=0, help="Images at once; 0 chooses (8 on CPU, 64 on GPU).")] = 0,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            parser=count_or_auto,
+            metavar="N|auto",
+            help="Images at once; auto: 8 on CPU, 64 on GPU, fewer where memory ends.",
+        ),
+    ] = "auto",  # type: ignore[assignment]
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    replace: Annotated[bool, typer.Option("--replace", help="Remove what the store holds and start over.")] = False,
 ) -> None:
     """Run a frozen teacher over tar shards and store its relevance maps for each image's own label.
 
@@ -238,6 +293,7 @@ def extract_command(
             gpus_per_actor=gpus_per_actor,
             address=address,
             device=device,
+            replace=replace,
         )
         report = extract_teacher_maps(shards, output, config, progress=progress)
         tell(f"{output}: {report.count} maps in {report.shards} shards ({report.extracted} extracted now)")
@@ -252,8 +308,10 @@ def extract_command(
 
 @app.command("train-zoomer")
 def train_zoomer_command(
-    shards: Annotated[Path, typer.Argument(help="Folder of tar shards.")],
-    maps: Annotated[Path, typer.Option(help="Relevance store made from these shards.")],
+    shards: Annotated[Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of tar shards.")],
+    maps: Annotated[
+        Path, typer.Option(parser=as_path, metavar="PATH|URL", help="Relevance store made from these shards.")
+    ],
     output: Annotated[Path, typer.Option("--out", help="Folder of the run; new, empty, or one to go on with.")],
     num_blocks: Annotated[int, typer.Option(help="Residual blocks: 2, 4 or 6.")] = 4,
     image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
@@ -286,7 +344,7 @@ def train_zoomer_command(
 
 @app.command("train-vit")
 def train_vit_command(
-    shards: Annotated[Path, typer.Argument(help="Folder of tar shards.")],
+    shards: Annotated[Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of tar shards.")],
     output: Annotated[Path, typer.Option("--out", help="Folder of the run; new, empty, or one to go on with.")],
     model: Annotated[
         str, typer.Option(help="zoomvit_{tiny,small,base}_patch16_224, or any timm classifier (no zoom).")
@@ -294,7 +352,10 @@ def train_vit_command(
     model_arg: ModelArgs = None,
     zoomer: Annotated[Path | None, typer.Option(help="Finished train-zoomer run that scores the image.")] = None,
     maps: Annotated[
-        Path | None, typer.Option(help="Relevance store whose maps are the scores, instead of a zoomer.")
+        Path | None,
+        typer.Option(
+            parser=as_path, metavar="PATH|URL", help="Relevance store whose maps are the scores, instead of a zoomer."
+        ),
     ] = None,
     init_from: Annotated[
         Path | None, typer.Option(help="Finished run to start from (a plain ViT may start a ZoomViT).")
@@ -332,12 +393,17 @@ def train_vit_command(
 @app.command("evaluate")
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Finished train-vit or train-zoomer run.")],
-    shards: Annotated[Path, typer.Argument(help="Folder of validation shards.")],
+    shards: Annotated[
+        Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of validation shards.")
+    ],
     alphas: Annotated[str, typer.Option(help="Thresholds of a ZoomViT, comma-separated.")] = "0,0.05,0.1,0.2,0.5,1",
     budgets: Annotated[
         str, typer.Option(help="Numbers of zoomed cells per image, comma-separated, beside the thresholds.")
     ] = "",
-    maps: Annotated[Path | None, typer.Option(help="Relevance store of these shards (needed for a zoomer).")] = None,
+    maps: Annotated[
+        Path | None,
+        typer.Option(parser=as_path, metavar="PATH|URL", help="Relevance store of these shards (needed for a zoomer)."),
+    ] = None,
     scores: Annotated[str, typer.Option(help="A ZoomViT's scores: its own 'zoomer', or the 'maps' given.")] = "zoomer",
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
     num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
@@ -380,7 +446,9 @@ def print_rows(rows: list[dict[str, Any]], title: str) -> None:
 
 
 @maps_app.command("info")
-def maps_info(store: Annotated[Path, typer.Argument(help="Relevance store.")]) -> None:
+def maps_info(
+    store: Annotated[Path, typer.Argument(parser=as_path, metavar="STORE", help="Relevance store.")],
+) -> None:
     """What a store holds and where it comes from."""
     with reporting():
         from zpipe.pipeline.inspection import store_figures
@@ -403,14 +471,19 @@ def maps_info(store: Annotated[Path, typer.Argument(help="Relevance store.")]) -
         table.add_row("quantiles", "5 %, 25 %, 50 %, 75 %, 95 %")
         for name in ("entropy", "log10_scale", "top10_mass"):
             table.add_row(name, ", ".join(f"{value:.3g}" for value in getattr(figures, name)))
+            histogram = figures.histograms[name]
+            table.add_row("", f"{histogram.low:.3g} {histogram.bars()} {histogram.high:.3g}")
         table.add_row("made from", figures.manifest.source)
         out.print(table)
 
 
 @maps_app.command("verify")
 def maps_verify(
-    store: Annotated[Path, typer.Argument(help="Relevance store.")],
-    shards: Annotated[Path | None, typer.Option(help="The tars it was made from, to hold its keys against.")] = None,
+    store: Annotated[Path, typer.Argument(parser=as_path, metavar="STORE", help="Relevance store.")],
+    shards: Annotated[
+        Path | None,
+        typer.Option(parser=as_path, metavar="PATH|URL", help="The tars it was made from, to hold its keys against."),
+    ] = None,
 ) -> None:
     """Read every byte of a store and check it; exit code 1 and a line per problem when it isn't whole."""
     with reporting() as progress:
@@ -424,10 +497,13 @@ def maps_verify(
 
 @maps_app.command("show")
 def maps_show(
-    store: Annotated[Path, typer.Argument(help="Relevance store.")],
+    store: Annotated[Path, typer.Argument(parser=as_path, metavar="STORE", help="Relevance store.")],
     key: Annotated[str, typer.Argument(help="Key of a sample.")],
     shards: Annotated[
-        Path | None, typer.Option(help="The tars it was made from; default where the manifest says.")
+        Path | None,
+        typer.Option(
+            parser=as_path, metavar="PATH|URL", help="The tars it was made from; default where the manifest says."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--out", help="PNG to write; default KEY.png here.")] = None,
 ) -> None:
@@ -437,6 +513,64 @@ def maps_show(
 
         path = show_map(store, key, output or Path(f"{key.replace('/', '_')}.png"), shards)
         tell(f"{path}: written")
+
+
+@maps_app.command("export")
+def maps_export(
+    store: Annotated[Path, typer.Argument(parser=as_path, metavar="STORE", help="Relevance store.")],
+    output: Annotated[
+        Path, typer.Argument(help="Parquet file, or folder with --per-shard or --numpy; must not exist.")
+    ],
+    parquet: Annotated[bool, typer.Option("--parquet", help="Index and maps as Parquet (the default).")] = False,
+    numpy: Annotated[
+        bool, typer.Option("--numpy", help="A folder of maps.npy (float32), keys.txt, index.parquet.")
+    ] = False,
+    per_shard: Annotated[bool, typer.Option("--per-shard", help="One Parquet file a shard.")] = False,
+    values: Annotated[
+        str, typer.Option(help="'raw' (in Parquet: map * scale is the relevance) or 'minmax' (each map in [0, 1]).")
+    ] = "raw",
+) -> None:
+    """A store for pandas, polars, duckdb, Hugging Face datasets, or plain NumPy."""
+    with reporting() as progress:
+        from zpipe import open_maps
+        from zpipe.pipeline.export import export_numpy, export_parquet
+
+        if parquet and numpy or numpy and per_shard:
+            raise UsageError("choose one of --parquet and --numpy; --per-shard goes with --parquet")
+        if values not in ("raw", "minmax"):
+            raise UsageError(f"--values {values}: choose raw or minmax")
+        maps = open_maps(store)
+        if numpy:
+            export_numpy(maps, output, values=values, progress=progress)
+        else:
+            export_parquet(maps, output, per_shard=per_shard, values=values, progress=progress)
+        tell(f"{output}: {len(maps)} maps")
+
+
+@maps_app.command("compare")
+def maps_compare(
+    first: Annotated[Path, typer.Argument(parser=as_path, metavar="A", help="Relevance store.")],
+    second: Annotated[Path, typer.Argument(parser=as_path, metavar="B", help="Another one of the same data set.")],
+    top: Annotated[int, typer.Option(min=1, help="How many of the highest cells to hold against each other.")] = 20,
+    worst: Annotated[int, typer.Option(min=0, help="How many of the samples that agree least to list.")] = 10,
+) -> None:
+    """How far the maps of two stores agree: rank correlation, overlap of the highest cells, the worst samples."""
+    with reporting() as progress:
+        from zpipe import open_maps
+        from zpipe.pipeline.compare import compare_stores
+
+        found = compare_stores(open_maps(first), open_maps(second), top=top, worst=worst, progress=progress)
+        table = Table(show_header=False, title=f"{first} and {second}", title_justify="left")
+        table.add_row("samples", f"{found.common} compared, {found.unusable} without a usable map in both")
+        table.add_row("in one alone", f"{found.only_a} in the first, {found.only_b} in the second")
+        for name, one, other in found.differing:
+            table.add_row(name, f"{json.dumps(one)[:60]} and {json.dumps(other)[:60]}")
+        table.add_row("quantiles", "5 %, 25 %, 50 %, 75 %, 95 %")
+        table.add_row("rank correlation", ", ".join(f"{value:.4f}" for value in found.rank_correlation))
+        table.add_row(f"top {found.top} shared", ", ".join(f"{value:.2f}" for value in found.top_overlap))
+        out.print(table)
+        rows = [{"key": key, "rank_correlation": rank, "shared": shared} for key, rank, shared in found.worst]
+        print_rows(rows, title="agree least")
 
 
 @app.command("demo")

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.relevance_maps import RelevanceMaps
+from zpipe.schemas.storage import as_path
 from zpipe.train.data.join import MISSING_POLICIES, Missing, check_store, join_maps, usable_counts
 from zpipe.train.data.stream import Shard, list_shards, read_tar, shard_order, split_shards
 from zpipe.train.data.transforms import Augment, ViewConfig, decode, draw_view, view_box, view_image, view_map
@@ -74,8 +75,8 @@ class RelevanceLoader:
             )
         if missing not in MISSING_POLICIES:
             raise UsageError(f"missing={missing!r}; choose one of {', '.join(MISSING_POLICIES)}")
-        self.shards, self.index = list_shards(Path(shards))
-        self.path = Path(shards)
+        self.shards, self.index = list_shards(as_path(shards))
+        self.path = as_path(shards)
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
         self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
         self.missing: Missing = missing

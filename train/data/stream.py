@@ -24,6 +24,7 @@ from zpipe.schemas.shard_index import (
     find_shards,
     read_index,
 )
+from zpipe.schemas.storage import as_path, storage_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ def list_shards(path: Path) -> tuple[list[Shard], ShardIndex]:
     Errors: :class:`UsageError` when there are none or they have no `shards.json`; :class:`ZpipeError` when folder and
     index disagree.
     """
-    path = Path(path)
+    path = as_path(path)
     folder, tars = find_shards(path)
     if not (folder / INDEX_NAME).is_file():
         raise UsageError(
@@ -82,10 +83,11 @@ def read_tar(shard: Shard) -> Iterator[dict]:
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
-        with open(path, "rb") as file:
+        with as_path(path).open("rb") as file:
             for member in tar_file_iterator(file):
                 yield member["fname"], member["data"]
     except (tarfile.TarError, EOFError) as error:
         raise ZpipeError(f"{path}: not a whole tar ({error}); restore it or make the shards again") from error
-    except OSError as error:
-        raise ZpipeError(f"{path}: can't be read ({error.strerror}); restore it or make the shards again") from error
+    except storage_errors() as error:
+        told = getattr(error, "strerror", None) or error
+        raise ZpipeError(f"{path}: can't be read ({told}); restore it or make the shards again") from error

@@ -1,0 +1,156 @@
+"""One writer at a time: a lease on a store that a dead run does not hold for ever.
+
+`lease.json` in the store names its holder and is renewed every `BEAT_S` seconds. A second run is refused while it is; a
+lease whose process is gone (on this machine), or that nobody renews for `EXPIRY_S`, is taken over. Creating the file is decided
+by the file system or the object store, so of two runs that begin together one gets it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from zpipe.schemas.atomic import write_bytes
+from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.storage import create_exclusively, remove, storage_errors
+
+LEASE_NAME = "lease.json"
+BEAT_S = 10.0
+EXPIRY_S = 40.0
+SETTLE_S = 0.5
+
+
+class Lease:
+    """A held lease. `check()` raises :class:`ZpipeError` once another run has taken it, or it could not be renewed in time."""
+
+    def __init__(self, path: Path, holder: dict[str, Any]) -> None:
+        self._path, self._holder = path, holder
+        self._lost = ""
+        self._end = threading.Event()
+        self._renewed = time.monotonic()
+        self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Whether we may still write."""
+        if self._lost:
+            raise ZpipeError(self._lost)
+
+    def release(self) -> None:
+        """Give it back."""
+        self._end.set()
+        self._thread.join()
+        if not self._lost:
+            remove(self._path)
+
+    def _keep(self) -> None:
+        while not self._end.wait(BEAT_S):
+            try:
+                found = _read(self._path)
+                if found is None or found["token"] != self._holder["token"]:
+                    holder = "nobody" if found is None else _name(found)
+                    self._lost = f"{self._path}: the lease is {holder}'s now; end the other run, then run this again"
+                    return
+                write_bytes(self._path, _encode(self._holder))
+                self._renewed = time.monotonic()
+            except (ZpipeError, *storage_errors()) as error:
+                # A store that is out of reach for a moment; for longer, another run may believe us dead.
+                if time.monotonic() - self._renewed > EXPIRY_S - BEAT_S:
+                    self._lost = f"{self._path}: the lease could not be renewed ({error}); run again to go on"
+                    return
+
+
+@contextmanager
+def held_lease(root: Path) -> Iterator[Lease]:
+    """Hold the lease of the store at `root`. Errors: :class:`ZpipeError` naming the run that holds it."""
+    path = root / LEASE_NAME
+    holder = {
+        "token": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process": _process(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+    _take(path, holder)
+    lease = Lease(path, holder)
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def _take(path: Path, holder: dict[str, Any]) -> None:
+    try:
+        while not create_exclusively(path, _encode(holder)):
+            found = _read(path)
+            if found is None:
+                continue  # given back this moment
+            if not _is_dead(path, found):
+                raise ZpipeError(
+                    f"{path}: {_name(found)} has been writing to this store since {found['since']}; "
+                    "wait for it, or give another --out folder"
+                )
+            if _read(path) == found:  # and not another heir's by now
+                remove(path)
+        # Two heirs may both have removed a dead run's lease; the last to write holds it, the other learns it here.
+        time.sleep(SETTLE_S)
+        found = _read(path)
+    except storage_errors() as error:
+        raise ZpipeError(f"{path}: could not be written ({error}); fix permissions, then run again") from error
+    if found is None or found["token"] != holder["token"]:
+        raise ZpipeError(f"{path}: another run took this store in the same moment; wait for it to end")
+
+
+def _is_dead(path: Path, found: dict[str, Any]) -> bool:
+    if found["host"] == socket.gethostname():
+        return _process(found["pid"]) != found["process"]
+    # The clocks of two machines differ: only whether the file goes on being renewed tells.
+    if time.time() - found["beat"] < EXPIRY_S:
+        return False
+    time.sleep(EXPIRY_S)
+    later = _read(path)
+    return later is not None and later["beat"] == found["beat"]
+
+
+def _process(pid: int) -> str | None:
+    """What tells a process from a later one of the same number: boot and start time. None when there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if fields[0] in "ZX":
+            return None  # ended, its parent just hasn't looked
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + ":" + fields[19]
+    except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        return "alive"
+    return "alive"
+
+
+def _name(found: dict[str, Any]) -> str:
+    return f"process {found['pid']} on {found['host']}"
+
+
+def _encode(holder: dict[str, Any]) -> bytes:
+    return (json.dumps(holder | {"beat": time.time()}) + "\n").encode()
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+        return value if isinstance(value, dict) and {"token", "host", "pid", "beat"} <= set(value) else None
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ZpipeError(f"{path}: not a lease ({error}); delete it when no run is writing here") from error

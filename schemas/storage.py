@@ -1,0 +1,149 @@
+"""Where files lie: on this machine, or behind an fsspec URL (s3://, gs://, ...). One path type for both.
+
+Local paths are `pathlib.Path`; others are `upath.UPath`, which has the same methods. Credentials and endpoints come from where
+each store's own library looks (AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, fsspec's configuration); URLs carry none.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from zpipe.schemas.errors import UsageError, ZpipeError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def as_path(value: str | os.PathLike[str]) -> Path:
+    """A local path, or the UPath of a URL. A UPath comes back fresh: its connection doesn't survive a fork."""
+    if isinstance(value, Path):
+        return value
+    text = str(value)
+    if "://" not in text:
+        return Path(text)
+    from upath import UPath
+
+    options = dict(getattr(value, "storage_options", {}))
+    try:
+        # fsspec's memory of listings would hide what other processes write.
+        path = UPath(text, **(options | {"use_listings_cache": False}))
+        return Path(path.path) if path.protocol in ("file", "local") else path
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"{text}: can't be opened ({str(error).splitlines()[0]}); give another path") from error
+
+
+def is_remote(path: Path) -> bool:
+    """Whether it is a UPath that isn't local."""
+    return not isinstance(path, Path)
+
+
+def storage_errors() -> tuple[type[Exception], ...]:
+    """What reading and writing may raise. Libraries of object stores have exceptions beyond OSError; only those that are
+    loaded can be raised."""
+    found: list[Any] = [OSError]
+    for module, name in (
+        ("botocore.exceptions", "BotoCoreError"),
+        ("botocore.exceptions", "ClientError"),
+        ("google.auth.exceptions", "GoogleAuthError"),
+        ("gcsfs.retry", "HttpError"),
+        ("aiohttp", "ClientError"),
+    ):
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
+
+
+def check_reachable(path: Path) -> None:
+    """Ask a remote store once, so that a wrong key or a dead endpoint is one line. Errors: :class:`ZpipeError`."""
+    if not is_remote(path):
+        return
+    try:
+        path.exists()
+    except ImportError as error:
+        raise UsageError(f"{path}: {str(error).splitlines()[0]}; pip install 'zpipe[s3]' or 'zpipe[gcs]'") from error
+    except storage_errors() as error:
+        raise ZpipeError(
+            f"{path}: can't be reached ({str(error).splitlines()[0]}); check credentials and endpoint"
+        ) from error
+
+
+def upload(local: Path, path: Path) -> None:
+    """Put a local file or folder in the place of a remote one. A file appears in one step, a folder's files one by one."""
+    if not local.is_dir():
+        path.fs.put_file(str(local), path.path)
+        return
+    remove(path)
+    for child in sorted(local.rglob("*")):
+        if child.is_file():
+            path.fs.put_file(str(child), f"{path.path}/{child.relative_to(local).as_posix()}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder tree that may be absent."""
+    if is_remote(path):
+        if path.exists():
+            path.fs.rm(path.path, recursive=True)
+    elif path.is_dir() and not path.is_symlink():
+        import shutil
+
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def file_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    """Bytes of each named file of a folder that is there; one request for a remote folder."""
+    if is_remote(folder):
+        listed = {entry["name"].rpartition("/")[2]: entry["size"] for entry in folder.fs.ls(folder.path, detail=True)}
+        return {name: listed[name] for name in names if name in listed}
+    return {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    if is_remote(folder):
+        return int(folder.fs.du(folder.path))
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def map_files(root: Path, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """`function` of each item, in order; 16 at a time where each waits for a remote store."""
+    if not is_remote(root):
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        # A bounded window: what is fetched ahead lies in memory.
+        for start in range(0, len(items), 64):
+            yield from pool.map(function, items[start : start + 64])
+
+
+def names_in(folder: Path) -> list[str]:
+    """Names of what lies in a folder, sorted; none where there is no folder."""
+    try:
+        return sorted({entry.name for entry in folder.iterdir()} - {""})
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def create_exclusively(path: Path, data: bytes) -> bool:
+    """Write a small file in one step unless it exists; whether it was written. The store decides between two writers."""
+    if is_remote(path):
+        try:
+            path.fs.pipe_file(path.path, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+    tmp = path.with_name(f".tmp-{os.getpid()}-{os.urandom(4).hex()}-{path.name}")
+    try:
+        tmp.write_bytes(data)
+        os.link(tmp, path)  # fails if `path` exists, also between machines on one network file system
+    except FileExistsError:
+        return False
+    finally:
+        tmp.unlink(missing_ok=True)
+    return True
