@@ -51,15 +51,22 @@ class Box:
 
 
 def overlap_weights(n_in: int, start: float, stop: float, n_out: int) -> np.ndarray:
-    """Area weights that resample `n_in` unit cells over the interval [start, stop] into `n_out` equal cells.
+    """Weights that resample `n_in` unit cells over the interval [start, stop] into `n_out` equal cells.
 
-    start, stop: in cells of the input, 0 <= start < stop <= n_in. Returns float64 [n_out, n_in], rows sum to 1: each
-    output cell is the mean of the input over the stretch it covers, so sum(out) * (stop - start) / n_out is conserved.
+    start, stop: in cells of the input, 0 <= start < stop <= n_in. Returns float64 [n_out, n_in], rows sum to 1.
+    Shrinking (an output cell is wider than one of the input): each output cell is the mean of the input over the stretch it
+    covers, so sum(out) * (stop - start) / n_out is conserved. Growing: linear interpolation between the centres of the input's
+    cells, the outermost continued outwards. Both are the mean over a stretch around the output cell's centre, as wide as
+    that cell or as one of the input, whichever is wider; at equal width they agree.
     """
-    edges = np.linspace(start, stop, n_out + 1)  # [n_out + 1]
-    cells = np.arange(n_in)  # [n_in]
-    low = np.maximum(edges[:-1, None], cells[None, :])  # [n_out, n_in]
-    high = np.minimum(edges[1:, None], cells[None, :] + 1)
+    step = (stop - start) / n_out
+    centres = start + (np.arange(n_out) + 0.5) * step  # [n_out]
+    reach = max(step, 1.0) / 2
+    cells = np.arange(n_in, dtype=np.float64)  # [n_in]
+    lower, upper = cells.copy(), cells + 1
+    lower[0], upper[-1] = -np.inf, np.inf
+    low = np.maximum(centres[:, None] - reach, lower[None, :])  # [n_out, n_in]
+    high = np.minimum(centres[:, None] + reach, upper[None, :])
     overlap = np.clip(high - low, 0.0, None)
     return overlap / overlap.sum(axis=1, keepdims=True)
 
@@ -68,7 +75,8 @@ def crop_map(relevance: np.ndarray, frame: Box, crop: Box, size: tuple[int, int]
     """Resample a map that lies over `frame` to the part that `crop` shows.
 
     relevance: [gh, gw]; frame, crop: in the same source pixels; size: (out_h, out_w); flip: mirror left and right, as the
-    cropped image was. Returns float32 [out_h, out_w], each cell the area-weighted mean of the map under it.
+    cropped image was. Returns float32 [out_h, out_w]: the area-weighted mean of the map under each cell where the
+    map shrinks, bilinear interpolation where it grows, for each axis.
     Errors: ValueError when the crop leaves the frame (the map says nothing there).
     """
     if not frame.contains(crop):

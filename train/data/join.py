@@ -1,27 +1,41 @@
-"""Attach each sample's relevance map, by key. A shard's maps are read once, in one piece, and dropped after it."""
+"""Each sample with its relevance map, by key. A shard and its maps are read once, in one piece, and dropped when used up."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Literal
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, Self
 
 import numpy as np
 
 from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.geometry import Box
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.relevance_store import OK
-from zpipe.train.data.stream import Shard
+from zpipe.schemas.sample import Sample
+from zpipe.schemas.storage import map_files
+from zpipe.train.data.order import Plan
+from zpipe.train.data.stream import Shard, read_tar
+from zpipe.train.data.transforms import ViewConfig
 
 Missing = Literal["error", "skip", "uniform"]
 MISSING_POLICIES: tuple[Missing, ...] = ("error", "skip", "uniform")
+FRAME_COLUMNS = ("frame_x1", "frame_y1", "frame_x2", "frame_y2")
 
 
-def check_store(maps: RelevanceMaps, shards: list[Shard]) -> None:
-    """Errors: :class:`ZpipeError` when the store's frame can't serve arbitrary crops, or it was made from other tars."""
-    frame = maps.manifest.provenance.frame
-    if frame != "full":
-        raise ZpipeError(f"{maps.path}: maps on frame {frame!r} can't serve random crops; extract on the full frame")
+def check_store(maps: RelevanceMaps, shards: list[Shard], view: ViewConfig) -> None:
+    """Errors: :class:`ZpipeError` when the store's frame can't serve these views, or it was made from other tars."""
+    origin = maps.manifest.provenance
+    if origin.frame == "center" and view.augment == "eval" and view.crop_pct > origin.crop_pct + 1e-6:
+        raise ZpipeError(
+            f"{maps.path}: maps on the centre {origin.crop_pct:g} of the shorter side can't serve views of "
+            f"{view.crop_pct:g}; lower view.crop_pct, or extract on the full frame"
+        )
+    if origin.frame != "full" and not (origin.frame == "center" and view.augment == "eval"):
+        raise ZpipeError(
+            f"{maps.path}: maps on frame {origin.frame!r} can't serve random crops; extract on the full frame"
+        )
     known = {shard.stem: shard for shard in maps.manifest.shards}
     for shard in shards:
         found = known.get(shard.entry.stem)
@@ -29,56 +43,139 @@ def check_store(maps: RelevanceMaps, shards: list[Shard]) -> None:
             raise ZpipeError(
                 f"{maps.path}: has no maps for {shard.path}; extract from these shards, or give the right store"
             )
-        if found.input_sha256 != shard.entry.sha256:
+        # Of tars that carry no index the digest is not known; keys are compared when they are read.
+        if shard.entry.sha256 and found.input_sha256 != shard.entry.sha256:
             raise ZpipeError(
                 f"{maps.path}: made from a {shard.path.name} with SHA-256 {found.input_sha256[:12]}, {shard.path} has "
                 f"{shard.entry.sha256[:12]}; extract again"
             )
+        if found.count != shard.entry.count:
+            raise ZpipeError(
+                f"{maps.path}: made from a {shard.path.name} of {found.count} samples, {shard.path} has "
+                f"{shard.entry.count}; extract again"
+            )
 
 
-def join_maps(maps: RelevanceMaps, missing: Missing) -> Callable[[Iterable[dict]], Iterator[dict]]:
-    """A stage that adds `relevance`, float32 [gh, gw] in [0, 1] over the whole image, to every sample.
+def usable_rows(maps: RelevanceMaps, shards: list[Shard]) -> list[np.ndarray]:
+    """Rows of each shard whose sample has a usable map. Reads one index column a shard."""
+    tables = map_files(maps.path, lambda shard: maps.index(shard.entry.stem, ["status"]), shards)
+    return [np.flatnonzero(table["status"].to_numpy(zero_copy_only=False) == OK) for table in tables]
 
-    The min-max of a map is taken over the whole image, before any crop: a crop of background stays low.
-    missing: what a sample without a usable map does: `error` stops and names it, `skip` leaves the sample out,
-    `uniform` gives it a map of ones.
+
+@dataclass(frozen=True)
+class Joined:
+    """A sample with its place (shard in the data set's list, row in it) and, when there is a store, its map.
+
+    relevance: float32 [gh, gw] in [0, 1], over `frame` in source pixels (None: over the whole image). The min-max is taken
+    over the whole map, before any crop: a crop of background stays low.
     """
-    ones = np.ones(maps.manifest.provenance.grid, np.float32)
 
-    def stage(samples: Iterable[dict]) -> Iterator[dict]:
-        stem, by_key = None, {}
-        for item in samples:
-            if item["shard"].entry.stem != stem:
-                stem = item["shard"].entry.stem
-                by_key = _maps_by_key(maps, stem)
-            key = item["sample"].key
-            status, relevance = by_key.get(key, ("absent", None))
-            if status != OK:
-                if missing == "skip":
-                    continue
-                if missing == "error":
-                    raise ZpipeError(
-                        f"{Path(maps.path)}: shard {stem}: key {key}: no usable map ({status}); train with --missing skip"
-                    )
-                relevance = ones
-            yield item | {"relevance": relevance}
-
-    return stage
+    shard: Shard
+    shard_number: int
+    row: int
+    sample: Sample
+    relevance: np.ndarray | None
+    frame: Box | None
 
 
-def usable_counts(maps: RelevanceMaps, shards: list[Shard]) -> dict[str, int]:
-    """How many samples of each shard (by stem) have a usable map. Reads one index column a shard."""
-    counts = {}
-    for shard in shards:
-        statuses = maps.index(shard.entry.stem, ["status"])["status"].to_pylist()
-        counts[shard.entry.stem] = sum(status == OK for status in statuses)
-    return counts
+@dataclass
+class _Held:
+    """A shard in memory; samples are let go as they are taken."""
+
+    samples: list[Sample | None]
+    maps: np.ndarray | None  # [n, gh, gw], rows of the index
+    statuses: list[str]
+    row_of: dict[str, int]
+    frames: np.ndarray | None  # [n, 4]
 
 
-def _maps_by_key(maps: RelevanceMaps, stem: str) -> dict[str, tuple[str, np.ndarray]]:
-    table = maps.index(stem, ["key", "status"])
-    slab = maps.read_shard(stem)  # [n, gh, gw]
-    return {
-        key: (status, slab[row])
-        for row, (key, status) in enumerate(zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True))
-    }
+class ShardJoin:
+    """Hands out samples of the shards it was told to expect; reads the next shard of a lane while one is in use."""
+
+    def __init__(
+        self, shards: Sequence[Shard], maps: RelevanceMaps | None, missing: Missing, *, skip_damaged: bool
+    ) -> None:
+        self._shards, self._maps, self._missing, self._skip_damaged = shards, maps, missing, skip_damaged
+        self._held: dict[int, _Held | None] = {}
+        self._coming: dict[int, Future[_Held | None]] = {}
+        self._left: dict[int, int] = {}
+        self._fetch_at: dict[int, tuple[int, int]] = {}  # shard -> how many are left when which other is fetched
+        self._damaged: list[str] = []
+        self._pool = ThreadPoolExecutor(max_workers=1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def expect(self, wanted: Sequence[tuple[np.ndarray, np.ndarray]], plan: Plan) -> None:
+        """Say what will be taken, in order, as (shards, rows): so we know when a shard is used up and which comes next."""
+        order = np.concatenate([np.zeros(0, np.int64), *(shards for shards, _ in wanted)])
+        shards, first, counts = np.unique(order, return_index=True, return_counts=True)
+        self._left = dict(zip(shards.tolist(), counts.tolist(), strict=True))
+        lane_of = dict(zip(plan.shard.tolist(), plan.lane.tolist(), strict=True)) if len(order) else {}
+        lanes: dict[int, list[int]] = {}
+        for shard in shards[np.argsort(first)].tolist():
+            lanes.setdefault(lane_of[shard], []).append(shard)
+        for lane in lanes.values():
+            for shard, following in zip(lane, lane[1:], strict=False):
+                self._fetch_at[shard] = (self._left[shard] // 2, following)
+
+    def take(self, shard_number: int, row: int) -> Joined | None:
+        """One sample; None when its tar is damaged and that is to be skipped.
+
+        Errors: :class:`ZpipeError` for a damaged tar or store, and for a sample without a usable map (`missing="error"`).
+        """
+        if shard_number not in self._held:
+            coming = self._coming.pop(shard_number, None)
+            self._held[shard_number] = coming.result() if coming else self._read(shard_number)
+        held = self._held[shard_number]
+        self._left[shard_number] -= 1
+        fetch_at, following = self._fetch_at.get(shard_number, (-1, -1))
+        if self._left[shard_number] == fetch_at:
+            self._coming[following] = self._pool.submit(self._read, following)
+        if self._left[shard_number] == 0:
+            del self._held[shard_number]
+        return None if held is None else self._joined(shard_number, row, held)
+
+    def pop_damaged(self) -> list[str]:
+        """What was found damaged since the last call, a line each."""
+        found, self._damaged = self._damaged, []
+        return found
+
+    def _joined(self, shard_number: int, row: int, held: _Held) -> Joined:
+        shard, sample = self._shards[shard_number], held.samples[row]
+        assert sample is not None  # the plan names every row once
+        held.samples[row] = None
+        if self._maps is None or held.maps is None:
+            return Joined(shard, shard_number, row, sample, None, None)
+        place = held.row_of.get(sample.key)
+        status = "absent" if place is None else held.statuses[place]
+        if status != OK or place is None:
+            if self._missing != "uniform":
+                raise ZpipeError(
+                    f"{self._maps.path}: shard {shard.entry.stem}: key {sample.key}: no usable map ({status}); "
+                    "train with --missing skip"
+                )
+            ones = np.ones(self._maps.manifest.provenance.grid, np.float32)
+            return Joined(shard, shard_number, row, sample, ones, None)
+        frame = None if held.frames is None else Box(*(float(edge) for edge in held.frames[place]))
+        return Joined(shard, shard_number, row, sample, held.maps[place], frame)
+
+    def _read(self, shard_number: int) -> _Held | None:
+        shard = self._shards[shard_number]
+        try:
+            samples: list[Sample | None] = list(read_tar(shard))
+        except ZpipeError as error:
+            if not self._skip_damaged:
+                raise
+            self._damaged.append(str(error))
+            return None
+        if self._maps is None:
+            return _Held(samples, None, [], {}, None)
+        centre = self._maps.manifest.provenance.frame != "full"
+        table = self._maps.index(shard.entry.stem, ["key", "status", *(FRAME_COLUMNS if centre else ())])
+        row_of = {key: row for row, key in enumerate(table["key"].to_pylist())}
+        frames = np.stack([table[name].to_numpy() for name in FRAME_COLUMNS], axis=1) if centre else None
+        return _Held(samples, self._maps.read_shard(shard.entry.stem), table["status"].to_pylist(), row_of, frames)

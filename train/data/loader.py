@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,14 +17,25 @@ from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
 
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.geometry import Box
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.storage import as_path
-from zpipe.train.data.join import MISSING_POLICIES, Missing, check_store, join_maps, usable_counts
-from zpipe.train.data.stream import Shard, list_shards, read_tar, shard_order, split_shards
-from zpipe.train.data.transforms import Augment, ViewConfig, decode, draw_view, view_box, view_image, view_map
+from zpipe.train.data.join import MISSING_POLICIES, Joined, Missing, ShardJoin, check_store, usable_rows
+from zpipe.train.data.order import Plan, lane_count, plan_epoch, shards_of_rank
+from zpipe.train.data.stream import list_shards
+from zpipe.train.data.transforms import (
+    Augment,
+    View,
+    ViewConfig,
+    change_colours,
+    decode,
+    draw_view,
+    view_box,
+    view_image,
+    view_map,
+)
 
-# Samples (undecoded) that wait in each worker to be drawn at random; at ImageNet's 110 KB a photo, 110 MB.
-SHUFFLE_BUFFER = 1000
+Damaged = Literal["error", "skip"]
 
 
 class RelevanceLoader:
@@ -40,17 +49,24 @@ class RelevanceLoader:
         key        list of B str
         object_box float32 [B, 4], the object's box in fractions of the crop (when every sample's .json has a `box`)
 
-    Order: an epoch's shards are permuted by (seed, epoch), dealt to ranks and workers, and samples shuffled within a
-    buffer. `augment="train"` drops each worker's last partial batch, and the batches by which a rank exceeds the
-    shortest one, so that all ranks take `len(loader)` steps; `augment="eval"` keeps every sample, in order.
+    Order: see `zpipe.train.data.order`. An epoch holds every sample once; training leaves out the last samples that fill no
+    batch, and those by which a rank exceeds the smallest, so that all ranks take `len(loader)` steps (`epoch_counts` says
+    how many). What a sample's view looks like depends on (seed, epoch, sample) alone.
+
+    `state_dict()` after a batch, loaded into a new loader in the same or another process, goes on with the batch behind it:
+    the same batches, also with another number of workers.
 
     Args:
-        shards: folder that `zpipe make-shards` wrote, or one of its tars.
-        maps: relevance store (path or an open one) made from these shards.
-        missing: what a sample without a usable map does: "error", "skip", "uniform".
-        view: crop and flip settings; `augment` overrides its mode.
+        shards: folder or URL of tars that `zpipe make-shards` wrote, public tars (jpg + cls or json), or one tar.
+        maps: relevance store (path, URL or an open one) made from these shards.
+        augment: "train" (random crops and flips, shuffled) or "eval" (centre crops, every sample, in order).
+        missing: what a sample without a usable map does: "error", "skip" (left out), "uniform" (a map of ones).
+        damaged: what a tar does that is truncated or altered: "error", or "skip", which makes batches smaller by its
+            samples and tells its name in `damaged_shards`.
+        view: crop, flip and colour settings; `augment` overrides its mode.
 
-    Errors: :class:`UsageError` / :class:`ZpipeError` naming folder, tar or key.
+    Memory: each of the 8 or so shards that an epoch is mixed from is held undecoded in one of the workers, 110 MB each for
+    ImageNet in tars of 1,000. Errors: :class:`UsageError` / :class:`ZpipeError` naming folder, tar or key.
     """
 
     def __init__(
@@ -66,6 +82,7 @@ class RelevanceLoader:
         rank: int = 0,
         world_size: int = 1,
         missing: Missing = "error",
+        damaged: Damaged = "error",
         view: ViewConfig | None = None,
     ) -> None:
         if batch_size < 1 or image_size < 1 or not 0 <= rank < world_size or num_workers < 0 or seed < 0:
@@ -75,74 +92,136 @@ class RelevanceLoader:
             )
         if missing not in MISSING_POLICIES:
             raise UsageError(f"missing={missing!r}; choose one of {', '.join(MISSING_POLICIES)}")
-        self.shards, self.index = list_shards(as_path(shards))
+        if damaged not in ("error", "skip"):
+            raise UsageError(f"damaged={damaged!r}; choose error or skip")
+        if augment not in ("train", "eval"):
+            raise UsageError(f"augment={augment!r}; choose train or eval")
         self.path = as_path(shards)
+        self.shards, self.index = list_shards(self.path)
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
         self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
         self.missing: Missing = missing
+        self.damaged: Damaged = damaged
+        self.damaged_shards: list[str] = []
         self.view = replace(view or ViewConfig(), augment=augment)
         self.train = augment == "train"
         self.epoch = 0
+        self._lanes = lane_count(num_workers, train=self.train)
+        self._start = self._next = 0  # the batch that the next iteration begins with; the one behind the last yielded
         self.maps: RelevanceMaps | None = None
-        self._counts = {shard.entry.stem: shard.entry.count for shard in self.shards}
+        self._rows = [np.arange(shard.entry.count) for shard in self.shards]
+        self._unusable = 0
         if maps is not None:
             path = maps.path if isinstance(maps, RelevanceMaps) else maps
             self.maps = RelevanceMaps(path, normalise="minmax")
-            check_store(self.maps, self.shards)
-            if missing == "skip":
-                self._counts = usable_counts(self.maps, self.shards)
+            check_store(self.maps, self.shards, self.view)
+            if missing != "error":
+                usable = usable_rows(self.maps, self.shards)
+                self._unusable = self.sample_count - sum(map(len, usable))
+                self._rows = usable if missing == "skip" else self._rows
 
     @property
     def sample_count(self) -> int:
         """Samples in the data set (all ranks), those left out by `missing="skip"` not counted."""
-        return sum(self._counts.values())
+        return sum(map(len, self._rows))
+
+    def epoch_counts(self) -> dict[str, int]:
+        """What an epoch does with the samples of all ranks: `served`, `dropped` (they fill no batch on every rank), and
+        `skipped` or `uniform` (no usable map)."""
+        served = len(self) * self.batch_size * self.world_size if self.train else self.sample_count
+        counts = {"served": served, "dropped": self.sample_count - served}
+        if self.missing != "error":
+            counts["skipped" if self.missing == "skip" else "uniform"] = self._unusable
+        return counts
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
-        self.epoch = epoch
+        """Choose the order of the next iteration. The epoch of a loaded state is gone on with, another begins at its start."""
+        if epoch != self.epoch:
+            self.epoch, self._start, self._next = epoch, 0, 0
+            self._lanes = lane_count(self.num_workers, train=self.train)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where we are: behind the batch that was yielded last. A handful of numbers."""
+        return {
+            "epoch": self.epoch,
+            "batch": self._next,
+            "lanes": self._lanes,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict()` was taken. Errors: :class:`UsageError` when this loader orders its samples otherwise."""
+        for name in ("seed", "batch_size", "world_size"):
+            if state[name] != getattr(self, name):
+                raise UsageError(
+                    f"{self.path}: the state was taken with {name}={state[name]}, this loader has {getattr(self, name)}; "
+                    "use the same, or begin with the next epoch"
+                )
+        self.epoch, self._lanes = state["epoch"], state["lanes"]
+        self._start = self._next = state["batch"]
 
     def __len__(self) -> int:
-        """Batches that the next iteration yields on this rank; equal on all ranks when training."""
-        if self.train:
-            return min(self._batches_of(rank) for rank in range(self.world_size))
-        return self._batches_of(self.rank)
+        """Batches of a whole epoch; equal on all ranks when training."""
+        if not self.train:
+            return -(-self._count_of(self.rank) // self.batch_size)
+        return min(self._count_of(rank) for rank in range(self.world_size)) // self.batch_size
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        epoch = self.epoch
-        left = len(self)
-        if left == 0:
+        total = len(self)
+        if total == 0:
             raise UsageError(
                 f"{self.path}: too few samples ({self.sample_count}) for one batch of {self.batch_size} on each of "
-                f"{self.world_size} x {max(1, self.num_workers)} readers; lower the batch size or the number of workers"
+                f"{self.world_size} ranks; lower the batch size, or make more and smaller shards"
             )
+        start, self._start = self._start, 0
+        self._next = start % total if start == total else start
+        if start == total:  # the state of a finished epoch
+            return
+        parts_per_batch = max(1, self.num_workers)
+        parts = _Parts(self, self.epoch, range(start, total))
         with _interrupts_held():
-            batches = iter(DataLoader(_Batches(self, epoch), batch_size=None, num_workers=self.num_workers))
+            # Its own generator: the user's random numbers don't depend on how we read.
+            arrived = iter(
+                DataLoader(parts, batch_size=None, num_workers=self.num_workers, generator=torch.Generator())
+            )
         try:
-            for batch in batches:
-                if isinstance(batch, ZpipeError):
-                    raise batch
-                if left == 0:
-                    return
-                left -= 1
+            for number in range(start, total):
+                found = []
+                for _ in range(parts_per_batch):
+                    part = next(arrived, None)
+                    if part is None:
+                        raise ZpipeError(
+                            f"{self.path}: the epoch ended at batch {number} of {total}; "
+                            "run the same command with --num-workers 0 to see why"
+                        )
+                    if isinstance(part, ZpipeError):
+                        raise part
+                    found.append(part)
+                batch = _merge(found)
+                self.damaged_shards += [line for line in batch.pop("damaged") if line not in self.damaged_shards]
+                if not batch["key"]:
+                    raise ZpipeError(f"{self.path}: no sample is left of batch {number}: {self.damaged_shards[-1]}")
+                self._next = number + 1
                 yield batch
         finally:
             with _interrupts_held():
-                del batches
-        if left:
-            raise ZpipeError(
-                f"{self.path}: the epoch ended {left} batches early; run the same command with --num-workers 0 to see why"
-            )
+                del arrived
 
-    def _mine(self, rank: int, worker: int) -> np.ndarray:
-        order = shard_order(len(self.shards), self.seed, self.epoch, shuffle=self.train)
-        return split_shards(order, rank=rank, world_size=self.world_size, worker=worker, num_workers=self.num_workers)
+    def _order_of(self, rank: int, epoch: int) -> np.ndarray:
+        return shards_of_rank(
+            len(self.shards), self.seed, epoch, rank=rank, world_size=self.world_size, shuffle=self.train
+        )
 
-    def _batches_of(self, rank: int) -> int:
-        total = 0
-        for worker in range(max(1, self.num_workers)):
-            samples = sum(self._counts[self.shards[i].entry.stem] for i in self._mine(rank, worker))
-            total += samples // self.batch_size if self.train else -(-samples // self.batch_size)
-        return total
+    def _count_of(self, rank: int) -> int:
+        return sum(len(self._rows[i]) for i in self._order_of(rank, self.epoch))
+
+    def plan(self, epoch: int) -> Plan:
+        """This rank's samples of an epoch, in order."""
+        order = self._order_of(self.rank, epoch)
+        rows = [self._rows[i] for i in order]
+        return plan_epoch(order.tolist(), rows, self._lanes, seed=self.seed, epoch=epoch, shuffle=self.train)
 
 
 @contextmanager
@@ -165,12 +244,20 @@ def _interrupts_held() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-class _Batches(torch.utils.data.IterableDataset):
-    """One epoch as WebDataset's pipeline sees it: each worker reads its own shards and makes its own batches."""
+@dataclass
+class _Request:
+    """One worker's part of a batch: places in the batch, and which samples belong there."""
 
-    def __init__(self, loader: RelevanceLoader, epoch: int) -> None:
-        self.loader = loader
-        self.epoch = epoch
+    slots: np.ndarray
+    shards: np.ndarray
+    rows: np.ndarray
+
+
+class _Parts(torch.utils.data.IterableDataset):
+    """What one worker adds to each batch: the samples of its own lanes, maybe none. A part of every batch, in order."""
+
+    def __init__(self, loader: RelevanceLoader, epoch: int, batches: range) -> None:
+        self.loader, self.epoch, self.batches = loader, epoch, batches
 
     def __iter__(self) -> Iterator[dict[str, Any] | ZpipeError]:
         # An exception that crosses worker processes arrives wrapped in a traceback; an object arrives as it is.
@@ -180,84 +267,119 @@ class _Batches(torch.utils.data.IterableDataset):
             yield error
 
     def _pipeline(self) -> Iterable[dict[str, Any]]:
-        loader = self.loader
-        info = get_worker_info()
-        worker = info.id if info else 0
-        mine = [loader.shards[i] for i in loader._mine(loader.rank, worker)]
-        lane = [loader.seed, self.epoch, loader.rank, worker]
-        stages: list[Any] = [partial(iter, mine), _read_all]
-        if loader.maps is not None:
-            stages.append(join_maps(loader.maps, loader.missing))
-        if loader.train:
-            shuffler = random.Random(int(np.random.SeedSequence(lane).generate_state(1)[0]))
-            stages.append(wds.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=shuffler))
-        stages.append(_viewer(loader, np.random.default_rng([*lane, 1])))
-        stages.append(_batcher(loader.batch_size, keep_partial=not loader.train))
-        return iter(wds.DataPipeline(*stages)) if mine else iter(())
+        loader, info = self.loader, get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        plan = loader.plan(self.epoch)
+        mine = plan.lane % workers == worker  # [n]
+        size = loader.batch_size
+        requests = []
+        for number in self.batches:
+            slots = np.flatnonzero(mine[number * size : (number + 1) * size])
+            places = slots + number * size
+            requests.append(_Request(slots, plan.shard[places], plan.row[places]))
+        with ShardJoin(loader.shards, loader.maps, loader.missing, skip_damaged=loader.damaged == "skip") as join:
+            join.expect([(request.shards, request.rows) for request in requests], plan)
+            stages = [lambda: iter(requests), _taker(join), _viewer(loader, self.epoch), _stacker(loader, join)]
+            yield from wds.DataPipeline(*stages)
 
 
-def _read_all(shards: Iterable[Shard]) -> Iterator[dict]:
-    for shard in shards:
-        yield from read_tar(shard)
+def _taker(join: ShardJoin):
+    """A stage: requests into lists of (slot, sample joined with its map). Samples of damaged tars are missing from them."""
+
+    def stage(requests: Iterable[_Request]) -> Iterator[list[tuple[int, Joined]]]:
+        for request in requests:
+            found = (join.take(int(shard), int(row)) for shard, row in zip(request.shards, request.rows, strict=True))
+            yield [(int(slot), item) for slot, item in zip(request.slots, found, strict=True) if item is not None]
+
+    return stage
 
 
-def _viewer(loader: RelevanceLoader, rng: np.random.Generator):
+def _viewer(loader: RelevanceLoader, epoch: int):
     """A stage: decode, draw one view, apply it to image, map and box."""
 
-    def stage(samples: Iterable[dict]) -> Iterator[dict]:
-        for item in samples:
-            sample = item["sample"]
-            where = f"{item['shard'].path}: key {sample.key}"
-            if sample.label is None:
-                raise ZpipeError(f"{where}: has no label (.cls, or label in .json); add one")
-            try:
-                image = decode(sample.image)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                raise ZpipeError(
-                    f"{where}: can't be decoded ({error}); make the shards again, which puts it aside"
-                ) from error
-            view = draw_view(rng, *image.size, loader.view)
-            out = {
-                "image": view_image(image, view, loader.image_size),
-                "label": sample.label,
-                "box": np.asarray(view.box.as_tuple(), np.float32),
-                "flipped": view.flipped,
-                "key": sample.key,
+    def stage(parts: Iterable[list[tuple[int, Joined]]]) -> Iterator[list[dict]]:
+        for part in parts:
+            yield [{"slot": slot} | _viewed(loader, epoch, item) for slot, item in part]
+
+    return stage
+
+
+def _viewed(loader: RelevanceLoader, epoch: int, item: Joined) -> dict[str, Any]:
+    sample = item.sample
+    where = f"{item.shard.path}: key {sample.key}"
+    if sample.label is None:
+        raise ZpipeError(f"{where}: has no label (.cls, or label in .json); add one")
+    # One draw for image, map and box; of its own seed, so that it doesn't matter who makes it and when.
+    rng = np.random.default_rng([loader.seed, epoch, item.shard_number, item.row])
+    try:
+        image, view, source = decode(sample.image, lambda size: draw_view(rng, *size, loader.view), loader.image_size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ZpipeError(f"{where}: can't be decoded ({error}); make the shards again, which puts it aside") from error
+    pixels = view_image(image, view, loader.image_size, source)
+    out = {
+        "image": change_colours(rng, pixels, loader.view.colour) if loader.train else pixels,
+        "label": sample.label,
+        "box": np.asarray(view.box.as_tuple(), np.float32),
+        "flipped": view.flipped,
+        "key": sample.key,
+    }
+    if item.relevance is not None:
+        out["relevance"] = _map_of_view(item, view, source, where)
+    if "box" in sample.meta:
+        out["object_box"] = np.asarray(view_box(sample.meta["box"], view), np.float32)
+    return out
+
+
+def _map_of_view(item: Joined, view: View, source: tuple[int, int], where: str) -> np.ndarray:
+    assert item.relevance is not None
+    try:
+        return view_map(item.relevance, view, item.frame or Box.full(*source))
+    except ValueError as error:
+        raise ZpipeError(f"{where}: {error}; extract on the full frame") from error
+
+
+def _stacker(loader: RelevanceLoader, join: ShardJoin):
+    """A stage: lists of viewed samples into dictionaries of stacked tensors."""
+
+    def stage(parts: Iterable[list[dict]]) -> Iterator[dict[str, Any]]:
+        for part in parts:
+            side = loader.image_size
+            out: dict[str, Any] = {
+                "slot": torch.tensor([item["slot"] for item in part], dtype=torch.int64),  # [m]
+                "image": _stack(part, "image", (3, side, side), np.uint8),  # [m, 3, S, S]
+                "label": torch.tensor([item["label"] for item in part], dtype=torch.int64),  # [m]
+                "box": _stack(part, "box", (4,), np.float32),  # [m, 4]
+                "flipped": torch.tensor([item["flipped"] for item in part], dtype=torch.bool),  # [m]
+                "key": [item["key"] for item in part],
+                "damaged": join.pop_damaged(),
             }
-            if "relevance" in item:
-                out["relevance"] = view_map(item["relevance"], view, *image.size)
-            if "box" in sample.meta:
-                out["object_box"] = np.asarray(view_box(sample.meta["box"], view), np.float32)
+            if loader.maps is not None:
+                out["relevance"] = _stack(part, "relevance", loader.maps.manifest.provenance.grid, np.float32)
+            if all("object_box" in item for item in part):
+                out["object_box"] = _stack(part, "object_box", (4,), np.float32)
             yield out
 
     return stage
 
 
-def _batcher(batch_size: int, *, keep_partial: bool):
-    """A stage: lists of samples into one dictionary of stacked tensors."""
-
-    def stage(samples: Iterable[dict]) -> Iterator[dict[str, Any]]:
-        batch: list[dict] = []
-        for item in samples:
-            batch.append(item)
-            if len(batch) == batch_size:
-                yield _stack(batch)
-                batch = []
-        if batch and keep_partial:
-            yield _stack(batch)
-
-    return stage
+def _stack(part: list[dict], name: str, shape: tuple[int, ...], dtype: type) -> torch.Tensor:
+    return torch.from_numpy(np.stack([item[name] for item in part]) if part else np.zeros((0, *shape), dtype))
 
 
-def _stack(batch: list[dict]) -> dict[str, Any]:
-    out: dict[str, Any] = {
-        "image": torch.from_numpy(np.stack([item["image"] for item in batch])),  # [B, 3, S, S]
-        "label": torch.tensor([item["label"] for item in batch]),  # [B]
-        "box": torch.from_numpy(np.stack([item["box"] for item in batch])),  # [B, 4]
-        "flipped": torch.tensor([item["flipped"] for item in batch]),  # [B]
-        "key": [item["key"] for item in batch],
-    }
-    for name in ("relevance", "object_box"):
-        if all(name in item for item in batch):
-            out[name] = torch.from_numpy(np.stack([item[name] for item in batch]))
+def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The parts of one batch in the order of the batch."""
+    damaged = [line for part in parts for line in part["damaged"]]
+    full = [part for part in parts if part["key"]] or parts[:1]
+    order = torch.cat([part["slot"] for part in full]).argsort()
+    out: dict[str, Any] = {"damaged": damaged}
+    keys = [key for part in full for key in part["key"]]
+    for name in full[0]:
+        if name in ("slot", "damaged") or not all(name in part for part in full):
+            continue
+        if name == "key":
+            out[name] = [keys[i] for i in order.tolist()]
+        elif len(full) == 1:
+            out[name] = full[0][name]  # slots of one part are in order already
+        else:
+            out[name] = torch.cat([part[name] for part in full])[order]
     return out

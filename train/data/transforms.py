@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import math
+import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.geometry import Box, crop_map
 from zpipe.schemas.sample import IMAGE_FORMATS
 
 Augment = Literal["train", "eval"]
+Colour = Literal["none", "deit", "deit3"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,8 @@ class ViewConfig:
     """How a view of an image is chosen.
 
     train: random resized crop with an area share in `crop_scale` and an aspect ratio in `crop_ratio`, mirrored with
-    probability `flip`. eval: the centre square of `crop_pct` of the shorter side, never mirrored.
+    probability `flip`. eval: the centre square of `crop_pct` of the shorter side, never mirrored. colour: what is done to the
+    colours when training, see `change_colours`.
     """
 
     augment: Augment = "train"
@@ -30,6 +34,7 @@ class ViewConfig:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     crop_pct: float = 0.875
+    colour: Colour = "none"
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -40,6 +45,8 @@ class ViewConfig:
             raise UsageError(f"view.crop_ratio {low:g}, {high:g}: give 0 < low <= high")
         if not 0.0 <= self.flip <= 1.0:
             raise UsageError(f"view.flip {self.flip:g}: give a probability in [0, 1]")
+        if self.colour not in ("none", "deit", "deit3"):
+            raise UsageError(f"view.colour {self.colour}: choose none, deit or deit3")
         if not 0.0 < self.crop_pct <= 1.0:
             raise UsageError(f"view.crop_pct {self.crop_pct:g}: give a share in (0, 1]")
 
@@ -75,30 +82,109 @@ def draw_view(rng: np.random.Generator, width: int, height: int, config: ViewCon
     return View(Box(left, top, left + crop_w, top + crop_h), flipped)
 
 
-def decode(data: bytes) -> Image.Image:
-    """Decode to RGB; EXIF orientation is ignored, as boxes are in the stored pixel matrix.
+def decode(
+    data: bytes, choose: Callable[[tuple[int, int]], View], size: int
+) -> tuple[Image.Image, View, tuple[int, int]]:
+    """Decode to RGB as far as the view that `choose((width, height))` takes needs it: (image, view, source size).
 
-    Errors: OSError, ValueError or SyntaxError for what PIL can't decode, formats that shards don't carry, and images of
-    more pixels than PIL takes for harmless.
+    A JPEG whose view is shrunk to half or less is decoded at half, a quarter or an eighth, which the format offers at a
+    fraction of the work; the image is then smaller than the source, the view stays in source pixels. EXIF orientation is
+    ignored, as boxes are in the stored pixel matrix. Errors: OSError, ValueError or SyntaxError for what PIL can't decode,
+    formats that shards don't carry, and images of more pixels than PIL takes for harmless.
     """
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
-        return image.convert("RGB")
+        width, height = image.size
+        if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{width} x {height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
+        view = choose((width, height))
+        shrink = min(view.box.width, view.box.height) / size
+        if image.format == "JPEG" and shrink >= 2 and image.mode in ("RGB", "L"):
+            image.draft(image.mode, (int(width / shrink), int(height / shrink)))
+        return image.convert("RGB"), view, (width, height)
 
 
-def view_image(image: Image.Image, view: View, size: int) -> np.ndarray:
-    """The view as uint8 [3, size, size], resized with antialiasing (bicubic)."""
-    resized = image.resize((size, size), Image.Resampling.BICUBIC, box=view.box.as_tuple())
+def view_image(image: Image.Image, view: View, size: int, source: tuple[int, int]) -> np.ndarray:
+    """The view as uint8 [3, size, size], resized with antialiasing (bicubic). source: width and height that the view is in."""
+    across, down = image.width / source[0], image.height / source[1]
+    box = view.box
+    resized = image.resize(
+        (size, size),
+        Image.Resampling.BICUBIC,
+        box=(box.x1 * across, box.y1 * down, min(box.x2 * across, image.width), min(box.y2 * down, image.height)),
+    )
     pixels = np.asarray(resized)  # [size, size, 3]
     if view.flipped:
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def view_map(relevance: np.ndarray, view: View, width: int, height: int) -> np.ndarray:
-    """The part of a whole-image map [gh, gw] that the view shows, resampled to the same grid: float32 [gh, gw]."""
-    return crop_map(relevance, Box.full(width, height), view.box, relevance.shape, flip=view.flipped)
+def view_map(relevance: np.ndarray, view: View, frame: Box) -> np.ndarray:
+    """The part of a map [gh, gw] over `frame` that the view shows, resampled to the same grid: float32 [gh, gw].
+
+    Errors: ValueError when the view leaves the frame.
+    """
+    return crop_map(relevance, frame, view.box, relevance.shape, flip=view.flipped)
+
+
+def change_colours(rng: np.random.Generator, pixels: np.ndarray, colour: Colour) -> np.ndarray:
+    """The colour part of an augmentation, uint8 [3, S, S] to the same. Nothing here moves a pixel, so maps stay true.
+
+    deit: RandAugment (2 operations of magnitude 9, standard deviation 0.5) without its geometric operations (shear, translate,
+    rotate) and without erasing, which would have to act on maps too. deit3: one of greyscale, solarisation and Gaussian blur,
+    then colour jitter of 0.3 (3-Augment, Touvron et al. 2022).
+    """
+    if colour == "none":
+        return pixels
+    image = Image.fromarray(pixels.transpose(1, 2, 0))
+    if colour == "deit":
+        image = _rand_augment(rng, image)
+    else:
+        image = _three_augment(rng, image)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+RAND_AUGMENT = (
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "PosterizeIncreasing",
+    "SolarizeIncreasing",
+    "SolarizeAdd",
+    "ColorIncreasing",
+    "ContrastIncreasing",
+    "BrightnessIncreasing",
+    "SharpnessIncreasing",
+)
+
+
+def _rand_augment(rng: np.random.Generator, image: Image.Image) -> Image.Image:
+    from timm.data.auto_augment import RandAugment, rand_augment_ops
+
+    operations = rand_augment_ops(magnitude=9, hparams={"magnitude_std": 0.5}, transforms=list(RAND_AUGMENT))
+    # timm draws from the two global generators; they are lent to it and given back.
+    mine, numpys = random.getstate(), np.random.get_state()
+    try:
+        seeds = rng.integers(0, 2**32, 2)
+        random.seed(int(seeds[0]))
+        np.random.seed(int(seeds[1]))
+        return RandAugment(operations, num_layers=2)(image)
+    finally:
+        random.setstate(mine)
+        np.random.set_state(numpys)
+
+
+def _three_augment(rng: np.random.Generator, image: Image.Image) -> Image.Image:
+    choice = rng.integers(3)
+    if choice == 0:
+        image = ImageOps.grayscale(image).convert("RGB")
+    elif choice == 1:
+        image = ImageOps.solarize(image, 128)
+    else:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+    jitters = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+    for number in rng.permutation(3):
+        image = jitters[number](image).enhance(rng.uniform(0.7, 1.3))
+    return image
 
 
 def view_box(box: tuple[float, float, float, float], view: View) -> tuple[float, float, float, float]:

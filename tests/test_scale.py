@@ -1,0 +1,302 @@
+"""Extraction that is left running: signals, two runs at once, starting over, several machines and the loss of one."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from test_extract import (  # noqa: F401 (fixtures)
+    SLOWER,
+    committed,
+    extract,
+    many,
+    start,
+    state,
+    undisturbed,
+    wait_for,
+)
+
+from zpipe.pipeline import lease as leases
+from zpipe.pipeline.lease import LEASE_NAME, held_lease
+from zpipe.pipeline.verify import verify_store
+from zpipe.schemas.errors import ZpipeError
+
+RAY = ("--executor", "ray", "--actors", "2")
+LOCAL = ("--executor", "local")
+
+
+def errors_in(said):
+    return [line for line in said.splitlines() if line.startswith("error: ")]
+
+
+# -------------------------------------------------------------------------------------------------------------- SIGTERM
+
+
+@pytest.mark.parametrize("flags", [LOCAL, RAY])
+def test_termination_drops_the_shard_in_hand_and_tells_how_to_go_on(
+    undisturbed,  # noqa: F811
+    tmp_path,
+    start,  # noqa: F811
+    contents,
+    flags,
+):
+    out = tmp_path / "store"
+    running = start(out, *flags)
+    assert wait_for(lambda: committed(out) >= 2, 120, running), running.said()
+    running.send_signal(signal.SIGTERM)
+    assert running.wait(60) == 1
+    assert errors_in(running.said()) == ["error: terminated; run the same command again to go on"]
+    assert "Traceback" not in running.said()
+    assert 2 <= committed(out) < 18 and not (out / "manifest.json").exists() and not (out / LEASE_NAME).exists()
+    again = start(out, *LOCAL)
+    assert again.wait(120) == 0, again.said()
+    assert contents(out) == contents(undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(undisturbed, tmp_path, start, contents):  # noqa: F811
+    """Kills begin before the first shard and end when a run gets through between two of them."""
+    import random
+
+    out, rng = tmp_path / "store", random.Random(0)
+    for _ in range(10):
+        running = start(out, *LOCAL)
+        wait_for(lambda: False, rng.uniform(3, 9), running)
+        running.kill()
+        running.wait(30)
+    again = start(out, *LOCAL)
+    assert again.wait(120) == 0, again.said()
+    assert contents(out) == contents(undisturbed)
+
+
+# ---------------------------------------------------------------------------------------------------------------- lease
+
+
+def test_a_second_run_is_refused_while_the_first_is_at_work(undisturbed, tmp_path, start, contents):  # noqa: F811
+    out = tmp_path / "store"
+    first = start(out, *LOCAL)
+    assert wait_for(lambda: (out / LEASE_NAME).exists(), 120, first), first.said()
+    second = start(out, *LOCAL)
+    assert second.wait(60) == 1
+    (error,) = errors_in(second.said())
+    assert f"process {first.pid} on {socket.gethostname()} has been writing to this store since" in error
+    assert first.wait(120) == 0, first.said()
+    assert contents(out) == contents(undisturbed)  # the lease is given back
+
+
+def test_a_dead_run_holds_nothing(tmp_path, start):  # noqa: F811
+    out = tmp_path / "store"
+    first = start(out, *LOCAL)
+    assert wait_for(lambda: committed(out) >= 1, 120, first), first.said()
+    first.kill()
+    first.wait(30)
+    assert (out / LEASE_NAME).exists()
+    begun = time.monotonic()
+    with held_lease(out):
+        assert time.monotonic() - begun < leases.EXPIRY_S / 2  # its process is gone: no need to wait
+    assert not (out / LEASE_NAME).exists()
+
+
+def foreign(folder, age):
+    """A lease of a process on another machine, renewed `age` seconds ago."""
+    holder = {"token": "t", "host": "elsewhere", "pid": 1, "process": "p", "since": "noon", "beat": time.time() - age}
+    (folder / LEASE_NAME).write_text(json.dumps(holder))
+    return holder
+
+
+def test_a_run_on_another_machine_is_believed_while_it_renews(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "EXPIRY_S", 0.5)
+    foreign(tmp_path, age=0)
+    with pytest.raises(ZpipeError, match="process 1 on elsewhere has been writing to this store since noon"):
+        with held_lease(tmp_path):
+            pytest.fail("both hold it")
+    # Its clock is behind ours, but it renews: not dead.
+    renewing = subprocess.Popen(
+        [sys.executable, "-c", RENEW, str(tmp_path / LEASE_NAME)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    try:
+        assert renewing.stdout.readline()
+        with pytest.raises(ZpipeError, match="process 1 on elsewhere"):
+            with held_lease(tmp_path):
+                pytest.fail("both hold it")
+    finally:
+        renewing.kill()
+        renewing.wait(30)
+    foreign(tmp_path, age=100)
+    with held_lease(tmp_path) as lease:
+        lease.check()
+
+
+RENEW = """
+import json, os, sys, time
+beat = time.time() - 1000
+while True:
+    beat += 0.1
+    holder = {"token": "t", "host": "elsewhere", "pid": 1, "process": "p", "since": "noon", "beat": beat}
+    with open(sys.argv[1] + ".new", "w") as file:
+        json.dump(holder, file)
+    os.replace(sys.argv[1] + ".new", sys.argv[1])
+    print("renewed", flush=True)
+    time.sleep(0.1)
+"""
+
+
+def test_who_loses_the_lease_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "BEAT_S", 0.05)
+    with held_lease(tmp_path) as lease:
+        lease.check()
+        time.sleep(0.2)
+        first = json.loads((tmp_path / LEASE_NAME).read_text())["beat"]
+        assert wait_for(lambda: json.loads((tmp_path / LEASE_NAME).read_text())["beat"] > first, 10)
+        foreign(tmp_path, age=0)
+        # Who writes at the same moment as the heir may write over it once; then it has the lease, and the heir learns it.
+        time.sleep(0.3)
+        mine = json.loads((tmp_path / LEASE_NAME).read_text())["host"] != "elsewhere"
+        if mine:
+            foreign(tmp_path, age=0)
+            time.sleep(0.3)
+        with pytest.raises(ZpipeError, match="the lease is process 1 on elsewhere's now"):
+            lease.check()
+    assert json.loads((tmp_path / LEASE_NAME).read_text())["host"] == "elsewhere"  # not ours to remove
+
+
+def test_of_many_that_begin_together_one_works(tmp_path):
+    """Real processes at a dead run's lease: never do two hold it at once."""
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait(30)
+    holder = {"token": "t", "host": socket.gethostname(), "pid": dead.pid, "process": "p", "since": "noon", "beat": 0}
+    (tmp_path / LEASE_NAME).write_text(json.dumps(holder))
+    racers = [
+        subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(6)
+    ]
+    said = [racer.communicate(timeout=120)[0].strip() for racer in racers]
+    spans = sorted(tuple(map(float, line.split())) for line in said if line)
+    assert spans and all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+    assert not (tmp_path / LEASE_NAME).exists()
+
+
+RACE = """
+import sys, time
+from pathlib import Path
+from zpipe.pipeline.lease import held_lease
+from zpipe.schemas.errors import ZpipeError
+try:
+    with held_lease(Path(sys.argv[1])) as lease:
+        begun = time.time()
+        time.sleep(1)
+        lease.check()
+        print(begun, time.time())
+except ZpipeError:
+    pass
+"""
+
+
+def test_a_lease_that_is_no_lease_is_one_line(tmp_path):
+    (tmp_path / LEASE_NAME).write_text("not json")
+    with pytest.raises(ZpipeError, match="not a lease .*delete it when no run is writing here"):
+        with held_lease(tmp_path):
+            pass
+
+
+# -------------------------------------------------------------------------------------------------------- starting over
+
+
+def test_replace_starts_over(store_copy, store, shards, extract, contents):  # noqa: F811
+    with pytest.raises(ZpipeError, match="--replace to start over"):
+        extract(shards, store_copy, seed=1)
+    assert extract(shards, store_copy, seed=1, replace=True).extracted == 4
+    assert contents(store_copy) != contents(store) and verify_store(store_copy, shards) == []
+    assert extract(shards, store_copy, replace=True).extracted == 4
+    assert contents(store_copy) == contents(store)
+
+
+def test_replace_removes_nothing_that_is_not_a_store(shards, tmp_path, cli, teacher_flags):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("dear")
+    done = cli("extract-teacher-maps", shards, "--out", tmp_path / "home", *teacher_flags, *LOCAL, "--replace")
+    assert done.code == 2 and "holds something else" in done.error
+    assert state(tmp_path / "home").keys() == {"thesis.tex"}
+
+
+def test_batch_size_is_a_number_or_auto(shards, tmp_path, process, teacher_flags):
+    for wrong in ("many", "-1", "1.5"):
+        done = process("extract-teacher-maps", shards, "--out", tmp_path / "o", *teacher_flags, "--batch-size", wrong)
+        assert done.code == 2 and "give a number of images, or auto" in done.stderr
+    done = process(
+        "extract-teacher-maps", shards, "--out", tmp_path / "o", *teacher_flags, *LOCAL, "--batch-size", "auto"
+    )
+    assert done.code == 0
+
+
+# ------------------------------------------------------------------------------------------------------ several machines
+
+CLUSTER = """
+import sys
+import ray
+from ray.cluster_utils import Cluster
+memory = 80 * 1024 * 1024
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": memory})
+nodes = [cluster.add_node(num_cpus=1, object_store_memory=memory) for _ in range(2)]
+cluster.wait_for_nodes()
+print(cluster.address, flush=True)
+for line in sys.stdin:
+    cluster.remove_node(nodes.pop(), allow_graceful=False)
+    print("removed", flush=True)
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def cluster():
+    """Ray's own cluster for tests: a head without CPUs and two nodes of one CPU. `remove()` takes a node away."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    running = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+    def next_line():
+        while line := running.stdout.readline():  # Ray prints lines of its own
+            if line.startswith(("removed", "127.")) or line.strip().rpartition(":")[2].isdecimal():
+                return line.strip()
+        raise AssertionError("the cluster did not start")
+
+    class Nodes:
+        address = next_line()
+
+        def remove(self):
+            running.stdin.write("remove\n")
+            running.stdin.flush()
+            assert next_line() == "removed"
+
+    yield Nodes()
+    try:
+        running.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+        running.wait(30)
+
+
+def test_two_machines_and_the_loss_of_one(undisturbed, tmp_path, start, cluster, contents):  # noqa: F811
+    """The shard that was on the lost machine is done by the other; the store is that of an undisturbed run."""
+    out = tmp_path / "store"
+    running = start(out, "--address", cluster.address)
+    assert wait_for(lambda: committed(out) >= 4, 180, running), running.said()
+    cluster.remove()
+    assert committed(out) < 18
+    assert running.wait(180) == 0, running.said()
+    assert "18 maps in 18 shards (18 extracted now)" in running.said()
+    assert contents(out) == contents(undisturbed)
