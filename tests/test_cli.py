@@ -115,7 +115,6 @@ WRONG = {
     "zoomer: no such shards": (zoomer("{missing}"), 2, "missing: no such folder"),
     "zoomer: empty shards": (zoomer("{empty}"), 2, "empty: holds no .tar"),
     "zoomer: shards are a file": (zoomer("{file}"), 2, "file: not a .tar file"),
-    "zoomer: no index": (zoomer("{tars_only}"), 2, "--index-only {tars_only}"),
     "zoomer: cut on a boundary": (zoomer("{cut_on}"), 1, "cut_on/shard-00002.tar: "),
     "zoomer: cut inside a sample": (zoomer("{cut_inside}"), 1, "cut_inside/shard-00002.tar: "),
     "zoomer: no such store": (zoomer(maps="{missing}"), 1, "missing: not a relevance store"),
@@ -143,7 +142,6 @@ WRONG = {
     # train-vit
     "vit: no such shards": (vit("{missing}"), 2, "missing: no such folder"),
     "vit: empty shards": (vit("{empty}"), 2, "empty: holds no .tar"),
-    "vit: no index": (vit("{tars_only}"), 2, "--index-only {tars_only}"),
     "vit: cut tar": (vit("{cut_on}"), 1, "cut_on/shard-00002.tar: "),
     "vit: no source of scores": (vit(scores=""), 2, "give --zoomer RUN or --maps STORE"),
     "vit: two sources of scores": (vit(scores="--zoomer {zoomer} --maps {maps}"), 2, "from one source"),
@@ -172,7 +170,6 @@ WRONG = {
     "evaluate: empty run": (evaluate("{empty}"), 2, "empty: not a training run"),
     "evaluate: unfinished run": (evaluate("{unfinished_run}"), 2, "run its command again to go on"),
     "evaluate: no such shards": (evaluate(shards="{missing}"), 2, "missing: no such folder"),
-    "evaluate: no index": (evaluate(shards="{tars_only}"), 2, "--index-only"),
     "evaluate: cut tar": (evaluate(shards="{cut_inside}"), 1, "cut_inside/shard-00002.tar: "),
     "evaluate: zoomer without maps": (evaluate("{zoomer}"), 2, "give --maps"),
     "evaluate: zoomer, other tars": (evaluate("{zoomer}", more="--maps {other_maps}"), 1, "other_maps: made from"),

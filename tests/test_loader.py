@@ -438,15 +438,13 @@ def test_too_few_samples_say_what_to_lower(data):
         next(iter(RelevanceLoader(data[0], batch_size=25)))
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "no index", "a file", "not indexed", "gone"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "a file", "not indexed", "gone"])
 def test_folders_that_hold_no_shards(data, tmp_path, kind):
     folder = tmp_path / "s"
-    if kind in ("no index", "not indexed", "gone"):
+    if kind in ("not indexed", "gone"):
         copy_shards(data, folder)
     if kind == "empty":
         folder.mkdir()
-    elif kind == "no index":
-        (folder / "shards.json").unlink()
     elif kind == "a file":
         folder.write_text("x")
     elif kind == "not indexed":

@@ -9,7 +9,8 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from zpipe.schemas import atomic, manifest, shard_index
@@ -286,22 +287,72 @@ def test_a_crop_on_the_hot_quadrant_is_hot():
     hot = np.zeros((6, 4))
     hot[0:3, 2:4] = 1.0  # the upper right quarter of a 400 x 300 image
     frame = Box.full(400, 300)
-    assert (crop_map(hot, frame, Box(200, 0, 400, 150), (5, 7)) == 1).all()
+    found = crop_map(hot, frame, Box(200, 0, 400, 150), (5, 7))
+    assert (found[:4, 1:] > 0.9).all() and found.min() >= 0.25  # next to the cold ones it is between the two
+    assert (crop_map(hot, frame, Box(200, 0, 400, 150), (3, 2)) == 1).all()
     for cold in (Box(0, 0, 200, 150), Box(0, 150, 200, 300), Box(200, 150, 400, 300)):
-        assert (crop_map(hot, frame, cold, (5, 7)) == 0).all()
+        assert crop_map(hot, frame, cold, (5, 7)).mean() < 0.2
+        assert (crop_map(hot, frame, cold, (3, 2)) == 0).all()
     assert crop_map(hot, frame, Box(100, 75, 300, 225), (1, 1)).item() == pytest.approx(0.25)
+
+
+def shrinking(case):
+    """The same crop, resampled to no more cells than the map has under it."""
+    (gh, gw), frame, crop, (out_h, out_w) = case
+    most = crop.height / frame.height * gh, crop.width / frame.width * gw
+    return max(1, min(out_h, int(most[0]))), max(1, min(out_w, int(most[1])))
 
 
 @given(crops(), st.integers(0, 2**32 - 1), st.booleans())
 def test_mass_is_conserved(case, seed, flip):
-    """The crop's mean is the area-weighted mean of the map under it, whatever the output size; a flip changes no mass."""
-    grid, frame, crop, size = case
-    relevance = np.random.default_rng(seed).normal(size=grid)
+    """Where a map shrinks: mean times area is the integral of the map over the crop, whatever the output size."""
+    (gh, gw), frame, crop, _ = case
+    size = shrinking(case)
+    assume(crop.height / frame.height * gh >= size[0] and crop.width / frame.width * gw >= size[1])
+    relevance = np.random.default_rng(seed).random((gh, gw))
     found = crop_map(relevance, frame, crop, size, flip=flip)
-    coarse = crop_map(relevance, frame, crop, (1, 1))
-    np.testing.assert_allclose(found.mean(dtype=np.float64), coarse.item(), atol=1e-5)
-    whole = crop_map(relevance, frame, frame, size)
-    np.testing.assert_allclose(whole.mean(dtype=np.float64), relevance.mean(), atol=1e-5)
+    rows, cols = (
+        np.clip(np.minimum(high, np.arange(1, n + 1)) - np.maximum(low, np.arange(n)), 0, None)
+        for low, high, n in (
+            ((crop.y1 - frame.y1) / frame.height * gh, (crop.y2 - frame.y1) / frame.height * gh, gh),
+            ((crop.x1 - frame.x1) / frame.width * gw, (crop.x2 - frame.x1) / frame.width * gw, gw),
+        )
+    )
+    mass = rows @ relevance @ cols
+    cells = rows.sum() * cols.sum()
+    assert found.mean(dtype=np.float64) * cells == pytest.approx(mass, rel=1e-3, abs=1e-6)
+
+
+@given(crops(), st.integers(0, 2**32 - 1))
+def test_growing_is_bilinear_interpolation(case, seed):
+    """Against torch's grid_sample at the centres of the output's cells."""
+    (gh, gw), frame, crop, (out_h, out_w) = case
+    out_h = max(out_h, int(np.ceil(crop.height / frame.height * gh)) + 1)
+    out_w = max(out_w, int(np.ceil(crop.width / frame.width * gw)) + 1)
+    relevance = np.random.default_rng(seed).normal(size=(gh, gw))
+    ys = (crop.y1 + (np.arange(out_h) + 0.5) / out_h * crop.height - frame.y1) / frame.height * 2 - 1
+    xs = (crop.x1 + (np.arange(out_w) + 0.5) / out_w * crop.width - frame.x1) / frame.width * 2 - 1
+    grid = torch.from_numpy(np.stack(np.broadcast_arrays(xs[None, :], ys[:, None]), axis=-1))[None]
+    wanted = torch.nn.functional.grid_sample(
+        torch.from_numpy(relevance)[None, None], grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    np.testing.assert_allclose(crop_map(relevance, frame, crop, (out_h, out_w)), wanted[0, 0], atol=1e-5)
+
+
+@given(crops(), st.integers(0, 2**32 - 1))
+def test_crop_then_look_up_is_look_up_then_crop(case, seed):
+    """A crop of a crop is the crop, on maps that have no detail finer than the crop's cells: planes."""
+    (gh, gw), frame, crop, _ = case
+    a, b = np.random.default_rng(seed).normal(size=2)
+    rows, cols = np.arange(gh) + 0.5, np.arange(gw) + 0.5
+    plane = a * rows[:, None] / gh + b * cols[None, :] / gw
+    found = crop_map(plane, frame, crop, (9, 7))
+    y = (crop.y1 + (np.arange(9) + 0.5) / 9 * crop.height - frame.y1) / frame.height
+    x = (crop.x1 + (np.arange(7) + 0.5) / 7 * crop.width - frame.x1) / frame.width
+    # Beyond the outermost centres a map is continued by its last value.
+    y, x = np.clip(y, 0.5 / gh, 1 - 0.5 / gh), np.clip(x, 0.5 / gw, 1 - 0.5 / gw)
+    if crop.height / frame.height * gh <= 9 and crop.width / frame.width * gw <= 7:
+        np.testing.assert_allclose(found, a * y[:, None] + b * x[None, :], atol=1e-5)
 
 
 @given(crops(), st.integers(0, 2**32 - 1))

@@ -549,8 +549,8 @@ def maps_export(
 
 @maps_app.command("compare")
 def maps_compare(
-    first: Annotated[Path, typer.Argument(parser=as_path, metavar="A", help="Relevance store.")],
-    second: Annotated[Path, typer.Argument(parser=as_path, metavar="B", help="Another one of the same data set.")],
+    first: Annotated[Path, typer.Argument(parser=as_path, metavar="FIRST", help="Relevance store.")],
+    second: Annotated[Path, typer.Argument(parser=as_path, metavar="SECOND", help="Another one of the same data set.")],
     top: Annotated[int, typer.Option(min=1, help="How many of the highest cells to hold against each other.")] = 20,
     worst: Annotated[int, typer.Option(min=0, help="How many of the samples that agree least to list.")] = 10,
 ) -> None:

@@ -1,0 +1,283 @@
+"""The order of an epoch: every sample once, whoever reads; and going on in the middle of one."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_loader import CELLS, KEYS, copy_shards, data, holes, keys_of, load  # noqa: F401 (fixtures)
+from tiny import cut, write_shards
+
+from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.data.order import lane_count, plan_epoch, shards_of_rank
+
+torch.set_num_threads(1)
+
+
+def loader_of(data, **options):  # noqa: F811
+    return RelevanceLoader(*data, **{"batch_size": 4, "image_size": CELLS} | options)
+
+
+def same_batches(found, wanted):
+    assert len(found) == len(wanted)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.keys() == other.keys() and one["key"] == other["key"]
+        for name in one.keys() - {"key"}:
+            assert torch.equal(one[name], other[name]), name
+
+
+# ------------------------------------------------------------------------------------------------------- pure functions
+
+
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=30),
+    st.integers(1, 4),
+    st.integers(0, 12),
+    st.booleans(),
+    st.integers(0, 5),
+)
+def test_ranks_together_have_every_sample_once(counts, world_size, num_workers, train, epoch):
+    lanes, seen = lane_count(num_workers, train=train), []
+    for rank in range(world_size):
+        order = shards_of_rank(len(counts), 3, epoch, rank=rank, world_size=world_size, shuffle=train)
+        rows = [np.arange(counts[i]) for i in order]
+        plan = plan_epoch(order.tolist(), rows, lanes, seed=3, epoch=epoch, shuffle=train)
+        seen += list(zip(plan.shard.tolist(), plan.row.tolist(), strict=True))
+        # A lane reads one shard after the other, and each shard lies in one lane.
+        for lane in set(plan.lane.tolist()):
+            own = plan.shard[plan.lane == lane]
+            assert (np.flatnonzero(np.diff(own)) + 1).size + 1 == len(set(own.tolist()))
+    assert sorted(seen) == [(i, row) for i, count in enumerate(counts) for row in range(count)]
+
+
+@given(st.integers(0, 200))
+def test_workers_share_lanes_evenly(num_workers):
+    assert lane_count(num_workers, train=True) % max(1, num_workers) == 0
+    assert lane_count(num_workers, train=True) >= 8
+    assert {lane_count(n, train=True) for n in (0, 1, 2, 4, 8)} == {8}
+    assert lane_count(num_workers, train=False) == max(1, num_workers)
+
+
+@given(st.integers(1, 300), st.integers(0, 3))
+def test_evaluation_in_one_process_is_in_the_order_of_the_shards(count, seed):
+    counts = np.random.default_rng(seed).integers(1, 5, count)
+    plan = plan_epoch(range(count), [np.arange(n) for n in counts], 1, seed=seed, epoch=0, shuffle=False)
+    assert plan.shard.tolist() == np.repeat(np.arange(count), counts).tolist()
+
+
+def test_a_batch_is_mixed_from_many_shards():
+    plan = plan_epoch(range(40), [np.arange(1000)] * 40, 8, seed=0, epoch=0, shuffle=True)
+    for start in range(0, 40_000, 4096):
+        assert len(set(plan.shard[start : start + 128].tolist())) >= 8
+    rows = plan.row[plan.shard == 7]
+    assert abs(np.corrcoef(rows, np.arange(1000))[0, 1]) < 0.1
+
+
+# ------------------------------------------------------------------------------------------------------ real loaders
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_how_many_processes_read_changes_nothing(data, num_workers):  # noqa: F811
+    same_batches(load(data, num_workers=num_workers), load(data))
+
+
+@pytest.mark.parametrize("workers", [(0, 2), (2, 0), (2, 4), (3, 1), (1, 3)])
+def test_gone_on_with_in_the_middle_it_is_the_same_epoch(data, workers):  # noqa: F811
+    """From every batch on, in a new loader with another number of workers."""
+    before, after = workers
+    first = loader_of(data, num_workers=before)
+    first.set_epoch(3)
+    states, batches = [first.state_dict()], []
+    for batch in first:
+        batches.append(batch)
+        states.append(json.loads(json.dumps(first.state_dict())))
+    for done, state in enumerate(states):
+        second = loader_of(data, num_workers=after)
+        second.load_state_dict(state)
+        second.set_epoch(3)
+        same_batches(list(second), batches[done:])
+    # Behind it comes the next epoch, whole and with this loader's own lanes.
+    second.set_epoch(4)
+    fresh = loader_of(data, num_workers=after)
+    fresh.set_epoch(4)
+    same_batches(list(second), list(fresh))
+
+
+def test_a_state_of_another_order_is_refused(data):  # noqa: F811
+    state = loader_of(data).state_dict()
+    for options in ({"seed": 1}, {"batch_size": 3}, {"world_size": 2}):
+        with pytest.raises(UsageError, match=f"taken with {next(iter(options))}="):
+            loader_of(data, **options).load_state_dict(state)
+
+
+def test_reading_draws_nothing_from_the_users_random_numbers(data):  # noqa: F811
+    for colour in ("none", "deit", "deit3"):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        loader = loader_of(data, num_workers=2 if colour == "none" else 0, view=view(colour))
+        for _ in loader:
+            pass
+        found = torch.rand(1).item(), random.random(), np.random.rand()
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        assert found == (torch.rand(1).item(), random.random(), np.random.rand())
+
+
+def view(colour):
+    from zpipe.train.data.transforms import ViewConfig
+
+    return ViewConfig(colour=colour)
+
+
+KILLED = """
+import json, os, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from zpipe.train.data.loader import RelevanceLoader
+shards, maps, folder, workers = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+loader = RelevanceLoader(shards, maps, batch_size=2, image_size=16, num_workers=workers, seed=5)
+if (folder / "state.json").is_file():
+    loader.load_state_dict(json.loads((folder / "state.json").read_text())["loader"])
+seen = json.loads((folder / "state.json").read_text())["seen"] if (folder / "state.json").is_file() else []
+print("begun", flush=True)
+for batch in loader:
+    seen += batch["key"]
+    (folder / "new.json").write_text(json.dumps({"loader": loader.state_dict(), "seen": seen}))
+    os.replace(folder / "new.json", folder / "state.json")
+    time.sleep(0.03)
+(folder / "done").write_text("")
+"""
+
+
+def killed_and_gone_on_with(data, folder, times, rng):  # noqa: F811
+    kills = 0
+    for _ in range(200):
+        line = [sys.executable, "-c", KILLED, str(data[0]), str(data[1]), str(folder), str(rng.choice([0, 1, 2, 3]))]
+        running = subprocess.Popen(line, stdout=subprocess.PIPE)
+        assert running.stdout.readline() == b"begun\n"
+        if kills < times:
+            time.sleep(rng.uniform(0.0, 0.12))
+            running.kill()
+            kills += 1
+        running.wait(120)
+        if (folder / "done").exists():
+            break
+    return json.loads((folder / "state.json").read_text())["seen"], kills
+
+
+def test_killed_in_mid_epoch_no_sample_is_lost_or_doubled(data, tmp_path):  # noqa: F811
+    seen, _ = killed_and_gone_on_with(data, tmp_path, 2, random.Random(0))
+    whole = keys_of(load(data, batch_size=2, image_size=16, seed=5))
+    assert seen == whole and sorted(whole) == sorted(KEYS)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_points(data, tmp_path):  # noqa: F811
+    rng, kills, round_number = random.Random(1), 0, 0
+    while kills < 20:
+        folder = tmp_path / str(round_number)
+        folder.mkdir()
+        seen, more = killed_and_gone_on_with(data, folder, 20 - kills, rng)
+        kills, round_number = kills + more, round_number + 1
+        assert seen == keys_of(load(data, batch_size=2, image_size=16, seed=5))
+
+
+# ---------------------------------------------------------------------------------------- counts, damage, public tars
+
+
+def test_what_became_of_the_samples_is_told(data, holes):  # noqa: F811
+    assert loader_of(data, batch_size=5).epoch_counts() == {"served": 20, "dropped": 4}
+    assert loader_of(data, batch_size=5, augment="eval").epoch_counts() == {"served": 24, "dropped": 0}
+    two = loader_of(data, batch_size=2, world_size=2)
+    assert sum(two.epoch_counts().values()) == 24
+    usable = 22
+    counts = loader_of(holes, batch_size=1, missing="skip").epoch_counts()
+    assert counts == {"served": usable, "dropped": 0, "skipped": 24 - usable}
+    counts = loader_of(holes, batch_size=1, missing="uniform").epoch_counts()
+    assert counts == {"served": 24, "dropped": 0, "uniform": 24 - usable}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_tar_may_be_left_out_and_is_told(data, tmp_path, num_workers):  # noqa: F811
+    folder = copy_shards(data, tmp_path / "s")
+    loader = RelevanceLoader(folder, data[1], batch_size=6, image_size=CELLS, num_workers=num_workers, damaged="skip")
+    cut(folder / "shard-00002.tar", "on")
+    seen = [key for batch in loader for key in batch["key"]]
+    lost = KEYS[10:16]  # the third tar's
+    assert sorted(seen) == sorted(set(KEYS) - set(lost))
+    assert len(loader.damaged_shards) == 1 and "shard-00002.tar" in loader.damaged_shards[0]
+    with pytest.raises(ZpipeError, match="shard-00002.tar"):
+        list(RelevanceLoader(data[0], batch_size=6, image_size=CELLS)) and list(
+            RelevanceLoader(folder, data[1], batch_size=6, image_size=CELLS)
+        )
+
+
+def test_public_tars_are_read_as_they_are(data, tmp_path):  # noqa: F811
+    """No index beside them; the same order and the same samples as with one."""
+    folder = copy_shards(data, tmp_path / "s")
+    for name in ("shards.json",):
+        (folder / name).unlink()
+    same_batches(load((folder, data[1])), load(data))
+    same_batches(load((folder,), augment="eval", num_workers=2), load((data[0],), augment="eval", num_workers=2))
+
+
+def test_public_tars_that_are_not_those_of_the_maps_are_noticed(data, tmp_path):  # noqa: F811
+    folder = copy_shards(data, tmp_path / "s")
+    (folder / "shards.json").unlink()
+    (folder / "shard-00001.tar").unlink()
+    (folder / "shard-00002.tar").rename(folder / "shard-00001.tar")
+    with pytest.raises(ZpipeError, match="made from a shard-00001.tar of 3 samples, .* has 6"):
+        RelevanceLoader(folder, data[1], batch_size=1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_a_mutated_tar_gives_its_samples_or_an_error(tmp_path_factory, draw):
+    """Bytes changed, cut or repeated anywhere: the loader ends, with every label or with one line, never in between."""
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    from tiny import encode
+
+    members = {}
+    for number in range(3):
+        members[f"{number}.png"] = encode(pixels + number)
+        members[f"{number}.cls"] = str(number).encode()
+    folder = write_shards(tmp_path_factory.mktemp("fuzz") / "s", [members])
+    tar = folder / "shard-00000.tar"
+    whole = bytearray(tar.read_bytes())
+    kind = draw.draw(st.sampled_from(["flip", "cut", "repeat", "zero"]))
+    at = draw.draw(st.integers(0, len(whole) - 1))
+    size = draw.draw(st.integers(1, 600))
+    if kind == "flip":
+        for offset in draw.draw(st.lists(st.integers(0, len(whole) - 1), min_size=1, max_size=8)):
+            whole[offset] ^= draw.draw(st.integers(1, 255))
+    elif kind == "cut":
+        del whole[at:]
+    elif kind == "repeat":
+        whole[at:at] = whole[at : at + size]
+    else:
+        whole[at : at + size] = bytes(len(whole[at : at + size]))
+    tar.write_bytes(whole)
+    for indexed in (True, False):
+        if not indexed:
+            (folder / "shards.json").unlink()
+        try:
+            batches = list(RelevanceLoader(folder, batch_size=2, image_size=8, augment="eval"))
+        except ZpipeError as error:
+            assert str(folder) in str(error) and "\n" not in str(error)
+            continue
+        found = [
+            (key, int(label)) for batch in batches for key, label in zip(batch["key"], batch["label"], strict=True)
+        ]
+        if indexed:
+            assert [key for key, _ in found] == ["0", "1", "2"]
+        assert all(isinstance(label, int) for _, label in found)
