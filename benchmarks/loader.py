@@ -1,0 +1,245 @@
+"""Images per second and core of the loader, beside other people's loaders on the same JPEGs, transform and core.
+
+    python benchmarks/loader.py --photos FOLDER [--pillow FOLDER]
+
+Each contender runs in a process of its own, one thread, no workers, in turn with the others; the yardstick is this loader without
+maps. Transform: random resized crop to 224, flip, uint8 tensor (webdataset's documented pipeline ends with ToTensor and Normalize, and
+so it does here). FOLDER is an ImageFolder tree or has a labels.csv; without it photos are made up. --pillow: a folder with plain
+Pillow (pip install --no-deps --target FOLDER pillow), for contenders named +pillow. litdata and streaming are run where they
+are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SIZE, BATCH = 224, 64
+
+
+def transform() -> Any:
+    from torchvision.transforms import v2
+
+    steps = [
+        v2.RandomResizedCrop(SIZE, interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(),
+        v2.PILToTensor(),
+    ]
+    return v2.Compose(steps)
+
+
+def ours(root: Path) -> Iterator[Any]:
+    from zpipe.train.data.loader import RelevanceLoader
+
+    return forever(RelevanceLoader(root / "shards", root / "maps", batch_size=BATCH))
+
+
+def ours_without_maps(root: Path) -> Iterator[Any]:
+    from zpipe.train.data.loader import RelevanceLoader
+
+    return forever(RelevanceLoader(root / "shards", batch_size=BATCH))
+
+
+def webdataset_documented(root: Path) -> Iterator[Any]:
+    """The pipeline of webdataset's documentation for ImageNet."""
+    import webdataset as wds
+    from torchvision import transforms
+
+    steps = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(SIZE),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    urls = sorted(str(path) for path in (root / "shards").glob("*.tar"))
+    data = (
+        wds.WebDataset(urls, resampled=True, shardshuffle=False, empty_check=False)
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg;png;jpeg", "cls")
+        .map_tuple(lambda image: steps(image.convert("RGB")), lambda label: label)
+        .batched(BATCH)
+    )
+    return iter(wds.WebLoader(data, batch_size=None, num_workers=0))
+
+
+def torchvision_folder(root: Path) -> Iterator[Any]:
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+
+    return forever(DataLoader(ImageFolder(root / "photos", transform()), batch_size=BATCH, shuffle=True, num_workers=0))
+
+
+def litdata(root: Path) -> Iterator[Any]:
+    from litdata import StreamingDataLoader, StreamingDataset
+    from PIL import Image
+
+    class Photos(StreamingDataset):
+        steps = transform()
+
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return self.steps(Image.open(io.BytesIO(item["image"])).convert("RGB")), item["label"]
+
+    return forever(StreamingDataLoader(Photos(str(root / "litdata"), shuffle=True), batch_size=BATCH, num_workers=0))
+
+
+def streaming(root: Path) -> Iterator[Any]:
+    from PIL import Image
+    from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
+
+    class Photos(StreamingDataset):
+        steps = transform()
+
+        def __getitem__(self, index):
+            item = super().__getitem__(index)
+            return self.steps(Image.open(io.BytesIO(item["image"])).convert("RGB")), item["label"]
+
+    data = Photos(local=str(root / "mds"), shuffle=True, batch_size=BATCH)
+    return forever(DataLoader(data, batch_size=BATCH, num_workers=0))
+
+
+CONTENDERS = {
+    "zpipe, no maps": ours_without_maps,
+    "zpipe with maps": ours,
+    "webdataset": webdataset_documented,
+    "torchvision": torchvision_folder,
+    "litdata": litdata,
+    "streaming": streaming,
+}
+
+
+def forever(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+def child(name: str, root: Path, images: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    begun = time.perf_counter()
+    batches = CONTENDERS[name](root)
+    next(batches)
+    first = time.perf_counter() - begun
+    begun, spent = time.perf_counter(), time.process_time()
+    for _ in range(images // BATCH):
+        next(batches)
+    images = images // BATCH * BATCH
+    wall, cpu = time.perf_counter() - begun, time.process_time() - spent
+    print(json.dumps({"wall": images / wall, "cpu": images / cpu, "first": first}), flush=True)
+    os._exit(0)  # some contenders leave threads behind
+
+
+def prepare(root: Path, photos: Path | None, copies: int) -> list[str]:
+    """The same JPEGs as ImageFolder, tars, and the other formats that can be made here; what can be run."""
+    from extraction import make_photos
+
+    from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
+    from zpipe.pipeline.make_shards import FolderSource, make_shards
+
+    if photos is None:
+        make_photos(root / "some", 250)
+        photos = root / "some"
+    images = sorted(path for path in photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    for number in range(copies * len(images)):
+        target = root / "photos" / f"c{number % 10}" / f"{number:06d}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(images[number % len(images)].read_bytes())
+    make_shards(FolderSource(root / "photos", shard_size=125, shuffle_seed=0, key_rule="stem"), root / "shards")
+    teacher = {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    config = ExtractConfig(
+        teacher="deit_tiny_patch16_224",
+        weights="random",
+        num_classes=10,
+        teacher_args=teacher,
+        executor="local",
+        device="cpu",
+    )
+    extract_teacher_maps(root / "shards", root / "maps", config)
+    paths = sorted((root / "photos").rglob("*.jpg"))
+    names = [name for name in CONTENDERS if name not in ("litdata", "streaming")]
+    if importlib.util.find_spec("streaming"):
+        from streaming import MDSWriter
+
+        with MDSWriter(out=str(root / "mds"), columns={"image": "bytes", "label": "int"}) as writer:
+            for path in paths:
+                writer.write({"image": path.read_bytes(), "label": int(path.parent.name[1:])})
+        names.append("streaming")
+    if importlib.util.find_spec("litdata"):
+        from litdata.streaming.writer import BinaryWriter
+
+        writer = BinaryWriter(str(root / "litdata"), chunk_bytes="64MB")
+        for number, path in enumerate(paths):
+            writer.add_item(number, {"image": path.read_bytes(), "label": int(path.parent.name[1:])})
+        writer.done()
+        writer.merge()
+        names.append("litdata")
+    return names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path)
+    parser.add_argument("--pillow", type=Path)
+    parser.add_argument("--copies", type=int, default=4)
+    parser.add_argument("--images", type=int, default=1500)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child[0], Path(args.child[1]), args.images)
+    with tempfile.TemporaryDirectory(prefix="zpipe-benchmark-") as scratch:
+        names = prepare(Path(scratch), args.photos, args.copies)
+        if args.pillow:
+            names += ["webdataset+pillow", "torchvision+pillow"]
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+        for _ in range(args.rounds):
+            for name in names:
+                environment = dict(os.environ, OMP_NUM_THREADS="1")
+                if name.endswith("+pillow"):
+                    environment["PYTHONPATH"] = str(args.pillow)
+                line = [
+                    sys.executable,
+                    __file__,
+                    "--images",
+                    str(args.images),
+                    "--child",
+                    name.removesuffix("+pillow"),
+                    scratch,
+                ]
+                done = subprocess.run(line, capture_output=True, text=True, env=environment)
+                if done.returncode:
+                    raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+                found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    import PIL
+
+    print(f"PIL {PIL.__version__}, {args.images} images a run, {args.rounds} rounds")
+    print("                      images/s of wall     of this loader without maps    first batch")
+    base = found["zpipe, no maps"]
+    for name, runs in found.items():
+        walls = [run["wall"] for run in runs]
+        ratios = [run["wall"] / other["wall"] for run, other in zip(runs, base, strict=True)]
+        first = statistics.median(run["first"] for run in runs)
+        print(
+            f"{name:20s} {statistics.median(walls):6.0f} [{min(walls):.0f}, {max(walls):.0f}]"
+            f"   {statistics.median(ratios):6.3f} [{min(ratios):.3f}, {max(ratios):.3f}]   {first:6.2f} s"
+        )
+
+
+if __name__ == "__main__":
+    main()
