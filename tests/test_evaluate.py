@@ -38,7 +38,7 @@ def data(tmp_path_factory):
     """Shards of unequal length, maps, and one finished run of each kind."""
     root = tmp_path_factory.mktemp("evaluate")
     shards, maps = scenes(root / "shards", COUNT, shard_size=12), store(root / "shards", root / "maps")
-    zoomer = ZoomerConfig(num_blocks=2, width=8, image_size=SIDE, train=LOOP)
+    zoomer = ZoomerConfig(num_blocks=2, width=8, image_size=SIDE, train=replace(LOOP, lr=3e-4))
     train_zoomer(shards, maps, root / "zoomer", zoomer)
     vit = VitConfig(model="zoomvit_tiny_patch16_224", model_args=BODY, image_size=SIDE, train=LOOP)
     train_vit(shards, root / "zoom", vit, zoomer=root / "zoomer")

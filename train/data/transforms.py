@@ -100,11 +100,17 @@ def decode(
         shrink = min(view.box.width, view.box.height) / size
         if image.format == "JPEG" and shrink >= 2 and image.mode in ("RGB", "L"):
             image.draft(image.mode, (int(width / shrink), int(height / shrink)))
-        return image.convert("RGB"), view, (width, height)
+        if image.mode != "RGB":
+            return image.convert("RGB"), view, (width, height)
+        image.load()  # convert() would copy
+        return image, view, (width, height)
 
 
 def view_image(image: Image.Image, view: View, size: int, source: tuple[int, int]) -> np.ndarray:
-    """The view as uint8 [3, size, size], resized with antialiasing (bicubic). source: width and height that the view is in."""
+    """The view as uint8 [3, size, size], resized with antialiasing (bicubic). source: width and height that the view is in.
+
+    The array is a view of PIL's rows; whoever stacks it into a batch copies it then, once.
+    """
     across, down = image.width / source[0], image.height / source[1]
     box = view.box
     resized = image.resize(
@@ -115,7 +121,7 @@ def view_image(image: Image.Image, view: View, size: int, source: tuple[int, int
     pixels = np.asarray(resized)  # [size, size, 3]
     if view.flipped:
         pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return pixels.transpose(2, 0, 1)
 
 
 def view_map(relevance: np.ndarray, view: View, frame: Box) -> np.ndarray:
