@@ -160,7 +160,7 @@ def prepare(root: Path, photos: Path | None, copies: int) -> list[str]:
         target = root / "photos" / f"c{number % 10}" / f"{number:06d}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(images[number % len(images)].read_bytes())
-    make_shards(FolderSource(root / "photos", shard_size=125, shuffle_seed=0, key_rule="stem"), root / "shards")
+    make_shards(FolderSource(root / "photos", shard_size=500, shuffle_seed=0, key_rule="stem"), root / "shards")
     teacher = {"depth": 1, "embed_dim": 48, "num_heads": 3}
     config = ExtractConfig(
         teacher="deit_tiny_patch16_224",
@@ -196,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--pillow", type=Path)
-    parser.add_argument("--copies", type=int, default=4)
+    parser.add_argument("--copies", type=int, default=16)
     parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)

@@ -6,6 +6,7 @@ an equal rectangle of it. Boxes are always (x1, y1, x2, y2).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,46 +51,60 @@ class Box:
         )
 
 
-def overlap_weights(n_in: int, start: float, stop: float, n_out: int) -> np.ndarray:
+def overlap_weights(n_in: int, start: float | np.ndarray, stop: float | np.ndarray, n_out: int) -> np.ndarray:
     """Weights that resample `n_in` unit cells over the interval [start, stop] into `n_out` equal cells.
 
-    start, stop: in cells of the input, 0 <= start < stop <= n_in. Returns float64 [n_out, n_in], rows sum to 1.
-    Shrinking (an output cell is wider than one of the input): each output cell is the mean of the input over the stretch it
-    covers, so sum(out) * (stop - start) / n_out is conserved. Growing: linear interpolation between the centres of the input's
-    cells, the outermost continued outwards. Both are the mean over a stretch around the output cell's centre, as wide as
-    that cell or as one of the input, whichever is wider; at equal width they agree.
+    start, stop: in cells of the input, 0 <= start < stop <= n_in; numbers, or arrays [...] of many intervals. Returns float64
+    [..., n_out, n_in], rows sum to 1. Shrinking (an output cell is wider than one of the input): each output cell is the mean
+    of the input over the stretch it covers, so sum(out) * (stop - start) / n_out is conserved. Growing: linear interpolation
+    between the centres of the input's cells, the outermost continued outwards. Both are the mean over a stretch around the
+    output cell's centre, as wide as that cell or as one of the input, whichever is wider; at equal width they agree.
     """
-    step = (stop - start) / n_out
-    centres = start + (np.arange(n_out) + 0.5) * step  # [n_out]
-    reach = max(step, 1.0) / 2
+    start, stop = np.asarray(start, np.float64)[..., None], np.asarray(stop, np.float64)[..., None]
+    step = (stop - start) / n_out  # [..., 1]
+    centres = start + (np.arange(n_out) + 0.5) * step  # [..., n_out]
+    reach = np.maximum(step, 1.0) / 2
     cells = np.arange(n_in, dtype=np.float64)  # [n_in]
     lower, upper = cells.copy(), cells + 1
     lower[0], upper[-1] = -np.inf, np.inf
-    low = np.maximum(centres[:, None] - reach, lower[None, :])  # [n_out, n_in]
-    high = np.minimum(centres[:, None] + reach, upper[None, :])
-    overlap = np.clip(high - low, 0.0, None)
-    return overlap / overlap.sum(axis=1, keepdims=True)
+    low = np.maximum((centres - reach)[..., None], lower)  # [..., n_out, n_in]
+    high = np.minimum((centres + reach)[..., None], upper)
+    overlap = np.maximum(high - low, 0.0)
+    return overlap / overlap.sum(axis=-1, keepdims=True)
 
 
 def crop_map(relevance: np.ndarray, frame: Box, crop: Box, size: tuple[int, int], *, flip: bool = False) -> np.ndarray:
-    """Resample a map that lies over `frame` to the part that `crop` shows.
+    """Resample a map that lies over `frame` to the part that `crop` shows: `crop_maps` for one map [gh, gw].
 
-    relevance: [gh, gw]; frame, crop: in the same source pixels; size: (out_h, out_w); flip: mirror left and right, as the
-    cropped image was. Returns float32 [out_h, out_w]: the area-weighted mean of the map under each cell where the
-    map shrinks, bilinear interpolation where it grows, for each axis.
-    Errors: ValueError when the crop leaves the frame (the map says nothing there).
+    frame, crop: in the same source pixels; size: (out_h, out_w); flip: mirror left and right, as the cropped image was.
+    Returns float32 [out_h, out_w]. Errors: ValueError when the crop leaves the frame (the map says nothing there).
     """
-    if not frame.contains(crop):
-        raise ValueError(f"crop {crop.as_tuple()} leaves the frame {frame.as_tuple()} of the map")
-    gh, gw = relevance.shape
-    rows = _axis_weights(gh, frame.y1, frame.height, crop.y1, crop.y2, size[0])  # [out_h, gh]
-    cols = _axis_weights(gw, frame.x1, frame.width, crop.x1, crop.x2, size[1])  # [out_w, gw]
-    if flip:
-        cols = cols[::-1]
-    return (rows @ relevance.astype(np.float64) @ cols.T).astype(np.float32)
+    return crop_maps(relevance[None], [frame], [crop], size, flips=np.array([flip]))[0]
 
 
-def _axis_weights(n_in: int, origin: float, extent: float, low: float, high: float, n_out: int) -> np.ndarray:
-    start = min(max((low - origin) / extent * n_in, 0.0), float(n_in))
-    stop = min(max((high - origin) / extent * n_in, 0.0), float(n_in))
-    return overlap_weights(n_in, start, stop, n_out)
+def crop_maps(
+    relevance: np.ndarray, frames: Sequence[Box], crops: Sequence[Box], size: tuple[int, int], *, flips: np.ndarray
+) -> np.ndarray:
+    """Resample maps [m, gh, gw], each over its frame, to what its crop shows; flips bool [m].
+
+    Returns float32 [m, out_h, out_w]: the area-weighted mean of the map under each cell where the map shrinks, bilinear
+    interpolation where it grows, for each axis. Errors: ValueError when a crop leaves its frame.
+    """
+    for frame, crop in zip(frames, crops, strict=True):
+        if not frame.contains(crop):
+            raise ValueError(f"crop {crop.as_tuple()} leaves the frame {frame.as_tuple()} of the map")
+    _, gh, gw = relevance.shape
+    x1, y1, x2, y2 = np.array([frame.as_tuple() for frame in frames], np.float64).T  # [m] each
+    left, top, right, bottom = np.array([crop.as_tuple() for crop in crops], np.float64).T
+    rows = overlap_weights(gh, *_in_cells(gh, y1, y2, top, bottom), size[0])  # [m, out_h, gh]
+    cols = overlap_weights(gw, *_in_cells(gw, x1, x2, left, right), size[1])  # [m, out_w, gw]
+    out = (rows @ relevance.astype(np.float64) @ cols.transpose(0, 2, 1)).astype(np.float32)
+    out[flips] = out[flips, :, ::-1]
+    return out
+
+
+def _in_cells(
+    n_in: int, origin: np.ndarray, end: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    scale = n_in / (end - origin)
+    return np.clip((low - origin) * scale, 0.0, n_in), np.clip((high - origin) * scale, 0.0, n_in)

@@ -15,7 +15,7 @@ import torch
 from tiny import BODY, SIDE, TEACHER, encode, scenes, store, write_shards
 
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.train.checkpoint import load_run, load_zoomer
+from zpipe.train.checkpoint import load_checkpoint, load_run, load_zoomer
 from zpipe.train.loop import TrainConfig
 from zpipe.train.models.zoomvit import ZoomViT
 from zpipe.train.settings import with_settings
@@ -194,6 +194,24 @@ def test_a_run_that_was_stopped_ends_as_an_undisturbed_one(data, finished, tmp_p
     assert weights(out) == weights(finished[kind])
     assert (out / "config.json").read_bytes() == (finished[kind] / "config.json").read_bytes()
     assert steps(out) == steps(finished[kind])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@each_kind
+def test_a_run_that_was_stopped_in_mid_epoch_goes_on_at_that_step(data, finished, tmp_path, kind, num_workers):
+    def stop(stage, done, total, **facts):
+        if done == 12:
+            raise Stop
+
+    out, settings = tmp_path / "run", {"train__checkpoint_s": 0.0, "train__num_workers": num_workers}
+    with pytest.raises(Stop):
+        run(data, kind, out, progress=stop, **settings)
+    state = load_checkpoint(out)
+    assert state["step"] == 11 and state["position"]["loader"]["batch"] > 0
+    first = []
+    run(data, kind, out, progress=lambda stage, done, total, **facts: first.append(done), **settings)
+    assert first[0] == 12
+    assert weights(out) == weights(finished[kind]) and steps(out) == steps(finished[kind])
 
 
 def test_state_of_the_optimizer_is_kept(data, tmp_path):

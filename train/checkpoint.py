@@ -1,7 +1,7 @@
 """A training run on disk, written and read here and nowhere else.
 
     RUN/run.json           the resolved settings; marks the folder as a run
-    RUN/checkpoint.pt      everything needed to go on: weights, optimizer, position; replaced after every epoch
+    RUN/checkpoint.pt      everything needed to go on: weights, optimizer, position; replaced every ten minutes and after every epoch
     RUN/metrics.jsonl      one line per logging interval and per validation
     RUN/model.safetensors  the finished weights
     RUN/config.json        timm's model description, written last: a run without it is not finished

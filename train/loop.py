@@ -28,7 +28,8 @@ class TrainConfig:
 
     opt: any optimizer name of timm; opt_args: further keyword arguments of its constructor (betas, nesterov).
     The learning rate rises linearly over `warmup_epochs` and falls as a cosine to `min_lr`. clip_grad: bound of the
-    global gradient norm, 0 for none. num_workers: data-loading processes.
+    global gradient norm, 0 for none. num_workers: data-loading processes. checkpoint_s: seconds between checkpoints within
+    an epoch; at its end there is one always.
     """
 
     epochs: float = 100.0
@@ -43,12 +44,22 @@ class TrainConfig:
     seed: int = 0
     num_workers: int = 1
     log_every: int = 20
+    checkpoint_s: float = 600.0
     device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.epochs <= 0:
             raise UsageError(f"train.epochs {self.epochs:g}: give a number above 0")
-        for name in ("lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "seed", "num_workers"):
+        for name in (
+            "lr",
+            "min_lr",
+            "warmup_epochs",
+            "weight_decay",
+            "clip_grad",
+            "seed",
+            "num_workers",
+            "checkpoint_s",
+        ):
             if getattr(self, name) < 0:
                 raise UsageError(f"train.{name} {getattr(self, name):g}: give a number >= 0")
         for name in ("batch_size", "log_every"):
@@ -82,8 +93,8 @@ def train(
 ) -> dict[str, float]:
     """Train to the end, from the run's checkpoint when there is one; return the last validation's figures.
 
-    A checkpoint is written after every epoch. All randomness of an epoch is a function of (seed, epoch), so a run that
-    was interrupted and gone on with equals an undisturbed one. Errors: :class:`ZpipeError` for a loss that is not
+    A checkpoint is written every `checkpoint_s` seconds and after every epoch, with the loader's place and the state of the
+    random numbers, so a run that was interrupted and gone on with equals an undisturbed one. Errors: :class:`ZpipeError` for a loss that is not
     finite, naming the last good checkpoint.
     """
     model = task.model
@@ -99,13 +110,14 @@ def train(
         warmup_prefix=False,
         t_in_epochs=False,
     )
-    step, epoch = 0, 0
+    step, epoch, position = 0, 0, None
     state = load_checkpoint(run)
     if state is not None:
         try:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             step, epoch = state["step"], state["epoch"]
+            position = state["position"]
         except (KeyError, RuntimeError, ValueError) as error:
             raise ZpipeError(f"{run / CHECKPOINT_NAME}: not this run's checkpoint; delete it to start over") from error
     _trim_log(run, step)
@@ -115,6 +127,10 @@ def train(
         model.train()
         torch.manual_seed(_epoch_seed(config.seed, epoch))
         loader.set_epoch(epoch)
+        if position is not None:
+            _take_position(loader, position)
+            position = None
+        saved = time.monotonic()
         for batch in _up_to(loader, total - step):
             scheduler.step_update(step)
             loss, facts = task.loss(batch)
@@ -138,10 +154,14 @@ def train(
                 facts = {"loss": value, **facts, "lr": optimizer.param_groups[0]["lr"], "images_per_s": rate}
                 _log(run, {"step": step, "epoch": epoch, **facts})
                 progress(stage, step, total, **facts)
+            if time.monotonic() - saved >= config.checkpoint_s:
+                _save(run, model, optimizer, step, epoch, _position(loader))
+                saved = time.monotonic()
         epoch += 1
-        save_checkpoint(
-            run, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch}
-        )
+        counts = loader.epoch_counts()
+        if len(counts) > 2 or loader.damaged_shards:  # samples without a map, tars left out
+            progress(stage, step, total, epoch=epoch, **counts, damaged_shards=len(loader.damaged_shards))
+        _save(run, model, optimizer, step, epoch, None)
     model.eval()
     figures = task.validate()
     _log(run, {"step": step, "epoch": epoch, **{f"val_{name}": value for name, value in figures.items()}})
@@ -157,6 +177,31 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
         raise UsageError(
             f"optimizer {config.opt}: {' '.join(str(error).split())[:200]}; check train.opt and train.opt_args"
         ) from error
+
+
+def _save(
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    epoch: int,
+    position: dict[str, Any] | None,
+) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch}
+    save_checkpoint(run, state | {"position": position})
+
+
+def _position(loader: RelevanceLoader) -> dict[str, Any]:
+    """Where in an epoch we are: the loader's place, and the state of every generator that draws."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"loader": loader.state_dict(), "cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _take_position(loader: RelevanceLoader, position: dict[str, Any]) -> None:
+    loader.load_state_dict(position["loader"])
+    torch.set_rng_state(position["cpu"])
+    if len(position["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(position["cuda"])
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

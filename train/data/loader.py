@@ -25,14 +25,13 @@ from zpipe.train.data.order import Plan, lane_count, plan_epoch, shards_of_rank
 from zpipe.train.data.stream import list_shards
 from zpipe.train.data.transforms import (
     Augment,
-    View,
     ViewConfig,
     change_colours,
     decode,
     draw_view,
     view_box,
     view_image,
-    view_map,
+    view_maps,
 )
 
 Damaged = Literal["error", "skip"]
@@ -324,18 +323,13 @@ def _viewed(loader: RelevanceLoader, epoch: int, item: Joined) -> dict[str, Any]
         "key": sample.key,
     }
     if item.relevance is not None:
-        out["relevance"] = _map_of_view(item, view, source, where)
+        frame = item.frame or Box.full(*source)
+        if not frame.contains(view.box):
+            raise ZpipeError(f"{where}: its map covers {frame.as_tuple()} only; extract on the full frame")
+        out |= {"relevance": item.relevance, "view": view, "frame": frame}
     if "box" in sample.meta:
         out["object_box"] = np.asarray(view_box(sample.meta["box"], view), np.float32)
     return out
-
-
-def _map_of_view(item: Joined, view: View, source: tuple[int, int], where: str) -> np.ndarray:
-    assert item.relevance is not None
-    try:
-        return view_map(item.relevance, view, item.frame or Box.full(*source))
-    except ValueError as error:
-        raise ZpipeError(f"{where}: {error}; extract on the full frame") from error
 
 
 def _stacker(loader: RelevanceLoader, join: ShardJoin):
@@ -354,7 +348,9 @@ def _stacker(loader: RelevanceLoader, join: ShardJoin):
                 "damaged": join.pop_damaged(),
             }
             if loader.maps is not None:
-                out["relevance"] = _stack(part, "relevance", loader.maps.manifest.provenance.grid, np.float32)
+                whole = _stack(part, "relevance", loader.maps.manifest.provenance.grid, np.float32)  # [m, gh, gw]
+                views, frames = ([item[name] for item in part] for name in ("view", "frame"))
+                out["relevance"] = torch.from_numpy(view_maps(whole.numpy(), views, frames)) if part else whole
             if all("object_box" in item for item in part):
                 out["object_box"] = _stack(part, "object_box", (4,), np.float32)
             yield out

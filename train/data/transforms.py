@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from zpipe.schemas.errors import UsageError
-from zpipe.schemas.geometry import Box, crop_map
+from zpipe.schemas.geometry import Box, crop_maps
 from zpipe.schemas.sample import IMAGE_FORMATS
 
 Augment = Literal["train", "eval"]
@@ -124,12 +124,13 @@ def view_image(image: Image.Image, view: View, size: int, source: tuple[int, int
     return pixels.transpose(2, 0, 1)
 
 
-def view_map(relevance: np.ndarray, view: View, frame: Box) -> np.ndarray:
-    """The part of a map [gh, gw] over `frame` that the view shows, resampled to the same grid: float32 [gh, gw].
+def view_maps(relevance: np.ndarray, views: Sequence[View], frames: Sequence[Box]) -> np.ndarray:
+    """The part of each map [m, gh, gw] over its frame that its view shows, resampled to the same grid: float32 [m, gh, gw].
 
-    Errors: ValueError when the view leaves the frame.
+    Errors: ValueError when a view leaves its frame.
     """
-    return crop_map(relevance, frame, view.box, relevance.shape, flip=view.flipped)
+    flips = np.array([view.flipped for view in views], bool)
+    return crop_maps(relevance, frames, [view.box for view in views], relevance.shape[1:], flips=flips)
 
 
 def change_colours(rng: np.random.Generator, pixels: np.ndarray, colour: Colour) -> np.ndarray:
