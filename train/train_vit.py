@@ -39,6 +39,7 @@ class VitConfig:
     init_from: a finished run to start from; position tables and patch kernel are resampled where the sizes differ.
     zoom_draw: what training draws per batch: `alpha`, uniform in [0, 1] (the paper), or `budget`, a number of zoomed
     cells uniform in [0, max_zoomed], which keeps all sequences of a batch equally long.
+    missing, damaged: what samples without a usable map and damaged tars do, see `RelevanceLoader`.
     """
 
     model: str = "zoomvit_small_patch16_224"
@@ -50,6 +51,7 @@ class VitConfig:
     max_zoomed: int | None = None
     label_smoothing: float = 0.0
     missing: str = "error"
+    damaged: str = "error"
     view: ViewConfig = field(default_factory=ViewConfig)
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(lr=1e-3, epochs=300.0, warmup_epochs=5.0, batch_size=128)
@@ -126,6 +128,7 @@ def train_vit(
         seed=config.train.seed,
         num_workers=config.train.num_workers,
         missing=config.missing,
+        damaged=config.damaged,
         view=config.view,
     )
     num_classes = config.num_classes or len(loader.index.classes)

@@ -25,7 +25,8 @@ from zpipe.train.models.zoomer import Zoomer
 class ZoomerConfig:
     """Settings of stage 1. The defaults are the paper's: n = 4, AdamW, learning rate 0.01, batch 128, 100 epochs.
 
-    The weights of KL and Dice in the loss are not given there; ours are those of `ZoomerLoss`.
+    The weights of KL and Dice in the loss are not given there; ours are those of `ZoomerLoss`. missing, damaged: what samples
+    without a usable map and damaged tars do, see `RelevanceLoader`.
     """
 
     num_blocks: int = 4
@@ -35,6 +36,7 @@ class ZoomerConfig:
     w_dice: float = 0.1
     kl_direction: str = "student||teacher"
     missing: str = "error"
+    damaged: str = "error"
     view: ViewConfig = field(default_factory=ViewConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=0.01, epochs=100.0, batch_size=128))
 
@@ -77,6 +79,7 @@ def train_zoomer(
         seed=config.train.seed,
         num_workers=config.train.num_workers,
         missing=config.missing,
+        damaged=config.damaged,
         view=config.view,
     )
     settings = asdict(config) | {
