@@ -1,6 +1,9 @@
 """The whole line on embedded data, with almost nothing of it: does every joint hold, and can it be gone on with?"""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,6 +38,24 @@ def test_every_stage_has_its_line(demo):
     total = len(lines)
     assert [line.split()[0] for line in lines] == [f"{n}/{total}" for n in range(1, total + 1)]
     assert "extracted on Ray" in demo[1].stderr
+
+
+def test_the_example_of_reuse_runs_on_it(demo):
+    """Token pruning by cached maps: with every patch kept it is the teacher itself, whatever the order."""
+    out, example = demo[0], Path(__file__).parents[1] / "docs" / "examples" / "prune_tokens.py"
+    line = [
+        sys.executable,
+        str(example),
+        str(out / "maps" / "val"),
+        str(out / "scenes" / "val"),
+        f"local-dir:{out / 'teacher'}",
+    ]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    shares = {int(row.split("%")[0]): row for row in done.stdout.splitlines()}
+    assert list(shares) == [100, 50, 25, 10]
+    top1 = next(row["top1"] for row in json.loads((out / "report.json").read_text())["rows"])
+    assert shares[100].split("patches: ")[1] == f"relevant {top1:.1%}, random {top1:.1%}"
 
 
 def test_an_interrupted_demo_goes_on_where_it_was(demo, process):

@@ -19,6 +19,8 @@ from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.order import lane_count, plan_epoch, shards_of_rank
 
 torch.set_num_threads(1)
+# Four readers on two cores are what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 def loader_of(data, **options):  # noqa: F811

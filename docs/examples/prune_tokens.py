@@ -11,10 +11,12 @@ import timm
 import torch
 
 from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.data.transforms import ViewConfig
 
 maps, shards, name = sys.argv[1:4]
 model = timm.create_model(name, pretrained=True).eval()
 side = model.patch_embed.img_size[0]
+view = ViewConfig(crop_pct=model.pretrained_cfg["crop_pct"])
 mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
 
 
@@ -28,7 +30,7 @@ def predict(images, keep):  # images [B, 3, H, W], keep [B, K] -> class [B]
 
 for share in (1.0, 0.5, 0.25, 0.1):
     right = {"relevant": 0, "random": 0}
-    loader = RelevanceLoader(shards, maps, batch_size=64, image_size=side, augment="eval", missing="skip")
+    loader = RelevanceLoader(shards, maps, batch_size=64, image_size=side, augment="eval", missing="skip", view=view)
     for batch in loader:
         images = (batch["image"] / 255 - mean) / std
         scores = torch.nn.functional.interpolate(batch["relevance"][:, None], size=model.patch_embed.grid_size).flatten(

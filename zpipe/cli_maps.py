@@ -1,0 +1,144 @@
+"""The verbs of `zpipe maps`: look into relevance stores, check, export and compare them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from zpipe.console import out, print_rows, reporting, tell
+from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.storage import as_path
+
+maps_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into a relevance store.")
+
+
+@maps_app.command("info")
+def maps_info(
+    store: Annotated[Path, typer.Argument(parser=as_path, metavar="STORE", help="Relevance store.")],
+) -> None:
+    """What a store holds and where it comes from."""
+    with reporting():
+        from zpipe.pipeline.inspection import store_figures
+
+        figures = store_figures(store)
+        origin = figures.manifest.provenance
+        table = Table(show_header=False, title=str(store), title_justify="left")
+        statuses = ", ".join(f"{count} {status}" for status, count in figures.manifest.statuses.items())
+        table.add_row("maps", f"{figures.manifest.count} ({statuses}) in {len(figures.manifest.shards)} shards")
+        table.add_row(
+            "size", f"{figures.bytes / 1e6:.1f} MB, {figures.bytes / max(1, figures.manifest.count):.0f} bytes a sample"
+        )
+        table.add_row("teacher", f"{origin.teacher}, weights {origin.weights}, digest {origin.teacher_digest[:12]}")
+        table.add_row(
+            "method",
+            f"{origin.method}{' symmetrised' if origin.symmetrised else ''}, target {origin.target}, {origin.precision}",
+        )
+        table.add_row("frame", f"{origin.frame}, grid {origin.grid[0]} x {origin.grid[1]}")
+        table.add_row("teacher's top-1", f"{figures.teacher_top1:.1%} on these labels")
+        table.add_row("quantiles", "5 %, 25 %, 50 %, 75 %, 95 %")
+        for name in ("entropy", "log10_scale", "top10_mass"):
+            table.add_row(name, ", ".join(f"{value:.3g}" for value in getattr(figures, name)))
+            histogram = figures.histograms[name]
+            table.add_row("", f"{histogram.low:.3g} {histogram.bars()} {histogram.high:.3g}")
+        table.add_row("made from", figures.manifest.source)
+        out.print(table)
+
+
+@maps_app.command("verify")
+def maps_verify(
+    store: Annotated[Path, typer.Argument(parser=as_path, metavar="STORE", help="Relevance store.")],
+    shards: Annotated[
+        Path | None,
+        typer.Option(parser=as_path, metavar="PATH|URL", help="The tars it was made from, to hold its keys against."),
+    ] = None,
+) -> None:
+    """Read every byte of a store and check it; exit code 1 and a line per problem when it isn't whole."""
+    with reporting() as progress:
+        from zpipe.pipeline.verify import verify_store
+
+        problems = verify_store(store, shards, progress=progress)
+        if problems:
+            raise ZpipeError(f"{store}: {len(problems)} problems", problems)
+        tell(f"{store}: whole")
+
+
+@maps_app.command("show")
+def maps_show(
+    store: Annotated[Path, typer.Argument(parser=as_path, metavar="STORE", help="Relevance store.")],
+    key: Annotated[str, typer.Argument(help="Key of a sample.")],
+    shards: Annotated[
+        Path | None,
+        typer.Option(
+            parser=as_path, metavar="PATH|URL", help="The tars it was made from; default where the manifest says."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--out", help="PNG to write; default KEY.png here.")] = None,
+) -> None:
+    """Image, map and overlay of one sample as a PNG."""
+    with reporting():
+        from zpipe.pipeline.inspection import show_map
+
+        path = show_map(store, key, output or Path(f"{key.replace('/', '_')}.png"), shards)
+        tell(f"{path}: written")
+
+
+@maps_app.command("export")
+def maps_export(
+    store: Annotated[Path, typer.Argument(parser=as_path, metavar="STORE", help="Relevance store.")],
+    output: Annotated[
+        Path, typer.Argument(help="Parquet file, or folder with --per-shard or --numpy; must not exist.")
+    ],
+    parquet: Annotated[bool, typer.Option("--parquet", help="Index and maps as Parquet (the default).")] = False,
+    numpy: Annotated[
+        bool, typer.Option("--numpy", help="A folder of maps.npy (float32), keys.txt, index.parquet.")
+    ] = False,
+    per_shard: Annotated[bool, typer.Option("--per-shard", help="One Parquet file a shard.")] = False,
+    values: Annotated[
+        str, typer.Option(help="'raw' (in Parquet: map * scale is the relevance) or 'minmax' (each map in [0, 1]).")
+    ] = "raw",
+) -> None:
+    """A store for pandas, polars, duckdb, Hugging Face datasets, or plain NumPy."""
+    with reporting() as progress:
+        from zpipe import open_maps
+        from zpipe.pipeline.export import export_numpy, export_parquet
+
+        if parquet and numpy or numpy and per_shard:
+            raise UsageError("choose one of --parquet and --numpy; --per-shard goes with --parquet")
+        if values not in ("raw", "minmax"):
+            raise UsageError(f"--values {values}: choose raw or minmax")
+        maps = open_maps(store)
+        if numpy:
+            export_numpy(maps, output, values=values, progress=progress)
+        else:
+            export_parquet(maps, output, per_shard=per_shard, values=values, progress=progress)
+        tell(f"{output}: {len(maps)} maps")
+
+
+@maps_app.command("compare")
+def maps_compare(
+    first: Annotated[Path, typer.Argument(parser=as_path, metavar="FIRST", help="Relevance store.")],
+    second: Annotated[Path, typer.Argument(parser=as_path, metavar="SECOND", help="Another one of the same data set.")],
+    top: Annotated[int, typer.Option(min=1, help="How many of the highest cells to hold against each other.")] = 20,
+    worst: Annotated[int, typer.Option(min=0, help="How many of the samples that agree least to list.")] = 10,
+) -> None:
+    """How far the maps of two stores agree: rank correlation, overlap of the highest cells, the worst samples."""
+    with reporting() as progress:
+        from zpipe import open_maps
+        from zpipe.pipeline.compare import compare_stores
+
+        found = compare_stores(open_maps(first), open_maps(second), top=top, worst=worst, progress=progress)
+        table = Table(show_header=False, title=f"{first} and {second}", title_justify="left")
+        table.add_row("samples", f"{found.common} compared, {found.unusable} without a usable map in both")
+        table.add_row("in one alone", f"{found.only_a} in the first, {found.only_b} in the second")
+        for name, one, other in found.differing:
+            table.add_row(name, f"{json.dumps(one)[:60]} and {json.dumps(other)[:60]}")
+        table.add_row("quantiles", "5 %, 25 %, 50 %, 75 %, 95 %")
+        table.add_row("rank correlation", ", ".join(f"{value:.4f}" for value in found.rank_correlation))
+        table.add_row(f"top {found.top} shared", ", ".join(f"{value:.2f}" for value in found.top_overlap))
+        out.print(table)
+        rows = [{"key": key, "rank_correlation": rank, "shared": shared} for key, rank, shared in found.worst]
+        print_rows(rows, title="agree least")

@@ -1,0 +1,131 @@
+"""What verbs share: the two consoles, exit codes, signals, and settings written as text."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from zpipe.progress import ProgressBars, ProgressLines, progress_for
+from zpipe.schemas.errors import UsageError, ZpipeError
+
+# Off a terminal rich assumes 80 columns and cuts what is wider; a file has room.
+out = Console(width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True)
+
+
+class Terminated(BaseException):
+    """SIGTERM: what is in hand is dropped, as on Ctrl-C."""
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises :class:`Terminated` in the main thread; processes forked meanwhile just end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = os.getpid()
+
+    def on_terminate(number: int, frame: object) -> None:
+        if os.getpid() != ours:
+            os._exit(128 + number)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def reporting() -> Iterator[ProgressBars | ProgressLines]:
+    """Progress while a verb runs; what users can act on becomes one line and an exit code."""
+    try:
+        with terminable(), progress_for(err) as progress:
+            yield progress
+    except ZpipeError as error:
+        fail(str(error), error.details, error.exit_code)
+    except OSError as error:
+        fail(
+            f"{error.filename or 'system'}: {error.strerror or error}; free space or fix permissions, then run again",
+            (),
+            1,
+        )
+    except RuntimeError as error:
+        # torch raises this wherever the main thread happens to be when a worker dies.
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        fail("a data-loading process was killed, often for want of memory; give fewer --num-workers, run again", (), 1)
+    except Terminated:
+        fail("terminated; run the same command again to go on", (), 1)
+    except KeyboardInterrupt:
+        fail("interrupted; run the same command again to go on", (), 130)
+
+
+def tell(line: str) -> None:
+    """Print a line of a result, unbroken however narrow the terminal is."""
+    out.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def fail(message: str, details: tuple[str, ...], code: int) -> None:
+    """Print `error: message` and its details to standard error, and exit."""
+    print(f"error: {message}", file=sys.stderr)
+    for line in details:
+        print(f"  {line}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def count_or_auto(text: str) -> int:
+    """A number of at least 1, or 0 for `auto`."""
+    if text in ("auto", "0"):
+        return 0
+    if not text.isdecimal():
+        raise typer.BadParameter("give a number of images, or auto")
+    return int(text)
+
+
+def parse_settings(pairs: list[str] | None, option: str) -> dict[str, Any]:
+    """`key=value` pairs; values are JSON where they parse as such, text otherwise."""
+    settings: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{option} {pair}: write it as key=value")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings
+
+
+def parse_numbers(text: str, kind: type, option: str) -> tuple:
+    """A comma-separated list of numbers."""
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: write numbers separated by commas, such as 0,0.1,0.5") from error
+
+
+def print_rows(rows: list[dict[str, Any]], title: str) -> None:
+    """Rows with the same columns as a table on standard output."""
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name in ("setting", "model") else "right")
+    for row in rows:
+        table.add_row(
+            *(
+                value if isinstance(value, str) else f"{value:.4g}" if isinstance(value, float) else str(value)
+                for value in row.values()
+            )
+        )
+    out.print(table)
