@@ -14,7 +14,7 @@ from typing import Any
 from zpipe.schemas.atomic import read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.sample import shard_stem
-from zpipe.schemas.storage import as_path, check_reachable, file_sizes
+from zpipe.schemas.storage import as_path, check_reachable, file_sizes, storage_errors
 
 INDEX_NAME = "shards.json"
 FORMAT = "zpipe-shards"
@@ -92,13 +92,17 @@ def find_shards(path: Path) -> tuple[Path, list[Path]]:
     """
     path = as_path(path)
     check_reachable(path)
-    if path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+        tars = sorted(entry for entry in path.glob("*.tar") if not entry.name.startswith(".")) if is_folder else []
+    except storage_errors() as error:
+        raise ZpipeError(f"{path}: can't be read ({error}); check the address and your access to it") from error
+    if is_file:
         if path.suffix != ".tar":
             raise UsageError(f"{path}: not a .tar file; give a folder of tar shards or one tar")
         return path.parent, [path]
-    if not path.is_dir():
+    if not is_folder:
         raise UsageError(f"{path}: no such folder; give a folder of tar shards (zpipe make-shards makes one)")
-    tars = sorted(entry for entry in path.glob("*.tar") if not entry.name.startswith("."))
     if not tars:
         raise UsageError(f"{path}: holds no .tar file; give a folder of tar shards (zpipe make-shards makes one)")
     return path, tars

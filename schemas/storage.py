@@ -24,15 +24,15 @@ def as_path(value: str | os.PathLike[str]) -> Path:
     if isinstance(value, Path):
         return value
     text = str(value)
-    if "://" not in text:
-        return Path(text)
+    protocol, separator, rest = text.partition("://")
+    if not separator or protocol in ("file", "local"):
+        return Path(rest if separator else text)
     from upath import UPath
 
     options = dict(getattr(value, "storage_options", {}))
     try:
         # fsspec's memory of listings would hide what other processes write.
-        path = UPath(text, **(options | {"use_listings_cache": False}))
-        return Path(path.path) if path.protocol in ("file", "local") else path
+        return UPath(text, **(options | {"use_listings_cache": False}))
     except (ImportError, ValueError) as error:
         raise UsageError(f"{text}: can't be opened ({str(error).splitlines()[0]}); give another path") from error
 
@@ -65,7 +65,7 @@ def check_reachable(path: Path) -> None:
     try:
         path.exists()
     except ImportError as error:
-        raise UsageError(f"{path}: {str(error).splitlines()[0]}; pip install 'zpipe[s3]' or 'zpipe[gcs]'") from error
+        raise UsageError(f"{path}: {str(error).splitlines()[0]}; install the extra s3 or gcs") from error
     except storage_errors() as error:
         raise ZpipeError(
             f"{path}: can't be reached ({str(error).splitlines()[0]}); check credentials and endpoint"

@@ -294,26 +294,25 @@ def test_ray_killed_and_run_again_gives_the_same_store(undisturbed, tmp_path, st
 
 @pytest.mark.slow
 def test_a_shard_that_kills_every_worker_is_reported_and_the_rest_goes_on(undisturbed, tmp_path, start, many, contents):
-    """The only worker is killed while it is at the first shards, as often as that shard is tried."""
+    """The only worker is killed while it is at the last shard, as often as that shard is tried."""
     out = tmp_path / "store"
     running = start(out, "--executor", "ray", "--actors", "1")
     dead: set[int] = set()
 
-    def killed_three():
+    def kill_who_is_at_work():
         for pid in descendants(running.pid):
-            if pid not in dead and "ShardWorker" in name_of(pid):
-                # The first worker after it has done a shard, the next ones before they can do any.
-                if committed(out) >= 1:
-                    os.kill(pid, signal.SIGKILL)
-                    dead.add(pid)
-        return len(dead) >= 3
+            if pid not in dead and "ShardWorker.process" in name_of(pid) and committed(out) >= 16:
+                os.kill(pid, signal.SIGKILL)
+                dead.add(pid)
+        return running.poll() is not None
 
-    assert wait_for(killed_three, 200, running), running.said()
-    assert running.wait(200) == 1, running.said()
+    assert wait_for(kill_who_is_at_work, 300), running.said()
+    assert running.returncode == 1 and len(dead) >= 3, running.said()
     said = running.said()
-    assert "1 of 18 shards failed, the others are committed" in said and "Traceback" not in said
-    # The first death may come after its shard was committed and before that was told.
-    assert said.count("worker failed") == 1 and committed(out) >= 17 and not (out / "manifest.json").exists()
+    # A death may come after its shard was committed and before that was told, and then hits the shard behind it too.
+    failed = said.count("worker failed")
+    assert 1 <= failed <= 2 and f"{failed} of 18 shards failed, the others are committed" in said
+    assert "Traceback" not in said and committed(out) >= 16 and not (out / "manifest.json").exists()
     again = start(out, "--executor", "local")
     assert again.wait(120) == 0, again.said()
     assert contents(out) == contents(undisturbed)
@@ -333,11 +332,12 @@ def test_a_worker_that_cannot_begin_is_one_line(shards, tmp_path, teacher_settin
         frame="full",
         batch_size=1,
         threads=1,
+        sharing=1,
         device="cpu",
     )
     reports = []
     with pytest.raises(ZpipeError, match="a worker could not begin: .*every machine needs the same file") as error:
-        run_ray(spec, [ShardTask(path=str(path), entry=entry)], Resources(actors=1), reports.append)
+        run_ray(spec, [ShardTask(path=str(path), entry=entry)], Resources(actors=1), reports.append, lambda: None)
     assert "\n" not in str(error.value) and not reports and not list(tmp_path.iterdir())
 
 

@@ -200,6 +200,22 @@ def test_an_endpoint_that_is_dead_is_one_line(process, shards, monkeypatch):
     assert done.code == 1 and "s3://bucket/store" in done.error and "can't be reached" in done.error
 
 
+@pytest.mark.parametrize(
+    "source, told",
+    [
+        ("pipe:cat /etc/passwd", "no such folder"),
+        ("pipe:curl http://x/y.tar", "no such folder"),
+        ("pipe://cat", "Unsupported filesystem: 'pipe'"),
+        ("http://127.0.0.1:9/x", "127.0.0.1:9"),
+    ],
+)
+def test_nothing_in_a_path_is_run(source, told):
+    """webdataset runs what follows `pipe:` in a shell; here it is a name like any other."""
+    with pytest.raises(ZpipeError, match=told) as error:
+        RelevanceLoader(source, batch_size=1)
+    assert "\n" not in str(error.value)
+
+
 def test_urls_and_paths_are_told_apart(tmp_path):
     assert as_path("a/b") == as_path(as_path("a/b")) and not is_remote(as_path("a/b"))
     assert as_path(f"file://{tmp_path}/a") == tmp_path / "a" and not is_remote(as_path(f"file://{tmp_path}"))
