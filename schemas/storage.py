@@ -7,6 +7,7 @@ each store's own library looks (AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,10 @@ def as_path(value: str | os.PathLike[str]) -> Path:
         return value
     text = str(value)
     protocol, separator, rest = text.partition("://")
-    if not separator or protocol in ("file", "local"):
-        return Path(rest if separator else text)
+    if separator and protocol in ("file", "local"):
+        return Path(rest)
+    if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.:-]*", protocol):
+        return Path(text)
     from upath import UPath
 
     options = dict(getattr(value, "storage_options", {}))
