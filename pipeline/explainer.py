@@ -110,7 +110,7 @@ class Explainer:
             chosen = slice(start, start + self.batch_size)
             try:
                 yield self._explain(pixels[chosen], labels[chosen])
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
                 self._lower_batch_size(min(self.batch_size, len(pixels) - start))
@@ -161,11 +161,11 @@ class Explainer:
         return asked if isinstance(asked, Tensor) else asked(logits)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     # The CPU's allocators have no exception of their own. oneDNN's message has other causes too: one that isn't memory
     # stays when the batch is down to one image.
     told = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
-    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in told)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in str(error) for part in told)
 
 
 def bytes_per_image(model: VisionTransformer, dtype: torch.dtype = torch.float32) -> int:
