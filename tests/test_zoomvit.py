@@ -161,7 +161,7 @@ def test_zoom_factor_embedding_leaves_the_logits_alone(factor):
     assert logits.std() > 0.1
     # It does enter: the tokens differ by the same number in every channel, which the first LayerNorm removes.
     for model in (fixed, soft):
-        for bare, group in zip(plain.tokenise(**arguments), model.tokenise(**arguments), strict=True):
+        for bare, group in zip(plain.tokenise(**arguments).groups(), model.tokenise(**arguments).groups(), strict=True):
             added = group.tokens - bare.tokens
             assert added[:, 1:].abs().max() > 0.1 and not added[:, 0].any()
             torch.testing.assert_close(added, added[..., :1].expand_as(added), atol=1e-12, rtol=0)
@@ -202,7 +202,7 @@ def test_groups_hold_every_image_once_with_the_counts_promised(factor, seed, alp
     zoomed = (zt.coarse_scores(scores, factor) > alpha).sum(1)
     expected = model.coarse_grid**2 + 3 * zoomed
     assert torch.equal(counts, expected if keep is None else expected.clamp(max=keep))
-    groups = model.tokenise(images, scores, alpha, keep)
+    groups = model.tokenise(images, scores, alpha, keep).groups()
     assert sorted(torch.cat([group.index for group in groups]).tolist()) == list(range(4))
     for group in groups:
         assert (counts[group.index] == group.ids.shape[1]).all()
@@ -217,7 +217,7 @@ def test_tokens_are_patch_plus_position(factor):
     fine, fine_kernel, coarse, coarse_kernel = zt.patches_and_kernels(images, model.patch_embed.weight, factor)
     table = torch.cat([fine @ fine_kernel.T + model.pos_fine, coarse @ coarse_kernel.T + model.pos_coarse], dim=1)
     table = table + model.patch_embed.bias  # [B, 5C, E], by token id
-    for group in model.tokenise(images, scores, alpha=0.4):
+    for group in model.tokenise(images, scores, alpha=0.4).groups():
         for image, ids, tokens in zip(group.index, group.ids, group.tokens, strict=True):
             torch.testing.assert_close(tokens[1:], table[image, ids], atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(tokens[:1], (model.cls_token + model.pos_cls)[0])
@@ -232,7 +232,7 @@ def test_only_the_kept_pixels_matter(factor):
     assert bool((images.grad.abs().sum(1) > 0).all())  # full cover: every pixel has a say
 
     images.grad = None
-    groups = model.tokenise(images, scores, alpha=0.3, keep_tokens=5)
+    groups = model.tokenise(images, scores, alpha=0.3, keep_tokens=5).groups()
     model(images, scores, alpha=0.3, keep_tokens=5).square().sum().backward()
     kept = torch.zeros(3, 32, 32, dtype=torch.bool)
     for group in groups:
@@ -411,7 +411,7 @@ def test_bad_calls_are_refused_in_one_line(arguments, message):
         ({"img_size": 35, "patch_size": 5}, "patch size 5"),
         ({"img_size": (32, 64)}, "must be square"),
         ({"zfe": "hard"}, "zfe must be one of none, fixed, soft"),
-        ({"pos": "rope"}, "pos must be learned or sincos"),
+        ({"pos": "rope"}, "pos must be one of learned, sincos, sincos-1d"),
         ({"embed_dim": 26}, "embed_dim must divide"),
     ],
 )

@@ -51,7 +51,7 @@ def contact_sheet(
     pixels = opened.preprocessing.normalise(batch["image"])
     scores = zoomer(pixels)  # [B, s * s]
     logits = model(pixels, scores, alpha=alpha, budget=budget)
-    groups = model.tokenise(pixels, scores, alpha=alpha, budget=budget)
+    groups = model.tokenise(pixels, scores, alpha=alpha, budget=budget).groups()
     tokens = {int(place): group.ids[row] for group in groups for row, place in enumerate(group.index)}
     names = loader.index.classes
     titles = ("image", "teacher map", "zoomer map", "patch map")

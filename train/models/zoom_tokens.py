@@ -18,6 +18,8 @@ treat every image on its own.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from torch import Tensor
 
 ZOOM_FACTORS = (2.0, 0.5)
 ZFE_KINDS = ("none", "fixed", "soft")
+PRUNE_KINDS = ("backward", "forward", "backward-zoomed", "forward-zoomed", "backward-rest", "forward-rest")
 
 
 class TokenOrder(NamedTuple):
@@ -33,7 +36,7 @@ class TokenOrder(NamedTuple):
 
     ids     int64 [B, 5C]: token ids; the first counts[b] of row b are its sequence, the rest are absent tokens.
     counts  int64 [B]: tokens in the sequence; the class token is not among them.
-    fine    int64 [B]: fine tokens before any pruning (N_k of Eq. 6), four for each zoomed cell.
+    fine    int64 [B]: fine tokens (N_k of Eq. 6), four for each zoomed cell; backward pruning leaves it as it was.
     """
 
     ids: Tensor
@@ -49,6 +52,13 @@ def check_zoom_factor(zoom_factor: float) -> float:
     if zoom_factor not in ZOOM_FACTORS:
         raise ValueError(f"zoom_factor must be 2.0 or 0.5, got {zoom_factor!r}")
     return float(zoom_factor)
+
+
+def check_alpha(alpha: float) -> float:
+    """The threshold. Raises ValueError unless it lies in [0, 1]."""
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha!r}")
+    return alpha
 
 
 def coarse_scores(scores: Tensor, zoom_factor: float) -> Tensor:
@@ -81,9 +91,7 @@ def select_above(cell_scores: Tensor, alpha: float) -> Tensor:
 
     At alpha = 1 nothing is zoomed. Raises ValueError unless 0 <= alpha <= 1.
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha must lie in [0, 1], got {alpha!r}")
-    return cell_scores > alpha
+    return cell_scores > check_alpha(alpha)
 
 
 def select_top(cell_scores: Tensor, budget: int) -> Tensor:
@@ -115,15 +123,94 @@ def order_tokens(cell_scores: Tensor, place_scores: Tensor, zoomed: Tensor) -> T
     return TokenOrder(ids=ids, counts=cells + 3 * zoomed.sum(1), fine=fine)
 
 
-def prune(order: TokenOrder, keep_tokens: int) -> TokenOrder:
-    """Keep the first `keep_tokens` of every ordered sequence (section 3.3, inference strategy).
+def prune(order: TokenOrder, keep_tokens: int, kind: str = "backward") -> TokenOrder:
+    """Keep `keep_tokens` of every ordered sequence (section 3.3, inference strategy; section 5.3, Fig. 6 c and d).
 
-    An image with fewer tokens keeps them all. Raises ValueError unless 1 <= keep_tokens <= 4C, the longest sequence.
+    kind says which tokens go: "backward" the lowest-ranked, the way to use a model; "forward" the highest-ranked, to
+    show that they matter. "backward-zoomed" and "forward-zoomed" take fine tokens only, "backward-rest" and
+    "forward-rest" coarse ones only, and stop when there are none left of them.
+
+    An image with fewer tokens keeps them all. Raises ValueError unless 1 <= keep_tokens <= 4C, the longest sequence, and
+    for an unknown kind.
     """
     longest = order.ids.shape[1] // 5 * 4
     if not 1 <= keep_tokens <= longest:
         raise ValueError(f"keep_tokens must lie between 1 and the {longest} tokens of a full zoom, got {keep_tokens!r}")
-    return order._replace(counts=order.counts.clamp(max=keep_tokens))
+    if kind not in PRUNE_KINDS:
+        raise ValueError(f"prune must be one of {', '.join(PRUNE_KINDS)}, got {kind!r}")
+    if kind == "backward":
+        return order._replace(counts=order.counts.clamp(max=keep_tokens))
+    direction, _, part = kind.partition("-")
+    place = torch.arange(order.ids.shape[1], device=order.ids.device).expand_as(order.ids)  # [B, 5C]
+    first = (
+        order.fine if part == "rest" else torch.zeros_like(order.fine)
+    )  # the candidates are the places first..last-1
+    last = order.fine if part == "zoomed" else order.counts
+    drop = (order.counts - keep_tokens).clamp(min=0).minimum(last - first)
+    lowest = first if direction == "forward" else last - drop
+    gone = (place >= lowest[:, None]) & (place < (lowest + drop)[:, None])
+    ids = order.ids.gather(1, gone.to(torch.uint8).argsort(dim=1, stable=True))  # [B, 5C], what went goes last
+    gone_fine = (gone & (place < order.fine[:, None])).sum(1)
+    return TokenOrder(ids=ids, counts=order.counts - drop, fine=order.fine - gone_fine)
+
+
+def pruned_counts(fine: int, count: int, keep_tokens: int, kind: str) -> tuple[int, int]:
+    """What `prune` leaves of a sequence of `count` tokens, `fine` of them fine: (fine tokens, all tokens)."""
+    direction, _, part = kind.partition("-")
+    lowest, highest = (fine if part == "rest" else 0), (fine if part == "zoomed" else count)
+    drop = min(max(count - keep_tokens, 0), highest - lowest)
+    begin = lowest if direction == "forward" else highest - drop
+    return fine - max(min(fine, begin + drop) - begin, 0), count - drop
+
+
+def parse_budget(text: str) -> tuple[float, str]:
+    """ "300 tokens" -> (300.0, "tokens"); units are cells, tokens and GMACs (G for short), a bare number counts cells.
+
+    Raises ValueError for another form.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(cells?|tokens?|g|gmacs?|)", text.strip().lower())
+    if found is None or ("." in found[1] and not found[2].startswith("g")):
+        raise ValueError(f"budget {text!r} is none: give a number of cells, or '300 tokens', or '2.3 GMACs'")
+    return float(found[1]), {"t": "tokens", "g": "GMACs"}.get(found[2][:1], "cells")
+
+
+def calibrate_alpha(
+    cell_scores: Tensor, budget: float, cost: Callable[[Tensor], Tensor] | None = None
+) -> tuple[float, float]:
+    """The threshold at which a data set costs `budget` an image on average, or as much less as its scores allow.
+
+    Args:
+        cell_scores: [N, C], the coarse scores of N images in [0, 1] (see `coarse_scores`).
+        budget: mean cost an image that must not be passed.
+        cost: of an image, given how many of its cells are zoomed, int64 [N] -> [N]; it must not fall. None counts the
+            zoomed cells themselves.
+
+    Returns:
+        (alpha, mean cost at alpha). The smallest alpha within the budget: bisection over the distinct scores, since the
+        cost changes only there. Time grows as N C log(N C), memory as N C.
+
+    Raises:
+        ValueError: no threshold is cheap enough: even with nothing zoomed an image costs more.
+    """
+    if cell_scores.ndim != 2 or not len(cell_scores):
+        raise ValueError(f"cell_scores must be [images, cells], got {list(cell_scores.shape)}")
+
+    def mean_cost(alpha: float) -> float:
+        zoomed = (cell_scores > alpha).sum(dim=1)
+        return float((zoomed if cost is None else cost(zoomed)).double().mean())
+
+    steps = torch.cat([cell_scores.flatten().double(), torch.tensor([0.0, 1.0], dtype=torch.float64)]).unique()
+    low, high = 0, len(steps) - 1  # the answer lies in steps[low .. high]
+    if (least := mean_cost(1.0)) > budget:
+        raise ValueError(f"a budget of {budget:g} is below the {least:g} of an image in which nothing is zoomed")
+    while low < high:
+        middle = (low + high) // 2
+        if mean_cost(float(steps[middle])) <= budget:
+            high = middle
+        else:
+            low = middle + 1
+    alpha = float(steps[low])
+    return alpha, mean_cost(alpha)
 
 
 # -- zoom factor embedding ---------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ transformer blocks. Importing this module registers zoomvit_{tiny,small,base}_pa
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +23,12 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from zpipe.train.models import zoom_tokens
+from zpipe.train.models.packing import packing, run_blocks
 from zpipe.train.models.zoom_tokens import TokenOrder
 
-__all__ = ["TokenGroup", "WarmStart", "ZoomViT", "load_vit"]
+__all__ = ["TokenGroup", "Tokens", "WarmStart", "ZoomViT", "load_vit"]
+
+POSITIONS = ("learned", "sincos", "sincos-1d")
 
 
 class TokenGroup(NamedTuple):
@@ -39,6 +44,40 @@ class TokenGroup(NamedTuple):
     tokens: Tensor
 
 
+class Tokens(NamedTuple):
+    """The sequences of a batch, packed end to end in the order of their lengths, ready for the first block.
+
+    tokens   float [T, E]: of each image the class token, then its embedded patches.
+    ids      int64 [T]: token ids (see `zoom_tokens`); 5C for class tokens, -1 for what stands for no patch.
+    lengths  tokens of each sequence, class token included, rising.
+    index    int64 [B]: the place in the batch of each sequence.
+    """
+
+    tokens: Tensor
+    ids: Tensor
+    lengths: tuple[int, ...]
+    index: Tensor
+
+    def groups(self) -> list[TokenGroup]:
+        """The same, images of equal token count together, shortest first."""
+        found, image, start = [], 0, 0
+        for length, run in groupby(self.lengths):
+            count = len(list(run))
+            stop = start + count * length
+            ids = self.ids[start:stop].view(count, length)[:, 1:]
+            tokens = self.tokens[start:stop].view(count, length, -1)
+            found.append(TokenGroup(self.index[image : image + count], ids, tokens))
+            image, start = image + count, stop
+        return found
+
+
+class _Choice(NamedTuple):
+    """Which tokens a batch gets. fixed: (fine tokens, all tokens) when that is known to be the same for every image."""
+
+    order: TokenOrder
+    fixed: tuple[int, int] | None
+
+
 class WarmStart(NamedTuple):
     """What `load_vit` did: the names of our parameters that it filled, and one line for each thing it left out."""
 
@@ -52,9 +91,9 @@ class ZoomViT(nn.Module):
     `model(images, scores, alpha=0.03)` zooms the cells scored above alpha; `budget=k` instead zooms exactly the k
     best cells of every image; with `scores=None` nothing is zoomed.
 
-    Images of a batch that have different token counts are run in groups of equal count, which is the simple way: no
-    padding, hence no mask, and an image's logits don't depend on its neighbours. A batch with many different counts
-    costs as many passes through the blocks; `budget` and `keep_tokens` make the counts agree.
+    Nothing is padded: under a threshold the images of a batch have different token counts and are packed end to end (see
+    `packing`), so that an image's logits don't depend on its neighbours. Under a budget all shapes are fixed, and the
+    model can be compiled, exported and turned into ONNX; checks of the scores' values are then left out.
 
     Args:
         img_size: pixels a side; images are square.
@@ -70,7 +109,9 @@ class ZoomViT(nn.Module):
             which every LayerNorm of a pre-norm transformer takes away again: the three give the same logits.
         omega: steepness of the soft embedding. The paper gives none; 0.1 is our choice.
         pos: "learned" positions, started from 2-D sine-cosine ones, or "sincos" to keep those fixed. Both grids have
-            their own table, and both tables put a token at the centre of the pixels it covers.
+            their own table, and both tables put a token at the centre of the pixels it covers. "sincos-1d" is what the
+            authors released: fixed 1-D sine-cosine positions over each grid's row-major index, the class token at 0,
+            the two grids not aligned.
 
     Raises:
         ValueError: sizes that don't divide, an unknown zoom_factor, zfe or pos.
@@ -106,8 +147,8 @@ class ZoomViT(nn.Module):
             )
         if zfe not in zoom_tokens.ZFE_KINDS:
             raise ValueError(f"zfe must be one of {', '.join(zoom_tokens.ZFE_KINDS)}, got {zfe!r}")
-        if pos not in ("learned", "sincos"):
-            raise ValueError(f"pos must be learned or sincos, got {pos!r}")
+        if pos not in POSITIONS:
+            raise ValueError(f"pos must be one of {', '.join(POSITIONS)}, got {pos!r}")
         if embed_dim % 4 or embed_dim % num_heads:
             raise ValueError(f"embed_dim must divide by 4 and by num_heads {num_heads}, got {embed_dim}")
         self.score_grid = self.img_size // patch_size  # s, cells a side of the score map
@@ -121,11 +162,19 @@ class ZoomViT(nn.Module):
         # Holds the kernel: tokens are embedded by matrix products on the patches that are present.
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        tables = {
-            "pos_cls": torch.zeros(1, 1, embed_dim),
-            "pos_coarse": _sincos_table(self.coarse_grid, coarse_patch / patch_size, embed_dim)[None],
-            "pos_fine": _sincos_table(2 * self.coarse_grid, coarse_patch / patch_size / 2, embed_dim)[None],
-        }
+        if pos == "sincos-1d":
+            coarse = _sincos_1d(self.coarse_grid**2 + 1, embed_dim)
+            tables = {
+                "pos_cls": coarse[None, :1],
+                "pos_coarse": coarse[None, 1:],
+                "pos_fine": _sincos_1d(4 * self.coarse_grid**2 + 1, embed_dim)[None, 1:],
+            }
+        else:
+            tables = {
+                "pos_cls": torch.zeros(1, 1, embed_dim),
+                "pos_coarse": _sincos_table(self.coarse_grid, coarse_patch / patch_size, embed_dim)[None],
+                "pos_fine": _sincos_table(2 * self.coarse_grid, coarse_patch / patch_size / 2, embed_dim)[None],
+            }
         for name, table in tables.items():
             if pos == "learned":
                 self.register_parameter(name, nn.Parameter(table))
@@ -163,7 +212,8 @@ class ZoomViT(nn.Module):
         scores: Tensor | None = None,
         alpha: float | None = None,
         keep_tokens: int | None = None,
-        budget: int | None = None,
+        budget: int | str | None = None,
+        prune: str = "backward",
     ) -> Tensor:
         """Logits of every image.
 
@@ -173,7 +223,9 @@ class ZoomViT(nn.Module):
                 zooms nothing, whatever alpha says.
             alpha: threshold in [0, 1]; a coarse cell is zoomed if its score is strictly above it.
             keep_tokens: prune every ordered sequence to this many tokens, class token not counted; a shorter one stays.
-            budget: zoom exactly this many coarse cells of every image, instead of those above alpha.
+            budget: zoom exactly as many coarse cells of every image, instead of those above alpha: a number of cells, or
+                "300 tokens" or "2.3 GMACs" for as many as fit into that (see `resolve_budget`).
+            prune: which tokens keep_tokens takes away, one of `zoom_tokens.PRUNE_KINDS`.
 
         Returns:
             [B, num_classes].
@@ -182,7 +234,7 @@ class ZoomViT(nn.Module):
             ValueError: images or scores of another shape, NaN in scores, alpha outside [0, 1], budget or keep_tokens
                 out of range, scores with both or neither of alpha and budget, keep_tokens or budget without scores.
         """
-        return self.forward_head(self.forward_features(images, scores, alpha, keep_tokens, budget))
+        return self.forward_head(self.forward_features(images, scores, alpha, keep_tokens, budget, prune))
 
     def forward_features(
         self,
@@ -190,12 +242,19 @@ class ZoomViT(nn.Module):
         scores: Tensor | None = None,
         alpha: float | None = None,
         keep_tokens: int | None = None,
-        budget: int | None = None,
+        budget: int | str | None = None,
+        prune: str = "backward",
     ) -> Tensor:
         """The normalised class token after the last block, [B, embed_dim]. Arguments and errors as in `forward`."""
-        groups = self.tokenise(images, scores, alpha, keep_tokens, budget)
-        features = torch.cat([self.norm(self.blocks(group.tokens)[:, 0]) for group in groups])  # [B, E], by group
-        return features[torch.cat([group.index for group in groups]).argsort()]
+        choice = self._choose_for(images, scores, alpha, keep_tokens, budget, prune)
+        if choice.fixed is not None:
+            return self.norm(self.blocks(self._embed_fixed(images, choice)[0])[:, 0])
+        return self._run_packed(self._embed_packed(images, choice))
+
+    def _run_packed(self, sequences: Tokens) -> Tensor:
+        packed = packing(sequences.lengths, sequences.tokens.device)
+        tokens = run_blocks(self.blocks, sequences.tokens, packed)
+        return self.norm(tokens[packed.offsets[:-1][sequences.index.argsort()]])  # [B, E]
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """[B, embed_dim] -> logits [B, num_classes], or the features themselves with pre_logits."""
@@ -207,84 +266,112 @@ class ZoomViT(nn.Module):
         scores: Tensor | None = None,
         alpha: float | None = None,
         keep_tokens: int | None = None,
-        budget: int | None = None,
-    ) -> list[TokenGroup]:
-        """The sequences that enter the first block, one group for each token count, shortest first.
-
-        Arguments and errors as in `forward`.
-        """
-        chans = self.patch_embed.in_channels
-        if images.ndim != 4 or tuple(images.shape[1:]) != (chans, self.img_size, self.img_size) or not len(images):
-            raise ValueError(
-                f"images must be [batch, {chans}, {self.img_size}, {self.img_size}], got {list(images.shape)}"
-            )
-        order = self._order(scores, alpha, keep_tokens, budget, len(images), images.device)
-        longest = int(order.counts.max())
-        ids = order.ids[:, :longest]  # [B, N]
-        place = torch.arange(longest, device=ids.device)
-        present = place < order.counts[:, None]  # [B, N]
-        fine = present & (ids < self.pos_fine.shape[1])
-        coarse = present & ~fine
-
-        # Embed the present tokens only, those of the whole batch in one list, and remember who lies where in it.
-        fine_patches, fine_kernel, coarse_patches, coarse_kernel = zoom_tokens.patches_and_kernels(
-            images, self.patch_embed.weight, self.zoom_factor
-        )
-        image = torch.arange(len(images), device=ids.device)[:, None].expand_as(ids)  # [B, N]
-        coarse_ids = ids[coarse] - self.pos_fine.shape[1]
-        bias = self.patch_embed.bias
-        fine_part = F.linear(fine_patches[image[fine], ids[fine]], fine_kernel, bias)
-        coarse_part = F.linear(coarse_patches[image[coarse], coarse_ids], coarse_kernel, bias)
-        embedded = torch.cat(
-            [
-                fine_part + self.pos_fine[0, ids[fine]],
-                coarse_part + self.pos_coarse[0, coarse_ids],
-            ]
-        )  # [T, E]
-        row = torch.zeros_like(ids)  # [B, N], the row of `embedded` that holds each token
-        row[fine] = torch.arange(len(fine_part), device=ids.device)
-        row[coarse] = torch.arange(len(fine_part), len(embedded), device=ids.device)
-        embedding = zoom_tokens.zoom_factor_embedding(
-            order.fine, longest, self.zfe, self.omega, embedded.dtype
-        )  # [B, N]
-
-        groups = []
-        for count in order.counts.unique().tolist():
-            index = (order.counts == count).nonzero()[:, 0]  # [G]
-            tokens = embedded[row[index, :count]] + embedding[index, :count, None]  # [G, n, E]
-            cls = (self.cls_token + self.pos_cls).expand(len(index), -1, -1)  # [G, 1, E]
-            groups.append(TokenGroup(index, ids[index, :count], torch.cat([cls.to(tokens.dtype), tokens], dim=1)))
-        return groups
+        budget: int | str | None = None,
+        prune: str = "backward",
+    ) -> Tokens:
+        """The sequences that enter the first block. Arguments and errors as in `forward`."""
+        choice = self._choose_for(images, scores, alpha, keep_tokens, budget, prune)
+        if choice.fixed is None:
+            return self._embed_packed(images, choice)
+        tokens, ids = self._embed_fixed(images, choice)
+        index = torch.arange(len(images), device=images.device)
+        return Tokens(tokens.flatten(0, 1), ids.flatten(), (tokens.shape[1],) * len(images), index)
 
     def token_counts(
         self,
         scores: Tensor,
         alpha: float | None = None,
         keep_tokens: int | None = None,
-        budget: int | None = None,
+        budget: int | str | None = None,
     ) -> Tensor:
         """How many tokens each image gets, int64 [B]; the class token is not counted.
 
         Without pruning that is C + 3 * (zoomed cells). Arguments and errors as in `forward`.
         """
-        return self._order(scores, alpha, keep_tokens, budget, len(scores), scores.device).counts
+        return self._choose(scores, alpha, keep_tokens, budget, "backward", len(scores), scores.device).order.counts
 
-    def _order(
+    # Budgets
+
+    def macs(self, zoomed: int, keep_tokens: int | None = None) -> int:
+        """Multiply-adds of the forward pass of an image with `zoomed` cells, both embeddings and the head included.
+
+        What runs, as torch's flop counter sees it: matrix products, attention's two among them. The scores' source is
+        not in it. Of a pruned image the tokens that stay are counted, the highest-ranked ones.
+        """
+        fine, coarse = 4 * zoomed, self.coarse_grid**2 - zoomed
+        if keep_tokens is not None:
+            fine = min(fine, keep_tokens)
+            coarse = min(coarse, keep_tokens - fine)
+        length = 1 + fine + coarse
+        patch = self.patch_embed.weight[0].numel()
+        fine_patch = patch // 4 if self.zoom_factor == 2.0 else patch
+        total = self.embed_dim * (fine * fine_patch + coarse * patch)
+        for block in self.blocks:
+            linear = sum(
+                layer.weight.numel() for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+            )
+            total += length * linear + 2 * length**2 * self.embed_dim
+        return total + (self.head.weight.numel() if self.num_classes else 0)
+
+    def resolve_budget(self, budget: int | str) -> int:
+        """The number of cells to zoom under a budget: itself if a number, else the most that fit into
+        "300 tokens" (class token not counted) or "2.3 GMACs" (see `macs`).
+
+        Raises ValueError for a number of cells outside 0 .. C, a text of another form, or a budget below what an image
+        with nothing zoomed takes.
+        """
+        cells = self.coarse_grid**2
+        if not isinstance(budget, str):
+            if not 0 <= budget <= cells:
+                raise ValueError(
+                    f"budget must lie between 0 and the {cells} coarse cells, got {budget!r}; "
+                    "for tokens or multiply-adds give '300 tokens' or '2.3 GMACs'"
+                )
+            return budget
+        value, unit = zoom_tokens.parse_budget(budget)
+        if unit == "cells":
+            return self.resolve_budget(int(value))
+        costs = [cells + 3 * k if unit == "tokens" else self.macs(k) / 1e9 for k in range(cells + 1)]
+        fitting = bisect_right(costs, value)
+        if not fitting:
+            raise ValueError(f"budget {budget!r} is below the {costs[0]:g} {unit} of an image with nothing zoomed")
+        return fitting - 1
+
+    # Choosing and embedding
+
+    def _choose_for(
+        self,
+        images: Tensor,
+        scores: Tensor | None,
+        alpha: float | None,
+        keep_tokens: int | None,
+        budget: int | str | None,
+        prune: str,
+    ) -> _Choice:
+        chans = self.patch_embed.in_channels
+        if images.ndim != 4 or tuple(images.shape[1:]) != (chans, self.img_size, self.img_size) or not len(images):
+            raise ValueError(
+                f"images must be [batch, {chans}, {self.img_size}, {self.img_size}], got {list(images.shape)}"
+            )
+        return self._choose(scores, alpha, keep_tokens, budget, prune, len(images), images.device)
+
+    def _choose(
         self,
         scores: Tensor | None,
         alpha: float | None,
         keep_tokens: int | None,
-        budget: int | None,
+        budget: int | str | None,
+        prune: str,
         batch: int,
         device: torch.device,
-    ) -> TokenOrder:
+    ) -> _Choice:
         cells = self.score_grid**2
-        if alpha is not None and not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"alpha must lie in [0, 1], got {alpha!r}")
+        if alpha is not None:
+            zoom_tokens.check_alpha(alpha)
         if scores is None:
             if keep_tokens is not None or budget is not None:
                 raise ValueError("keep_tokens and budget need scores to choose by, got scores=None")
-            scores, alpha = torch.zeros(batch, cells, device=device), 1.0
+            scores, alpha, budget = torch.zeros(batch, cells, device=device), None, 0
         if tuple(scores.shape) != (batch, cells):
             raise ValueError(
                 f"scores must be [{batch}, {cells}], a {self.score_grid} x {self.score_grid} map for each image, "
@@ -292,15 +379,90 @@ class ZoomViT(nn.Module):
             )
         if (alpha is None) == (budget is None):
             raise ValueError(f"scores need either alpha or budget, got alpha={alpha}, budget={budget}")
-        if scores.isnan().any():
+        if not torch.compiler.is_compiling() and scores.isnan().any():  # a compiled graph can't branch on values
             raise ValueError("scores must be numbers in [0, 1], got NaN")
-        cell_scores = zoom_tokens.coarse_scores(scores, self.zoom_factor)
+        cell_scores = zoom_tokens.coarse_scores(scores.detach(), self.zoom_factor)
+        fixed = None
         if budget is None:
             zoomed = zoom_tokens.select_above(cell_scores, alpha)
         else:
-            zoomed = zoom_tokens.select_top(cell_scores, budget)
-        order = zoom_tokens.order_tokens(cell_scores, zoom_tokens.fine_scores(scores, self.zoom_factor), zoomed)
-        return order if keep_tokens is None else zoom_tokens.prune(order, keep_tokens)
+            count = self.resolve_budget(budget)
+            zoomed = zoom_tokens.select_top(cell_scores, count)
+            fixed = (4 * count, self.coarse_grid**2 + 3 * count)
+        places = zoom_tokens.fine_scores(scores.detach(), self.zoom_factor)
+        order = zoom_tokens.order_tokens(cell_scores, places, zoomed)
+        if keep_tokens is not None:
+            order = zoom_tokens.prune(order, keep_tokens, prune)
+            if fixed is not None:
+                fixed = zoom_tokens.pruned_counts(*fixed, keep_tokens, prune)
+        return _Choice(order, fixed)
+
+    def _positions(self) -> Tensor:
+        """[5C + 1, E], by token id; the class token's comes last."""
+        return torch.cat([self.pos_fine[0], self.pos_coarse[0], self.pos_cls[0]])
+
+    def _embed_fixed(self, images: Tensor, choice: _Choice) -> tuple[Tensor, Tensor]:
+        """Tokens [B, 1 + n, E] and their ids [B, 1 + n], every shape known beforehand."""
+        fine, count = choice.fixed
+        batch, fine_cells = len(images), self.pos_fine.shape[1]
+        ids = choice.order.ids[:, :count]  # [B, n]
+        fine_patches, fine_kernel, coarse_patches, coarse_kernel = zoom_tokens.patches_and_kernels(
+            images, self.patch_embed.weight, self.zoom_factor
+        )
+        parts = [self.cls_token.expand(batch, -1, -1)]
+        for chosen, patches, kernel in (
+            (ids[:, :fine], fine_patches, fine_kernel),
+            (ids[:, fine:] - fine_cells, coarse_patches, coarse_kernel),
+        ):
+            if chosen.shape[1]:
+                first = torch.arange(batch, device=ids.device)[:, None] * patches.shape[1]
+                taken = patches.flatten(0, 1).index_select(0, (first + chosen).flatten())  # [B * f, K]
+                parts.append(F.linear(taken, kernel, self.patch_embed.bias).unflatten(0, (batch, chosen.shape[1])))
+        dtype = parts[-1].dtype
+        tokens = torch.cat([part.to(dtype) for part in parts], dim=1)  # [B, 1 + n, E]
+        ids = F.pad(ids, (1, 0), value=5 * self.coarse_grid**2)
+        tokens = tokens + self._positions().index_select(0, ids.flatten()).unflatten(0, ids.shape)
+        if self.zfe != "none":
+            added = zoom_tokens.zoom_factor_embedding(choice.order.fine, count, self.zfe, self.omega, dtype)
+            tokens = tokens + F.pad(added, (1, 0))[..., None]
+        return tokens, ids
+
+    def _embed_packed(self, images: Tensor, choice: _Choice) -> Tokens:
+        """Sequences of different lengths, shortest first."""
+        order, fine_cells = choice.order, self.pos_fine.shape[1]
+        index = order.counts.argsort(stable=True)  # [B]
+        counts = order.counts[index].tolist()
+        longest = counts[-1]
+        ids = F.pad(
+            order.ids[index, :longest], (1, 0), value=5 * self.coarse_grid**2
+        )  # [B, 1 + N], the class token first
+        present = torch.arange(longest + 1, device=ids.device) <= order.counts[index][:, None]
+        flat = ids[present]  # [T]
+        image = index[:, None].expand_as(ids)[present]  # [T]
+
+        # Embed the tokens that are present, all fine ones in one product and all coarse ones in another.
+        fine_rows = (flat < fine_cells).nonzero()[:, 0]
+        coarse_rows = ((flat >= fine_cells) & (flat < 5 * self.coarse_grid**2)).nonzero()[:, 0]
+        fine_patches, fine_kernel, coarse_patches, coarse_kernel = zoom_tokens.patches_and_kernels(
+            images, self.patch_embed.weight, self.zoom_factor
+        )
+        parts = []
+        for rows, first_id, patches, kernel in (
+            (fine_rows, 0, fine_patches, fine_kernel),
+            (coarse_rows, fine_cells, coarse_patches, coarse_kernel),
+        ):
+            place = image[rows] * patches.shape[1] + flat[rows] - first_id
+            parts.append(F.linear(patches.flatten(0, 1).index_select(0, place), kernel, self.patch_embed.bias))
+        embedded = torch.cat([*parts, self.cls_token[0].to(parts[0].dtype)])  # [fine + coarse + 1, E]
+        row = torch.full_like(flat, len(embedded) - 1)  # the row of `embedded` that holds each token
+        row[fine_rows] = torch.arange(len(fine_rows), device=flat.device)
+        row[coarse_rows] = torch.arange(len(fine_rows), len(embedded) - 1, device=flat.device)
+        tokens = embedded.index_select(0, row) + self._positions().index_select(0, flat)  # [T, E]
+        if self.zfe != "none":
+            fine = order.fine[index]
+            added = zoom_tokens.zoom_factor_embedding(fine, longest, self.zfe, self.omega, tokens.dtype)
+            tokens = tokens + F.pad(added, (1, 0))[present][:, None]
+        return Tokens(tokens, flat, tuple(count + 1 for count in counts), index)
 
     # What timm's optimizers and fine-tuning tools ask of a model.
 
@@ -366,7 +528,7 @@ def load_vit(model: ZoomViT, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart
             source.pop(name)
     elif math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
         prefix = 0  # DeiT-III: the class token has no position
-    if model.pos == "sincos":
+    if model.pos != "learned":
         left.append("pos_embed: the model's positions are fixed")
     else:
         updates |= _positions_from_vit(model, positions, prefix)
@@ -427,6 +589,13 @@ def _sincos_table(side: int, step: float, dim: int) -> Tensor:
     return torch.cat([rows, columns], dim=2).flatten(0, 1)
 
 
+def _sincos_1d(length: int, dim: int) -> Tensor:
+    """Sine-cosine positions 0 .. length-1, [length, dim]: sine on even channels, cosine on odd ones."""
+    frequency = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency  # [length, dim / 2]
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).float()
+
+
 def _square_side(img_size: int | tuple[int, int]) -> int:
     height, width = img_size if isinstance(img_size, (tuple, list)) else (img_size, img_size)
     if height != width:
@@ -448,31 +617,42 @@ _CFG = {
     "first_conv": "patch_embed",
     "classifier": "head",
 }
-default_cfgs = generate_default_cfgs(
-    {f"zoomvit_{size}_patch16_224.untrained": _CFG for size in ("tiny", "small", "base")}
-)
 
 
-def _build(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> ZoomViT:
-    return build_model_with_cfg(ZoomViT, variant, pretrained, **defaults | kwargs)
+def untrained_cfgs(*names: str) -> Any:
+    """timm's descriptions of models that have no pretrained weights; modules that register models export them."""
+    return generate_default_cfgs({f"{name}.untrained": _CFG for name in names})
+
+
+default_cfgs = untrained_cfgs(*(f"zoomvit_{size}_patch16_224" for size in ("tiny", "small", "base")))
+
+
+def build(
+    variant: str,
+    pretrained: bool,
+    defaults: dict[str, Any],
+    kwargs: dict[str, Any],
+    cls: type[nn.Module] = ZoomViT,
+) -> Any:
+    return build_model_with_cfg(cls, variant, pretrained, **defaults | kwargs)
 
 
 @register_model
 def zoomvit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> ZoomViT:
     """ZoomViT on DeiT-Ti (Table 8). Takes the arguments of `ZoomViT`."""
     defaults = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return _build("zoomvit_tiny_patch16_224", pretrained, defaults, kwargs)
+    return build("zoomvit_tiny_patch16_224", pretrained, defaults, kwargs)
 
 
 @register_model
 def zoomvit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> ZoomViT:
     """ZoomViT on DeiT-S, the paper's main model. Takes the arguments of `ZoomViT`."""
     defaults = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return _build("zoomvit_small_patch16_224", pretrained, defaults, kwargs)
+    return build("zoomvit_small_patch16_224", pretrained, defaults, kwargs)
 
 
 @register_model
 def zoomvit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> ZoomViT:
     """ZoomViT on DeiT-B (Table 8). Takes the arguments of `ZoomViT`."""
     defaults = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _build("zoomvit_base_patch16_224", pretrained, defaults, kwargs)
+    return build("zoomvit_base_patch16_224", pretrained, defaults, kwargs)
