@@ -18,18 +18,10 @@ from pathlib import Path
 
 import timm
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from zpipe.pipeline.methods import METHODS
 from zpipe.pipeline.relevance import SWEEPS, attribute
-
-
-def multiply_adds(run) -> int:
-    """Multiply-adds of the matrix products and convolutions that `run()` executes."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops() // 2
+from zpipe.train.macs import count_macs
 
 
 def seconds(run, device: str) -> float:
@@ -93,9 +85,9 @@ def main() -> None:
         return model(images)
 
     one, target = request(1)
-    counts = {"forward": multiply_adds(lambda: model(one))}
-    counts |= {name: multiply_adds(lambda m=method: m(model, one, target)) for name, method in METHODS.items()}
-    counts["top-5"] = multiply_adds(lambda: attribute(model, one, lambda logits: logits.topk(5).indices))
+    counts = {"forward": count_macs(lambda: model(one))}
+    counts |= {name: count_macs(lambda m=method: m(model, one, target)) for name, method in METHODS.items()}
+    counts["top-5"] = count_macs(lambda: attribute(model, one, lambda logits: logits.topk(5).indices))
     print(f"{args.model} on {args.device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"multiply-adds of a forward pass: {counts['forward'] / 1e9:.2f} G")
     for name, count in counts.items():

@@ -459,7 +459,7 @@ def test_a_run_starts_another_of_its_kind_and_other_sizes(data, finished, tmp_pa
 
 @pytest.mark.parametrize(
     ("source", "told"),
-    [(ZOOMER, "can't start from it"), ("deep", "can't start from it"), ("none", "not a training run")],
+    [(ZOOMER, "can't start from it"), ("deep", "can't start from it"), ("none", "no run, no checkpoint file")],
 )
 def test_what_no_run_can_start_from(data, finished, tmp_path, source, told):
     if source == "deep":

@@ -131,6 +131,74 @@ def test_pruning_keeps_the_head_of_the_sequence(case, choice, keep):
     assert torch.equal(pruned.fine, order.fine)
 
 
+@few
+@given(cases(), choices, st.integers(1, 200), st.sampled_from(zt.PRUNE_KINDS))
+def test_pruning_from_either_end(case, choice, keep, kind):
+    factor, scores, coarse, _ = case
+    _, order = choose(factor, scores, choice)
+    keep = min(keep, 4 * coarse**2)
+    pruned = zt.prune(order, keep, kind)
+    for b, count in enumerate(order.counts.tolist()):
+        sequence = order.ids[b, :count].tolist()
+        fine = int(order.fine[b])
+        part = {"zoomed": range(fine), "rest": range(fine, count)}.get(kind.partition("-")[2], range(count))
+        drop = min(max(count - keep, 0), len(part))
+        gone = set(part[:drop] if kind.startswith("forward") else part[len(part) - drop :])
+        expected = [token for place, token in enumerate(sequence) if place not in gone]
+        assert pruned.ids[b, : pruned.counts[b]].tolist() == expected
+        left_fine = sum(token < 4 * coarse**2 for token in expected)
+        assert zt.pruned_counts(fine, count, keep, kind) == (left_fine, len(expected))
+        if kind != "backward":
+            assert pruned.fine[b] == left_fine
+    assert torch.equal(pruned.ids.sort(1).values, order.ids.sort(1).values)
+
+
+@few
+@given(cases(), st.floats(0, 1), st.booleans())
+def test_calibration_finds_the_lowest_threshold_within_the_budget(case, share, by_tokens):
+    factor, scores, coarse, _ = case
+    cell_scores = zt.coarse_scores(scores, factor)
+    cost = (lambda zoomed: coarse**2 + 3 * zoomed) if by_tokens else None
+
+    def mean_at(alpha):
+        zoomed = (cell_scores > alpha).sum(1)
+        return float((cost(zoomed) if cost else zoomed).double().mean())
+
+    budget = mean_at(1.0) + share * (mean_at(0.0) - mean_at(1.0))
+    alpha, mean = zt.calibrate_alpha(cell_scores, budget, cost)
+    assert mean == mean_at(alpha) <= budget
+    lower = [value for value in [0.0, *cell_scores.flatten().tolist()] if value < alpha]
+    assert all(mean_at(value) > budget for value in lower)
+
+
+def test_calibration_refuses_what_cannot_be_met():
+    with pytest.raises(ValueError, match="a budget of 3 is below the 4"):
+        zt.calibrate_alpha(torch.rand(5, 4), 3, lambda zoomed: 4 + 3 * zoomed)
+    with pytest.raises(ValueError, match=r"\[images, cells\]"):
+        zt.calibrate_alpha(torch.rand(0, 4), 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("300 tokens", (300.0, "tokens")),
+        ("1 token", (1.0, "tokens")),
+        ("2.3 GMACs", (2.3, "GMACs")),
+        ("2.3G", (2.3, "GMACs")),
+        ("4 cells", (4.0, "cells")),
+        (" 12 ", (12.0, "cells")),
+    ],
+)
+def test_budgets_in_words(text, expected):
+    assert zt.parse_budget(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "many", "-3", "2.5 tokens", "3 GB", "nan", "1e3 G", "3 tokens more"])
+def test_what_is_no_budget(text):
+    with pytest.raises(ValueError, match="is none: give a number of cells"):
+        zt.parse_budget(text)
+
+
 def test_paper_token_counts():
     assert [zt.order_tokens(*triple).counts.item() for triple in _nothing_and_everything(14)] == [196, 784]
     assert [zt.order_tokens(*triple).counts.item() for triple in _nothing_and_everything(7)] == [49, 196]
@@ -229,3 +297,5 @@ def test_other_bad_input_is_refused():
     for keep in (0, 17):
         with pytest.raises(ValueError, match="keep_tokens must lie between 1 and the 16"):
             zt.prune(order, keep)
+    with pytest.raises(ValueError, match="prune must be one of backward, forward"):
+        zt.prune(order, 3, "sideways")

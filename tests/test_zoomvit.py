@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import onnxruntime
 import pytest
 import timm
 import timm.optim
@@ -13,6 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import zpipe.train.models as models
+from zpipe.train.macs import count_macs
 from zpipe.train.models import zoom_tokens as zt
 from zpipe.train.models.zoomvit import ZoomViT, load_vit
 
@@ -76,6 +80,17 @@ def test_warm_start_of_a_real_size_from_a_state_dict():
     images = torch.randn(1, 3, 224, 224)
     torch.testing.assert_close(model(images, torch.rand(1, 196), alpha=1.0), source(images), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model(images), source(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["small", "base"])
+@torch.no_grad()
+def test_warm_start_from_deit3(size):
+    source = shake(timm.create_model(f"deit3_{size}_patch16_224", depth=2)).eval()
+    model = timm.create_model(f"zoomvit_{size}_patch16_224", depth=2, init_values=1e-4).eval()
+    report = load_vit(model, source)
+    assert not report.left and not model.pos_cls.any()
+    images, scores = torch.randn(2, 3, 224, 224), torch.rand(2, 196)
+    torch.testing.assert_close(model(images, scores, alpha=1.0), source(images), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -210,6 +225,46 @@ def test_groups_hold_every_image_once_with_the_counts_promised(factor, seed, alp
 
 
 @FACTORS
+@pytest.mark.parametrize("prune", [None, *zt.PRUNE_KINDS])
+@torch.no_grad()
+def test_fixed_shapes_give_what_packing_gives(factor, prune):
+    model = small(factor)
+    images, _ = batch(n=4)
+    scores = torch.rand(4, 16)  # no ties: a threshold between the scores of the best cells takes as many as a budget
+    cells = zt.coarse_scores(scores, factor).sort(1, descending=True).values
+    budget = 2
+    arguments = {} if prune is None else {"keep_tokens": 6, "prune": prune}
+    for b in range(4):
+        alpha = float((cells[b, budget - 1] + cells[b, budget]) / 2)
+        by_threshold = model(images[b : b + 1], scores[b : b + 1], alpha=alpha, **arguments)
+        by_budget = model(images, scores, budget=budget, **arguments)[b : b + 1]
+        torch.testing.assert_close(by_threshold, by_budget, atol=1e-5, rtol=1e-5)
+
+
+@FACTORS
+@torch.no_grad()
+def test_budgets_in_tokens_and_multiply_adds(factor):
+    model = small(factor)
+    images, scores = batch()
+    cells = model.coarse_grid**2
+    for k in (0, 1, cells):
+        assert model.resolve_budget(k) == model.resolve_budget(f"{k} cells") == k
+        assert model.resolve_budget(f"{cells + 3 * k} tokens") == k
+        assert model.resolve_budget(f"{cells + 3 * k + 2} tokens") == k
+        gmacs = model.macs(k) / 1e9
+        assert model.resolve_budget(f"{gmacs + 1e-12:.12f} G") == k
+    assert torch.equal(model(images, scores, budget=f"{cells + 6} tokens"), model(images, scores, budget=2))
+    for budget, message in (
+        (f"{cells - 1} tokens", f"below the {cells} tokens of an image with nothing zoomed"),
+        ("0.0000001 GMACs", "below the .* GMACs"),
+        ("1000 cells", "budget must lie between 0 and"),
+        ("much", "is none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(images, scores, budget=budget)
+
+
+@FACTORS
 @torch.no_grad()
 def test_tokens_are_patch_plus_position(factor):
     model = small(factor, zfe="none")
@@ -314,6 +369,17 @@ def test_fixed_positions_are_no_parameters_and_align_in_space():
     assert len({tuple(row) for row in zooming.pos_fine[0].tolist()}) == 64
 
 
+def test_one_dimensional_positions_are_those_of_the_release():
+    model = ZoomViT(**SMALL, pos="sincos-1d")
+    assert not any(name.startswith("pos_") for name, _ in model.named_parameters())
+    for table, first in ((model.pos_cls, 0), (model.pos_coarse, 1), (model.pos_fine, 1)):
+        place = torch.arange(first, first + table.shape[1], dtype=torch.float64)
+        for channel in range(12):
+            angle = place / 10000 ** (channel / 12)
+            torch.testing.assert_close(table[0, :, 2 * channel], angle.sin().float())
+            torch.testing.assert_close(table[0, :, 2 * channel + 1], angle.cos().float())
+
+
 # -- timm --------------------------------------------------------------------------------------------------------------
 
 
@@ -362,11 +428,77 @@ def test_multiply_adds_are_those_of_the_tokens_present(factor, budget):
     length = 1 + fine + coarse
     block = 12 * length * width**2 + 2 * length**2 * width
     assert counter.get_total_flops() / 2 == embedding + depth * block + width * 1000
+    assert count_macs(lambda: model(torch.rand(1, 3, 224, 224), scores, budget=budget)) == model.macs(budget)
+    for keep in (30, 100):
+        zoom = {"budget": budget, "keep_tokens": keep}
+        assert count_macs(partial(model, torch.rand(1, 3, 224, 224), scores, **zoom)) == model.macs(budget, keep)
     if (factor, budget) in ((2.0, 0), (0.5, 49)):
         plain = timm.create_model("deit_tiny_patch16_224", depth=depth).eval()
         with FlopCounterMode(display=False) as plain_counter:
             plain(torch.rand(1, 3, 224, 224))
         assert counter.get_total_flops() == plain_counter.get_total_flops()
+
+
+# -- compiled and exported --------------------------------------------------------------------------------------------
+
+
+class Bound(nn.Module):
+    """A ZoomViT under a fixed budget: images and scores in, logits out."""
+
+    def __init__(self, model, **zoom):
+        super().__init__()
+        self.model, self.zoom = model, zoom
+        self.eval()
+
+    def forward(self, images, scores):
+        return self.model(images, scores, **self.zoom)
+
+
+BUDGETS = pytest.mark.parametrize("zoom", [{"budget": 0}, {"budget": 3}, {"budget": 3, "keep_tokens": 9}])
+
+
+@FACTORS
+@torch.no_grad()
+def test_compiled_in_one_graph(factor):
+    model = small(factor)
+    images, scores = batch()
+    compiled = torch.compile(Bound(model, budget=3), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images, scores), model(images, scores, budget=3), atol=1e-5, rtol=1e-5)
+
+
+@FACTORS
+@BUDGETS
+@torch.no_grad()
+def test_exported_with_any_batch_size(factor, zoom):
+    model = small(factor)
+    images, scores = batch()
+    any_batch = torch.export.Dim("batch", min=1)
+    shapes = {"images": {0: any_batch}, "scores": {0: any_batch}}
+    program = torch.export.export(Bound(model, **zoom), (images, scores), dynamic_shapes=shapes)
+    for n in (2, 5):
+        images, scores = batch(seed=n, n=n)
+        expected = model(images, scores, **zoom)
+        torch.testing.assert_close(program.module()(images, scores), expected, atol=1e-5, rtol=1e-5)
+
+
+@FACTORS
+@BUDGETS
+@torch.no_grad()
+def test_onnx(factor, zoom, tmp_path):
+    model = small(factor)
+    images, scores = batch()
+    scores[0] = 0.5  # ties must fall the same way
+    path = tmp_path / "model.onnx"
+    any_batch = torch.export.Dim("batch", min=1)
+    shapes = {"images": {0: any_batch}, "scores": {0: any_batch}}
+    torch.onnx.export(Bound(model, **zoom), (images, scores), path, dynamic_shapes=shapes, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    for n in (1, 4):
+        (logits,) = session.run(None, {"images": images[:n].numpy(), "scores": scores[:n].numpy()})
+        expected = model(images[:n], scores[:n], **zoom)
+        torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4, rtol=1e-4)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -22,22 +22,25 @@ from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.loop import resolve_device
 from zpipe.train.macs import count_macs
-from zpipe.train.metrics import mae, mse, pointing_game, spearman
+from zpipe.train.metrics import mae, mse, pointing_game, spearman, topk_overlap
+from zpipe.train.models.fusion import FusedViT
 from zpipe.train.models.zoomvit import ZoomViT
-from zpipe.train.train_vit import check_grid, check_labels
+from zpipe.train.scoring import ScoreSource, check_grid, choose_source, zooms
+from zpipe.train.train_vit import check_labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Settings of an evaluation.
 
-    alphas: thresholds of a ZoomViT. budgets: numbers of zoomed cells per image, beside or instead of thresholds.
-    scores: where a ZoomViT's scores come from, `zoomer` (its own) or `maps` (the store given).
+    alphas: thresholds of a zooming model. budgets: beside or instead of them, numbers of zoomed cells per image, or
+    "300 tokens" or "2.3 GMACs". scores: where its scores come from, one of `scoring.SOURCES`; None takes what it was
+    trained with.
     """
 
     alphas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
-    budgets: tuple[int, ...] = ()
-    scores: str = "zoomer"
+    budgets: tuple[int | str, ...] = ()
+    scores: str | None = None
     batch_size: int = 128
     num_workers: int = 0
     device: str = "auto"
@@ -48,8 +51,8 @@ class EvalRow:
     """One setting's figures.
 
     tokens: mean sequence length an image, class token not counted. gmacs: 1e9 multiply-adds an image of the ViT;
-    gmacs_zoomer: those of the zoomer beside it (0 without one). images_per_s: median over batches, after a warm-up, of
-    zoomer and ViT together. top1_interval: half width of the 95 % interval (normal approximation).
+    gmacs_zoomer: those of the zoomer (or another source of scores) beside it. images_per_s: median over batches, after a
+    warm-up, of both together. top1_interval: half width of the 95 % interval (normal approximation).
     """
 
     setting: str
@@ -109,37 +112,50 @@ def evaluate(
     return result
 
 
-def _settings(opened: Run, config: EvalConfig, store: RelevanceMaps | None) -> list[tuple[str, dict[str, Any]]]:
-    if not isinstance(opened.model, ZoomViT):
+def choose_run_source(opened: Run, config: EvalConfig, store: RelevanceMaps | None) -> ScoreSource | None:
+    """Where a run's scores come from: as asked for, or as in training; None for a model that doesn't zoom.
+
+    Errors: :class:`UsageError` when what that source needs isn't there.
+    """
+    if not zooms(opened.model):
+        return None
+    name = config.scores or opened.settings.get("scores") or ("zoomer" if opened.zoomer is not None else "maps")
+    if name == "zoomer" and opened.zoomer is None:
+        raise UsageError(
+            f"{opened.path}: was trained without a zoomer; give --scores, such as --maps STORE --scores maps"
+        )
+    return choose_source(name, opened.model, zoomer=opened.zoomer, origin=opened.path, store=store)
+
+
+def _settings(model: nn.Module, source: ScoreSource | None, config: EvalConfig) -> list[tuple[str, dict[str, Any]]]:
+    """A name and the keyword arguments of every zoom to evaluate."""
+    if source is None:
         return [("plain", {})]
-    if config.scores not in ("zoomer", "maps"):
-        raise UsageError(f"--scores {config.scores}: choose zoomer or maps")
+    if source.name == "none":
+        return [("no zoom", {})]
     if not config.alphas and not config.budgets:
         raise UsageError("nothing to evaluate: give --alphas or --budgets")
-    if config.scores == "maps":
-        if store is None:
-            raise UsageError("--scores maps needs a store: give --maps")
-        check_grid(store, opened.model.score_grid)
-    if config.scores == "zoomer" and opened.zoomer is None:
-        raise UsageError(f"{opened.path}: was trained without a zoomer; give --maps STORE --scores maps")
-    cells = opened.model.coarse_grid**2
     for alpha in config.alphas:
         if not 0.0 <= alpha <= 1.0:
             raise UsageError(f"--alphas {alpha}: a threshold lies in [0, 1]")
-    for budget in config.budgets:
-        if not 0 <= budget <= cells:
-            raise UsageError(f"--budgets {budget}: this model has {cells} cells to zoom")
     chosen: list[tuple[str, dict[str, Any]]] = [(f"alpha={alpha:g}", {"alpha": alpha}) for alpha in config.alphas]
-    return chosen + [(f"budget={budget}", {"budget": budget}) for budget in config.budgets]
+    for budget in config.budgets:
+        try:
+            chosen.append((f"budget={budget}", {"budget": model.resolve_budget(budget)}))
+        except ValueError as error:
+            raise UsageError(f"--budgets {budget}: {error}") from error
+    return chosen
 
 
 @torch.inference_mode()
 def _evaluate_vit(
     opened: Run, loader: RelevanceLoader, config: EvalConfig, device: torch.device, progress: Progress
 ) -> list[EvalRow]:
-    settings = _settings(opened, config, loader.maps)
     model = opened.model.to(device)
-    zoomer = opened.zoomer.to(device) if opened.zoomer is not None and config.scores == "zoomer" else None
+    source = choose_run_source(opened, config, loader.maps)
+    settings = _settings(model, source, config)
+    if source is not None and source.zoomer is not None:
+        source.zoomer.to(device)
     tallies = {name: _Tally(lengths=Counter(), rates=[]) for name, _ in settings}
     batches = len(loader)
     for number, batch in enumerate(loader):
@@ -147,7 +163,7 @@ def _evaluate_vit(
         labels = batch["label"].to(device)
         images = opened.preprocessing.normalise(batch["image"].to(device))
         for name, zoom in settings:
-            call = partial(_forward, model, zoomer, images, batch, zoom)
+            call = partial(_forward, model, source, images, batch, zoom)
             if number == 0:
                 call()  # the first call of a shape pays for allocation and kernel choice
             (logits, scores), seconds = _timed(call, device)
@@ -160,18 +176,18 @@ def _evaluate_vit(
         progress("evaluate", number + 1, batches, top1=tallies[settings[-1][0]].right / tallies[settings[-1][0]].count)
     shape = (1, 3, opened.preprocessing.image_size, opened.preprocessing.image_size)
     image = torch.zeros(shape, device=device)
-    zoomer_macs = count_macs(lambda: zoomer(image)) if zoomer is not None else 0
+    zoomer_macs = source.macs(image) if source is not None else 0
     macs = _MacsByLength(model, image)
     return [_row(name, tallies[name], macs, zoomer_macs) for name, _ in settings]
 
 
 def _forward(
-    model: nn.Module, zoomer: nn.Module | None, images: Tensor, batch: dict[str, Any], zoom: dict[str, Any]
+    model: nn.Module, source: ScoreSource | None, images: Tensor, batch: dict[str, Any], zoom: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits [B, classes], and the scores [B, s * s] that guided a ZoomViT."""
-    if not isinstance(model, ZoomViT):
+    """Logits [B, classes], and the scores [B, s * s] that guided a zooming model."""
+    scores = source.score(images, batch) if source is not None else None
+    if scores is None:
         return model(images), None
-    scores = zoomer(images) if zoomer is not None else batch["relevance"].to(images.device).flatten(1)
     return model(images, scores, **zoom), scores
 
 
@@ -197,9 +213,10 @@ class _MacsByLength:
 
     def zoomed(self, length: int) -> int:
         if length not in self._known:
-            cells = self.model.coarse_grid**2
             scores = torch.zeros(1, self.model.score_grid**2, device=self.image.device)
-            self._known[length] = count_macs(lambda: self.model(self.image, scores, budget=(length - cells) // 3))
+            # A fused model costs the same whatever is zoomed.
+            budget = (length - self.model.coarse_grid**2) // 3 if isinstance(self.model, ZoomViT) else 1
+            self._known[length] = count_macs(lambda: self.model(self.image, scores, budget=budget))
         return self._known[length]
 
 
@@ -209,8 +226,7 @@ def _row(name: str, tally: _Tally, macs: _MacsByLength, zoomer_macs: int) -> Eva
         tokens = sum(length * times for length, times in tally.lengths.items()) / total
         mean_macs = sum(macs.zoomed(length) * times for length, times in tally.lengths.items()) / total
     else:
-        patch = getattr(macs.model, "patch_embed", None)
-        tokens = float(getattr(patch, "num_patches", float("nan")))
+        tokens = _plain_tokens(macs.model)
         mean_macs = macs.plain()
     top1 = tally.right / tally.count
     return EvalRow(
@@ -223,6 +239,15 @@ def _row(name: str, tally: _Tally, macs: _MacsByLength, zoomer_macs: int) -> Eva
         gmacs_zoomer=zoomer_macs / 1e9,
         images_per_s=float(np.median(tally.rates)),
     )
+
+
+def _plain_tokens(model: nn.Module) -> float:
+    """Tokens of an image in which nothing is zoomed; NaN for a model without patches."""
+    if isinstance(model, ZoomViT):
+        return float(model.coarse_grid**2)
+    if isinstance(model, FusedViT):
+        return float(model.num_patches())
+    return float(getattr(getattr(model, "patch_embed", None), "num_patches", float("nan")))
 
 
 @torch.inference_mode()
@@ -239,6 +264,7 @@ def _evaluate_zoomer(
         target = batch["relevance"].flatten(1)  # [B, g * g]
         sums["mse"] += float(mse(scores, target).sum())
         sums["mae"] += float(mae(scores, target).sum())
+        sums["top10_overlap"] += float(topk_overlap(scores, target, max(1, target.shape[1] // 10)).sum())
         correlation = spearman(scores, target)
         sums["rank_correlation"] += float(correlation.nansum())
         ranked += int(correlation.isfinite().sum())
@@ -251,6 +277,6 @@ def _evaluate_zoomer(
             sums["box_share"] += float(((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sum())
             with_box += len(boxes)
         progress("evaluate", number + 1, batches, mse=sums["mse"] / count)
-    divisor = {"mse": count, "mae": count, "rank_correlation": ranked}
+    divisor = {"mse": count, "mae": count, "top10_overlap": count, "rank_correlation": ranked}
     row = {name: value / divisor.get(name, with_box) for name, value in sums.items() if divisor.get(name, with_box)}
     return {"setting": "zoomer", "count": count} | row

@@ -1,4 +1,4 @@
-"""What the zoomer is trained to minimise: the distillation loss of ZoomViT, Eq. 5, term by term."""
+"""What is minimised: the zoomer's distillation loss (ZoomViT, Eq. 5), term by term, and LV-ViT's token labelling."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+NORMALISATIONS = ("sum", "softmax")
 KL_DIRECTIONS = ("student||teacher", "teacher||student")
 
 
-def distribution(maps: Tensor, eps: float = 1e-4) -> Tensor:
-    """Maps [B, S] of non-negative scores -> distributions over their S cells, (map + eps) / sum(map + eps), float32.
+def distribution(maps: Tensor, eps: float = 1e-4, normalisation: str = "sum") -> Tensor:
+    """Maps [B, S] of non-negative scores -> distributions over their S cells, float32: "sum" gives
+    (map + eps) / sum(map + eps), "softmax" exp(map) / sum(exp(map)), which is nearly uniform for maps in [0, 1].
 
-    An all-zero map becomes the uniform distribution. The default eps lies far below the thresholds that select cells
+    With "sum" an all-zero map becomes the uniform distribution. The default eps lies far below the thresholds that select cells
     (0.005 and up, on maps in [0, 1]), yet bounds what an empty cell can cost in a divergence.
     """
+    if normalisation == "softmax":
+        return maps.float().softmax(dim=1)
     maps = maps.float() + eps
     return maps / maps.sum(dim=1, keepdim=True)
 
 
-def kl_divergence(first: Tensor, second: Tensor, eps: float = 1e-4) -> Tensor:
+def kl_divergence(first: Tensor, second: Tensor, eps: float = 1e-4, normalisation: str = "sum") -> Tensor:
     """KL(first || second) in nats, of the `distribution` of two batches of maps [B, S]; mean over the batch, 0-d."""
-    p, q = distribution(first, eps), distribution(second, eps)
+    p, q = distribution(first, eps, normalisation), distribution(second, eps, normalisation)
     return (p * (p.log() - q.log())).sum(dim=1).mean()
 
 
@@ -44,12 +48,19 @@ class ZoomerLoss(nn.Module):
         w_kl, w_dice: the paper's w1 and w2, whose values it doesn't give; 0.1 each is our choice. KL and Dice ignore
             or nearly ignore a map's scale; MSE alone ties it to the [0, 1] that the threshold alpha is read against.
         kl_direction: "student||teacher", as the paper writes it, or "teacher||student", usual in distillation.
+        normalisation: how maps become the distributions that KL compares, see `distribution`; the paper doesn't say.
 
     Raises:
-        ValueError: negative weights, an unknown direction.
+        ValueError: negative weights, an unknown direction or normalisation.
     """
 
-    def __init__(self, w_kl: float = 0.1, w_dice: float = 0.1, kl_direction: str = "student||teacher") -> None:
+    def __init__(
+        self,
+        w_kl: float = 0.1,
+        w_dice: float = 0.1,
+        kl_direction: str = "student||teacher",
+        normalisation: str = "sum",
+    ) -> None:
         super().__init__()
         if w_kl < 0 or w_dice < 0:
             raise ValueError(f"loss weights must not be negative, got w_kl {w_kl}, w_dice {w_dice}")
@@ -57,7 +68,10 @@ class ZoomerLoss(nn.Module):
             raise ValueError(f"kl_direction must be one of {', '.join(KL_DIRECTIONS)}, got {kl_direction!r}")
         self.w_kl = w_kl
         self.w_dice = w_dice
+        if normalisation not in NORMALISATIONS:
+            raise ValueError(f"normalisation must be one of {', '.join(NORMALISATIONS)}, got {normalisation!r}")
         self.kl_direction = kl_direction
+        self.normalisation = normalisation
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """student, teacher [B, S] in [0, 1] -> the total, 0-d float32, and its terms before weighting, detached.
@@ -74,8 +88,49 @@ class ZoomerLoss(nn.Module):
             first, second = (student, teacher) if self.kl_direction == "student||teacher" else (teacher, student)
             terms = {
                 "mse": F.mse_loss(student, teacher),
-                "kl": kl_divergence(first, second),
+                "kl": kl_divergence(first, second, normalisation=self.normalisation),
                 "dice": dice_loss(student, teacher),
             }
             total = terms["mse"] + self.w_kl * terms["kl"] + self.w_dice * terms["dice"]
         return total, {name: term.detach() for name, term in terms.items()}
+
+
+class TokenLabelLoss(nn.Module):
+    """Cross-entropy of the class token, plus `weight` times the mean over patches of theirs (LV-ViT, Eq. 4).
+
+    Args:
+        weight: of the patches' part; their value, 0.5.
+    """
+
+    def __init__(self, weight: float = 0.5) -> None:
+        super().__init__()
+        if weight < 0:
+            raise ValueError(f"weight must not be negative, got {weight}")
+        self.weight = weight
+
+    def forward(self, logits: Tensor, dense: Tensor, labels: Tensor, token_labels: Tensor) -> Tensor:
+        """logits [B, K], dense [B, N, K], labels [B] or [B, K], token_labels [B, N, K], distributions -> 0-d.
+
+        Raises ValueError when the shapes disagree.
+        """
+        if dense.shape != token_labels.shape or dense.ndim != 3:
+            raise ValueError(
+                f"dense and token_labels must be [batch, patches, classes] alike, got {list(dense.shape)} and "
+                f"{list(token_labels.shape)}"
+            )
+        patches = F.cross_entropy(dense.flatten(0, 1), token_labels.flatten(0, 1))
+        return F.cross_entropy(logits, labels) + self.weight * patches
+
+
+def relevance_token_labels(maps: Tensor, labels: Tensor, num_classes: int, side: int) -> Tensor:
+    """Token labels from relevance maps: the class to the extent that a patch is relevant, else no class in particular.
+
+    maps [B, gh, gw] in [0, 1], labels int64 [B] -> [B, side * side, num_classes], distributions. A patch of relevance r
+    is labelled r of the class and (1 - r) of the uniform distribution. LV-ViT's own labels come from another network's
+    dense predictions; these need nothing but the stored maps. Raises ValueError for maps outside [0, 1].
+    """
+    if maps.numel() and not 0 <= float(maps.min()) <= float(maps.max()) <= 1:
+        raise ValueError("token labels need maps in [0, 1]; normalise them first")
+    relevance = F.interpolate(maps[:, None].float(), (side, side), mode="area").flatten(1)[..., None]  # [B, N, 1]
+    one_hot = F.one_hot(labels, num_classes).to(relevance.dtype)[:, None]  # [B, 1, K]
+    return relevance * one_hot + (1 - relevance) / num_classes

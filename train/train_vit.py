@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -22,12 +23,14 @@ from zpipe.train.checkpoint import Preprocessing, begin_run, load_run, load_zoom
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.loop import TrainConfig, resolve_device, train
-from zpipe.train.models.zoomer import Zoomer
+from zpipe.train.losses import TokenLabelLoss, relevance_token_labels
+from zpipe.train.models.fusion import FusedViT
+from zpipe.train.models.lvvit import LVViT
 from zpipe.train.models.zoomvit import ZoomViT, load_vit
+from zpipe.train.scoring import ScoreSource, choose_source, default_source, open_zoomer, zooms
 from zpipe.train.train_zoomer import to_json
 
 ZoomDraw = Literal["alpha", "budget"]
-Scorer = Callable[[Tensor, dict[str, Any]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +39,11 @@ class VitConfig:
 
     model: any classifier of timm, or one of ours (zoomvit_*). model_args: keyword arguments of its constructor.
     num_classes: None takes the number of classes that the shards name.
-    init_from: a finished run to start from; position tables and patch kernel are resampled where the sizes differ.
+    init_from: a finished run, a checkpoint file or timm:NAME to start from; position tables and patch kernel are resampled where the sizes differ.
     zoom_draw: what training draws per batch: `alpha`, uniform in [0, 1] (the paper), or `budget`, a number of zoomed
     cells uniform in [0, max_zoomed], which keeps all sequences of a batch equally long.
+    scores: where a zooming model's scores come from, one of `scoring.SOURCES`; None takes the zoomer or the maps given.
+    token_label_weight: above 0, the patches of an lvvit_* model learn labels made of the maps (see `TokenLabelLoss`).
     missing, damaged: what samples without a usable map and damaged tars do, see `RelevanceLoader`.
     """
 
@@ -49,6 +54,8 @@ class VitConfig:
     init_from: str | None = None
     zoom_draw: ZoomDraw = "alpha"
     max_zoomed: int | None = None
+    scores: str | None = None
+    token_label_weight: float = 0.0
     label_smoothing: float = 0.0
     missing: str = "error"
     damaged: str = "error"
@@ -62,6 +69,8 @@ class VitConfig:
             raise UsageError(f"num_classes {self.num_classes}: give a number >= 1")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise UsageError(f"label_smoothing {self.label_smoothing:g}: give a share in [0, 1]")
+        if self.token_label_weight < 0:
+            raise UsageError(f"token_label_weight {self.token_label_weight:g}: give a number >= 0")
 
 
 class ClassifyTask:
@@ -70,12 +79,12 @@ class ClassifyTask:
     def __init__(
         self,
         model: nn.Module,
-        scorer: Scorer | None,
+        source: ScoreSource | None,
         config: VitConfig,
         preprocessing: Preprocessing,
         device: torch.device,
     ) -> None:
-        self.model, self._scorer, self._config = model, scorer, config
+        self.model, self._source, self._config = model, source, config
         self._preprocessing, self._device = preprocessing, device
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
@@ -83,11 +92,17 @@ class ClassifyTask:
         check_labels(labels, batch["key"], self.model.num_classes)
         labels = labels.to(self._device)
         images = self._preprocessing.normalise(batch["image"].to(self._device))
-        if self._scorer is None:
-            logits = self.model(images)
+        scores = self._source.score(images, batch) if self._source is not None else None
+        arguments: dict[str, Any] = {} if scores is None else {"scores": scores, **self._draw_zoom()}
+        if self._config.token_label_weight:
+            logits, dense = self.model(images, return_dense=True, **arguments)
+            side = math.isqrt(dense.shape[1])
+            maps = batch["relevance"].to(self._device)
+            token_labels = relevance_token_labels(maps, labels, self.model.num_classes, side)
+            loss = TokenLabelLoss(self._config.token_label_weight)(logits, dense, labels, token_labels)
         else:
-            logits = self.model(images, self._scorer(images, batch), **self._draw_zoom())
-        loss = F.cross_entropy(logits, labels, label_smoothing=self._config.label_smoothing)
+            logits = self.model(images, **arguments)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self._config.label_smoothing)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         return loss, {"train_top1": float(accuracy)}
 
@@ -114,8 +129,9 @@ def train_vit(
 ) -> dict[str, float]:
     """Train a classifier on shards and leave a run folder at `out`.
 
-    A zoomvit_* model needs its scores from somewhere: a finished `zoomer` run (frozen, live) or the cached `maps`. A
-    finished run is left alone, an interrupted one is gone on with. Errors: :class:`UsageError`, :class:`ZpipeError`.
+    A zooming model needs its scores from somewhere: a finished `zoomer` run (frozen, live), the cached `maps`, or what
+    `config.scores` names. A finished run is left alone, an interrupted one is gone on with. Errors: :class:`UsageError`,
+    :class:`ZpipeError`.
     """
     device = resolve_device(config.train.device)
     store = RelevanceMaps(maps) if maps is not None else None
@@ -142,22 +158,50 @@ def train_vit(
         std=IMAGENET_DEFAULT_STD,
         crop_pct=config.view.crop_pct,
     )
-    if isinstance(model, ZoomViT) and not 0 <= (config.max_zoomed or 0) <= model.coarse_grid**2:
+    if zooms(model) and not 0 <= (config.max_zoomed or 0) <= model.coarse_grid**2:
         raise UsageError(f"max_zoomed {config.max_zoomed}: this model has {model.coarse_grid**2} cells to zoom")
-    frozen, scorer = choose_scorer(model, zoomer, store, config.image_size)
+    source = _source(model, config, zoomer, store)
+    frozen = source.zoomer if source is not None else None
     if frozen is not None:
         frozen.to(device)
     settings = asdict(config) | {"shards": str(shards), "zoomer": _text(zoomer), "maps": _text(maps)}
     if begin_run(out, "vit", to_json(settings)):
         return {}
     if config.init_from is not None:
-        start_from(model, Path(config.init_from))
-    task = ClassifyTask(model, scorer, config, preprocessing, device)
+        start_from(model, config.init_from)
+    task = ClassifyTask(model, source, config, preprocessing, device)
     figures = train(task, loader, config.train, Path(out), stage="train-vit", progress=progress)
     if frozen is not None:
         save_zoomer(Path(out), frozen.cpu(), load_zoomer(zoomer)[1])
     save_model(Path(out), model.cpu(), preprocessing)
     return figures
+
+
+def _source(
+    model: nn.Module, config: VitConfig, zoomer: Path | None, store: RelevanceMaps | None
+) -> ScoreSource | None:
+    """The source of a zooming model's scores; None for a plain ViT."""
+    labels_from_maps = config.token_label_weight > 0
+    backbone = model.backbone if isinstance(model, FusedViT) else model
+    if labels_from_maps and (store is None or not isinstance(backbone, LVViT)):
+        raise UsageError("token_label_weight: needs an lvvit_* model, or one fused on it, and --maps")
+    if not zooms(model):
+        if zoomer is not None or config.scores is not None or (store is not None and not labels_from_maps):
+            raise UsageError(
+                "this model doesn't zoom; leave out --zoomer, --maps and --scores, or choose a zoomvit_* model"
+            )
+        return None
+    name = config.scores or default_source(zoomer, None if labels_from_maps and zoomer is not None else store)
+    if name is None:
+        raise UsageError(
+            "a zooming model needs its scores from one source: give --zoomer RUN or --maps STORE, or --scores"
+        )
+    given = (("zoomer", "--zoomer", zoomer), ("maps", "--maps", None if labels_from_maps else store))
+    for source, option, value in given:
+        if value is not None and name != source:
+            raise UsageError(f"--scores {name}: has no use for {option}; leave it out, or choose --scores {source}")
+    opened = open_zoomer(zoomer, config.image_size) if zoomer is not None else None
+    return choose_source(name, model, zoomer=opened, origin=str(zoomer), store=store, training=True)
 
 
 def _text(path: Path | None) -> str | None:
@@ -182,63 +226,57 @@ def build_vit(config: VitConfig, num_classes: int) -> nn.Module:
         raise UsageError(f"model {config.model}: {told}; check --model and --model-arg") from error
 
 
-def choose_scorer(
-    model: nn.Module, zoomer: Path | None, store: RelevanceMaps | None, image_size: int
-) -> tuple[Zoomer | None, Scorer | None]:
-    """Where a model's scores come from: a frozen zoomer, cached maps, or nothing for a plain ViT.
+def start_from(model: nn.Module, source: str) -> None:
+    """Fill `model` with weights, in place: those of a finished run, of a checkpoint file (.pth or .safetensors, read
+    without unpickling code), or of a pretrained timm model, given as `timm:NAME`.
 
-    A scorer takes normalised images [B, 3, S, S] and their batch, and gives scores [B, s * s] in [0, 1].
-    Errors: :class:`UsageError` when the model and the source don't fit.
+    A plain ViT may have another image or patch size, a ZoomViT starts from a plain ViT (see `load_vit`) or its like; a
+    head for other classes is left as it was. Errors: :class:`ZpipeError` when the two aren't built alike, or the weights
+    can't be had.
     """
-    if not isinstance(model, ZoomViT):
-        if zoomer is not None or store is not None:
-            raise UsageError("this model doesn't zoom; leave out --zoomer and --maps, or choose a zoomvit_* model")
-        return None, None
-    if (zoomer is None) == (store is None):
-        raise UsageError("a zoomvit_* model needs its scores from one source: give --zoomer RUN or --maps STORE")
-    if store is not None:
-        check_grid(store, model.score_grid)
-        return None, lambda images, batch: batch["relevance"].to(images.device).flatten(1)
-    frozen, preprocessing = load_zoomer(zoomer)
-    if frozen.grid != model.score_grid:
-        raise UsageError(
-            f"{zoomer}: scores of {frozen.grid} x {frozen.grid}, the model wants {model.score_grid} x {model.score_grid}"
-        )
-    if preprocessing.image_size != image_size:
-        warnings.warn(
-            f"{zoomer}: trained on {preprocessing.image_size} px images, used on {image_size} px", stacklevel=2
-        )
-
-    def score(images: Tensor, batch: dict[str, Any]) -> Tensor:
-        with torch.no_grad():
-            return frozen(images)
-
-    return frozen, score
-
-
-def check_grid(store: RelevanceMaps, side: int) -> None:
-    """Errors: :class:`UsageError` when the maps of `store` aren't the side x side that a model scores with."""
-    grid = store.manifest.provenance.grid
-    if tuple(grid) != (side, side):
-        raise UsageError(f"{store.path}: maps of {grid[0]} x {grid[1]}, the model wants {side} x {side}")
-
-
-def start_from(model: nn.Module, run: Path) -> None:
-    """Fill `model` with the weights of a finished run, in place.
-
-    A plain ViT may have another image or patch size, a ZoomViT starts from a plain ViT (see `load_vit`) or its like.
-    Errors: :class:`ZpipeError` when the two aren't built alike.
-    """
-    source = load_run(run).model
+    state, zooming = _weights(source)
     try:
-        if isinstance(model, ZoomViT) and not isinstance(source, ZoomViT):
-            load_vit(model, source)
-        elif isinstance(model, VisionTransformer) and isinstance(source, VisionTransformer):
-            model.load_state_dict(checkpoint_filter_fn(source.state_dict(), model))
+        if isinstance(model, ZoomViT) and not zooming:
+            load_vit(model, state)
+        elif isinstance(model, VisionTransformer):
+            _load_plain(model, checkpoint_filter_fn(dict(state), model))
         else:
-            model.load_state_dict(source.state_dict())
+            model.load_state_dict(state)
     except (RuntimeError, ValueError) as error:
-        raise ZpipeError(f"{run}: can't start from it: {' '.join(str(error).split())[:200]}") from error
+        raise ZpipeError(f"{source}: can't start from it: {' '.join(str(error).split())[:200]}") from error
+
+
+def _load_plain(model: VisionTransformer, state: dict[str, Tensor]) -> None:
+    """As load_state_dict, except that a head for other classes is left as it was."""
+    own = model.state_dict()
+    for name in ("head.weight", "head.bias"):
+        if name in own and (name not in state or state[name].shape[0] != own[name].shape[0]):
+            state[name] = own[name]
+    model.load_state_dict(state)
+
+
+def _weights(source: str) -> tuple[dict[str, Tensor], bool]:
+    """A state dict, and whether it is a ZoomViT's."""
+    if source.startswith("timm:"):
+        try:
+            return timm.create_model(source.removeprefix("timm:"), pretrained=True).state_dict(), False
+        except (RuntimeError, OSError, ValueError) as error:
+            raise ZpipeError(f"{source}: {' '.join(str(error).split())[:200]}; see timm.list_pretrained()") from error
+    path = Path(source)
+    if path.is_dir():
+        found = load_run(path).model
+        return found.state_dict(), isinstance(found, ZoomViT)
+    if not path.is_file():
+        raise UsageError(f"{source}: no run, no checkpoint file; for pretrained weights give timm:NAME")
+    try:
+        state = timm.models.load_state_dict(str(path), device="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, UnpicklingError, SafetensorError) as error:
+        raise ZpipeError(f"{path}: not a readable checkpoint ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ZpipeError(
+            f"{path}: holds no state dict; expected tensors by name, perhaps under 'model' or 'state_dict'"
+        )
+    return state, "pos_fine" in state
 
 
 def check_labels(labels: Tensor, keys: list[str], num_classes: int) -> None:

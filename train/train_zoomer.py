@@ -35,6 +35,7 @@ class ZoomerConfig:
     w_kl: float = 0.1
     w_dice: float = 0.1
     kl_direction: str = "student||teacher"
+    normalisation: str = "sum"
     missing: str = "error"
     damaged: str = "error"
     view: ViewConfig = field(default_factory=ViewConfig)
@@ -98,7 +99,7 @@ def train_zoomer(
         crop_pct=config.view.crop_pct,
     )
     try:
-        loss = ZoomerLoss(config.w_kl, config.w_dice, config.kl_direction)
+        loss = ZoomerLoss(config.w_kl, config.w_dice, config.kl_direction, config.normalisation)
     except ValueError as error:
         raise UsageError(f"train-zoomer: {error}") from error
     task = ZoomerTask(model, loss, preprocessing, device)

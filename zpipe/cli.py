@@ -10,7 +10,17 @@ import typer
 from rich.table import Table
 
 from zpipe.cli_maps import maps_app
-from zpipe.console import count_or_auto, fail, out, parse_numbers, parse_settings, print_rows, reporting, tell
+from zpipe.console import (
+    count_or_auto,
+    fail,
+    out,
+    parse_budgets,
+    parse_numbers,
+    parse_settings,
+    print_rows,
+    reporting,
+    tell,
+)
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.storage import as_path
 
@@ -253,8 +263,15 @@ def train_vit_command(
             parser=as_path, metavar="PATH|URL", help="Relevance store whose maps are the scores, instead of a zoomer."
         ),
     ] = None,
+    scores: Annotated[
+        str | None,
+        typer.Option(
+            help="Source of the scores: zoomer, maps, attention, entropy, centre, random or none; default the one given."
+        ),
+    ] = None,
     init_from: Annotated[
-        Path | None, typer.Option(help="Finished run to start from (a plain ViT may start a ZoomViT).")
+        str | None,
+        typer.Option(help="Run, checkpoint file or timm:NAME to start from (a plain ViT may start a ZoomViT)."),
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes; default those that the shards name.")] = None,
     image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
@@ -273,7 +290,7 @@ def train_vit_command(
         from zpipe.train.train_vit import VitConfig, train_vit
 
         flags = {"model": model, "model_args": parse_settings(model_arg, "--model-arg"), "num_classes": num_classes}
-        flags |= {"image_size": image_size, "missing": missing, "init_from": str(init_from) if init_from else None}
+        flags |= {"image_size": image_size, "missing": missing, "init_from": init_from, "scores": scores}
         flags |= {
             "train.epochs": epochs,
             "train.batch_size": batch_size,
@@ -294,13 +311,21 @@ def evaluate_command(
     ],
     alphas: Annotated[str, typer.Option(help="Thresholds of a ZoomViT, comma-separated.")] = "0,0.05,0.1,0.2,0.5,1",
     budgets: Annotated[
-        str, typer.Option(help="Numbers of zoomed cells per image, comma-separated, beside the thresholds.")
+        str,
+        typer.Option(
+            help="Beside the thresholds: zoomed cells per image, or '300 tokens' or '2.3 GMACs', comma-separated."
+        ),
     ] = "",
     maps: Annotated[
         Path | None,
         typer.Option(parser=as_path, metavar="PATH|URL", help="Relevance store of these shards (needed for a zoomer)."),
     ] = None,
-    scores: Annotated[str, typer.Option(help="A ZoomViT's scores: its own 'zoomer', or the 'maps' given.")] = "zoomer",
+    scores: Annotated[
+        str | None,
+        typer.Option(
+            help="Source of the scores: zoomer, maps, attention, entropy, centre, random or none; default as trained."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
     num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -314,7 +339,7 @@ def evaluate_command(
 
         config = EvalConfig(
             alphas=parse_numbers(alphas, float, "--alphas"),
-            budgets=parse_numbers(budgets, int, "--budgets"),
+            budgets=parse_budgets(budgets),
             scores=scores,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -323,6 +348,44 @@ def evaluate_command(
         target = json_path or run / "evaluation.json"
         result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
     print_rows(result["rows"], title=str(run))
+    tell(f"written to {target}")
+
+
+@app.command("calibrate")
+def calibrate_command(
+    run: Annotated[Path, typer.Argument(help="Finished train-vit run of a zoomvit_* model.")],
+    shards: Annotated[Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of shards.")],
+    budget: Annotated[str, typer.Option(help="Mean cost of an image: '2.3 GMACs', '300 tokens', or zoomed cells.")],
+    scores: Annotated[
+        str | None, typer.Option(help="Source of the scores, as of evaluate; default as trained.")
+    ] = None,
+    maps: Annotated[
+        Path | None,
+        typer.Option(parser=as_path, metavar="PATH|URL", help="Relevance store, for --scores maps."),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Images looked at.")] = 50_000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
+    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Results file; default calibration.json in the run.")
+    ] = None,
+) -> None:
+    """Find the threshold alpha at which a ZoomViT costs a given budget per image on average."""
+    with reporting() as progress:
+        from zpipe.train.calibrate import CalibrationConfig, calibrate
+
+        config = CalibrationConfig(
+            budget=budget, scores=scores, limit=limit, batch_size=batch_size, num_workers=num_workers, device=device
+        )
+        target = json_path or run / "calibration.json"
+        found = calibrate(run, shards, config, maps=maps, out=target, progress=progress)
+    unit = found["unit"]
+    out.print(
+        f"alpha {found['alpha']:.6g}: {found['mean']:.4g} {unit} an image, standard deviation {found['std']:.3g}, "
+        f"over {found['images']:,} images",
+        highlight=False,
+    )
     tell(f"written to {target}")
 
 

@@ -116,6 +116,12 @@ def parse_numbers(text: str, kind: type, option: str) -> tuple:
         raise UsageError(f"{option} {text}: write numbers separated by commas, such as 0,0.1,0.5") from error
 
 
+def parse_budgets(text: str) -> tuple[int | str, ...]:
+    """A comma-separated list of budgets: numbers of cells, or texts with a unit."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
+
+
 def print_rows(rows: list[dict[str, Any]], title: str) -> None:
     """Rows with the same columns as a table on standard output."""
     table = Table(title=title, title_justify="left")

@@ -1,7 +1,9 @@
 """The models. Importing this package registers them with timm, so that `timm.create_model` finds them by name."""
 
+from zpipe.train.models.fusion import FusedViT
+from zpipe.train.models.lvvit import LVViT
 from zpipe.train.models.release import load_release
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.models.zoomvit import ZoomViT, load_vit
 
-__all__ = ["ZoomViT", "Zoomer", "load_release", "load_vit"]
+__all__ = ["FusedViT", "LVViT", "ZoomViT", "Zoomer", "load_release", "load_vit"]

@@ -102,8 +102,28 @@ def select_top(cell_scores: Tensor, budget: int) -> Tensor:
     cells = cell_scores.shape[1]
     if not 0 <= budget <= cells:
         raise ValueError(f"budget must lie between 0 and the {cells} coarse cells, got {budget!r}")
-    falling = cell_scores.argsort(dim=1, descending=True, stable=True)  # [B, C]
+    falling = _argsort(cell_scores, descending=True)  # [B, C]
     return torch.zeros_like(cell_scores, dtype=torch.bool).scatter_(1, falling[:, :budget], True)
+
+
+def choose_cells(
+    scores: Tensor, batch: int, side: int, alpha: float | None, budget: int | None, zoom_factor: float = 2.0
+) -> Tensor:
+    """The coarse cells that scores [B, side * side] zoom, under a threshold or a budget. -> bool [B, C].
+
+    Raises ValueError for scores of another shape or with NaN, both or neither of alpha and budget, and values of them
+    out of range. NaN isn't looked for while a graph is compiled, which can't branch on values.
+    """
+    if tuple(scores.shape) != (batch, side * side):
+        raise ValueError(
+            f"scores must be [{batch}, {side * side}], a {side} x {side} map for each image, got {list(scores.shape)}"
+        )
+    if (alpha is None) == (budget is None):
+        raise ValueError(f"scores need either alpha or budget, got alpha={alpha}, budget={budget}")
+    if not torch.compiler.is_compiling() and scores.isnan().any():
+        raise ValueError("scores must be numbers in [0, 1], got NaN")
+    cell_scores = coarse_scores(scores.detach(), zoom_factor)
+    return select_above(cell_scores, alpha) if budget is None else select_top(cell_scores, budget)
 
 
 def order_tokens(cell_scores: Tensor, place_scores: Tensor, zoomed: Tensor) -> TokenOrder:
@@ -117,8 +137,8 @@ def order_tokens(cell_scores: Tensor, place_scores: Tensor, zoomed: Tensor) -> T
     zoomed_fine = _enlarge(zoomed.reshape(-1, side, side)).flatten(1)  # [B, 4C]
     kind = torch.cat([torch.where(zoomed_fine, 0, 2), torch.where(zoomed, 2, 1)], dim=1)  # [B, 5C]; 2: absent
     # Two stable sorts, the lesser key first, sort by (kind, falling score, id).
-    by_score = torch.cat([place_scores, cell_scores], dim=1).argsort(dim=1, descending=True, stable=True)
-    ids = by_score.gather(1, kind.gather(1, by_score).argsort(dim=1, stable=True))  # [B, 5C]
+    by_score = _argsort(torch.cat([place_scores, cell_scores], dim=1), descending=True)
+    ids = by_score.gather(1, _argsort(kind.gather(1, by_score)))  # [B, 5C]
     fine = 4 * zoomed.sum(1)
     return TokenOrder(ids=ids, counts=cells + 3 * zoomed.sum(1), fine=fine)
 
@@ -149,7 +169,7 @@ def prune(order: TokenOrder, keep_tokens: int, kind: str = "backward") -> TokenO
     drop = (order.counts - keep_tokens).clamp(min=0).minimum(last - first)
     lowest = first if direction == "forward" else last - drop
     gone = (place >= lowest[:, None]) & (place < (lowest + drop)[:, None])
-    ids = order.ids.gather(1, gone.to(torch.uint8).argsort(dim=1, stable=True))  # [B, 5C], what went goes last
+    ids = order.ids.gather(1, _argsort(gone.to(torch.int32)))  # [B, 5C], what went goes last
     gone_fine = (gone & (place < order.fine[:, None])).sum(1)
     return TokenOrder(ids=ids, counts=order.counts - drop, fine=order.fine - gone_fine)
 
@@ -255,7 +275,8 @@ def half_kernel(kernel: Tensor) -> Tensor:
     Applied to a patch of p/2 pixels it equals the kernel applied to that patch enlarged x2 (nearest): the four copies
     of a pixel meet four weights.
     """
-    return F.avg_pool2d(kernel, 2, divisor_override=1)
+    width, chans, side, _ = kernel.shape
+    return kernel.reshape(width, chans, side // 2, 2, side // 2, 2).sum((3, 5))
 
 
 def double_kernel(kernel: Tensor) -> Tensor:
@@ -305,6 +326,17 @@ def _side(scores: Tensor) -> int:
     if scores.ndim != 2 or side * side != scores.shape[-1]:
         raise ValueError(f"scores must be [batch, side * side], got {list(scores.shape)}")
     return side
+
+
+def _argsort(x: Tensor, descending: bool = False) -> Tensor:
+    """[B, N] -> the indices that sort each row; of equals the lower index comes first."""
+    if not torch.compiler.is_exporting():
+        return x.argsort(dim=1, descending=descending, stable=True)
+    # ONNX has no stable sort, so the keys are made unique: scores in [0, 1] lose a hair for their place. Those that
+    # differ by less than 3e-11 (at a thousand cells) then count as equal.
+    place = torch.arange(x.shape[1], device=x.device, dtype=torch.float64)
+    key = (x if descending else -x).double() - place * 2.0**-45
+    return key.sort(dim=1, descending=True).indices
 
 
 def _enlarge(x: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ class ZoomViT(nn.Module):
     ) -> None:
         super().__init__()
         self.zoom_factor = zoom_tokens.check_zoom_factor(zoom_factor)
-        self.img_size = _square_side(img_size)
+        self.img_size = square_side(img_size)
         self.patch_size = patch_size
         coarse_patch = patch_size if self.zoom_factor == 2.0 else 2 * patch_size
         if self.img_size % coarse_patch or coarse_patch % 2:
@@ -349,11 +349,11 @@ class ZoomViT(nn.Module):
         prune: str,
     ) -> _Choice:
         chans = self.patch_embed.in_channels
-        if images.ndim != 4 or tuple(images.shape[1:]) != (chans, self.img_size, self.img_size) or not len(images):
+        if images.ndim != 4 or tuple(images.shape[1:]) != (chans, self.img_size, self.img_size) or images.shape[0] == 0:
             raise ValueError(
                 f"images must be [batch, {chans}, {self.img_size}, {self.img_size}], got {list(images.shape)}"
             )
-        return self._choose(scores, alpha, keep_tokens, budget, prune, len(images), images.device)
+        return self._choose(scores, alpha, keep_tokens, budget, prune, images.shape[0], images.device)
 
     def _choose(
         self,
@@ -372,23 +372,10 @@ class ZoomViT(nn.Module):
             if keep_tokens is not None or budget is not None:
                 raise ValueError("keep_tokens and budget need scores to choose by, got scores=None")
             scores, alpha, budget = torch.zeros(batch, cells, device=device), None, 0
-        if tuple(scores.shape) != (batch, cells):
-            raise ValueError(
-                f"scores must be [{batch}, {cells}], a {self.score_grid} x {self.score_grid} map for each image, "
-                f"got {list(scores.shape)}"
-            )
-        if (alpha is None) == (budget is None):
-            raise ValueError(f"scores need either alpha or budget, got alpha={alpha}, budget={budget}")
-        if not torch.compiler.is_compiling() and scores.isnan().any():  # a compiled graph can't branch on values
-            raise ValueError("scores must be numbers in [0, 1], got NaN")
+        count = None if budget is None else self.resolve_budget(budget)
+        zoomed = zoom_tokens.choose_cells(scores, batch, self.score_grid, alpha, count, self.zoom_factor)
+        fixed = None if count is None else (4 * count, self.coarse_grid**2 + 3 * count)
         cell_scores = zoom_tokens.coarse_scores(scores.detach(), self.zoom_factor)
-        fixed = None
-        if budget is None:
-            zoomed = zoom_tokens.select_above(cell_scores, alpha)
-        else:
-            count = self.resolve_budget(budget)
-            zoomed = zoom_tokens.select_top(cell_scores, count)
-            fixed = (4 * count, self.coarse_grid**2 + 3 * count)
         places = zoom_tokens.fine_scores(scores.detach(), self.zoom_factor)
         order = zoom_tokens.order_tokens(cell_scores, places, zoomed)
         if keep_tokens is not None:
@@ -404,7 +391,7 @@ class ZoomViT(nn.Module):
     def _embed_fixed(self, images: Tensor, choice: _Choice) -> tuple[Tensor, Tensor]:
         """Tokens [B, 1 + n, E] and their ids [B, 1 + n], every shape known beforehand."""
         fine, count = choice.fixed
-        batch, fine_cells = len(images), self.pos_fine.shape[1]
+        batch, fine_cells = images.shape[0], self.pos_fine.shape[1]
         ids = choice.order.ids[:, :count]  # [B, n]
         fine_patches, fine_kernel, coarse_patches, coarse_kernel = zoom_tokens.patches_and_kernels(
             images, self.patch_embed.weight, self.zoom_factor
@@ -417,7 +404,7 @@ class ZoomViT(nn.Module):
             if chosen.shape[1]:
                 first = torch.arange(batch, device=ids.device)[:, None] * patches.shape[1]
                 taken = patches.flatten(0, 1).index_select(0, (first + chosen).flatten())  # [B * f, K]
-                parts.append(F.linear(taken, kernel, self.patch_embed.bias).unflatten(0, (batch, chosen.shape[1])))
+                parts.append(F.linear(taken, kernel, self.patch_embed.bias).unflatten(0, (-1, chosen.shape[1])))
         dtype = parts[-1].dtype
         tokens = torch.cat([part.to(dtype) for part in parts], dim=1)  # [B, 1 + n, E]
         ids = F.pad(ids, (1, 0), value=5 * self.coarse_grid**2)
@@ -596,7 +583,7 @@ def _sincos_1d(length: int, dim: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).float()
 
 
-def _square_side(img_size: int | tuple[int, int]) -> int:
+def square_side(img_size: int | tuple[int, int]) -> int:
     height, width = img_size if isinstance(img_size, (tuple, list)) else (img_size, img_size)
     if height != width:
         raise ValueError(f"images must be square, got {height} x {width}")

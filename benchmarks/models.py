@@ -1,0 +1,191 @@
+"""How well ZoomViT uses the machine: throughput x GMACs an image, with timm's DeiT of the same width as the yardstick.
+
+    python benchmarks/models.py --threads 2
+    python benchmarks/models.py --device cuda --dtype bfloat16 --batch 256
+
+A model that runs as efficiently as the plain ViT, multiply-add for multiply-add, scores 1. The zoomer is counted, in time and
+in multiply-adds. Random weights and made-up scores, sparse and different from image to image, as maps are. Yardstick and
+candidates take turns in one process; a figure is the median over the rounds, with the smallest and the largest beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+
+import zpipe.train.models  # noqa: F401  (registers our models with timm)
+from zpipe.train.macs import count_macs
+from zpipe.train.models import Zoomer
+from zpipe.train.models.zoom_tokens import calibrate_alpha, coarse_scores
+
+
+def seconds(run, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def peak_bytes(run, device: str) -> int:
+    """Most memory held during `run()` beyond what was held before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status_bytes("VmRSS")
+    run()
+    return status_bytes("VmHWM") - before
+
+
+def status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+def told(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
+
+
+def made_up_scores(batch: int, device: str) -> torch.Tensor:
+    """[batch, 196] in [0, 1]: smooth noise, raised to a power that differs from image to image."""
+    noise = F.avg_pool2d(torch.rand(batch, 1, 16, 16), 3, stride=1).flatten(1)
+    low, high = noise.amin(1, keepdim=True), noise.amax(1, keepdim=True)
+    return (((noise - low) / (high - low)) ** torch.linspace(1, 4, batch)[:, None]).to(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="small", choices=["tiny", "small", "base"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--train-batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--zoomer", type=int, default=4, help="blocks of the zoomer")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    device = args.device
+    low_precision = args.dtype != "float32"
+
+    def precision():
+        return torch.autocast(device, dtype=torch.bfloat16) if low_precision else nullcontext()
+
+    deit = timm.create_model(f"deit_{args.size}_patch16_224").to(device)
+    zoomer = Zoomer(args.zoomer).freeze().to(device)
+    image = torch.zeros(1, 3, 224, 224, device=device)
+    deit_macs, zoomer_macs = count_macs(lambda: deit(image)), count_macs(lambda: zoomer(image))
+    images = torch.randn(args.batch, 3, 224, 224, device=device)
+    scores = made_up_scores(args.batch, device)
+    print(f"DeiT-{args.size}, {device}, {args.dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch "
+          f"{args.batch}; {deit_macs / 1e9:.3f} GMACs, the zoomer's {zoomer_macs / 1e9:.3f} beside ZoomViT's")  # fmt: skip
+
+    scale = deit_macs / 4.6e9  # the paper's budgets are those of DeiT-S
+    half, double = (
+        timm.create_model(f"zoomvit_{args.size}_patch16_224", zoom_factor=factor).to(device) for factor in (0.5, 2.0)
+    )
+    settings = {}
+    for name, model, target in (("eta=.5", half, 2.3 * scale), ("eta=2", double, 6.3 * scale)):
+        table = torch.tensor([model.macs(k) / 1e9 for k in range(model.coarse_grid**2 + 1)], dtype=torch.float64)
+        cell_scores = coarse_scores(scores, model.zoom_factor).cpu()
+        alpha, mean = calibrate_alpha(cell_scores, target, lambda zoomed, table=table: table[zoomed])
+        settings[f"{name}, alpha for {target:.1f} G"] = (model, {"alpha": alpha}, mean * 1e9)
+        budget = model.resolve_budget(f"{target:.3f} GMACs")
+        settings[f"{name}, budget {budget} cells"] = (model, {"budget": budget}, model.macs(budget))
+    most = double.coarse_grid**2
+    keep = max(n for n in range(1, 4 * most) if double.macs(most, n) <= 6.3e9 * scale)
+    settings["eta=2, alpha 0.01, pruned"] = (double, {"alpha": 0.01, "keep_tokens": keep}, None)
+
+    report = {"size": args.size, "device": device, "dtype": args.dtype, "torch": torch.__version__, "inference": {}}
+    with torch.inference_mode(), precision():
+        deit.eval(), half.eval(), double.eval()
+
+        def zoomed(model, zoom):
+            zoomer(images)  # its scores are thrown away: random weights give none worth having
+            return model(images, scores, **zoom)
+
+        rows = {}
+        for name, (model, zoom, macs) in settings.items():
+            if macs is None:
+                zoomed_cells = (scores > zoom["alpha"]).sum(1).tolist()
+                macs = statistics.mean(model.macs(k, zoom["keep_tokens"]) for k in zoomed_cells)
+            zoomed(model, zoom)
+            deit(images)
+            ratios, shares, rates = [], [], []
+            for _ in range(args.rounds):
+                yardstick = seconds(lambda: deit(images), device)
+                own = seconds(lambda m=model, z=zoom: zoomed(m, z), device)
+                vit = seconds(lambda m=model, z=zoom: m(images, scores, **z), device)
+                tokens = seconds(lambda m=model, z=zoom: m.tokenise(images, scores, **z), device)
+                ratios.append((macs + zoomer_macs) / own / (deit_macs / yardstick))
+                shares.append(tokens / vit)
+                rates.append(args.batch / own)
+            rows[name] = {"gmacs": macs / 1e9, "efficiency": ratios, "tokenising": shares, "images_per_s": rates}
+            print(f"  {name:32s}{macs / 1e9:6.2f} GMACs  efficiency {told(ratios)}  tokenising {told(shares)}  "
+                  f"{statistics.median(rates):8.1f} images/s")  # fmt: skip
+        report["inference"] = rows
+
+    images, scores = images[: args.train_batch], scores[: args.train_batch]
+    labels = torch.randint(1000, (len(images),), device=device)
+
+    def step(model, optimizer, *inputs, **zoom):
+        optimizer.zero_grad(set_to_none=True)
+        with precision():
+            if zoom:
+                with torch.no_grad():
+                    zoomer(images)
+            loss = F.cross_entropy(model(images, *inputs, **zoom).float(), labels)
+        loss.backward()
+        optimizer.step()
+
+    deit.train()
+    plain = torch.optim.AdamW(deit.parameters(), lr=1e-5)
+    report["training"] = {}
+    for name, model in (("eta=.5", half), ("eta=2", double)):
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        alphas = [(i + 0.5) / args.rounds for i in torch.randperm(args.rounds).tolist()]  # uniform in [0, 1]
+        step(model, optimizer, scores, alpha=0.0)
+        step(deit, plain)
+        cell_scores = coarse_scores(scores, model.zoom_factor)
+        own_macs, own_time, plain_time, ratios = 0, 0, 0, []
+        for alpha in alphas:
+            macs = statistics.mean(model.macs(k) for k in (cell_scores > alpha).sum(1).tolist())
+            yardstick = seconds(lambda: step(deit, plain), device)
+            own = seconds(lambda m=model, o=optimizer, a=alpha: step(m, o, scores, alpha=a), device)
+            # Backward costs two forwards; the frozen zoomer has none.
+            work = 3 * macs + zoomer_macs
+            own_macs, own_time, plain_time = own_macs + work, own_time + own, plain_time + yardstick
+            ratios.append(work / own / (3 * deit_macs / yardstick))
+        whole = own_macs / own_time / (3 * deit_macs * args.rounds / plain_time)
+        equal = {"budget": 0} if name == "eta=2" else {"budget": model.coarse_grid**2}  # 196 tokens, as the DeiT has
+        held = peak_bytes(lambda m=model, o=optimizer, z=equal: step(m, o, scores, **z), device)
+        held_plain = peak_bytes(lambda: step(deit, plain), device)
+        report["training"][name] = {"efficiency": whole, "by_step": ratios, "memory": held / held_plain}
+        print(f"  {name} training, alpha over [0, 1]: efficiency {whole:.3f} of all steps, by step {told(ratios)}; "
+              f"memory at 196 tokens {held / held_plain:.3f} of DeiT's {held_plain / 1e6:.0f} MB")  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Score-fused patches for backbones that need a regular grid (ZoomViT, appendix G).
+
+Swin's windows and LV-ViT's token labels want one token per cell. So a zoomed cell is cut into 2 x 2 half-size patches,
+each embedded by the backbone's own kernel, and the four are fused into one token by a score-weighted mean (Eq. 13). The
+token count stays the backbone's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import register_model
+from torch import Tensor, nn
+
+from zpipe.train.models import zoom_tokens
+from zpipe.train.models.zoomvit import square_side, untrained_cfgs
+
+
+def fuse(quarters: Tensor, scores: Tensor) -> Tensor:
+    """Eq. 13: of each 2 x 2 group the mean, weighted by scores. quarters [B, E, 2g, 2g], scores [B, 2g, 2g] >= 0 ->
+    [B, E, g, g]. Groups whose scores are all 0 get the plain mean.
+    """
+    weight = scores[:, None]  # [B, 1, 2g, 2g]
+    mean = F.avg_pool2d(weight, 2)  # [B, 1, g, g]
+    even = (mean <= 0).to(weight.dtype)
+    weight = weight + even.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
+    return F.avg_pool2d(quarters * weight, 2) / (mean + even)
+
+
+class FusedViT(nn.Module):
+    """A timm model whose patches are score-fused where the scores say so.
+
+    `model(images, scores, alpha=...)` or `budget=` as of `ZoomViT`; with scores=None, or with nothing zoomed, it is the
+    backbone. Every cell of the backbone's grid belongs to the score cell that its centre lies in; the four quarters of a
+    zoomed cell are weighted by the score map read at their centres (bilinear), since within one score cell the paper's
+    weights would all be equal.
+
+    Both embeddings are made of the whole image, which costs twice the backbone's patch embedding: little, and regular.
+
+    Args:
+        backbone: a timm model (or its name) whose patches come from a convolution as large as its stride, even, without
+            padding: ViT, DeiT, Swin, `lvvit_small` and their like. Its state dict is under `backbone.`.
+        img_size: pixels a side; images are square.
+        patch_size: pixels a side of a score cell; the zoomer's grid is img_size / patch_size.
+        backbone_args: keyword arguments of the backbone, when given by name. num_classes and in_chans go to it too.
+
+    Raises:
+        ValueError: a backbone without such a convolution, or sizes that don't divide.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "swin_tiny_patch4_window7_224",
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        backbone_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        img_size = square_side(img_size)
+        if isinstance(backbone, str):
+            arguments = {"img_size": img_size, "num_classes": num_classes, "in_chans": in_chans}
+            try:
+                backbone = timm.create_model(backbone, **arguments | (backbone_args or {}))
+            except TypeError as error:
+                if "'img_size'" not in str(error):
+                    raise
+                raise ValueError(f"{backbone} has no img_size, hence no regular grid of patches to fuse") from error
+        self.backbone = backbone
+        self.img_size, self.patch_size = img_size, patch_size
+        self.num_classes = backbone.num_classes
+        self.num_features = backbone.num_features
+        projection = _projection(backbone)
+        if img_size % patch_size:
+            raise ValueError(f"image size {img_size} doesn't divide into score cells of {patch_size} pixels")
+        self.score_grid = self.coarse_grid = img_size // patch_size
+        self._zoom: tuple[Tensor, Tensor] | None = None  # scores and mask, while a forward pass is under way
+        projection.register_forward_hook(self._embed)
+
+    def forward(
+        self,
+        images: Tensor,
+        scores: Tensor | None = None,
+        alpha: float | None = None,
+        budget: int | None = None,
+        **backbone_args: Any,
+    ) -> Any:
+        """What the backbone, given also backbone_args, returns. Arguments and errors as of `ZoomViT.forward`, with scores [B, s * s], s = img_size /
+        patch_size, and budget a number of score cells.
+        """
+        if tuple(images.shape[2:]) != (self.img_size, self.img_size):
+            raise ValueError(
+                f"images must be [batch, chans, {self.img_size}, {self.img_size}], got {list(images.shape)}"
+            )
+        if scores is None:
+            if budget is not None:
+                raise ValueError("budget needs scores to choose by, got scores=None")
+            return self.backbone(images, **backbone_args)
+        zoomed = zoom_tokens.choose_cells(scores, len(images), self.score_grid, alpha, budget)
+        side = self.score_grid
+        self._zoom = (scores.detach().reshape(-1, 1, side, side), zoomed.reshape(-1, 1, side, side))
+        try:
+            return self.backbone(images, **backbone_args)
+        finally:
+            self._zoom = None
+
+    def _embed(self, projection: nn.Conv2d, inputs: tuple[Tensor], coarse: Tensor) -> Tensor:
+        """Hook of the patch convolution: its output [B, E, g, g], with fused tokens in the zoomed cells."""
+        if self._zoom is None:
+            return coarse
+        scores, zoomed = self._zoom
+        kernel = zoom_tokens.half_kernel(projection.weight)
+        quarters = F.conv2d(inputs[0], kernel, projection.bias, stride=kernel.shape[-1])  # [B, E, 2g, 2g]
+        read = F.interpolate(scores.float(), quarters.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        mask = F.interpolate(zoomed.float(), coarse.shape[-2:], mode="nearest-exact") > 0
+        return torch.where(mask, fuse(quarters, read.to(quarters.dtype)), coarse)
+
+    def token_counts(
+        self, scores: Tensor, alpha: float | None = None, budget: int | None = None, keep_tokens: None = None
+    ) -> Tensor:
+        """The backbone's own number of patches, for each image. int64 [B]."""
+        zoom_tokens.choose_cells(scores, len(scores), self.score_grid, alpha, budget)
+        return torch.full((len(scores),), self.num_patches(), device=scores.device)
+
+    def num_patches(self) -> int:
+        """Tokens that enter the backbone's first block, class token not counted."""
+        return self.backbone.patch_embed.num_patches
+
+    def resolve_budget(self, budget: int | str) -> int:
+        """A number of score cells; the cost is the same for all. Raises ValueError outside 0 .. s * s."""
+        cells = self.score_grid**2
+        if isinstance(budget, str) or not 0 <= budget <= cells:
+            raise ValueError(f"budget must be a number of score cells between 0 and {cells}, got {budget!r}")
+        return budget
+
+    # What timm's optimizers and fine-tuning tools ask of a model.
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def get_classifier(self) -> nn.Module:
+        return self.backbone.get_classifier()
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a freshly initialised one."""
+        self.num_classes = num_classes
+        self.backbone.reset_classifier(num_classes)
+
+
+def _projection(backbone: nn.Module) -> nn.Conv2d:
+    """The convolution that makes the backbone's patches."""
+    projection = getattr(getattr(backbone, "patch_embed", None), "proj", None)
+    if isinstance(projection, nn.Conv2d):
+        side = projection.kernel_size[0]
+        like_patches = projection.kernel_size == projection.stride == (side, side) and projection.padding == (0, 0)
+        if like_patches and side % 2 == 0 and projection.groups == 1:
+            return projection
+    raise ValueError(
+        f"{type(backbone).__name__} has no patch_embed.proj that cuts the image into even square patches; "
+        "score fusion needs a regular grid, such as a ViT's or Swin's"
+    )
+
+
+default_cfgs = untrained_cfgs("fused_vit")
+
+
+@register_model
+def fused_vit(pretrained: bool = False, **kwargs: Any) -> FusedViT:
+    """`FusedViT`, on Swin-T unless `backbone` names another timm model. Takes its arguments."""
+    return timm.models.build_model_with_cfg(FusedViT, "fused_vit", pretrained, **kwargs)

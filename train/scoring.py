@@ -1,0 +1,134 @@
+"""Where a zooming model's scores come from: named sources, the same ones in training and in evaluation."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zpipe.schemas.errors import UsageError
+from zpipe.schemas.relevance_maps import RelevanceMaps
+from zpipe.train.checkpoint import load_zoomer
+from zpipe.train.macs import count_macs
+from zpipe.train.models.fusion import FusedViT
+from zpipe.train.models.scores import centre_prior, class_attention, entropy_scores
+from zpipe.train.models.zoomer import Zoomer
+from zpipe.train.models.zoomvit import ZoomViT
+
+SOURCES = {
+    "zoomer": "a finished train-zoomer run, frozen",
+    "maps": "the cached maps of a relevance store",
+    "attention": "the class attention of the model itself with nothing zoomed, which costs that pass",
+    "entropy": "the entropy of the grey values in each cell",
+    "centre": "a Gaussian around the image's centre",
+    "random": "uniform noise: new for every batch in training, fixed by the sample's key in evaluation",
+    "none": "no scores: nothing is zoomed",
+}
+
+Scorer = Callable[[Tensor, dict[str, Any]], Tensor | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSource:
+    """A source chosen and fitted to a model.
+
+    score: normalised images [B, 3, S, S] and their batch -> scores [B, s * s] in [0, 1], or None to zoom nothing.
+    zoomer: the one behind it, if it is one.
+    """
+
+    name: str
+    score: Scorer
+    zoomer: Zoomer | None = None
+
+    def macs(self, image: Tensor) -> int:
+        """Multiply-adds that scoring one image [1, 3, S, S] takes; those of entropy and noise are none."""
+        if self.name not in ("zoomer", "attention"):
+            return 0
+        return count_macs(lambda: self.score(image, {}))
+
+
+def zooms(model: nn.Module) -> bool:
+    """Whether the model takes scores."""
+    return isinstance(model, (ZoomViT, FusedViT))
+
+
+def default_source(zoomer: object | None, maps: object | None) -> str | None:
+    """The source that was meant when only its data was given."""
+    if (zoomer is None) == (maps is None):
+        return None
+    return "zoomer" if zoomer is not None else "maps"
+
+
+def choose_source(
+    name: str,
+    model: nn.Module,
+    *,
+    zoomer: Zoomer | None = None,
+    origin: Path | str = "the zoomer",
+    store: RelevanceMaps | None = None,
+    training: bool = False,
+) -> ScoreSource:
+    """The source of that name for a zooming model.
+
+    zoomer, which came from `origin`, and store are what "zoomer" and "maps" need. Errors: :class:`UsageError` for an unknown name, a source whose
+    data isn't there, or whose grid isn't the model's.
+    """
+    if name not in SOURCES:
+        raise UsageError(f"--scores {name}: choose one of {', '.join(SOURCES)}")
+    side = model.score_grid
+    if name == "zoomer":
+        if zoomer is None:
+            raise UsageError("--scores zoomer: needs a zoomer; give --zoomer RUN, or another source")
+        if zoomer.grid != side:
+            raise UsageError(f"{origin}: scores of {zoomer.grid} x {zoomer.grid}, the model wants {side} x {side}")
+        return ScoreSource(name=name, score=lambda images, batch: _frozen(zoomer, images), zoomer=zoomer)
+    if name == "maps":
+        if store is None:
+            raise UsageError("--scores maps: needs a relevance store; give --maps STORE")
+        check_grid(store, side)
+        return ScoreSource(name=name, score=lambda images, batch: batch["relevance"].to(images.device).flatten(1))
+    if name == "attention" and not isinstance(model, ZoomViT):
+        raise UsageError("--scores attention: needs a zoomvit_* model, whose class attention it is")
+    prior = centre_prior(side)
+    scorers: dict[str, Scorer] = {
+        "attention": lambda images, batch: class_attention(model, images, side),
+        "entropy": lambda images, batch: entropy_scores(images, side),
+        "centre": lambda images, batch: prior.to(images.device).expand(len(images), -1),
+        "random": lambda images, batch: _noise(side * side, images, None if training else batch["key"]),
+        "none": lambda images, batch: None,
+    }
+    return ScoreSource(name=name, score=scorers[name])
+
+
+def open_zoomer(path: Path, image_size: int) -> Zoomer:
+    """The zoomer of a finished run, frozen; a warning when it was trained on another image size."""
+    zoomer, preprocessing = load_zoomer(path)
+    if preprocessing.image_size != image_size:
+        warnings.warn(f"{path}: trained on {preprocessing.image_size} px images, used on {image_size} px", stacklevel=2)
+    return zoomer
+
+
+def check_grid(store: RelevanceMaps, side: int) -> None:
+    """Errors: :class:`UsageError` when the maps of `store` aren't the side x side that a model scores with."""
+    grid = store.manifest.provenance.grid
+    if tuple(grid) != (side, side):
+        raise UsageError(f"{store.path}: maps of {grid[0]} x {grid[1]}, the model wants {side} x {side}")
+
+
+@torch.no_grad()
+def _frozen(zoomer: Zoomer, images: Tensor) -> Tensor:
+    return zoomer(images)
+
+
+def _noise(cells: int, images: Tensor, keys: list[str] | None) -> Tensor:
+    """Uniform in [0, 1), [B, cells]; from the global generator, or from each key alone."""
+    if keys is None:
+        return torch.rand(len(images), cells).to(images.device)
+    rows = [torch.rand(cells, generator=torch.Generator().manual_seed(zlib.crc32(key.encode()))) for key in keys]
+    return torch.stack(rows).to(images.device)
