@@ -21,7 +21,7 @@ def test_deit_small_by_count_and_by_formula():
     n, d, depth = 197, 384, 12
     left_out = depth * n * d * d + 196 * 768 * d + 1000 * d
     assert paper_macs(n, d, depth) + left_out == counted
-    assert paper_macs(196, d, depth) / 1e9 == pytest.approx(4.25, abs=0.03)
+    assert paper_macs(196, d, depth) / 1e9 == pytest.approx(4.169, abs=1e-3)
 
 
 @pytest.mark.parametrize(("num_blocks", "gmacs"), [(2, 0.5806), (4, 0.9917), (6, 1.4029)])

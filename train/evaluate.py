@@ -20,7 +20,7 @@ from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import Run, load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.loop import resolve_device
+from zpipe.train.loop import keep_freed_memory, resolve_device
 from zpipe.train.macs import count_macs
 from zpipe.train.metrics import mae, mse, pointing_game, spearman, topk_overlap
 from zpipe.train.models.fusion import FusedViT
@@ -99,6 +99,8 @@ def evaluate(
         view=ViewConfig(crop_pct=opened.preprocessing.crop_pct),
     )
     device = resolve_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if opened.kind == "zoomer":
         if loader.maps is None:
             raise UsageError(f"{run}: a zoomer is measured against its teacher's maps; give --maps")

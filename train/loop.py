@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import time
@@ -88,6 +89,20 @@ def resolve_device(asked: str) -> torch.device:
         raise UsageError(f"device {asked}: torch knows no such device; choose auto, cpu or cuda") from error
 
 
+def keep_freed_memory() -> None:
+    """Make glibc keep what tensors on the CPU give back, for the next ones to take.
+
+    It would return every large block to the kernel at once, and have each of its pages cleared and mapped again a moment
+    later: a sixth of the time of a training step whose activations are large. What the process holds stays at its peak.
+    Does nothing where the C library has no mallopt (macOS, musl).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_mmap_max, m_trim_threshold = -4, -1
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
 def train(
     task: Task, loader: RelevanceLoader, config: TrainConfig, run: Path, *, stage: str, progress: Progress = silent
 ) -> dict[str, float]:
@@ -98,6 +113,8 @@ def train(
     finite, naming the last good checkpoint.
     """
     model = task.model
+    if resolve_device(config.device).type == "cpu":
+        keep_freed_memory()
     loader.set_epoch(0)
     steps_per_epoch = len(loader)
     total = max(1, round(config.epochs * steps_per_epoch))
