@@ -5,6 +5,8 @@
     RUN/metrics.jsonl      one line per logging interval and per validation
     RUN/model.safetensors  the finished weights
     RUN/config.json        timm's model description, written last: a run without it is not finished
+    RUN/epochs/            the weights of the last epochs, as many as train.keep says
+    RUN/best.safetensors   those of the epoch that did best on held-out data, with best.json, when there was such data
     RUN/zoomer/            a ZoomViT's zoomer, when it has one, in the same form
 
 timm opens a finished ViT by itself: `timm.create_model("local-dir:RUN", pretrained=True)`.
@@ -122,6 +124,32 @@ def load_checkpoint(run: Path) -> dict[str, Any] | None:
         raise ZpipeError(
             f"{path}: not a readable checkpoint ({_first_line(error)}); delete it to start over"
         ) from error
+
+
+def keep_epoch(run: Path, model: nn.Module, epoch: int, keep: int, score: float | None) -> None:
+    """Keep the weights of an epoch's end: those of the last `keep` epochs, and the best by score when it has one."""
+    run = Path(run)
+    folder = run / "epochs"
+    if keep:
+        folder.mkdir(exist_ok=True)
+        _write_weights(folder / f"{epoch:05d}.safetensors", model)
+    if folder.is_dir():
+        for path in sorted(folder.glob("*.safetensors"))[: -keep or None]:
+            path.unlink()
+    if score is None:
+        return
+    path = run / "best.json"
+    if not path.is_file() or score > read_json(path, "the best epoch")["val_top1"]:
+        _write_weights(run / "best.safetensors", model)
+        write_json(path, {"epoch": epoch, "val_top1": score})
+
+
+def _write_weights(path: Path, model: nn.Module) -> None:
+    try:
+        with commit(path) as tmp:
+            safetensors.torch.save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ZpipeError(f"{path}: could not be written ({error}); free space, then run again") from error
 
 
 def save_model(run: Path, model: nn.Module, preprocessing: Preprocessing) -> None:

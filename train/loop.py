@@ -5,22 +5,31 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
 from zpipe.schemas.atomic import write_bytes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
-from zpipe.train.checkpoint import CHECKPOINT_NAME, METRICS_NAME, load_checkpoint, save_checkpoint
+from zpipe.train.checkpoint import CHECKPOINT_NAME, METRICS_NAME, keep_epoch, load_checkpoint, save_checkpoint
 from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.metric_log import metric_log
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +37,15 @@ class TrainConfig:
     """Settings of the loop. Durations are in epochs of the training shards; fractions are allowed.
 
     opt: any optimizer name of timm; opt_args: further keyword arguments of its constructor (betas, nesterov).
-    The learning rate rises linearly over `warmup_epochs` and falls as a cosine to `min_lr`. clip_grad: bound of the
-    global gradient norm, 0 for none. num_workers: data-loading processes. checkpoint_s: seconds between checkpoints within
-    an epoch; at its end there is one always.
+    The learning rate rises linearly over `warmup_epochs` and then follows `sched` to `min_lr`: cosine, poly, tanh, constant,
+    or step, which multiplies it by `decay_rate` every `decay_epochs`. layer_decay: factor of the learning rate from each
+    block to the one before it, None for one rate for all. accumulate: batches whose gradients make one step; what is left of
+    an epoch when it doesn't divide is dropped. clip_grad: bound of the gradients, 0 for none; clip_mode: norm, value or agc.
+    ema: decay of a running average of the weights, which are then the finished ones; 0 for none. precision: float32, bf16
+    or fp16 (with loss scaling) in the forward pass. compile: torch.compile the model. keep: how many epochs' weights stay
+    beside the last checkpoint. num_workers: data-loading processes. checkpoint_s: seconds between checkpoints within an
+    epoch; at its end there is one always. tensorboard: write event files beside metrics.jsonl; wandb: the project to log
+    to.
     """
 
     epochs: float = 100.0
@@ -41,11 +56,23 @@ class TrainConfig:
     warmup_epochs: float = 0.0
     weight_decay: float = 0.05
     opt_args: dict[str, Any] = field(default_factory=dict)
+    sched: Literal["cosine", "poly", "tanh", "step", "constant"] = "cosine"
+    decay_epochs: float = 30.0
+    decay_rate: float = 0.1
+    layer_decay: float | None = None
+    accumulate: int = 1
     clip_grad: float = 0.0
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+    ema: float = 0.0
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    compile: bool = False
+    keep: int = 0
     seed: int = 0
     num_workers: int = 1
     log_every: int = 20
     checkpoint_s: float = 600.0
+    tensorboard: bool = False
+    wandb: str | None = None
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -60,21 +87,35 @@ class TrainConfig:
             "seed",
             "num_workers",
             "checkpoint_s",
+            "keep",
+            "decay_rate",
         ):
             if getattr(self, name) < 0:
                 raise UsageError(f"train.{name} {getattr(self, name):g}: give a number >= 0")
-        for name in ("batch_size", "log_every"):
+        if not 0 <= self.ema < 1:
+            raise UsageError(f"train.ema {self.ema:g}: give a decay in [0, 1)")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise UsageError(f"train.layer_decay {self.layer_decay:g}: give a factor in (0, 1]")
+        if self.decay_epochs <= 0:
+            raise UsageError(f"train.decay_epochs {self.decay_epochs:g}: give a number above 0")
+        for name in ("batch_size", "log_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise UsageError(f"train.{name} {getattr(self, name)}: give a number >= 1")
 
 
 class Task(Protocol):
-    """What is trained: `model`, its loss on a batch with figures worth logging, and a validation (may be empty)."""
+    """What is trained.
+
+    model: its parameters. call: how to run it, the model itself unless the loop wraps it. loss: of a batch, with figures
+    worth logging. validate: figures of a model on held-out data, after every epoch (may be empty); `val_top1` among them
+    decides which epoch was the best.
+    """
 
     model: nn.Module
+    call: Callable[..., Any]
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]: ...
-    def validate(self) -> dict[str, float]: ...
+    def validate(self, model: nn.Module) -> dict[str, float]: ...
 
 
 def resolve_device(asked: str) -> torch.device:
@@ -113,20 +154,18 @@ def train(
     finite, naming the last good checkpoint.
     """
     model = task.model
-    if resolve_device(config.device).type == "cpu":
+    device = resolve_device(config.device)
+    if device.type == "cpu":
         keep_freed_memory()
     loader.set_epoch(0)
-    steps_per_epoch = len(loader)
+    steps_per_epoch = len(loader) // config.accumulate
+    if len(loader) and not steps_per_epoch:
+        raise UsageError(f"train.accumulate {config.accumulate}: an epoch has {len(loader)} batches")
     total = max(1, round(config.epochs * steps_per_epoch))
     optimizer = _optimizer(model, config)
-    scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=total,
-        lr_min=config.min_lr,
-        warmup_t=round(config.warmup_epochs * steps_per_epoch),
-        warmup_prefix=False,
-        t_in_epochs=False,
-    )
+    scheduler = _scheduler(optimizer, config, total, steps_per_epoch)
+    scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
+    average = ModelEmaV3(model, decay=config.ema) if config.ema else None
     step, epoch, position = 0, 0, None
     state = load_checkpoint(run)
     if state is not None:
@@ -135,77 +174,202 @@ def train(
             optimizer.load_state_dict(state["optimizer"])
             step, epoch = state["step"], state["epoch"]
             position = state["position"]
+            if average is not None:
+                average.module.load_state_dict(state["average"])
+            if scaler is not None:
+                scaler.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise ZpipeError(f"{run / CHECKPOINT_NAME}: not this run's checkpoint; delete it to start over") from error
+    task.call = torch.compile(model) if config.compile else model
     _trim_log(run, step)
     figures: dict[str, float] = {}
     begun, seen = time.monotonic(), 0
-    while step < total:
-        model.train()
-        torch.manual_seed(_epoch_seed(config.seed, epoch))
-        loader.set_epoch(epoch)
-        if position is not None:
-            _take_position(loader, position)
-            position = None
-        saved = time.monotonic()
-        for batch in _up_to(loader, total - step):
-            scheduler.step_update(step)
-            loss, facts = task.loss(batch)
-            value = loss.item()
-            if not math.isfinite(value):
-                kept = (
-                    f"the last good state is {run / CHECKPOINT_NAME}"
-                    if (run / CHECKPOINT_NAME).is_file()
-                    else "no epoch was finished"
-                )
-                raise ZpipeError(f"{run}: the loss became {value} in step {step} of {total}; lower --lr; {kept}")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if config.clip_grad:
-                nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
-            optimizer.step()
-            step += 1
-            seen += len(batch["label"])
-            if step % config.log_every == 0 or step == total:
-                rate = seen / (time.monotonic() - begun)
-                facts = {"loss": value, **facts, "lr": optimizer.param_groups[0]["lr"], "images_per_s": rate}
-                _log(run, {"step": step, "epoch": epoch, **facts})
-                progress(stage, step, total, **facts)
-            if time.monotonic() - saved >= config.checkpoint_s:
-                _save(run, model, optimizer, step, epoch, _position(loader))
-                saved = time.monotonic()
-        epoch += 1
-        counts = loader.epoch_counts()
-        if len(counts) > 2 or loader.damaged_shards:  # samples without a map, tars left out
-            progress(stage, step, total, epoch=epoch, **counts, damaged_shards=len(loader.damaged_shards))
-        _save(run, model, optimizer, step, epoch, None)
+    clock = Clock()
+
+    def save(position: dict[str, Any] | None) -> None:
+        with clock("save"):
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch}
+            if average is not None:
+                state["average"] = average.module.state_dict()
+            if scaler is not None:
+                state["scaler"] = scaler.state_dict()
+            save_checkpoint(run, state | {"position": position})
+
+    with _stop_on_sigterm() as stopped, metric_log(run, config.tensorboard, config.wandb) as log:
+        while step < total:
+            model.train()
+            torch.manual_seed(_epoch_seed(config.seed, epoch))
+            loader.set_epoch(epoch)
+            if position is not None:
+                _take_position(loader, position)
+                position = None
+            saved = time.monotonic()
+            batches = clock.of("data", loader)
+            for group in _steps(batches, config.accumulate, total - step):
+                scheduler.step(step)
+                optimizer.zero_grad(set_to_none=True)
+                value, facts = _accumulate(task, group, device, config, scaler, clock)
+                if not math.isfinite(value):
+                    kept = (
+                        f"the last good state is {run / CHECKPOINT_NAME}"
+                        if (run / CHECKPOINT_NAME).is_file()
+                        else "no epoch was finished"
+                    )
+                    raise ZpipeError(f"{run}: the loss became {value} in step {step} of {total}; lower --lr; {kept}")
+                with clock("backward"):
+                    _update(model, optimizer, scaler, config)
+                    if average is not None:
+                        average.update(model, step)
+                step += 1
+                seen += sum(len(batch["label"]) for batch in group)
+                if step % config.log_every == 0 or step == total:
+                    rate = seen / (time.monotonic() - begun)
+                    facts = {"loss": value, **facts, "lr": optimizer.param_groups[0]["lr"], "images_per_s": rate}
+                    log({"step": step, "epoch": epoch, **facts, **clock.shares()})
+                    progress(stage, step, total, **facts)
+                if stopped() or time.monotonic() - saved >= config.checkpoint_s:
+                    save(_position(loader))
+                    saved = time.monotonic()
+                    if stopped():
+                        break
+            if stopped():
+                break
+            epoch += 1
+            counts = loader.epoch_counts()
+            if len(counts) > 2 or loader.damaged_shards:  # samples without a map, tars left out
+                progress(stage, step, total, epoch=epoch, **counts, damaged_shards=len(loader.damaged_shards))
+            best = average.module if average is not None else model
+            best.eval()
+            figures = task.validate(best)
+            save(None)
+            with clock("save"):
+                keep_epoch(run, best, epoch, config.keep, figures.get("val_top1"))
+            if figures:
+                log({"step": step, "epoch": epoch, **figures})
+    if average is not None:
+        model.load_state_dict(average.module.state_dict())
+    task.call = model
     model.eval()
-    figures = task.validate()
-    _log(run, {"step": step, "epoch": epoch, **{f"val_{name}": value for name, value in figures.items()}})
     return figures
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def _accumulate(
+    task: Task,
+    group: list[dict[str, Any]],
+    device: torch.device,
+    config: TrainConfig,
+    scaler: torch.amp.GradScaler | None,
+    clock: Clock,
+) -> tuple[float, dict[str, float]]:
+    """Gradients of the mean loss of the batches; that loss, and the means of what the task told."""
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
+    value, facts = 0.0, Counter()
+    for batch in group:
+        with clock("forward"):
+            with torch.autocast(device.type, dtype=low) if low is not None else nullcontext():
+                loss, told = task.loss(batch)
+            value += loss.item() / len(group)  # waits for an accelerator, so that forward and backward are told apart
+        if not math.isfinite(value):
+            break
+        with clock("backward"):
+            share = loss / len(group)
+            (share if scaler is None else scaler.scale(share)).backward()
+        for name, number in told.items():
+            facts[name] += number / len(group)
+    return value, dict(facts)
+
+
+def _update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, config: TrainConfig
+) -> None:
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    if config.clip_grad:
+        dispatch_clip_grad(model.parameters(), config.clip_grad, mode=config.clip_mode)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+
+
+class Clock:
+    """Where the time goes: data, forward, backward (with the optimizer's step), save. On an accelerator the backward pass
+    that is still under way counts for the wait that follows it.
+    """
+
+    def __init__(self) -> None:
+        self._spent: Counter[str] = Counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[name] += time.perf_counter() - begun
+
+    def of(self, name: str, items: Iterable[Any]) -> Iterator[Any]:
+        """The items, the waiting for each counted."""
+        iterator = iter(items)
+        while True:
+            with self(name):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
+
+    def shares(self) -> dict[str, float]:
+        """Of the time counted since the last call; counting begins anew."""
+        total = sum(self._spent.values())
+        shares = {f"share_{name}": self._spent[name] / total for name in ("data", "forward", "backward", "save")}
+        self._spent.clear()
+        return shares
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM came since. What it would have done is done at the end of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     try:
-        return create_optimizer_v2(
-            model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **config.opt_args
-        )
-    except (AssertionError, TypeError, ValueError) as error:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if came:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    options = config.opt_args if config.layer_decay is None else config.opt_args | {"layer_decay": config.layer_decay}
+    try:
+        return create_optimizer_v2(model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **options)
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(
-            f"optimizer {config.opt}: {' '.join(str(error).split())[:200]}; check train.opt and train.opt_args"
+            f"optimizer {config.opt}: {' '.join(str(error).split())[:200]}; check train.opt, train.opt_args and "
+            "train.layer_decay"
         ) from error
 
 
-def _save(
-    run: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    epoch: int,
-    position: dict[str, Any] | None,
-) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch}
-    save_checkpoint(run, state | {"position": position})
+def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int, steps_per_epoch: int) -> Scheduler:
+    """timm's scheduler, its epochs being our steps."""
+    kind, decay, every = config.sched, config.decay_rate, round(config.decay_epochs * steps_per_epoch)
+    if kind == "constant":
+        kind, decay = "step", 1.0
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=kind,
+        num_epochs=total,
+        warmup_epochs=round(config.warmup_epochs * steps_per_epoch),
+        warmup_lr=0.0,
+        min_lr=config.min_lr,
+        decay_epochs=max(every, 1),
+        decay_rate=decay,
+    )
+    return scheduler
 
 
 def _position(loader: RelevanceLoader) -> dict[str, Any]:
@@ -225,11 +389,13 @@ def _epoch_seed(seed: int, epoch: int) -> int:
     return (seed * 1_000_003 + epoch) % 2**63
 
 
-def _up_to(loader: RelevanceLoader, count: int) -> Iterator[dict[str, Any]]:
-    for number, batch in enumerate(loader):
-        if number == count:
+def _steps(batches: Iterator[dict[str, Any]], accumulate: int, count: int) -> Iterator[list[dict[str, Any]]]:
+    """Groups of `accumulate` batches, at most `count` of them; an incomplete last one is dropped."""
+    for _ in range(count):
+        group = list(islice(batches, accumulate))
+        if len(group) < accumulate:
             return
-        yield batch
+        yield group
 
 
 def _trim_log(run: Path, step: int) -> None:
@@ -238,13 +404,3 @@ def _trim_log(run: Path, step: int) -> None:
     if path.is_file():
         lines = path.read_bytes().split(b"\n")[:-1]
         write_bytes(path, b"".join(line + b"\n" for line in lines if json.loads(line)["step"] <= step))
-
-
-def _log(run: Path, line: dict[str, float]) -> None:
-    try:
-        with open(run / METRICS_NAME, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise ZpipeError(
-            f"{run / METRICS_NAME}: could not be written ({error.strerror}); free space, then run again"
-        ) from error

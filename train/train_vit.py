@@ -8,11 +8,13 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.mixup import mixup_target
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import Preprocessing, begin_run, load_run, load_zoomer, save_model, save_zoomer
 from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.data.mix import MixConfig, mix_batch
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.loop import TrainConfig, resolve_device, train
 from zpipe.train.losses import TokenLabelLoss, relevance_token_labels
@@ -44,6 +47,8 @@ class VitConfig:
     cells uniform in [0, max_zoomed], which keeps all sequences of a batch equally long.
     scores: where a zooming model's scores come from, one of `scoring.SOURCES`; None takes the zoomer or the maps given.
     token_label_weight: above 0, the patches of an lvvit_* model learn labels made of the maps (see `TokenLabelLoss`).
+    loss: ce, or bce, which asks of every class on its own (DeiT-III). mixup, cutmix: see `MixConfig`; label_smoothing
+    goes with both losses. val_alpha: the threshold of validation; under zoom_draw `budget` it zooms max_zoomed / 2 cells.
     missing, damaged: what samples without a usable map and damaged tars do, see `RelevanceLoader`.
     """
 
@@ -56,7 +61,13 @@ class VitConfig:
     max_zoomed: int | None = None
     scores: str | None = None
     token_label_weight: float = 0.0
+    loss: Literal["ce", "bce"] = "ce"
     label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_switch: float = 0.5
+    mix_prob: float = 1.0
+    val_alpha: float = 0.1
     missing: str = "error"
     damaged: str = "error"
     view: ViewConfig = field(default_factory=ViewConfig)
@@ -71,10 +82,25 @@ class VitConfig:
             raise UsageError(f"label_smoothing {self.label_smoothing:g}: give a share in [0, 1]")
         if self.token_label_weight < 0:
             raise UsageError(f"token_label_weight {self.token_label_weight:g}: give a number >= 0")
+        if not 0.0 <= self.val_alpha <= 1.0:
+            raise UsageError(f"val_alpha {self.val_alpha:g}: a threshold lies in [0, 1]")
+        if self.token_label_weight and (self.loss != "ce" or self.mixup or self.cutmix):
+            raise UsageError("token_label_weight: goes with loss ce, without mixup and cutmix")
+        self.mix()
+
+    def mix(self) -> MixConfig:
+        """How batches are mixed. Errors: :class:`UsageError` for values out of range."""
+        return MixConfig(
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+            switch=self.mix_switch,
+            prob=self.mix_prob,
+            smoothing=self.label_smoothing,
+        )
 
 
 class ClassifyTask:
-    """Cross-entropy over the classes; a ZoomViT sees another zoom in every batch."""
+    """Classification; a zooming model sees another zoom in every batch."""
 
     def __init__(
         self,
@@ -83,39 +109,74 @@ class ClassifyTask:
         config: VitConfig,
         preprocessing: Preprocessing,
         device: torch.device,
+        val: RelevanceLoader | None = None,
     ) -> None:
         self.model, self._source, self._config = model, source, config
-        self._preprocessing, self._device = preprocessing, device
+        self._preprocessing, self._device, self._val = preprocessing, device, val
+        self.call = model
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+        check_labels(batch["label"], batch["key"], self.model.num_classes)
+        batch = self._to_device(batch)
         labels = batch["label"]
-        check_labels(labels, batch["key"], self.model.num_classes)
-        labels = labels.to(self._device)
-        images = self._preprocessing.normalise(batch["image"].to(self._device))
+        if self._config.mixup or self._config.cutmix:
+            # Drawn by torch's global generator, whose state is in the checkpoint.
+            rng = np.random.default_rng(int(torch.randint(2**62, ())))
+            batch = mix_batch(batch, self._config.mix(), rng, self.model.num_classes)
+        images = batch["image"]
         scores = self._source.score(images, batch) if self._source is not None else None
         arguments: dict[str, Any] = {} if scores is None else {"scores": scores, **self._draw_zoom()}
         if self._config.token_label_weight:
-            logits, dense = self.model(images, return_dense=True, **arguments)
+            logits, dense = self.call(images, return_dense=True, **arguments)
             side = math.isqrt(dense.shape[1])
-            maps = batch["relevance"].to(self._device)
-            token_labels = relevance_token_labels(maps, labels, self.model.num_classes, side)
+            token_labels = relevance_token_labels(batch["relevance"], labels, self.model.num_classes, side)
             loss = TokenLabelLoss(self._config.token_label_weight)(logits, dense, labels, token_labels)
         else:
-            logits = self.model(images, **arguments)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self._config.label_smoothing)
+            logits = self.call(images, **arguments)
+            loss = self._class_loss(logits, batch)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
         return loss, {"train_top1": float(accuracy)}
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        moved = {name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return moved | {"image": self._preprocessing.normalise(moved["image"])}
+
+    def _class_loss(self, logits: Tensor, batch: dict[str, Any]) -> Tensor:
+        smoothing = self._config.label_smoothing
+        target = batch.get("target")  # [B, classes], of a mixed batch, smoothed already
+        if self._config.loss == "ce":
+            if target is not None:
+                return F.cross_entropy(logits, target)
+            return F.cross_entropy(logits, batch["label"], label_smoothing=smoothing)
+        if target is None:
+            target = mixup_target(batch["label"], self.model.num_classes, smoothing=smoothing)
+        return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
 
     def _draw_zoom(self) -> dict[str, Any]:
         # torch's global generator is seeded per epoch by the loop, so a resumed run draws the same.
         if self._config.zoom_draw == "alpha":
             return {"alpha": float(torch.rand(()))}
-        most = self._config.max_zoomed
-        return {"budget": int(torch.randint(0, (self.model.coarse_grid**2 if most is None else most) + 1, ()))}
+        return {"budget": int(torch.randint(0, self._most_zoomed() + 1, ()))}
 
-    def validate(self) -> dict[str, float]:
-        """Figures come from `zpipe evaluate`."""
-        return {}
+    def _most_zoomed(self) -> int:
+        most = self._config.max_zoomed
+        return self.model.coarse_grid**2 if most is None else most
+
+    @torch.no_grad()
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Top-1 on the validation shards, when there are any."""
+        if self._val is None:
+            return {}
+        budget = self._config.zoom_draw == "budget"
+        zoom = {"budget": self._most_zoomed() // 2} if budget and zooms(model) else {"alpha": self._config.val_alpha}
+        right = count = 0
+        for batch in self._val:
+            batch = self._to_device(batch)
+            scores = self._source.score(batch["image"], batch) if self._source is not None else None
+            logits = model(batch["image"]) if scores is None else model(batch["image"], scores, **zoom)
+            right += int((logits.argmax(dim=1) == batch["label"]).sum())
+            count += len(logits)
+        return {"val_top1": right / count}
 
 
 def train_vit(
@@ -125,12 +186,15 @@ def train_vit(
     *,
     zoomer: Path | None = None,
     maps: Path | None = None,
+    val: Path | None = None,
+    val_maps: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, float]:
     """Train a classifier on shards and leave a run folder at `out`.
 
     A zooming model needs its scores from somewhere: a finished `zoomer` run (frozen, live), the cached `maps`, or what
-    `config.scores` names. A finished run is left alone, an interrupted one is gone on with. Errors: :class:`UsageError`,
+    `config.scores` names. With `val` shards (and `val_maps`, where maps are the scores) every epoch ends with a validation, and
+    the weights that did best are kept. A finished run is left alone, an interrupted one is gone on with. Errors: :class:`UsageError`,
     :class:`ZpipeError`.
     """
     device = resolve_device(config.train.device)
@@ -164,12 +228,30 @@ def train_vit(
     frozen = source.zoomer if source is not None else None
     if frozen is not None:
         frozen.to(device)
-    settings = asdict(config) | {"shards": str(shards), "zoomer": _text(zoomer), "maps": _text(maps)}
+    held_out = None
+    if val is not None:
+        held_out = RelevanceLoader(
+            val,
+            val_maps,
+            batch_size=config.train.batch_size,
+            image_size=config.image_size,
+            augment="eval",
+            num_workers=config.train.num_workers,
+            missing="uniform",
+            view=config.view,
+        )
+        if source is not None and source.name == "maps" and held_out.maps is None:
+            raise UsageError("--val: the scores are maps; give --val-maps, those of the validation shards")
+    settings = (
+        asdict(config)
+        | {"val": _text(val), "val_maps": _text(val_maps)}
+        | {"shards": str(shards), "zoomer": _text(zoomer), "maps": _text(maps)}
+    )
     if begin_run(out, "vit", to_json(settings)):
         return {}
     if config.init_from is not None:
         start_from(model, config.init_from)
-    task = ClassifyTask(model, source, config, preprocessing, device)
+    task = ClassifyTask(model, source, config, preprocessing, device, held_out)
     figures = train(task, loader, config.train, Path(out), stage="train-vit", progress=progress)
     if frozen is not None:
         save_zoomer(Path(out), frozen.cpu(), load_zoomer(zoomer)[1])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
+from torch import Tensor, nn
 
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
@@ -47,14 +47,15 @@ class ZoomerTask:
 
     def __init__(self, model: Zoomer, loss: ZoomerLoss, preprocessing: Preprocessing, device: torch.device) -> None:
         self.model, self._loss, self._preprocessing, self._device = model, loss, preprocessing, device
+        self.call = model
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
         images = self._preprocessing.normalise(batch["image"].to(self._device))
         target = batch["relevance"].to(self._device).flatten(1)  # [B, grid * grid]
-        total, terms = self._loss(self.model(images), target)
+        total, terms = self._loss(self.call(images), target)
         return total, {name: float(term) for name, term in terms.items()}
 
-    def validate(self) -> dict[str, float]:
+    def validate(self, model: nn.Module) -> dict[str, float]:
         """Held-out figures come from `zpipe evaluate`, which needs the validation maps."""
         return {}
 

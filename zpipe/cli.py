@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -212,6 +212,11 @@ def extract_command(
             )
 
 
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Those that were given; the others are a recipe's to say."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
 @app.command("train-zoomer")
 def train_zoomer_command(
     shards: Annotated[Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of tar shards.")],
@@ -221,9 +226,10 @@ def train_zoomer_command(
     output: Annotated[Path, typer.Option("--out", help="Folder of the run; new, empty, or one to go on with.")],
     num_blocks: Annotated[int, typer.Option(help="Residual blocks: 2, 4 or 6.")] = 4,
     image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
-    epochs: Annotated[float, typer.Option(help="Epochs; fractions are allowed.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 0.01,
+    recipe_name: Annotated[str | None, typer.Option("--recipe", help="zoomer (default) or zoomer-small.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 100.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once. Default 128.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default 0.01.")] = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 1,
     missing: Annotated[str, typer.Option(help="Samples without a usable map: error, skip or uniform.")] = "error",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")] = 0,
@@ -232,18 +238,16 @@ def train_zoomer_command(
 ) -> None:
     """Stage 1: teach a small convolutional Zoomer to predict the teacher's maps from the image alone."""
     with reporting() as progress:
+        from zpipe.train.recipes import ZOOMER_RECIPES, recipe
         from zpipe.train.settings import with_settings
         from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
         flags = {"num_blocks": num_blocks, "image_size": image_size, "missing": missing}
-        flags |= {
-            "train.epochs": epochs,
-            "train.batch_size": batch_size,
-            "train.lr": lr,
-            "train.num_workers": num_workers,
-        }
-        flags |= {"train.seed": seed, "train.device": device}
-        config = with_settings(ZoomerConfig(), flags | parse_settings(settings, "--set"))
+        flags |= {"train.num_workers": num_workers, "train.seed": seed, "train.device": device}
+        flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
+        config = with_settings(
+            recipe(recipe_name, ZOOMER_RECIPES, ZoomerConfig()), flags | parse_settings(settings, "--set")
+        )
         train_zoomer(shards, maps, output, config, progress=progress)
         tell(f"{output}: zoomer ready; measure it with: zpipe evaluate {output} VAL_SHARDS --maps VAL_MAPS")
 
@@ -275,9 +279,24 @@ def train_vit_command(
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes; default those that the shards name.")] = None,
     image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
-    epochs: Annotated[float, typer.Option(help="Epochs; fractions are allowed.")] = 300,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
-    lr: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
+    recipe_name: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe", help="deit, deit3 or finetune, or their small twins such as deit-small; none by default."
+        ),
+    ] = None,
+    val: Annotated[
+        Path | None,
+        typer.Option(
+            parser=as_path, metavar="SHARDS", help="Validate on these shards after every epoch; keep the best."
+        ),
+    ] = None,
+    val_maps: Annotated[
+        Path | None, typer.Option(parser=as_path, metavar="PATH|URL", help="Their maps, where maps are the scores.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 300.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once. Default 128.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default 0.001.")] = None,
     num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 1,
     missing: Annotated[str, typer.Option(help="Samples without a usable map: error, skip or uniform.")] = "error",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")] = 0,
@@ -286,20 +305,19 @@ def train_vit_command(
 ) -> None:
     """Stage 2: train a ZoomViT under a frozen zoomer (or cached maps), or a plain timm ViT without zoom."""
     with reporting() as progress:
+        from zpipe.train.recipes import VIT_RECIPES, recipe
         from zpipe.train.settings import with_settings
         from zpipe.train.train_vit import VitConfig, train_vit
 
-        flags = {"model": model, "model_args": parse_settings(model_arg, "--model-arg"), "num_classes": num_classes}
+        base = recipe(recipe_name, VIT_RECIPES, VitConfig())
+        model_args = base.model_args | parse_settings(model_arg, "--model-arg")
+        flags = {"model": model, "model_args": model_args, "num_classes": num_classes}
         flags |= {"image_size": image_size, "missing": missing, "init_from": init_from, "scores": scores}
-        flags |= {
-            "train.epochs": epochs,
-            "train.batch_size": batch_size,
-            "train.lr": lr,
-            "train.num_workers": num_workers,
-        }
-        flags |= {"train.seed": seed, "train.device": device}
-        config = with_settings(VitConfig(), flags | parse_settings(settings, "--set"))
-        train_vit(shards, output, config, zoomer=zoomer, maps=maps, progress=progress)
+        flags |= {"train.num_workers": num_workers, "train.seed": seed, "train.device": device}
+        flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
+        config = with_settings(base, flags | parse_settings(settings, "--set"))
+        sources = {"zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
+        train_vit(shards, output, config, **sources, progress=progress)
         tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")
 
 

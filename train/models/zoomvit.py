@@ -458,6 +458,11 @@ class ZoomViT(nn.Module):
         """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
         return {"cls_token", "pos_cls", "pos_coarse", "pos_fine"}
 
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters belong to which layer, for layer-wise learning rates."""
+        return {"stem": r"^cls_token|^pos_|^patch_embed", "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+
     def get_classifier(self) -> nn.Module:
         return self.head
 
