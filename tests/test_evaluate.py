@@ -161,13 +161,31 @@ def test_tokens_and_macs_in_closed_form(data, run, cells, fine_weights):
         assert found[name]["gmacs"] * 1e9 == pytest.approx(macs(cells - count, 4 * count, fine_weights), rel=1e-9)
 
 
+def test_thresholds_that_look_alike_are_told_apart(data):
+    config = replace(CONFIG, alphas=(0.5, 0.50000001), budgets=())
+    rows = evaluate(data / "zoom", data / "shards", config)["rows"]
+    assert [row["setting"] for row in rows] == ["alpha=0.5", "alpha=0.50000001"]
+    assert [row["count"] for row in rows] == [COUNT, COUNT]
+    with pytest.raises(UsageError, match="alpha=0.1: asked for twice"):
+        evaluate(data / "zoom", data / "shards", replace(config, alphas=(0.1, 0.2, 0.1)))
+
+
+def test_a_model_without_patches(data, tmp_path):
+    config = VitConfig(model="test_resnet", image_size=SIDE, train=replace(LOOP, epochs=1))
+    train_vit(data / "shards", tmp_path / "run", config)
+    out = tmp_path / "rows.json"
+    row = evaluate(tmp_path / "run", data / "shards", CONFIG, out=out)["rows"][0]
+    assert row["tokens"] is None and row["gmacs"] > 0
+    assert json.loads(out.read_text())["rows"][0]["tokens"] is None
+
+
 def test_mean_tokens_between_the_extremes(data, by_hand):
     opened = load_run(data / "zoom")
     with torch.no_grad():
         scores = opened.zoomer(by_hand[1])
     spread = scores[:, scores.std(dim=0).argmax()]
     alpha = float(spread.median())  # half of the images have that cell above it
-    row = rows_of(data, "zoom", replace(CONFIG, alphas=(alpha,), budgets=()))[f"alpha={alpha:g}"]
+    row = rows_of(data, "zoom", replace(CONFIG, alphas=(alpha,), budgets=()))[f"alpha={alpha!r}"]
     tokens = CELLS + 3 * (scores > alpha).sum(1).float()
     assert tokens.unique().numel() > 1
     assert row["tokens"] == pytest.approx(float(tokens.mean()))

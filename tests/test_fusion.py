@@ -117,7 +117,9 @@ def test_registry_on_swin_tiny():
     [
         ({"alpha": 1.5}, r"alpha must lie in \[0, 1\]"),
         ({}, "either alpha or budget"),
-        ({"budget": 17}, "budget must lie between 0 and the 16"),
+        ({"budget": "3 cells"}, "budget must lie between 0 and the 16 score cells, got '3 cells'"),
+        ({"scores": None, "alpha": 7.0}, r"alpha must lie in \[0, 1\]"),
+        ({"budget": 17}, "budget must lie between 0 and the 16 score cells"),
         ({"alpha": 0.5, "scores": torch.rand(2, 9)}, r"scores must be \[2, 16\]"),
         ({"alpha": 0.5, "scores": torch.full((2, 16), float("nan"))}, "got NaN"),
         ({"scores": None, "budget": 3}, "needs scores"),
@@ -129,6 +131,20 @@ def test_bad_calls_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         model(**{"images": torch.rand(2, 3, 32, 32), "scores": torch.rand(2, 16)} | arguments)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e-6, 1e-12])
+def test_tiny_scores_weigh_in_half_precision(scale):
+    torch.manual_seed(0)
+    quarters, scores = torch.randn(2, 5, 8, 8), scale * torch.rand(2, 8, 8)
+    torch.testing.assert_close(fuse(quarters.half(), scores).float(), fuse(quarters, scores), atol=5e-3, rtol=0)
+
+
+def test_weights_of_the_backbone_are_not_part_of_the_description():
+    with pytest.raises(ValueError, match="pretrained_cfg_overlay is not for here"):
+        FusedViT("deit_tiny_patch16_224", backbone_args={"pretrained_cfg_overlay": {}})
+    with pytest.raises(TypeError, match="pretrained"):
+        FusedViT("deit_tiny_patch16_224", pretrained=True)
 
 
 def test_backbones_without_a_grid_are_refused():
@@ -152,6 +168,8 @@ def test_lvvit_small_is_the_size_its_paper_says():
     logits, dense = model(images, return_dense=True)
     assert (logits.shape, dense.shape) == ((1, 1000), (1, 196, 1000))
     torch.testing.assert_close(model(images), logits + 0.5 * dense.amax(1))
+    bare = LVViT(**VIT | {"num_classes": 0})
+    assert bare(torch.randn(2, 3, 32, 32)).shape == (2, 24)
 
 
 def test_token_label_loss_is_its_two_terms():

@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from zpipe.train.checkpoint import Preprocessing, load_run, save_model
 from zpipe.train.models import Zoomer, load_release
 from zpipe.train.models.release import ReleasedZoomViT
 
@@ -102,6 +103,14 @@ def test_deeper_zoomers(num_blocks):
     _, zoomer = load_release(state, **config)
     assert zoomer.num_blocks == num_blocks
     assert torch.equal(zoomer(images), source(images))
+
+
+def test_saved_and_opened_again(tmp_path):
+    values, images, state, config = opened("release_eta2")
+    vit, zoomer = load_release(state, **config)
+    save_model(tmp_path, vit, Preprocessing(image_size=224, mean=(0.5,) * 3, std=(0.2,) * 3))
+    again = load_run(tmp_path).model
+    assert again.alpha == vit.alpha and torch.equal(again(images, zoomer(images)), vit(images, zoomer(images)))
 
 
 def test_registered_and_named():

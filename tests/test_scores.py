@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from tiny import BODY, GRID, SIDE, scenes, store
+from typer.testing import CliRunner
 
+from zpipe.cli import app
 from zpipe.schemas.errors import UsageError
 from zpipe.train.calibrate import CalibrationConfig, calibrate
 from zpipe.train.checkpoint import load_run
@@ -20,6 +23,7 @@ from zpipe.train.loop import TrainConfig
 from zpipe.train.models import Zoomer, ZoomViT
 from zpipe.train.models.scores import centre_prior, class_attention, entropy_scores
 from zpipe.train.scoring import SOURCES, choose_source
+from zpipe.train.settings import with_settings
 from zpipe.train.train_vit import VitConfig, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
@@ -61,6 +65,8 @@ def test_entropy_is_that_of_the_histogram():
     with pytest.raises(ValueError, match="don't divide into 3 x 3"):
         entropy_scores(images, 3)
     assert entropy_scores(torch.zeros(1, 3, 16, 16), 2).tolist() == [[0, 0, 0, 0]]
+    even = torch.arange(64.0).view(1, 1, 8, 8).expand(1, 3, 8, 8)  # every level as often: never above 1
+    assert entropy_scores(even, 1).item() == pytest.approx(1) and entropy_scores(even, 1).item() <= 1
 
 
 @torch.no_grad()
@@ -85,6 +91,10 @@ def test_class_attention_is_that_of_the_last_block():
 @torch.no_grad()
 def test_class_attention_of_a_zoomvit(factor):
     zoomvit = model(factor)
+    dropping = ZoomViT(img_size=SIDE, num_classes=5, zoom_factor=factor, drop_path_rate=0.5, **BODY).train()
+    images = torch.randn(2, 3, SIDE, SIDE)
+    assert torch.equal(class_attention(dropping, images, GRID), class_attention(dropping, images, GRID))
+    assert dropping.training and dropping.blocks[0].training
     scores = class_attention(zoomvit, torch.randn(3, 3, SIDE, SIDE), GRID)
     assert scores.shape == (3, GRID * GRID)
     assert scores.amin(1).tolist() == [0] * 3 and scores.amax(1).tolist() == [1] * 3
@@ -161,6 +171,27 @@ def test_fused_backbones_and_token_labels_train_and_evaluate(data, tmp_path):
     assert evaluate(tmp_path / "plain", data / "shards", EvalConfig(device="cpu"))["rows"][0]["tokens"] == GRID * GRID
 
 
+def test_runs_start_others_with_other_heads_and_a_fused_model_from_its_backbone(data, zoom, tmp_path):
+    def start(source, **changes):
+        config = replace(VIT, init_from=str(source), num_classes=13, **changes)
+        out = tmp_path / f"from-{source.name}"
+        train_vit(data / "shards", out, with_settings(config, {"train.lr": 0.0, "train.weight_decay": 0.0}))
+        return load_run(out).model.state_dict()
+
+    of_zoom = load_run(zoom).model.state_dict()
+    started = start(zoom, scores="centre")
+    assert started["head.bias"].shape == (13,) and torch.equal(started["pos_fine"], of_zoom["pos_fine"])
+    plain = replace(VIT, model="lvvit_small")
+    train_vit(data / "shards", tmp_path / "lv", plain)
+    of_plain = load_run(tmp_path / "lv").model.state_dict()
+    started = start(tmp_path / "lv", model="lvvit_small")
+    assert started["aux_head.bias"].shape == (13,) and torch.equal(started["pos_embed"], of_plain["pos_embed"])
+    (tmp_path / "from-lv").rename(tmp_path / "lv13")
+    args = {"backbone": "lvvit_small", "patch_size": 8, "backbone_args": BODY}
+    fused = start(tmp_path / "lv", model="fused_vit", model_args=args, scores="centre")
+    assert torch.equal(fused["backbone.pos_embed"], of_plain["pos_embed"])
+
+
 @pytest.mark.parametrize(
     ("options", "given", "told"),
     [
@@ -173,6 +204,8 @@ def test_fused_backbones_and_token_labels_train_and_evaluate(data, tmp_path):
         ({"model": "deit_tiny_patch16_224", "scores": "centre"}, (), "doesn't zoom"),
         ({"token_label_weight": 0.5}, ("maps",), "needs an lvvit_"),
         ({"token_label_weight": -1.0}, (), "give a number >= 0"),
+        ({"token_label_weight": 1.0, "label_smoothing": 0.1}, (), "without mixup, cutmix and label_smoothing"),
+        ({"model": "zoomvit_released", "scores": "centre"}, (), "is for published checkpoints"),
         ({"model": "fused_vit", "model_args": {"backbone": "resnet18"}, "scores": "centre"}, (), "regular grid"),
         (
             {
@@ -187,7 +220,8 @@ def test_fused_backbones_and_token_labels_train_and_evaluate(data, tmp_path):
 )
 def test_sources_that_do_not_fit(data, tmp_path, options, given, told):
     with pytest.raises(UsageError, match=told.replace("(", r"\(")) as error:
-        train_vit(data / "shards", tmp_path / "run", replace(VIT, **options), **{name: data / name for name in given})
+        config = replace(VIT, **options)
+        train_vit(data / "shards", tmp_path / "run", config, **{name: data / name for name in given})
     assert "\n" not in str(error.value)
 
 
@@ -218,6 +252,20 @@ def test_calibrated_to_multiply_adds(data, zoom):
     assert row["gmacs"] == pytest.approx(found["mean"]) and found["mean"] <= target
 
 
+@pytest.mark.parametrize("budget", ["5", "10.5"])
+def test_the_alpha_that_is_printed_is_the_one_that_was_found(data, zoom, tmp_path, budget):
+    """Scores of a prior tie: a rounded threshold would zoom a whole ring of cells more, or fewer."""
+    out = tmp_path / "c.json"
+    line = ["calibrate", str(zoom), str(data / "shards"), "--budget", budget, "--scores", "centre", "--json", str(out)]
+    result = CliRunner().invoke(app, [*line, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    printed = float(result.output.split("alpha ")[1].split(":")[0])
+    config = EvalConfig(alphas=(printed,), scores="centre", device="cpu")
+    row = evaluate(zoom, data / "shards", config)["rows"][0]
+    assert (row["tokens"] - GRID * GRID) / 3 == pytest.approx(found["mean"]) and found["mean"] <= float(budget)
+
+
 def test_calibration_on_some_images(data, zoom):
     found = calibrate(zoom, data / "shards", CalibrationConfig(budget="5", limit=15, batch_size=10, device="cpu"))
     assert found["images"] == 15
@@ -226,7 +274,7 @@ def test_calibration_on_some_images(data, zoom):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"budget": "3 tokens"}, "below the 16 of an image in which nothing is zoomed"),
+        ({"budget": "3 tokens"}, "below the 16 tokens of an image in which nothing is zoomed"),
         ({"budget": "lots"}, "is none: give a number of cells"),
         ({"budget": "4", "scores": "none"}, "nothing is zoomed"),
         ({"budget": "4", "limit": 0}, "limit 0"),

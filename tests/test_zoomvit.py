@@ -82,6 +82,11 @@ def test_warm_start_of_a_real_size_from_a_state_dict():
     torch.testing.assert_close(model(images), source(images), atol=1e-5, rtol=1e-5)
 
 
+def test_warm_start_from_layer_scale_names_the_remedy():
+    with pytest.raises(ValueError, match="blocks.0.ls1.gamma is only in one of them; give the model init_values=1e-4"):
+        load_vit(small(), vit(init_values=1e-4))
+
+
 @pytest.mark.parametrize("size", ["small", "base"])
 @torch.no_grad()
 def test_warm_start_from_deit3(size):

@@ -72,6 +72,7 @@ def calibrate(
     source = choose_run_source(opened, EvalConfig(scores=config.scores), loader.maps)
     if source.zoomer is not None:
         source.zoomer.to(device)
+    value, unit, table = _costs(model, config.budget)
     found: list[Tensor] = []
     images = 0
     for batch in loader:
@@ -84,19 +85,7 @@ def calibrate(
         if images >= config.limit:
             break
     cell_scores = torch.cat(found)[: config.limit]  # [N, C]
-    try:
-        value, unit = parse_budget(config.budget)
-        cells = model.coarse_grid**2
-        counts = range(cells + 1)
-        costs = {
-            "cells": [float(k) for k in counts],
-            "tokens": [float(cells + 3 * k) for k in counts],
-            "GMACs": [model.macs(k) / 1e9 for k in counts],
-        }[unit]
-        table = torch.tensor(costs, dtype=torch.float64)
-        alpha, mean = calibrate_alpha(cell_scores, value, lambda zoomed: table[zoomed])
-    except ValueError as error:
-        raise UsageError(f"--budget {config.budget}: {error}") from error
+    alpha, mean = calibrate_alpha(cell_scores, value, lambda zoomed: table[zoomed])
     spread = table[(cell_scores > alpha).sum(dim=1)].std(correction=0)
     result = {
         "alpha": alpha,
@@ -109,3 +98,20 @@ def calibrate(
     if out is not None:
         write_json(out, result)
     return result
+
+
+def _costs(model: ZoomViT, budget: str) -> tuple[float, str, Tensor]:
+    """The budget, its unit, and in that unit the cost of an image with 0, 1, .. C zoomed cells, float64 [C + 1]."""
+    try:
+        value, unit = parse_budget(budget, mean=True)
+    except ValueError as error:
+        raise UsageError(f"--budget {budget}: {error}") from error
+    cells = model.coarse_grid**2
+    costs = {
+        "cells": [float(k) for k in range(cells + 1)],
+        "tokens": [float(cells + 3 * k) for k in range(cells + 1)],
+        "GMACs": [model.macs(k) / 1e9 for k in range(cells + 1)],
+    }[unit]
+    if value < costs[0]:
+        raise UsageError(f"--budget {budget}: below the {costs[0]:g} {unit} of an image in which nothing is zoomed")
+    return value, unit, torch.tensor(costs, dtype=torch.float64)

@@ -50,7 +50,7 @@ class EvalConfig:
 class EvalRow:
     """One setting's figures.
 
-    tokens: mean sequence length an image, class token not counted. gmacs: 1e9 multiply-adds an image of the ViT;
+    tokens: mean sequence length an image, class token not counted; None for a model without patches. gmacs: 1e9 multiply-adds an image of the ViT;
     gmacs_zoomer: those of the zoomer (or another source of scores) beside it. images_per_s: median over batches, after a
     warm-up, of both together. top1_interval: half width of the 95 % interval (normal approximation).
     """
@@ -59,7 +59,7 @@ class EvalRow:
     count: int
     top1: float
     top1_interval: float
-    tokens: float
+    tokens: float | None
     gmacs: float
     gmacs_zoomer: float
     images_per_s: float
@@ -140,13 +140,22 @@ def _settings(model: nn.Module, source: ScoreSource | None, config: EvalConfig) 
     for alpha in config.alphas:
         if not 0.0 <= alpha <= 1.0:
             raise UsageError(f"--alphas {alpha}: a threshold lies in [0, 1]")
-    chosen: list[tuple[str, dict[str, Any]]] = [(f"alpha={alpha:g}", {"alpha": alpha}) for alpha in config.alphas]
+    # Alpha in full: cells may score exactly what it is, and a rounded one would zoom them or not.
+    chosen: list[tuple[str, dict[str, Any]]] = [(f"alpha={_short(alpha)}", {"alpha": alpha}) for alpha in config.alphas]
     for budget in config.budgets:
         try:
             chosen.append((f"budget={budget}", {"budget": model.resolve_budget(budget)}))
         except ValueError as error:
             raise UsageError(f"--budgets {budget}: {error}") from error
+    names = [name for name, _ in chosen]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(f"{twice[0]}: asked for twice")
     return chosen
+
+
+def _short(alpha: float) -> str:
+    """The shortest text that reads back as the same number."""
+    return repr(alpha).removesuffix(".0")
 
 
 @torch.inference_mode()
@@ -243,13 +252,14 @@ def _row(name: str, tally: _Tally, macs: _MacsByLength, zoomer_macs: int) -> Eva
     )
 
 
-def _plain_tokens(model: nn.Module) -> float:
-    """Tokens of an image in which nothing is zoomed; NaN for a model without patches."""
+def _plain_tokens(model: nn.Module) -> float | None:
+    """Tokens of an image in which nothing is zoomed; None for a model without patches."""
     if isinstance(model, ZoomViT):
         return float(model.coarse_grid**2)
     if isinstance(model, FusedViT):
         return float(model.num_patches())
-    return float(getattr(getattr(model, "patch_embed", None), "num_patches", float("nan")))
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    return None if patches is None else float(patches)
 
 
 @torch.inference_mode()

@@ -45,8 +45,8 @@ class ZoomerLoss(nn.Module):
     """MSE + w_kl * KL + w_dice * Dice (Eq. 5).
 
     Args:
-        w_kl, w_dice: the paper's w1 and w2, whose values it doesn't give; 0.1 each is our choice. KL and Dice ignore
-            or nearly ignore a map's scale; MSE alone ties it to the [0, 1] that the threshold alpha is read against.
+        w_kl, w_dice: the paper's w1 and w2, whose values it doesn't give; 0.1 each is our choice. KL ignores a
+            map's scale; MSE and Dice tie it to the [0, 1] that the threshold alpha is read against.
         kl_direction: "student||teacher", as the paper writes it, or "teacher||student", usual in distillation.
         normalisation: how maps become the distributions that KL compares, see `distribution`; the paper doesn't say.
 

@@ -17,6 +17,7 @@ from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import load_zoomer
 from zpipe.train.macs import count_macs
 from zpipe.train.models.fusion import FusedViT
+from zpipe.train.models.release import ReleasedZoomViT
 from zpipe.train.models.scores import centre_prior, class_attention, entropy_scores
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.models.zoomvit import ZoomViT
@@ -81,6 +82,10 @@ def choose_source(
     """
     if name not in SOURCES:
         raise UsageError(f"--scores {name}: choose one of {', '.join(SOURCES)}")
+    if isinstance(model, ReleasedZoomViT):
+        raise UsageError(
+            "zoomvit_released is for published checkpoints, from Python: load_release(...); choose zoomvit_*"
+        )
     side = model.score_grid
     if name == "zoomer":
         if zoomer is None:

@@ -42,7 +42,7 @@ class VitConfig:
 
     model: any classifier of timm, or one of ours (zoomvit_*). model_args: keyword arguments of its constructor.
     num_classes: None takes the number of classes that the shards name.
-    init_from: a finished run, a checkpoint file or timm:NAME to start from; position tables and patch kernel are resampled where the sizes differ.
+    init_from: a finished run, a checkpoint file or timm:NAME to start from, see `start_from`.
     zoom_draw: what training draws per batch: `alpha`, uniform in [0, 1] (the paper), or `budget`, a number of zoomed
     cells uniform in [0, max_zoomed], which keeps all sequences of a batch equally long.
     scores: where a zooming model's scores come from, one of `scoring.SOURCES`; None takes the zoomer or the maps given.
@@ -84,8 +84,8 @@ class VitConfig:
             raise UsageError(f"token_label_weight {self.token_label_weight:g}: give a number >= 0")
         if not 0.0 <= self.val_alpha <= 1.0:
             raise UsageError(f"val_alpha {self.val_alpha:g}: a threshold lies in [0, 1]")
-        if self.token_label_weight and (self.loss != "ce" or self.mixup or self.cutmix):
-            raise UsageError("token_label_weight: goes with loss ce, without mixup and cutmix")
+        if self.token_label_weight and (self.loss != "ce" or self.mixup or self.cutmix or self.label_smoothing):
+            raise UsageError("token_label_weight: goes with loss ce, without mixup, cutmix and label_smoothing")
         self.mix()
 
     def mix(self) -> MixConfig:
@@ -312,27 +312,31 @@ def start_from(model: nn.Module, source: str) -> None:
     """Fill `model` with weights, in place: those of a finished run, of a checkpoint file (.pth or .safetensors, read
     without unpickling code), or of a pretrained timm model, given as `timm:NAME`.
 
-    A plain ViT may have another image or patch size, a ZoomViT starts from a plain ViT (see `load_vit`) or its like; a
-    head for other classes is left as it was. Errors: :class:`ZpipeError` when the two aren't built alike, or the weights
+    A plain ViT may have another image or patch size, a ZoomViT starts from a plain ViT (see `load_vit`) or its like, a fused
+    model from its backbone; a head for other classes is left as it was. Errors: :class:`ZpipeError` when the two aren't built alike, or the weights
     can't be had.
     """
     state, zooming = _weights(source)
     try:
+        if isinstance(model, FusedViT) and not any(name.startswith("backbone.") for name in state):
+            model = model.backbone
         if isinstance(model, ZoomViT) and not zooming:
             load_vit(model, state)
         elif isinstance(model, VisionTransformer):
-            _load_plain(model, checkpoint_filter_fn(dict(state), model))
+            _load_body(model, checkpoint_filter_fn(dict(state), model))
         else:
-            model.load_state_dict(state)
+            _load_body(model, dict(state))
     except (RuntimeError, ValueError) as error:
         raise ZpipeError(f"{source}: can't start from it: {' '.join(str(error).split())[:200]}") from error
 
 
-def _load_plain(model: VisionTransformer, state: dict[str, Tensor]) -> None:
-    """As load_state_dict, except that a head for other classes is left as it was."""
+def _load_body(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """As load_state_dict, except that heads for other classes are left as they were."""
+    heads = model.pretrained_cfg["classifier"] if hasattr(model, "pretrained_cfg") else "head"
     own = model.state_dict()
-    for name in ("head.weight", "head.bias"):
-        if name in own and (name not in state or state[name].shape[0] != own[name].shape[0]):
+    for name in own:
+        is_head = any(name.startswith(f"{head}.") for head in ([heads] if isinstance(heads, str) else heads))
+        if is_head and (name not in state or state[name].shape[0] != own[name].shape[0]):
             state[name] = own[name]
     model.load_state_dict(state)
 

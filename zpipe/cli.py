@@ -400,7 +400,7 @@ def calibrate_command(
         found = calibrate(run, shards, config, maps=maps, out=target, progress=progress)
     unit = found["unit"]
     out.print(
-        f"alpha {found['alpha']:.6g}: {found['mean']:.4g} {unit} an image, standard deviation {found['std']:.3g}, "
+        f"alpha {found['alpha']!r}: {found['mean']:.4g} {unit} an image, standard deviation {found['std']:.3g}, "
         f"over {found['images']:,} images",
         highlight=False,
     )

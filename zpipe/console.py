@@ -122,16 +122,17 @@ def parse_budgets(text: str) -> tuple[int | str, ...]:
     return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
 def print_rows(rows: list[dict[str, Any]], title: str) -> None:
     """Rows with the same columns as a table on standard output."""
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if name in ("setting", "model") else "right")
     for row in rows:
-        table.add_row(
-            *(
-                value if isinstance(value, str) else f"{value:.4g}" if isinstance(value, float) else str(value)
-                for value in row.values()
-            )
-        )
+        table.add_row(*(_cell(value) for value in row.values()))
     out.print(table)

@@ -23,11 +23,10 @@ def fuse(quarters: Tensor, scores: Tensor) -> Tensor:
     """Eq. 13: of each 2 x 2 group the mean, weighted by scores. quarters [B, E, 2g, 2g], scores [B, 2g, 2g] >= 0 ->
     [B, E, g, g]. Groups whose scores are all 0 get the plain mean.
     """
-    weight = scores[:, None]  # [B, 1, 2g, 2g]
-    mean = F.avg_pool2d(weight, 2)  # [B, 1, g, g]
-    even = (mean <= 0).to(weight.dtype)
-    weight = weight + even.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
-    return F.avg_pool2d(quarters * weight, 2) / (mean + even)
+    weight = scores[:, None].float()  # [B, 1, 2g, 2g]; float32, for scores may be tiny
+    mean = F.avg_pool2d(weight, 2).repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
+    share = torch.where(mean > 0, weight / mean, 1.0)  # 4 s_i / sum of s_j
+    return F.avg_pool2d(quarters * share.to(quarters.dtype), 2)
 
 
 class FusedViT(nn.Module):
@@ -62,10 +61,13 @@ class FusedViT(nn.Module):
     ) -> None:
         super().__init__()
         img_size = square_side(img_size)
+        if unwanted := sorted(name for name in backbone_args or {} if name.startswith("pretrained")):
+            # It would be stored with the model, and every reload would fetch those weights again.
+            raise ValueError(f"backbone_args: {unwanted[0]} is not for here; fill `backbone` afterwards")
         if isinstance(backbone, str):
             arguments = {"img_size": img_size, "num_classes": num_classes, "in_chans": in_chans}
             try:
-                backbone = timm.create_model(backbone, **arguments | (backbone_args or {}))
+                backbone = timm.create_model(backbone, pretrained=False, **arguments | (backbone_args or {}))
             except TypeError as error:
                 if "'img_size'" not in str(error):
                     raise
@@ -92,6 +94,8 @@ class FusedViT(nn.Module):
         """What the backbone, given also backbone_args, returns. Arguments and errors as of `ZoomViT.forward`, with scores [B, s * s], s = img_size /
         patch_size, and budget a number of score cells.
         """
+        if alpha is not None:
+            zoom_tokens.check_alpha(alpha)
         if tuple(images.shape[2:]) != (self.img_size, self.img_size):
             raise ValueError(
                 f"images must be [batch, chans, {self.img_size}, {self.img_size}], got {list(images.shape)}"
@@ -100,7 +104,8 @@ class FusedViT(nn.Module):
             if budget is not None:
                 raise ValueError("budget needs scores to choose by, got scores=None")
             return self.backbone(images, **backbone_args)
-        zoomed = zoom_tokens.choose_cells(scores, len(images), self.score_grid, alpha, budget)
+        count = None if budget is None else self.resolve_budget(budget)
+        zoomed = zoom_tokens.choose_cells(scores, len(images), self.score_grid, alpha, count)
         side = self.score_grid
         self._zoom = (scores.detach().reshape(-1, 1, side, side), zoomed.reshape(-1, 1, side, side))
         try:
@@ -117,7 +122,7 @@ class FusedViT(nn.Module):
         quarters = F.conv2d(inputs[0], kernel, projection.bias, stride=kernel.shape[-1])  # [B, E, 2g, 2g]
         read = F.interpolate(scores.float(), quarters.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
         mask = F.interpolate(zoomed.float(), coarse.shape[-2:], mode="nearest-exact") > 0
-        return torch.where(mask, fuse(quarters, read.to(quarters.dtype)), coarse)
+        return torch.where(mask, fuse(quarters, read), coarse)
 
     def token_counts(
         self, scores: Tensor, alpha: float | None = None, budget: int | None = None, keep_tokens: None = None
@@ -134,7 +139,7 @@ class FusedViT(nn.Module):
         """A number of score cells; the cost is the same for all. Raises ValueError outside 0 .. s * s."""
         cells = self.score_grid**2
         if isinstance(budget, str) or not 0 <= budget <= cells:
-            raise ValueError(f"budget must be a number of score cells between 0 and {cells}, got {budget!r}")
+            raise ValueError(f"budget must lie between 0 and the {cells} score cells, got {budget!r}")
         return budget
 
     # What timm's optimizers and fine-tuning tools ask of a model.

@@ -43,7 +43,7 @@ class LVViT(nn.Module):
     too, for `losses.TokenLabelLoss`; otherwise the logits are the class token's plus half of the highest of the patches',
     their evaluation rule. MixToken isn't part of the model; mix images instead.
 
-    Raises ValueError for sizes that don't divide.
+    With num_classes=0 forward gives the class token's features. Raises ValueError for sizes that don't divide.
     """
 
     def __init__(
@@ -83,8 +83,7 @@ class LVViT(nn.Module):
             )
         )
         self.norm = norm(embed_dim)
-        self.head = nn.Linear(embed_dim, num_classes)
-        self.aux_head = nn.Linear(embed_dim, num_classes)
+        self.head, self.aux_head = self._heads()
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
         for module in self.modules():
@@ -102,6 +101,8 @@ class LVViT(nn.Module):
     def forward(self, images: Tensor, return_dense: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, classes]; with return_dense the class token's [B, classes] and the patches' [B, N, classes]."""
         x = self.forward_features(images)
+        if not self.num_classes and not return_dense:
+            return x[:, 0]
         logits, dense = self.head(x[:, 0]), self.aux_head(x[:, 1:])
         return (logits, dense) if return_dense else logits + 0.5 * dense.amax(dim=1)
 
@@ -116,7 +117,12 @@ class LVViT(nn.Module):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace both heads by freshly initialised ones."""
         self.num_classes = num_classes
-        self.head, self.aux_head = (nn.Linear(self.embed_dim, num_classes).to(self.cls_token) for _ in range(2))
+        self.head, self.aux_head = (head.to(self.cls_token) for head in self._heads())
+
+    def _heads(self) -> tuple[nn.Module, nn.Module]:
+        if not self.num_classes:
+            return nn.Identity(), nn.Identity()
+        return nn.Linear(self.embed_dim, self.num_classes), nn.Linear(self.embed_dim, self.num_classes)
 
 
 class _ScaledBlock(Block):
@@ -131,7 +137,7 @@ class _ScaledBlock(Block):
         return x + self.drop_path2(self.mlp(self.norm2(x))) / self.skip_lam
 
 
-default_cfgs = untrained_cfgs("lvvit_small")
+default_cfgs = untrained_cfgs("lvvit_small", classifier=("head", "aux_head"))
 
 
 @register_model

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.models import register_model
 from torch import Tensor, nn
@@ -103,6 +104,7 @@ class ReleasedZoomViT(ZoomViT):
         alpha: float | None = None,
         keep_tokens: int | None = None,
         budget: int | str | None = None,
+        prune: str = "backward",
     ) -> Tensor:
         """As of `ZoomViT`, the two zero vectors included."""
         if keep_tokens is not None or budget is not None:
@@ -184,7 +186,8 @@ def _open_zoomvit(
     grid = int(shape(_ZOOMER + "project.bias")[0] ** 0.5)
     stages = 1 + max(int(found[1]) for key in state if (found := re.match(r".*\.features\.(\d+)\.\d+\.conv1", key))) - 4
     zoomer = Zoomer(2 * stages, grid, width=shape(_ZOOMER + "features.0.weight")[0], in_chans=chans)
-    vit = ReleasedZoomViT(
+    vit = timm.create_model(
+        "zoomvit_released",
         img_size=grid * patch,
         patch_size=patch,
         embed_dim=width,

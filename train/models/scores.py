@@ -22,7 +22,7 @@ def centre_prior(side: int, sigma: float = 0.25) -> Tensor:
 
 def entropy_scores(images: Tensor, side: int, bins: int = 32) -> Tensor:
     """How varied the grey values of each cell are: the Shannon entropy of their histogram, as a share of the highest
-    possible. The intuitive measure of importance that the paper argues against (section 1; Table 11).
+    possible. The intuitive measure of importance that the paper argues against (section 3.2; Table 11).
 
     images [B, D, H, W] on any scale; grey is the mean over channels, its range in the image cut into `bins`.
     -> [B, side * side]. Raises ValueError when side doesn't divide the image.
@@ -43,7 +43,8 @@ def entropy_scores(images: Tensor, side: int, bins: int = 32) -> Tensor:
     counts.scatter_add_(2, cells, torch.ones_like(cells, dtype=counts.dtype))  # [B, S, bins]
     share = counts / cells.shape[2]
     entropy = -torch.special.xlogy(share, share).sum(dim=2)
-    return entropy / math.log(min(bins, cells.shape[2])) if min(bins, cells.shape[2]) > 1 else entropy
+    most = math.log(max(min(bins, cells.shape[2]), 2))
+    return (entropy / most).clamp(max=1.0)  # rounding may lead a hair above
 
 
 def class_attention(model: nn.Module, images: Tensor, side: int) -> Tensor:
@@ -56,10 +57,12 @@ def class_attention(model: nn.Module, images: Tensor, side: int) -> Tensor:
     if not isinstance(model, (VisionTransformer, ZoomViT)) or getattr(model, "cls_token", None) is None:
         raise ValueError(f"class attention needs a ViT with a class token, got {type(model).__name__}")
     seen: list[Tensor] = []
+    training = model.training
     attn = model.blocks[-1].attn
     hook = attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         with torch.no_grad():
+            model.eval()  # stochastic depth would draw other maps each time
             model.forward_features(images)
             x = seen[0]  # [B, N, E]
             q, k, _ = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
@@ -67,6 +70,7 @@ def class_attention(model: nn.Module, images: Tensor, side: int) -> Tensor:
             weights = (q @ k.transpose(2, 3) * attn.scale).softmax(dim=3).mean(dim=1)[:, 0]  # [B, N]
     finally:
         hook.remove()
+        model.train(training)
     patches = weights[:, getattr(model, "num_prefix_tokens", 1) :]
     own = math.isqrt(patches.shape[1])
     low, high = patches.amin(1, keepdim=True), patches.amax(1, keepdim=True)

@@ -183,13 +183,14 @@ def pruned_counts(fine: int, count: int, keep_tokens: int, kind: str) -> tuple[i
     return fine - max(min(fine, begin + drop) - begin, 0), count - drop
 
 
-def parse_budget(text: str) -> tuple[float, str]:
+def parse_budget(text: str, mean: bool = False) -> tuple[float, str]:
     """ "300 tokens" -> (300.0, "tokens"); units are cells, tokens and GMACs (G for short), a bare number counts cells.
+    mean: it is a mean over images, and may be a fraction of a cell or token.
 
     Raises ValueError for another form.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(cells?|tokens?|g|gmacs?|)", text.strip().lower())
-    if found is None or ("." in found[1] and not found[2].startswith("g")):
+    if found is None or ("." in found[1] and not mean and not found[2].startswith("g")):
         raise ValueError(f"budget {text!r} is none: give a number of cells, or '300 tokens', or '2.3 GMACs'")
     return float(found[1]), {"t": "tokens", "g": "GMACs"}.get(found[2][:1], "cells")
 
@@ -219,7 +220,8 @@ def calibrate_alpha(
         zoomed = (cell_scores > alpha).sum(dim=1)
         return float((zoomed if cost is None else cost(zoomed)).double().mean())
 
-    steps = torch.cat([cell_scores.flatten().double(), torch.tensor([0.0, 1.0], dtype=torch.float64)]).unique()
+    scores = cell_scores.flatten().double()
+    steps = torch.cat([scores, scores.new_tensor([0.0, 1.0])]).unique()
     low, high = 0, len(steps) - 1  # the answer lies in steps[low .. high]
     if (least := mean_cost(1.0)) > budget:
         raise ValueError(f"a budget of {budget:g} is below the {least:g} of an image in which nothing is zoomed")

@@ -283,12 +283,13 @@ class ZoomViT(nn.Module):
         alpha: float | None = None,
         keep_tokens: int | None = None,
         budget: int | str | None = None,
+        prune: str = "backward",
     ) -> Tensor:
         """How many tokens each image gets, int64 [B]; the class token is not counted.
 
         Without pruning that is C + 3 * (zoomed cells). Arguments and errors as in `forward`.
         """
-        return self._choose(scores, alpha, keep_tokens, budget, "backward", len(scores), scores.device).order.counts
+        return self._choose(scores, alpha, keep_tokens, budget, prune, len(scores), scores.device).order.counts
 
     # Budgets
 
@@ -534,7 +535,8 @@ def load_vit(model: ZoomViT, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart
 
     body = {name for name in target if name.startswith(("blocks.", "norm."))}
     if differ := sorted(body ^ source.keys()):
-        raise ValueError(f"the ViT and the model are not built alike: {differ[0]} is only in one of them")
+        remedy = "; give the model init_values=1e-4" if ".ls1." in differ[0] and differ[0] in source else ""
+        raise ValueError(f"the ViT and the model are not built alike: {differ[0]} is only in one of them{remedy}")
     updates |= source
     for name, value in updates.items():
         if value.shape != target[name].shape:
@@ -611,9 +613,9 @@ _CFG = {
 }
 
 
-def untrained_cfgs(*names: str) -> Any:
+def untrained_cfgs(*names: str, **changes: Any) -> Any:
     """timm's descriptions of models that have no pretrained weights; modules that register models export them."""
-    return generate_default_cfgs({f"{name}.untrained": _CFG for name in names})
+    return generate_default_cfgs({f"{name}.untrained": _CFG | changes for name in names})
 
 
 default_cfgs = untrained_cfgs(*(f"zoomvit_{size}_patch16_224" for size in ("tiny", "small", "base")))
