@@ -250,6 +250,7 @@ def test_all_verbs_are_there():
         "train-vit",
         "evaluate",
         "calibrate",
+        "predict",
         "maps",
         "demo",
         "doctor",

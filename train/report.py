@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from torch import Tensor
 
 from zpipe.schemas.atomic import commit
 from zpipe.schemas.errors import UsageError
@@ -80,22 +81,41 @@ def contact_sheet(
             axes[row, 0].add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=1.2))
         overlay(axes[row, 1], batch["relevance"][row].numpy(), side)
         overlay(axes[row, 2], scores[row].view(zoomer.grid, zoomer.grid).numpy(), side)
-        for x1, y1, x2, y2 in token_boxes(tokens[row], model.coarse_grid, side).tolist():
-            fine = x2 - x1 < side // model.coarse_grid
-            axes[row, 3].add_patch(
-                Rectangle(
-                    (x1, y1),
-                    x2 - x1,
-                    y2 - y1,
-                    fill=False,
-                    edgecolor="red" if fine else "white",
-                    linewidth=0.8 if fine else 0.4,
-                )
-            )
+        patches(axes[row, 3], token_boxes(tokens[row], model.coarse_grid, side))
     figure.tight_layout(pad=0.3)
     with commit(out) as tmp:
         figure.savefig(tmp, format="png", dpi=130)
     plt.close(figure)
+
+
+def picture(out: Path, image: np.ndarray, scores: np.ndarray | None, boxes: Tensor | None, title: str) -> None:
+    """Write a PNG of one image, uint8 [S, S, 3], beside its score map [gh, gw] and its patches [n, 4], where it has them."""
+    panels = 1 + (scores is not None) + (boxes is not None)
+    figure, axes = plt.subplots(1, panels, figsize=(3 * panels, 3.2), squeeze=False)
+    side = len(image)
+    for panel in axes[0]:
+        panel.imshow(image, extent=(0, side, side, 0), interpolation="nearest")
+        panel.set_axis_off()
+    axes[0, 0].set_title(title, fontsize=10)
+    if scores is not None:
+        axes[0, 1].set_title("scores", fontsize=10)
+        overlay(axes[0, 1], scores, side)
+    if boxes is not None:
+        axes[0, -1].set_title(f"{len(boxes)} patches", fontsize=10)
+        patches(axes[0, -1], boxes)
+    figure.tight_layout(pad=0.3)
+    with commit(out) as tmp:
+        figure.savefig(tmp, format="png", dpi=130)
+    plt.close(figure)
+
+
+def patches(axes: Axes, boxes: Tensor) -> None:
+    """Outline patches, int64 [n, 4] as (left, top, right, bottom): the smaller ones in red."""
+    largest = int((boxes[:, 2] - boxes[:, 0]).max())
+    for x1, y1, x2, y2 in boxes.tolist():
+        fine = x2 - x1 < largest
+        color, width = ("red", 0.8) if fine else ("white", 0.4)
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width))
 
 
 def overlay(axes: Axes, relevance: np.ndarray, side: int) -> None:

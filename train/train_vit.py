@@ -244,6 +244,7 @@ def train_vit(
             raise UsageError("--val: the scores are maps; give --val-maps, those of the validation shards")
     settings = (
         asdict(config)
+        | {"classes": list(loader.index.classes)}
         | {"val": _text(val), "val_maps": _text(val_maps)}
         | {"shards": str(shards), "zoomer": _text(zoomer), "maps": _text(maps)}
     )

@@ -369,6 +369,42 @@ def evaluate_command(
     tell(f"written to {target}")
 
 
+@app.command("predict")
+def predict_command(
+    images: Annotated[list[Path], typer.Argument(help="JPEG, PNG or WEBP files.")],
+    checkpoint: Annotated[Path, typer.Option(help="Finished train-vit run; its zoomer is in it.")],
+    alpha: Annotated[
+        float | None, typer.Option(help="Threshold of a zooming model; 0.1 unless a budget is given.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Instead: zoomed cells, '300 tokens' or '2.3 GMACs'.")] = None,
+    scores: Annotated[
+        str | None, typer.Option(help="Source of the scores, as of evaluate; default as trained.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes told.")] = 5,
+    output: Annotated[
+        Path | None, typer.Option("--out", help="Folder for a PNG an image: scores and patches laid over it.")
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the predictions to this file too.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """The most probable classes of image files, and pictures of what a ZoomViT looked at."""
+    with reporting() as progress:
+        from zpipe.schemas.atomic import write_json
+        from zpipe.train.predict import PredictConfig, predict
+
+        budgets = parse_budgets(budget or "")
+        config = PredictConfig(
+            alpha=alpha, budget=budgets[0] if budgets else None, scores=scores, top=top, device=device
+        )
+        rows = predict(checkpoint, images, config, out=output, progress=progress)
+        if json_path is not None:
+            write_json(json_path, rows)
+    for row in rows:
+        told = [f"{found['name'] or found['index']} {found['probability']:.1%}" for found in row["classes"]]
+        tokens = "" if row["tokens"] is None else f" ({row['tokens']} tokens)"
+        tell(f"{row['file']}: {', '.join(told)}{tokens}")
+
+
 @app.command("calibrate")
 def calibrate_command(
     run: Annotated[Path, typer.Argument(help="Finished train-vit run of a zoomvit_* model.")],
