@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,12 @@ def _frozen(zoomer: Zoomer, images: Tensor) -> Tensor:
 
 def _noise(cells: int, images: Tensor, keys: list[str] | None) -> Tensor:
     """Uniform in [0, 1), [B, cells]; from the global generator, or from each key alone."""
-    if keys is None:
-        return torch.rand(len(images), cells).to(images.device)
-    rows = [torch.rand(cells, generator=torch.Generator().manual_seed(zlib.crc32(key.encode()))) for key in keys]
-    return torch.stack(rows).to(images.device)
+    noise = torch.rand(len(images), cells) if keys is None else key_noise(cells, keys)
+    return noise.to(images.device)
+
+
+def key_noise(cells: int, keys: Sequence[str]) -> Tensor:
+    """Uniform in [0, 1), float32 [len(keys), cells], each row fixed by its key."""
+    return torch.stack(
+        [torch.rand(cells, generator=torch.Generator().manual_seed(zlib.crc32(key.encode()))) for key in keys]
+    )

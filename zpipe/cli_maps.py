@@ -118,6 +118,27 @@ def maps_export(
         tell(f"{output}: {len(maps)} maps")
 
 
+@maps_app.command("judge")
+def maps_judge(
+    store: Annotated[Path, typer.Argument(parser=as_path, metavar="STORE", help="Relevance store.")],
+    shards: Annotated[Path, typer.Argument(parser=as_path, metavar="SHARDS", help="The shards it was made from.")],
+    model: Annotated[Path, typer.Option(help="Finished train-vit run of a classifier to hold the maps against.")],
+    steps: Annotated[int, typer.Option(min=1, help="Points of a curve.")] = 10,
+    baseline: Annotated[str, typer.Option(help="What stands for a missing cell: blur or mean.")] = "blur",
+    limit: Annotated[int, typer.Option(min=1, help="Images looked at.")] = 5_000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file too.")] = None,
+) -> None:
+    """Whether maps are true to a model: deletion (lower is better) and insertion curves, the pointing game; two controls."""
+    with reporting() as progress:
+        from zpipe.train.judge import JudgeConfig, judge_maps
+
+        config = JudgeConfig(steps=steps, baseline=baseline, limit=limit, batch_size=batch_size, device=device)
+        rows = judge_maps(model, shards, store, config, out=json_path, progress=progress)
+    print_rows(rows, title=str(store))
+
+
 @maps_app.command("compare")
 def maps_compare(
     first: Annotated[Path, typer.Argument(parser=as_path, metavar="FIRST", help="Relevance store.")],
