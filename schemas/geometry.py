@@ -108,3 +108,15 @@ def _in_cells(
 ) -> tuple[np.ndarray, np.ndarray]:
     scale = n_in / (end - origin)
     return np.clip((low - origin) * scale, 0.0, n_in), np.clip((high - origin) * scale, 0.0, n_in)
+
+
+def covered_share(grid: tuple[int, int], box: Box, size: tuple[int, int]) -> np.ndarray:
+    """The share of each cell of a gh x gw grid over an image of `size` (height, width) pixels that lies under a box.
+    -> float64 [gh, gw]
+    """
+    shares = []
+    for cells, low, high, pixels in ((grid[0], box.y1, box.y2, size[0]), (grid[1], box.x1, box.x2, size[1])):
+        edges = np.arange(cells + 1, dtype=np.float64) * pixels / cells
+        inside = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
+        shares.append(np.clip(inside, 0, None) * cells / pixels)
+    return shares[0][:, None] * shares[1][None, :]

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from test_loader import data, load  # noqa: F401 (fixture)
-from tiny import scenes, store
+from tiny import GRID, SIDE, scenes, store
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.geometry import Box, crop_map
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import MixConfig, mix_batch
-from zpipe.train.data.transforms import View, ViewConfig, change_colours, decode, view_image
+from zpipe.train.data.transforms import View, ViewConfig, change_colours, decode, erase, erase_maps, view_image
 
 # -------------------------------------------------------------------------------------------------------------- colours
 
@@ -210,3 +210,62 @@ def test_nothing_is_mixed_when_nothing_is_asked():
 def test_mixing_out_of_range_is_refused(options):
     with pytest.raises(UsageError, match=f"mix.{next(iter(options))}"):
         MixConfig(**options)
+
+
+# -- erasing -----------------------------------------------------------------------------------------------------------
+
+
+def test_erased_rectangles_are_noise_of_the_sizes_promised():
+    pixels = np.full((3, 64, 64), 128, np.uint8)
+    shares, tops = [], []
+    for seed in range(300):
+        out, box = erase(np.random.default_rng(seed), pixels, 0.5)
+        if box is None:
+            assert out is pixels
+            continue
+        left, top, right, bottom = (int(edge) for edge in box.as_tuple())
+        shares.append((bottom - top) * (right - left) / 64**2)
+        tops.append(top)
+        mask = np.zeros((64, 64), bool)
+        mask[top:bottom, left:right] = True
+        assert (out[:, ~mask] == 128).all() and out[:, mask].std() > 20
+    assert 100 < len(shares) < 200
+    assert 0.01 < min(shares) < 0.05 and 0.28 < max(shares) < 0.35 and len(set(tops)) > 20
+    assert (pixels == 128).all()
+
+
+def test_maps_lose_what_was_erased():
+    maps = np.random.default_rng(0).random((3, 4, 4), np.float32)
+    got = erase_maps(maps, [None, Box(0, 0, 32, 16), Box(0, 12, 8, 20)], 32)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got[0], maps[0])
+    assert not got[1, :2].any() and np.array_equal(got[1, 2:], maps[1, 2:])
+    np.testing.assert_allclose(got[2, 1:3, 0], maps[2, 1:3, 0] / 2, rtol=1e-6)
+    assert np.array_equal(got[2, :, 1:], maps[2, :, 1:])
+
+
+def test_the_loader_erases_images_and_maps_together_and_alike_for_any_workers(tmp_path):
+    scenes(tmp_path / "shards", 20)
+    store(tmp_path / "shards", tmp_path / "maps")
+
+    def batch(workers, erase):
+        view = ViewConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, erase=erase)
+        loader = RelevanceLoader(
+            tmp_path / "shards", tmp_path / "maps", batch_size=20, image_size=SIDE, num_workers=workers, view=view
+        )
+        return next(iter(loader))
+
+    plain, erased, same = batch(0, 0.0), batch(0, 1.0), batch(2, 1.0)
+    assert torch.equal(erased["image"], same["image"]) and torch.equal(erased["relevance"], same["relevance"])
+    changed = (plain["image"] != erased["image"]).any(1)  # [B, S, S]
+    assert changed.flatten(1).any(1).all()
+    cells = torch.nn.functional.max_pool2d(changed.float(), SIDE // GRID) > 0
+    less = erased["relevance"] < plain["relevance"]
+    assert not less[~cells].any() and less[cells & (plain["relevance"] > 0)].float().mean() > 0.95
+    unchanged = ~cells
+    assert torch.equal(erased["relevance"][unchanged], plain["relevance"][unchanged])
+
+
+def test_a_probability_of_erasing_out_of_range():
+    with pytest.raises(UsageError, match="view.erase 2"):
+        ViewConfig(erase=2.0)

@@ -29,6 +29,8 @@ from zpipe.train.data.transforms import (
     change_colours,
     decode,
     draw_view,
+    erase,
+    erase_maps,
     view_box,
     view_image,
     view_maps,
@@ -315,8 +317,13 @@ def _viewed(loader: RelevanceLoader, epoch: int, item: Joined) -> dict[str, Any]
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ZpipeError(f"{where}: can't be decoded ({error}); make the shards again, which puts it aside") from error
     pixels = view_image(image, view, loader.image_size, source)
+    erased = None
+    if loader.train:
+        pixels = change_colours(rng, pixels, loader.view.colour)
+        pixels, erased = erase(rng, pixels, loader.view.erase) if loader.view.erase else (pixels, None)
     out = {
-        "image": change_colours(rng, pixels, loader.view.colour) if loader.train else pixels,
+        "image": pixels,
+        "erased": erased,
         "label": sample.label,
         "box": np.asarray(view.box.as_tuple(), np.float32),
         "flipped": view.flipped,
@@ -351,6 +358,9 @@ def _stacker(loader: RelevanceLoader, join: ShardJoin):
                 whole = _stack(part, "relevance", loader.maps.manifest.provenance.grid, np.float32)  # [m, gh, gw]
                 views, frames = ([item[name] for item in part] for name in ("view", "frame"))
                 out["relevance"] = torch.from_numpy(view_maps(whole.numpy(), views, frames)) if part else whole
+                erased = [item["erased"] for item in part]
+                if any(box is not None for box in erased):
+                    out["relevance"] = torch.from_numpy(erase_maps(out["relevance"].numpy(), erased, side))
             if all("object_box" in item for item in part):
                 out["object_box"] = _stack(part, "object_box", (4,), np.float32)
             yield out

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data.mixup import mixup_target
-from torch import Tensor
 
 from zpipe.schemas.errors import UsageError
+from zpipe.schemas.geometry import Box, covered_share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,9 @@ def mix_batch(batch: dict[str, Any], config: MixConfig, rng: np.random.Generator
     out["image"][:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
     if "relevance" in batch:
         relevance = batch["relevance"]
-        covered = _covered(relevance.shape[1:], box, images.shape[2:]).to(relevance)  # [gh, gw]
+        covered = torch.from_numpy(
+            covered_share(relevance.shape[1:], Box(left, top, right, bottom), images.shape[2:])
+        ).to(relevance)  # [gh, gw]
         out["relevance"] = relevance * (1 - covered) + relevance.flip(0) * covered
     return out
 
@@ -80,14 +82,3 @@ def _draw(
     left, right = (int(np.clip(middle_x + sign * side * width / 2, 0, width)) for sign in (-1, 1))
     # The box is cut off at the image's edges: what counts is what was pasted.
     return 1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right)
-
-
-def _covered(grid: torch.Size, box: tuple[int, int, int, int], size: torch.Size) -> Tensor:
-    """Share of each cell of a map that lies under the box. float64 [gh, gw]"""
-    top, bottom, left, right = box
-    shares = []
-    for cells, low, high, pixels in ((grid[0], top, bottom, size[0]), (grid[1], left, right, size[1])):
-        edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
-        inside = torch.clamp(edges[1:], max=high) - torch.clamp(edges[:-1], min=low)
-        shares.append(inside.clamp(min=0) * cells / pixels)
-    return shares[0][:, None] * shares[1][None, :]

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from zpipe.schemas.errors import UsageError
-from zpipe.schemas.geometry import Box, crop_maps
+from zpipe.schemas.geometry import Box, covered_share, crop_maps
 from zpipe.schemas.sample import IMAGE_FORMATS
 
 Augment = Literal["train", "eval"]
@@ -26,7 +26,7 @@ class ViewConfig:
 
     train: random resized crop with an area share in `crop_scale` and an aspect ratio in `crop_ratio`, mirrored with
     probability `flip`. eval: the centre square of `crop_pct` of the shorter side, never mirrored. colour: what is done to the
-    colours when training, see `change_colours`.
+    colours when training, see `change_colours`. erase: the probability that training paints over a rectangle, see `erase`.
     """
 
     augment: Augment = "train"
@@ -35,6 +35,7 @@ class ViewConfig:
     flip: float = 0.5
     crop_pct: float = 0.875
     colour: Colour = "none"
+    erase: float = 0.0
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -45,6 +46,8 @@ class ViewConfig:
             raise UsageError(f"view.crop_ratio {low:g}, {high:g}: give 0 < low <= high")
         if not 0.0 <= self.flip <= 1.0:
             raise UsageError(f"view.flip {self.flip:g}: give a probability in [0, 1]")
+        if not 0.0 <= self.erase <= 1.0:
+            raise UsageError(f"view.erase {self.erase:g}: give a probability in [0, 1]")
         if self.colour not in ("none", "deit", "deit3"):
             raise UsageError(f"view.colour {self.colour}: choose none, deit or deit3")
         if not 0.0 < self.crop_pct <= 1.0:
@@ -137,7 +140,7 @@ def change_colours(rng: np.random.Generator, pixels: np.ndarray, colour: Colour)
     """The colour part of an augmentation, uint8 [3, S, S] to the same. Nothing here moves a pixel, so maps stay true.
 
     deit: RandAugment (2 operations of magnitude 9, standard deviation 0.5) without its geometric operations (shear, translate,
-    rotate) and without erasing, which would have to act on maps too. deit3: one of greyscale, solarisation and Gaussian blur,
+    rotate), which would have to act on maps too. deit3: one of greyscale, solarisation and Gaussian blur,
     then colour jitter of 0.3 (3-Augment, Touvron et al. 2022).
     """
     if colour == "none":
@@ -148,6 +151,44 @@ def change_colours(rng: np.random.Generator, pixels: np.ndarray, colour: Colour)
     else:
         image = _three_augment(rng, image)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+ERASED_AREA = (0.02, 1 / 3)  # DeiT's, by way of timm
+ERASED_RATIO = (0.3, 1 / 0.3)
+
+
+def erase(rng: np.random.Generator, pixels: np.ndarray, probability: float) -> tuple[np.ndarray, Box | None]:
+    """Random erasing (Zhong et al. 2020): now and then a rectangle of 2 to 33 % of the image becomes noise of the colours
+    that photos have.
+
+    pixels uint8 [3, S, S] -> the same and the rectangle, in its pixels, or None. What the map says of the
+    pixels under it is no longer true; see `erase_maps`.
+    """
+    if rng.random() >= probability:
+        return pixels, None
+    _, height, width = pixels.shape
+    for _ in range(10):
+        area = rng.uniform(*ERASED_AREA) * height * width
+        ratio = math.exp(rng.uniform(math.log(ERASED_RATIO[0]), math.log(ERASED_RATIO[1])))
+        tall, wide = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < tall < height and 0 < wide < width:
+            top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
+            mean, std = (np.array(value)[:, None, None] for value in (PHOTO_MEAN, PHOTO_STD))
+            noise = 255 * (mean + std * rng.standard_normal((3, tall, wide)))
+            pixels = pixels.copy()
+            pixels[:, top : top + tall, left : left + wide] = np.clip(noise, 0, 255).astype(np.uint8)
+            return pixels, Box(left, top, left + wide, top + tall)
+    return pixels, None
+
+
+def erase_maps(relevance: np.ndarray, boxes: Sequence[Box | None], size: int) -> np.ndarray:
+    """Maps [m, gh, gw] of views of size x size pixels, each cell less by the share of it that was erased. float32."""
+    kept = [
+        np.ones(relevance.shape[1:]) if box is None else 1 - covered_share(relevance.shape[1:], box, (size, size))
+        for box in boxes
+    ]
+    return (relevance * np.stack(kept)).astype(np.float32)
 
 
 RAND_AUGMENT = (
