@@ -11,53 +11,21 @@ candidates take turns in one process; a figure is the median over the rounds, wi
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import statistics
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
+from measure import peak_bytes, seconds
 
 import zpipe.train.models  # noqa: F401  (registers our models with timm)
 from zpipe.train.loop import keep_freed_memory
 from zpipe.train.macs import count_macs
 from zpipe.train.models import Zoomer
 from zpipe.train.models.zoom_tokens import calibrate_alpha, coarse_scores
-
-
-def seconds(run, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
-
-def peak_bytes(run, device: str) -> int:
-    """Most memory held during `run()` beyond what was held before it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status_bytes("VmRSS")
-    run()
-    return status_bytes("VmHWM") - before
-
-
-def status_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
 def told(values: list[float]) -> str:

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import zpipe.train.models as models
 from zpipe.train.macs import count_macs
 from zpipe.train.models import zoom_tokens as zt
-from zpipe.train.models.zoomvit import ZoomViT, load_vit
+from zpipe.train.models.warm_start import load_vit
+from zpipe.train.models.zoomvit import ZoomViT
 
 torch.set_num_threads(1)
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}

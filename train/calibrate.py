@@ -13,9 +13,7 @@ from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import load_run
-from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.evaluate import EvalConfig, choose_run_source
+from zpipe.train.evaluate import EvalConfig, choose_run_source, eval_loader
 from zpipe.train.loop import resolve_device
 from zpipe.train.models.zoom_tokens import calibrate_alpha, coarse_scores, parse_budget
 from zpipe.train.models.zoomvit import ZoomViT
@@ -58,16 +56,7 @@ def calibrate(
     if not isinstance(model, ZoomViT):
         raise UsageError(f"{run}: only a zoomvit_* model costs more or less by its threshold")
     device = resolve_device(config.device)
-    loader = RelevanceLoader(
-        shards,
-        maps,
-        batch_size=config.batch_size,
-        image_size=opened.preprocessing.image_size,
-        augment="eval",
-        num_workers=config.num_workers,
-        missing="uniform",
-        view=ViewConfig(crop_pct=opened.preprocessing.crop_pct),
-    )
+    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.num_workers, "uniform")
     model.to(device)
     source = choose_run_source(opened, EvalConfig(scores=config.scores), loader.maps)
     if source.zoomer is not None:

@@ -17,7 +17,7 @@ from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.train.checkpoint import Run, load_run
+from zpipe.train.checkpoint import Preprocessing, Run, load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.loop import keep_freed_memory, resolve_device
@@ -88,16 +88,8 @@ def evaluate(
     one row with its distance to the teacher's maps (needs `maps`). Errors: :class:`UsageError`, :class:`ZpipeError`.
     """
     opened = load_run(run)
-    loader = RelevanceLoader(
-        shards,
-        maps,
-        batch_size=config.batch_size,
-        image_size=opened.preprocessing.image_size,
-        augment="eval",
-        num_workers=config.num_workers,
-        missing="skip" if opened.kind == "zoomer" else "uniform",
-        view=ViewConfig(crop_pct=opened.preprocessing.crop_pct),
-    )
+    missing = "skip" if opened.kind == "zoomer" else "uniform"
+    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.num_workers, missing)
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -112,6 +104,22 @@ def evaluate(
     if out is not None:
         write_json(out, result)
     return result
+
+
+def eval_loader(
+    preprocessing: Preprocessing, shards: Path, maps: Path | None, batch_size: int, num_workers: int, missing: str
+) -> RelevanceLoader:
+    """Every sample once, in the view that a run was made for. missing: as of `RelevanceLoader`."""
+    return RelevanceLoader(
+        shards,
+        maps,
+        batch_size=batch_size,
+        image_size=preprocessing.image_size,
+        augment="eval",
+        num_workers=num_workers,
+        missing=missing,
+        view=ViewConfig(crop_pct=preprocessing.crop_pct),
+    )
 
 
 def choose_run_source(opened: Run, config: EvalConfig, store: RelevanceMaps | None) -> ScoreSource | None:

@@ -15,8 +15,7 @@ from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import load_run
-from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.data.transforms import ViewConfig
+from zpipe.train.evaluate import eval_loader
 from zpipe.train.loop import keep_freed_memory, resolve_device
 from zpipe.train.metrics import pointing_game
 from zpipe.train.models.scores import centre_prior
@@ -116,16 +115,7 @@ def judge_maps(
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    loader = RelevanceLoader(
-        shards,
-        maps,
-        batch_size=config.batch_size,
-        image_size=opened.preprocessing.image_size,
-        augment="eval",
-        num_workers=config.num_workers,
-        missing="skip",
-        view=ViewConfig(crop_pct=opened.preprocessing.crop_pct),
-    )
+    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.num_workers, "skip")
     model: nn.Module = opened.model.to(device)
     found: dict[str, dict[str, list[Tensor]]] = {}
     count = 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -155,5 +155,7 @@ def read_image(file: Path, size: int, view: ViewConfig) -> np.ndarray:
         data = Path(file).read_bytes()
         image, chosen, source = decode(data, lambda shape: draw_view(np.random.default_rng(0), *shape, view), size)
         return np.ascontiguousarray(view_image(image, chosen, size, source))
+    except UnidentifiedImageError as error:
+        raise ZpipeError(f"{file}: can't be read as a JPEG, PNG or WEBP image; give an image file") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ZpipeError(f"{file}: can't be read as a JPEG, PNG or WEBP image ({error})") from error

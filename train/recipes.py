@@ -1,6 +1,6 @@
 """Named settings. A recipe is a whole configuration; flags and `--set` change it from there.
 
-Each has a small twin, `NAME-small`, for a CPU and a minute: few epochs and small batches, the same kind of steps.
+Each has a small twin, `NAME-small`, to try on a CPU and a small data set: two epochs, small batches, the same kind of steps.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ from zpipe.train.loop import TrainConfig, resolve_device, train
 from zpipe.train.losses import TokenLabelLoss, relevance_token_labels
 from zpipe.train.models.fusion import FusedViT
 from zpipe.train.models.lvvit import LVViT
-from zpipe.train.models.zoomvit import ZoomViT, load_vit
+from zpipe.train.models.warm_start import load_vit
+from zpipe.train.models.zoomvit import ZoomViT
 from zpipe.train.scoring import ScoreSource, choose_source, default_source, open_zoomer, zooms
 from zpipe.train.train_zoomer import to_json
 

@@ -393,6 +393,8 @@ def predict_command(
         from zpipe.train.predict import PredictConfig, predict
 
         budgets = parse_budgets(budget or "")
+        if len(budgets) > 1:
+            raise UsageError(f"--budget {budget}: give one budget")
         config = PredictConfig(
             alpha=alpha, budget=budgets[0] if budgets else None, scores=scores, top=top, device=device
         )

@@ -3,7 +3,8 @@
 from zpipe.train.models.fusion import FusedViT
 from zpipe.train.models.lvvit import LVViT
 from zpipe.train.models.release import load_release
+from zpipe.train.models.warm_start import load_vit
 from zpipe.train.models.zoomer import Zoomer
-from zpipe.train.models.zoomvit import ZoomViT, load_vit
+from zpipe.train.models.zoomvit import ZoomViT
 
 __all__ = ["FusedViT", "LVViT", "ZoomViT", "Zoomer", "load_release", "load_vit"]
