@@ -84,6 +84,10 @@ def train_zoomer(
         damaged=config.damaged,
         view=config.view,
     )
+    try:
+        loss = ZoomerLoss(config.w_kl, config.w_dice, config.kl_direction, config.normalisation)
+    except ValueError as error:
+        raise UsageError(f"train-zoomer: {error}") from error
     settings = asdict(config) | {
         "shards": str(shards),
         "maps": str(maps),
@@ -99,10 +103,6 @@ def train_zoomer(
         std=IMAGENET_DEFAULT_STD,
         crop_pct=config.view.crop_pct,
     )
-    try:
-        loss = ZoomerLoss(config.w_kl, config.w_dice, config.kl_direction, config.normalisation)
-    except ValueError as error:
-        raise UsageError(f"train-zoomer: {error}") from error
     task = ZoomerTask(model, loss, preprocessing, device)
     figures = train(task, loader, config.train, Path(out), stage="train-zoomer", progress=progress)
     save_model(Path(out), model.cpu(), preprocessing)
