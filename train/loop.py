@@ -195,7 +195,11 @@ def train(
                 state["scaler"] = scaler.state_dict()
             save_checkpoint(run, state | {"position": position})
 
-    with _stop_on_sigterm() as stopped, metric_log(run, config.tensorboard, config.wandb) as log:
+    with (
+        _interrupts_kept() as check_interrupt,
+        _stop_on_sigterm() as stopped,
+        metric_log(run, config.tensorboard, config.wandb) as log,
+    ):
         while step < total:
             model.train()
             torch.manual_seed(_epoch_seed(config.seed, epoch))
@@ -220,6 +224,7 @@ def train(
                     _update(model, optimizer, scaler, config)
                     if average is not None:
                         average.update(model, step)
+                check_interrupt()
                 step += 1
                 seen += sum(len(batch["label"]) for batch in group)
                 if step % config.log_every == 0 or step == total:
@@ -325,6 +330,34 @@ class Clock:
         shares = {f"share_{name}": self._spent[name] / total for name in ("data", "forward", "backward", "save")}
         self._spent.clear()
         return shares
+
+
+@contextmanager
+def _interrupts_kept() -> Iterator[Callable[[], None]]:
+    """A check that raises KeyboardInterrupt when Ctrl-C came and its KeyboardInterrupt was lost.
+
+    Python prints and drops one that is raised inside a finaliser or a callback from C, and the run would go on.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(number: int, frame: Any) -> None:
+        came.append(number)
+        if callable(before):
+            before(number, frame)
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
