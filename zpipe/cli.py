@@ -321,6 +321,14 @@ def train_vit_command(
         tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")
 
 
+_HIDDEN = ("scores", "alpha", "budget", "keep", "prune", "token_histogram", "images_per_s_low", "images_per_s_high")
+
+
+def _main_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """Those of an evaluation that a table has room for; the file has all."""
+    return {name: value for name, value in row.items() if name not in _HIDDEN}
+
+
 @app.command("evaluate")
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Finished train-vit or train-zoomer run.")],
@@ -334,6 +342,11 @@ def evaluate_command(
             help="Beside the thresholds: zoomed cells per image, or '300 tokens' or '2.3 GMACs', comma-separated."
         ),
     ] = "",
+    keep: Annotated[str, typer.Option(help="Each of these also pruned to so many tokens, comma-separated.")] = "",
+    prune: Annotated[
+        str,
+        typer.Option(help="Which tokens --keep takes: backward or forward, or either of them with -zoomed or -rest."),
+    ] = "backward",
     maps: Annotated[
         Path | None,
         typer.Option(parser=as_path, metavar="PATH|URL", help="Relevance store of these shards (needed for a zoomer)."),
@@ -343,6 +356,17 @@ def evaluate_command(
         typer.Option(
             help="Source of the scores: zoomer, maps, attention, entropy, centre, random or none; default as trained."
         ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="by-name|FILE",
+            help="The model's class for each label of shards that know fewer (ImageNet-A); the others are no answers.",
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="JSON of right classes by key, several for an image (ImageNet-ReaL's real.json)."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
     num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
@@ -358,14 +382,18 @@ def evaluate_command(
         config = EvalConfig(
             alphas=parse_numbers(alphas, float, "--alphas"),
             budgets=parse_budgets(budgets),
+            keeps=parse_numbers(keep, int, "--keep"),
+            prune=prune,
             scores=scores,
+            classes=classes,
+            labels=labels,
             batch_size=batch_size,
             num_workers=num_workers,
             device=device,
         )
         target = json_path or run / "evaluation.json"
         result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
-    print_rows(result["rows"], title=str(run))
+    print_rows([_main_columns(row) for row in result["rows"]], title=str(run))
     tell(f"written to {target}")
 
 
@@ -451,17 +479,29 @@ def demo_command(
         Path, typer.Argument(help="Folder for everything the demo makes; new, empty, or one to go on with.")
     ] = Path("demo-run"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")] = 0,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Instead: the demo for so many seeds, with further plain ViTs and score sources, as one table."
+        ),
+    ] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="The same line in a minute, with too little data to learn anything.")
     ] = False,
 ) -> None:
     """The whole line on embedded data in minutes: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, contact sheet."""
     with reporting() as progress:
-        from zpipe.demo import run_demo
+        from zpipe.demo import run_demo, run_seeds
 
-        report = run_demo(
-            output, seed=seed, quick=quick, progress=progress, say=lambda line: print(line, file=sys.stderr)
-        )
+        say = lambda line: print(line, file=sys.stderr)  # noqa: E731
+        if seeds:
+            rows = run_seeds(output, seeds, quick=quick, progress=progress, say=say)
+        else:
+            report = run_demo(output, seed=seed, quick=quick, progress=progress, say=say)
+    if seeds:
+        print_rows(rows, title=f"validation scenes, {seeds} seeds")
+        tell(f"written to {output / 'results'}")
+        return
     print_rows(report["rows"], title="validation scenes")
     print_rows([report["maps"]], title="maps on validation scenes")
     for line in report["notes"]:
