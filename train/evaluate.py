@@ -124,7 +124,7 @@ def evaluate(
         if loader.maps is None:
             raise UsageError(f"{run}: a zoomer is measured against its teacher's maps; give --maps")
         check_grid(loader.maps, opened.model.grid)
-        rows = [_evaluate_zoomer(opened, loader, device, progress)]
+        rows = [measure_zoomer(opened, loader, device, progress)]
     else:
         source = choose_run_source(opened, config, loader.maps)
         zooms = zooms_asked(opened.model, source, config)
@@ -351,8 +351,8 @@ def _plain_tokens(model: nn.Module) -> float | None:
 
 
 @torch.inference_mode()
-def _evaluate_zoomer(
-    opened: Run, loader: RelevanceLoader, device: torch.device, progress: Progress
+def measure_zoomer(
+    opened: Run, loader: RelevanceLoader, device: torch.device, progress: Progress = silent
 ) -> dict[str, float]:
     """Means over images of the distance between zoomer and teacher; with object boxes, the pointing game of both."""
     zoomer = opened.model.to(device)

@@ -45,7 +45,8 @@ class VitConfig:
     num_classes: None takes the number of classes that the shards name.
     init_from: a finished run, a checkpoint file or timm:NAME to start from, see `start_from`.
     zoom_draw: what training draws per batch: `alpha`, uniform in [0, 1] (the paper), or `budget`, a number of zoomed
-    cells uniform in [0, max_zoomed], which keeps all sequences of a batch equally long.
+    cells uniform in [0, max_zoomed], which keeps all sequences of a batch equally long. fixed_zoom: always this alpha, or
+    this number of cells, instead.
     scores: where a zooming model's scores come from, one of `scoring.SOURCES`; None takes the zoomer or the maps given.
     token_label_weight: above 0, the patches of an lvvit_* model learn labels made of the maps (see `TokenLabelLoss`).
     loss: ce, or bce, which asks of every class on its own (DeiT-III). mixup, cutmix: see `MixConfig`; label_smoothing
@@ -60,6 +61,7 @@ class VitConfig:
     init_from: str | None = None
     zoom_draw: ZoomDraw = "alpha"
     max_zoomed: int | None = None
+    fixed_zoom: float | None = None
     scores: str | None = None
     token_label_weight: float = 0.0
     loss: Literal["ce", "bce"] = "ce"
@@ -83,6 +85,8 @@ class VitConfig:
             raise UsageError(f"label_smoothing {self.label_smoothing:g}: give a share in [0, 1]")
         if self.token_label_weight < 0:
             raise UsageError(f"token_label_weight {self.token_label_weight:g}: give a number >= 0")
+        if self.fixed_zoom is not None and not 0 <= self.fixed_zoom <= (1 if self.zoom_draw == "alpha" else math.inf):
+            raise UsageError(f"fixed_zoom {self.fixed_zoom:g}: give an alpha in [0, 1], or a number of cells >= 0")
         if not 0.0 <= self.val_alpha <= 1.0:
             raise UsageError(f"val_alpha {self.val_alpha:g}: a threshold lies in [0, 1]")
         if self.token_label_weight and (self.loss != "ce" or self.mixup or self.cutmix or self.label_smoothing):
@@ -155,6 +159,9 @@ class ClassifyTask:
 
     def _draw_zoom(self) -> dict[str, Any]:
         # torch's global generator is seeded per epoch by the loop, so a resumed run draws the same.
+        fixed = self._config.fixed_zoom
+        if fixed is not None:
+            return {"alpha": fixed} if self._config.zoom_draw == "alpha" else {"budget": int(fixed)}
         if self._config.zoom_draw == "alpha":
             return {"alpha": float(torch.rand(()))}
         return {"budget": int(torch.randint(0, self._most_zoomed() + 1, ()))}
@@ -223,8 +230,12 @@ def train_vit(
         std=IMAGENET_DEFAULT_STD,
         crop_pct=config.view.crop_pct,
     )
-    if zooms(model) and not 0 <= (config.max_zoomed or 0) <= model.coarse_grid**2:
-        raise UsageError(f"max_zoomed {config.max_zoomed}: this model has {model.coarse_grid**2} cells to zoom")
+    if zooms(model):
+        cells = model.coarse_grid**2
+        fixed = config.fixed_zoom if config.zoom_draw == "budget" else None
+        for name, count in (("max_zoomed", config.max_zoomed), ("fixed_zoom", fixed)):
+            if not 0 <= (count or 0) <= cells:
+                raise UsageError(f"{name} {count:g}: this model has {cells} cells to zoom")
     source = _source(model, config, zoomer, store)
     frozen = source.zoomer if source is not None else None
     if frozen is not None:

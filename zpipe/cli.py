@@ -335,7 +335,9 @@ def evaluate_command(
     shards: Annotated[
         Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of validation shards.")
     ],
-    alphas: Annotated[str, typer.Option(help="Thresholds of a ZoomViT, comma-separated.")] = "0,0.05,0.1,0.2,0.5,1",
+    alphas: Annotated[
+        str | None, typer.Option(help="Thresholds of a ZoomViT, comma-separated. Default 0,0.05,0.1,0.2,0.5,1.")
+    ] = None,
     budgets: Annotated[
         str,
         typer.Option(
@@ -374,13 +376,50 @@ def evaluate_command(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Results file; default evaluation.json in the run.")
     ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead, one of the paper's experiments around this run: alpha-eta, pruning, zfe, zoom-in-training, "
+            "zoomer-depth, score-sources, test-time-zoom, nine-crops, backbone-size or errors."
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Of a study: seeds of what it trains, comma-separated.")] = "",
+    epochs: Annotated[
+        float | None, typer.Option(help="Of a study: epochs of what it trains; default the run's.")
+    ] = None,
+    zoomer: Annotated[Path | None, typer.Option(help="Of test-time-zoom: the train-zoomer run to zoom by.")] = None,
 ) -> None:
-    """Top-1, mean tokens, GMACs and images/s of a ViT, for each alpha; or a zoomer's distance to its teacher."""
+    """Top-1, mean tokens, GMACs and images/s of a ViT, for each alpha; or a zoomer's distance to its teacher.
+
+    With --study a whole experiment: what it compares is trained under the run's own settings, into RUN/studies, and its
+    figures go to RUN/results/STUDY.json and .parquet.
+    """
+    if study is not None:
+        options = (("--scores", scores), ("--json", json_path), ("--keep", keep))
+        if given := [name for name, value in options if value]:
+            fail(f"{given[0]}: a study chooses it itself", (), 2)
+        _study(
+            study,
+            run,
+            shards,
+            alphas,
+            budgets,
+            maps,
+            classes,
+            labels,
+            batch_size,
+            num_workers,
+            device,
+            seeds,
+            epochs,
+            zoomer,
+        )
+        return
     with reporting() as progress:
         from zpipe.train.evaluate import EvalConfig, evaluate
 
         config = EvalConfig(
-            alphas=parse_numbers(alphas, float, "--alphas"),
+            alphas=EvalConfig.alphas if alphas is None else parse_numbers(alphas, float, "--alphas"),
             budgets=parse_budgets(budgets),
             keeps=parse_numbers(keep, int, "--keep"),
             prune=prune,
@@ -395,6 +434,44 @@ def evaluate_command(
         result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
     print_rows([_main_columns(row) for row in result["rows"]], title=str(run))
     tell(f"written to {target}")
+
+
+def _study(
+    name: str,
+    run: Path,
+    shards: Path,
+    alphas: str | None,
+    budgets: str,
+    maps: Path | None,
+    classes: str | None,
+    labels: Path | None,
+    batch_size: int,
+    num_workers: int,
+    device: str,
+    seeds: str,
+    epochs: float | None,
+    zoomer: Path | None,
+) -> None:
+    with reporting() as progress:
+        from zpipe.train.evaluate import EvalConfig
+        from zpipe.train.results import wide
+        from zpipe.train.studies import STUDIES, StudyConfig, run_study
+
+        evaluation = EvalConfig(
+            alphas=parse_numbers(alphas or "", float, "--alphas"),
+            budgets=parse_budgets(budgets),
+            classes=classes,
+            labels=labels,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=device,
+        )
+        config = StudyConfig(evaluation=evaluation, seeds=parse_numbers(seeds, int, "--seeds"), epochs=epochs)
+        path, rows, notes = run_study(name, run, shards, config, maps=maps, zoomer=zoomer, progress=progress)
+    print_rows(wide(rows), title=STUDIES[name].title)
+    for note in notes:
+        tell(f"note: {note}")
+    tell(f"written to {path} and {path.with_suffix('.parquet').name}")
 
 
 @app.command("predict")
