@@ -20,7 +20,7 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.evaluate import EvalConfig, evaluate
 from zpipe.train.loop import TrainConfig
-from zpipe.train.report import contact_sheet
+from zpipe.train.pictures import contact_sheet
 from zpipe.train.train_vit import VitConfig, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
