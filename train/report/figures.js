@@ -44,20 +44,21 @@ zpipe.figures = (() => {
 
   function layout(figure) {
     const axis = { gridcolor: colour("--grid"), zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true };
+    const titled = (own) => ({ ...axis, ...own, title: { ...own.title, font: { size: 13 }, standoff: 10 } });
     const few = figure.data.length <= 8;
     return {
       ...figure.layout,
-      xaxis: { ...axis, ...figure.layout.xaxis },
-      yaxis: { ...axis, ...figure.layout.yaxis },
+      xaxis: titled(figure.layout.xaxis),
+      yaxis: titled(figure.layout.yaxis),
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: colour("--text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
       hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--quiet"), font: { color: colour("--text") }, align: "left" },
       hovermode: "closest",
       margin: { l: 60, r: 16, t: 16, b: 48 },
-      height: few ? 400 : 400 + 10 * figure.data.length,
+      height: few ? 380 : 380 + 10 * figure.data.length,
       showlegend: true,
-      legend: { orientation: "h", y: -0.2, yanchor: "top", x: 0 },
+      legend: { orientation: "h", y: -0.18, yanchor: "top", x: 0 },
     };
   }
 

@@ -71,6 +71,11 @@ class Point:
         return ", ".join(f"{name} {_number(value)}" for name, value in self.setting.items()) or "-"
 
     @property
+    def sweep(self) -> str:
+        """What the line that the point lies on is swept along."""
+        return next((name for name in ("keep", "alpha", "budget") if name in self.setting), "")
+
+    @property
     def zooms(self) -> bool:
         return any(name in self.setting for name in ("alpha", "budget"))
 
@@ -161,10 +166,14 @@ def plot_text(text: object) -> str:
     return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def curves(found: Sequence[Point], titles: dict[str, str]) -> list[Figure]:
-    """Accuracy against multiply-adds and against throughput. A series keeps its colour (`series` of a trace) in both."""
+def curves(found: Sequence[Point], titles: dict[str, str], runs: Sequence[RunRecord] = ()) -> list[Figure]:
+    """Accuracy against multiply-adds and against throughput. A run keeps its colour (`series` of a trace) in all plots."""
     wanted = [point for point in found if "top1" in point.measures]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys((p.study, p.series) for p in wanted))}
+    named = [(EVALUATION, run.name) for run in runs] + [(p.study, p.series) for p in wanted]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(named))}
+    bars = "Bars: 95 % interval."
+    if any(measure.seeds > 1 for point in wanted for measure in point.measures.values()):
+        bars = "Bars: 95 % interval; where several seeds were trained, the mean and the range of the seeds."
     whole = (
         ("gmacs", "total_gmacs", "Accuracy and multiply-adds", "GMACs an image, source of the scores included"),
         ("throughput", "images_per_s", "Accuracy and throughput", "images/s"),
@@ -175,19 +184,24 @@ def curves(found: Sequence[Point], titles: dict[str, str]) -> list[Figure]:
     }
     figures = []
     for name, metric, title, axis in whole:
-        series: dict[tuple[str, str], list[Point]] = {}
+        lines: dict[tuple[str, str], dict[str, list[Point]]] = {}  # a line a sweep: thresholds and budgets are two
         for point in wanted:
             if metric in point.measures:
-                series.setdefault((point.study, point.series), []).append(point)
-        if not series:
+                lines.setdefault((point.study, point.series), {}).setdefault(point.sweep, []).append(point)
+        if not lines:
             continue
-        data = [_curve(titles, numbers[key], key, members, metric) for key, members in series.items()]
+        data = []
+        for key, sweeps in lines.items():
+            for place, (sweep, members) in enumerate(sweeps.items()):
+                suffix = f", {sweep}" if len(sweeps) > 1 and sweep else ""
+                trace = _curve(titles, numbers[key], key, members, metric, suffix)
+                data.append(trace | {"dashed": place % 2 == 1})
         figures.append(
             {
                 "id": name,
                 "title": title,
-                "note": f"{notes[name]} {_BARS}",
-                "table": EVALUATION if any(study == EVALUATION for study, _ in series) else next(iter(series))[0],
+                "note": f"{notes[name]} {bars}",
+                "table": EVALUATION if any(study == EVALUATION for study, _ in lines) else next(iter(lines))[0],
                 "data": data,
                 "layout": {
                     "xaxis": {"title": {"text": axis}, "rangemode": "tozero"},
@@ -198,10 +212,9 @@ def curves(found: Sequence[Point], titles: dict[str, str]) -> list[Figure]:
     return figures
 
 
-_BARS = "Bars: 95 % interval; where several seeds were trained, the mean and the range of the seeds."
-
-
-def _curve(titles: dict[str, str], number: int, key: tuple[str, str], members: list[Point], metric: str) -> Figure:
+def _curve(
+    titles: dict[str, str], number: int, key: tuple[str, str], members: list[Point], metric: str, suffix: str
+) -> Figure:
     study, name = key
     members = sorted(members, key=lambda point: point.measures[metric].value)
     across = [point.measures[metric] for point in members]
@@ -209,7 +222,7 @@ def _curve(titles: dict[str, str], number: int, key: tuple[str, str], members: l
     trace: Figure = {
         "type": "scatter",
         "mode": "lines+markers" if len(members) > 1 else "markers",
-        "name": plot_text(name),
+        "name": plot_text(name + suffix),
         "series": number,
         "x": [measure.value for measure in across],
         "y": [100 * measure.value for measure in up],
@@ -482,17 +495,17 @@ def headline(found: Sequence[Point]) -> dict[str, Any]:
     for members in series.values():
         best = max(members, key=lambda point: point.measures["top1"].value)
         top1 = best.measures["top1"]
-        facts = [best.told] if best.setting else []
+        facts = [best.told.replace(" ", "\u00a0")] if best.setting else []
         for metric, unit in (("tokens", "tokens"), ("total_gmacs", "GMACs"), ("images_per_s", "images/s")):
             if metric in best.measures:
-                facts.append(f"{_rounded(metric, best.measures[metric].value)} {unit}")
+                facts.append(f"{_rounded(metric, best.measures[metric].value)}\u00a0{unit}")
         tiles.append(
             {
                 "name": best.series,
                 "value": f"{100 * top1.value:.1f} %",
                 "interval": ""
                 if top1.low is None or top1.high is None
-                else f"{100 * top1.low:.1f} to {100 * top1.high:.1f}",
+                else f"95 % interval: {100 * top1.low:.1f} to {100 * top1.high:.1f}",
                 "facts": facts,
                 "of": f"best of {len(members)} settings" if len(members) > 1 else "",
                 "rank": top1.value,

@@ -87,7 +87,11 @@ zpipe.gallery = (() => {
     small.height = values.length / width;
     const top = values.reduce((most, value) => Math.max(most, value), 0) || 1;
     const pixels = new ImageData(small.width, small.height);
-    values.forEach((value, i) => pixels.data.set([...table[Math.round((255 * Math.max(value, 0)) / top)], 255], 4 * i));
+    values.forEach((value, i) => {
+      const level = Math.max(value, 0) / top;
+      // Low places are let through, so that one sees where in the image the high ones are.
+      pixels.data.set([...table[Math.round(255 * level)], Math.round(255 * (0.45 + 0.4 * level))], 4 * i);
+    });
     small.getContext("2d").putImageData(pixels, 0, 0);
     return small;
   }
@@ -130,10 +134,8 @@ zpipe.gallery = (() => {
   };
 
   function paintHeat(context, size, small) {
-    context.globalAlpha = 0.68;
     context.imageSmoothingEnabled = true;
     context.drawImage(small, 0, 0, size, size);
-    context.globalAlpha = 1;
   }
 
   async function paint(canvas) {
@@ -227,9 +229,9 @@ zpipe.gallery = (() => {
     const head = make(
       "header",
       {},
-      make("h3", {}, className(entry.label)),
+      make("h3", {}, make("span", {}, "class "), className(entry.label)),
       make("span", { class: "key", title: entry.key }, entry.key),
-      make("span", { class: "facts" }, ease(entry)),
+      make("span", { class: "ease" }, ease(entry)),
     );
     const article = make("article", {
       class: "entry",
@@ -374,6 +376,8 @@ zpipe.gallery = (() => {
     const [budgetRadio, budgetLabel] = radio("budget", "budget of cells");
     const slider = make("input", { type: "range", "aria-label": "zoom" });
     const number = make("input", { type: "number", "aria-label": "zoom, as a number" });
+    const marks = make("datalist", { id: `marks-${name}` });
+    slider.setAttribute("list", marks.id);
     const told = make("output", {});
     slider.addEventListener("input", () => {
       setZoom(state.mode === "alpha" ? { alpha: alphaAt(Number(slider.value)) } : { budget: Number(slider.value) }, number);
@@ -386,19 +390,21 @@ zpipe.gallery = (() => {
     const control = {
       told,
       sync(typing) {
-        const { side } = data.models[state.patches].zoom;
+        const { side, evaluated } = data.models[state.patches].zoom;
         alphaRadio.checked = state.mode === "alpha";
         budgetRadio.checked = state.mode === "budget";
         const byAlpha = state.mode === "alpha";
         Object.assign(slider, { min: 0, max: byAlpha ? STEPS : side ** 2, step: 1 });
         Object.assign(number, { min: 0, max: byAlpha ? 1 : side ** 2, step: byAlpha ? "any" : 1 });
+        const ticks = evaluated.filter((zoom) => Number.isFinite(zoom[state.mode])).map((zoom) => zoom[state.mode]);
+        marks.replaceChildren(...ticks.map((at) => make("option", { value: byAlpha ? stepOf(at) : at })));
         slider.value = byAlpha ? stepOf(state.alpha) : state.budget;
         slider.setAttribute("aria-valuetext", byAlpha ? `alpha ${state.alpha}` : `${state.budget} cells`);
         if (typing !== number || document.activeElement !== number) number.value = byAlpha ? state.alpha : state.budget;
       },
     };
     zoomControls.push(control);
-    return make("fieldset", { class: "zoom" }, make("legend", {}, "Zoom"), alphaLabel, budgetLabel, slider, number, told);
+    return make("fieldset", { class: "zoom" }, make("legend", {}, "Zoom"), alphaLabel, budgetLabel, slider, marks, number, told);
   }
 
   let redraw = 0;
@@ -502,7 +508,7 @@ zpipe.gallery = (() => {
     opened = at;
     const dialog = document.getElementById("enlarged");
     const entry = data.entries[order[at]];
-    dialog.querySelector("h2").textContent = className(entry.label);
+    dialog.querySelector("h2").replaceChildren(make("span", {}, "class "), className(entry.label));
     dialog.querySelector(".key").textContent = [entry.key, ease(entry), `${at + 1} of ${order.length}`].filter(Boolean).join(" · ");
     document.getElementById("before").disabled = at === 0;
     document.getElementById("after").disabled = at === order.length - 1;
@@ -566,7 +572,7 @@ zpipe.gallery = (() => {
     const zooming = data.models.findIndex((model) => model.zoom);
     state.patches = zooming < 0 ? null : zooming;
     state.left = Math.max(zooming, 0);
-    state.right = data.models.findLastIndex((model, number) => number !== state.left && !model.zoom);
+    state.right = data.models.findIndex((model, number) => number !== state.left && !model.zoom);
     if (state.right < 0) state.right = data.models.length > 1 ? Number(state.left === 0) : state.left;
     document.getElementById("gallery-about").textContent = about();
     status = make("p", { class: "status", role: "status", "aria-live": "polite" });

@@ -137,7 +137,8 @@ def _open(records: Sequence[RunRecord], store: RelevanceMaps | None) -> tuple[li
         if source is not None and source.name == "maps" and store is not None:
             check_grid(store, opened.model.score_grid)
         zooming = source is not None and source.name != "none"
-        middle = record.zooms[len(record.zooms) // 2] if record.zooms else dict(FALLBACK_ZOOM)
+        alike = [zoom for zoom in record.zooms if zoom.keys() == record.zooms[0].keys()]  # thresholds, or budgets
+        middle = alike[len(alike) // 2] if alike else dict(FALLBACK_ZOOM)
         shown.append(_Shown(record, opened, source, middle if zooming else {}))
     return shown, notes
 

@@ -25,7 +25,10 @@
   }
   if (leftOut) said.push(`${leftOut} more in the table below.`);
   document.getElementById("said").append(...said.map((text) => make("li", {}, text)));
-  document.getElementById("notes").append(...about.notes.map((text) => make("p", { class: "note" }, text)));
+  if (about.notes.length) {
+    const lines = about.notes.map((text) => make("li", {}, text));
+    document.getElementById("notes").append(make("div", { class: "note" }, make("p", {}, "Not on this page:"), make("ul", {}, ...lines)));
+  }
 
   for (const part of ["accuracy", "training"]) {
     const section = document.getElementById(part);

@@ -110,7 +110,7 @@ def describe(found: Gathered, missing: Sequence[str] = ()) -> dict[str, Any]:
         "headline": figures.headline(known),
         "notes": [*notes, *missing],
         "figures": {
-            "accuracy": figures.curves(known, found.titles) + figures.histograms(known),
+            "accuracy": figures.curves(known, found.titles, found.runs) + figures.histograms(known),
             "training": figures.training_figures(found.runs),
         },
         "tables": {

@@ -201,7 +201,7 @@ def _setting(row: dict[str, Any]) -> dict[str, Value]:
 
 def _evaluation_results(run: RunRecord) -> list[Result]:
     found: list[Result] = []
-    for path in sorted(run.path.glob("evaluation*.json")):
+    for path in sorted(run.path.glob("evaluation*.json"), key=lambda path: path.stem):
         extra = path.stem.removeprefix("evaluation").strip("-_.")
         try:
             for row in _read_evaluation(path)["rows"]:
