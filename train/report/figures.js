@@ -7,7 +7,8 @@ zpipe.figures = (() => {
   const SYMBOLS = ["circle", "diamond", "square", "triangle-up", "x", "star", "cross", "triangle-down"];
   const DASHES = ["solid", "dash", "dot", "dashdot"];
   const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
-  const drawn = [];
+  const described = new Map(); // plot's element -> its figure
+  const drawn = new Set();
 
   /** An element with its attributes and children; strings among the children become text. */
   function make(tag, attributes = {}, ...children) {
@@ -62,30 +63,43 @@ zpipe.figures = (() => {
     };
   }
 
-  function figure(described) {
-    const plot = make("div", { class: "plot", role: "img", "aria-label": `${described.title}. Its figures are in the table below.` });
-    const caption = make("figcaption", {}, make("h3", {}, described.title), described.note ? make("p", {}, described.note) : null);
-    const holder = make("figure", { class: "figure", id: `figure-${described.id}` }, caption, plot);
-    drawn.push({ plot, described });
-    return holder;
+  function figure(told) {
+    const plot = make("div", { class: "plot", role: "img", "aria-label": `${told.title}. Its figures are in the table below.` });
+    const caption = make("figcaption", {}, make("h3", {}, told.title), told.note ? make("p", {}, told.note) : null);
+    described.set(plot, told);
+    watch.observe(plot);
+    return make("figure", { class: "figure", id: `figure-${told.id}` }, caption, plot);
   }
 
-  /** Draw what `figure` made; after the elements are in the page, for a plot takes its parent's width. */
-  function draw() {
-    for (const { plot, described } of drawn) Plotly.react(plot, traces(described), layout(described), CONFIG);
+  function draw(plot) {
+    const told = described.get(plot);
+    Plotly.react(plot, traces(told), layout(told), CONFIG);
+    drawn.add(plot);
   }
 
-  function table(described) {
-    const caption = make("caption", {}, described.caption, described.note ? make("span", {}, described.note) : null);
-    const head = make("tr", {}, ...described.columns.map((name) => make("th", { scope: "col" }, name)));
-    const rows = described.rows.map((row) =>
+  // A plot takes a tenth of a second: it is drawn when it comes near, and the page is there at once.
+  const watch = new IntersectionObserver(
+    (seen) => {
+      for (const { target } of seen.filter((one) => one.isIntersecting)) {
+        watch.unobserve(target);
+        draw(target);
+      }
+    },
+    { rootMargin: "600px" },
+  );
+  addEventListener("beforeprint", () => described.forEach((_, plot) => draw(plot)));
+
+  function table(told) {
+    const caption = make("caption", {}, told.caption, told.note ? make("span", {}, told.note) : null);
+    const head = make("tr", {}, ...told.columns.map((name) => make("th", { scope: "col" }, name)));
+    const rows = told.rows.map((row) =>
       make("tr", {}, ...row.map((text, i) => (i === 0 ? make("th", { scope: "row" }, text) : make("td", {}, text)))),
     );
     const whole = make("table", {}, caption, make("thead", {}, head), make("tbody", {}, ...rows));
     // Wide tables scroll; what scrolls must be reachable by keyboard.
-    return make("div", { class: "table", tabindex: "0", role: "region", "aria-label": described.caption }, whole);
+    return make("div", { class: "table", tabindex: "0", role: "region", "aria-label": told.caption }, whole);
   }
 
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  return { make, figure, table, draw };
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(draw));
+  return { make, figure, table };
 })();

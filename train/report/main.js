@@ -1,7 +1,7 @@
 "use strict";
 
 (() => {
-  const { make, figure, table, draw } = zpipe.figures;
+  const { make, figure, table } = zpipe.figures;
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const about = read("about-data");
 
@@ -38,8 +38,6 @@
       section.append(make("p", { class: "lead" }, "Nothing to show."));
     }
   }
-  draw();
-
   // The gallery is most of the page's bytes: the figures above are there before it is parsed.
   requestAnimationFrame(() => setTimeout(() => zpipe.gallery.start(read("gallery-data"))));
 })();

@@ -179,9 +179,15 @@ def _read_error_kinds(path: Path) -> dict[str, str]:
 def _read_evaluation(path: Path) -> dict[str, Any]:
     found = read_json(path, "an evaluation")
     rows = found.get("rows")
-    good = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
-    if not good or not all(isinstance(row.get("setting"), str) and _count(row) for row in rows):
-        raise ZpipeError(f"{path}: not an evaluation that this zpipe reads (rows); evaluate again")
+    try:
+        if not isinstance(rows, list) or not rows:
+            raise ValueError("no rows")
+        for row in rows:
+            if not _count(row):
+                raise ValueError("a row without its count of images")
+            _setting(row)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ZpipeError(f"{path}: not an evaluation that this zpipe reads ({error}); evaluate again") from error
     return found
 
 
