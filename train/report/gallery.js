@@ -198,7 +198,9 @@ zpipe.gallery = (() => {
       );
     });
     const kind = entry.kinds?.[model];
-    const head = make("h4", {}, data.models[model].name, " ");
+    const [zoom] = Object.entries(data.models[model].zoom?.chosen ?? {});
+    const at = zoom ? make("span", { class: "at" }, `${zoom[0]} ${zoom[1]} `) : null;
+    const head = make("h4", {}, data.models[model].name, " ", at);
     head.append(make("span", { class: right ? "right" : "wrong" }, right ? "✓ right" : "✗ wrong"));
     if (kind && kind !== "right") head.append(` (${kind})`);
     return make("section", { class: "answer" }, head, make("ol", {}, ...rows));
@@ -581,7 +583,7 @@ zpipe.gallery = (() => {
       startZoom(state.patches);
       controls.prepend(zoomControl("list"));
     }
-    controls.append(status);
+    controls.lastChild.append(status);
     list = make("div", { class: "entries", role: "feed", "aria-label": "Images" });
     holder.append(legend(), controls, make("p", { id: "no-match", class: "none", hidden: true }, "No image matches these filters."), list);
     buildDialog();

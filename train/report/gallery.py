@@ -1,6 +1,7 @@
 """The models on a few samples: what the page's gallery shows, as JSON.
 
-An entry takes about 6 KB in the page and a JPEG: 8 KB at 48 pixels, 15 to 25 KB at 224.
+Measured, an entry takes 3.5 KB of the page for scenes of 48 pixels and some 20 KB for photos of 224, of which the JPEG is 18
+and the scores, in full, 1. Two thousand photos make a page of 45 MB; while it is made they are held in memory.
 """
 
 from __future__ import annotations
