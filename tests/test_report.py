@@ -177,11 +177,21 @@ def test_studies_alone_and_metrics_nobody_foresaw(tmp_path):
     assert "zpipe evaluate RUN" in embedded(html, "about-data")["notes"][0]
 
 
-def test_a_study_in_a_run_replaces_its_plain_evaluation(data, tmp_path):
-    run = shutil.copytree(data / "plain", tmp_path / "plain")
-    write_results(run, "evaluation", "Evaluation", "shards", [result(run="plain", value=0.25)])
-    (point,) = points(gather([run]).results)
-    assert point.measures["top1"].value == 0.25
+def test_figures_that_are_there_twice_are_shown_once(data, tmp_path):
+    run = shutil.copytree(data / "double", tmp_path / "double")
+    rows = [row for row in gather([run]).results if row.metric == "top1"]
+    tidy = [replace(row, value=0.25, setting=row.setting | {"scores": "zoomer", "keep": None}) for row in rows]
+    write_results(run, "evaluation", "Evaluation", "shards", tidy)
+    found = points(gather([run]).results)
+    assert [point.setting for point in found] == [{"alpha": 0.4}, {"alpha": 0.5}, {"alpha": 0.6}]
+    assert all(point.measures["top1"].value == 0.25 and "gmacs" in point.measures for point in found)
+
+
+def test_equal_names_in_two_folders_stay_apart(tmp_path):
+    for name, value in (("a", 0.1), ("b", 0.2)):
+        write_results(tmp_path / name, "study", "Study", "shards", [result(study="study", value=value)])
+    found = points(gather([tmp_path / "a", tmp_path / "b"]).results)
+    assert [(point.series, point.measures["top1"].value) for point in found] == [("vit", 0.1), ("vit, b", 0.2)]
 
 
 def test_the_headline_compares_at_no_higher_cost(data):
@@ -586,10 +596,9 @@ def test_names_in_plots_are_text(data, open_page, tmp_path):
     assert page.locator("svg a").count() == 0 and page.title() == "zpipe report"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_its_ground(page_file, open_page, scheme):
+def test_text_stands_out_from_its_ground_and_a_narrow_screen_is_enough(page_file, open_page):
     """WCAG AA, 4.5 to 1, for every pair of text and ground that the style uses."""
-    page = open_page(page_file, color_scheme=scheme)
+    page = open_page(page_file)
     read = "name => getComputedStyle(document.documentElement).getPropertyValue(name).trim()"
 
     def luminance(name):
@@ -598,10 +607,15 @@ def test_text_stands_out_from_its_ground(page_file, open_page, scheme):
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
         return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
-    for ink in ("--text", "--quiet", "--link", "--good", "--bad"):
-        for ground in ("--back", "--card"):
-            high, low = sorted((luminance(ink), luminance(ground)), reverse=True)
-            assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, ground)
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        for ink in ("--text", "--quiet", "--link", "--good", "--bad"):
+            for ground in ("--back", "--card"):
+                high, low = sorted((luminance(ink), luminance(ground)), reverse=True)
+                assert (high + 0.05) / (low + 0.05) >= 4.5, (scheme, ink, ground)
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_two_thousand_entries(page_file, open_page, tmp_path):
@@ -630,8 +644,3 @@ def test_two_thousand_entries(page_file, open_page, tmp_path):
     page.locator(".entry[data-at='1999']").focus()
     page.keyboard.press("Home")
     assert page.evaluate("document.activeElement.dataset.at") == "0"
-
-
-def test_on_a_narrow_screen_nothing_sticks_out(page_file, open_page):
-    page = open_page(page_file, viewport={"width": 390, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390

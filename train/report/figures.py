@@ -126,10 +126,10 @@ def _point(metrics: dict[str, dict[tuple, Result]], run: str | None) -> Point:
     assert first is not None  # every metric has rows
     if "gmacs" in measures:
         measures["total_gmacs"] = _total(measures["gmacs"], measures.get("gmacs_scores"))
-    setting = {name: value for name, value in first.setting.items() if name in SWEPT and value is not None}
+    setting = {name: value for name, value in first.setting.items() if name in SWEPT}
     if histogram and "tokens" not in measures:
         setting.pop("tokens", None)
-    others = [(n, v) for n, v in first.setting.items() if n not in SWEPT and v is not None and (n, v) != _USUAL]
+    others = [(n, v) for n, v in first.setting.items() if n not in SWEPT]
     name = base_name(first.run) if run is None and len(everyone) > 1 else first.run
     series = ", ".join([name, *(f"{n} {_number(v)}" for n, v in others)])
     return Point(
@@ -140,9 +140,6 @@ def _point(metrics: dict[str, dict[tuple, Result]], run: str | None) -> Point:
         measures=measures,
         histogram=dict(sorted(histogram.items())),
     )
-
-
-_USUAL = ("scores", "zoomer")  # goes without saying
 
 
 def _measure(rows: Sequence[Result]) -> Measure:

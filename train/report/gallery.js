@@ -380,7 +380,7 @@ zpipe.gallery = (() => {
     const number = make("input", { type: "number", "aria-label": "zoom, as a number" });
     const marks = make("datalist", { id: `marks-${name}` });
     slider.setAttribute("list", marks.id);
-    const told = make("output", {});
+    const told = make("output", { "aria-live": "off" }); // the slider says its own value
     slider.addEventListener("input", () => {
       setZoom(state.mode === "alpha" ? { alpha: alphaAt(Number(slider.value)) } : { budget: Number(slider.value) }, number);
     });

@@ -81,22 +81,42 @@ def gather(paths: Sequence[Path]) -> Gathered:
         if not found:
             raise UsageError(f"{path}: holds no training run and no results; train-zoomer and train-vit make runs")
     names = _unique_names(list(run_folders))
-    runs, results, titles = [], [], {}
-    for folder, name in names.items():
-        runs.append(_read_run(folder, name))
+    runs = [_read_run(folder, name) for folder, name in names.items()]
+    known: dict[tuple, Result] = {}
+    titles: dict[str, str] = {}
     for folder in study_folders:
         for file in _studies(folder):
             about, rows = read_results(file)
             titles.setdefault(str(about["study"]), str(about.get("title") or about["study"]))
-            for row in rows:
-                # A run's own results name it by its folder, which here may have been given a longer name.
-                own = folder in names and row.run == folder.name
-                results.append(replace(row, run=names[folder]) if own else row)
+            # A run's own results name it by its folder, which here may have been given a longer name.
+            rows = [
+                replace(row, run=names[folder]) if folder in names and row.run == folder.name else row for row in rows
+            ]
+            found = {_key(row): row for row in map(_without_usual, rows)}
+            if any(key in known and known[key] != row for key, row in found.items()):
+                # Another folder's runs of the same names: told apart by that folder.
+                found = {
+                    _key(row): row for row in (replace(row, run=f"{row.run}, {folder.name}") for row in found.values())
+                }
+            known |= found
     for run in runs:
-        told = {EVALUATION, ZOOMER_EVALUATION} & {row.study for row in results if row.run == run.name}
-        if not told:  # else the same figures would be there twice
-            results += _evaluation_results(run)
-    return Gathered(runs=runs, results=results, titles=titles)
+        for row in map(_without_usual, _evaluation_results(run)):
+            known.setdefault(_key(row), row)  # tidy results may hold the same figure
+    return Gathered(runs=runs, results=list(known.values()), titles=titles)
+
+
+def _without_usual(row: Result) -> Result:
+    """Without what is not set, and without the zoomer as the source of scores, which goes without saying."""
+    setting = {name: value for name, value in row.setting.items() if value is not None}
+    if setting.get("scores") == "zoomer":
+        del setting["scores"]
+    return replace(row, setting=setting)
+
+
+def _key(row: Result) -> tuple:
+    """What a figure is of; 0 and 0.0 are the same threshold."""
+    setting = sorted((name, f"{v:g}" if _is_number(v) else str(v)) for name, v in row.setting.items())
+    return (row.study, row.run, row.seed, row.metric, *setting)
 
 
 def _is_run(folder: Path) -> bool:
