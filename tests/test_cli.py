@@ -251,6 +251,7 @@ def test_all_verbs_are_there():
         "evaluate",
         "calibrate",
         "predict",
+        "report",
         "maps",
         "demo",
         "doctor",

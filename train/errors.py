@@ -27,7 +27,7 @@ from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.evaluate import Zoom
 from zpipe.train.models.zoom_tokens import choose_cells, token_boxes
 from zpipe.train.models.zoomvit import ZoomViT
-from zpipe.train.report import patches
+from zpipe.train.pictures import patches
 from zpipe.train.results import Result, share
 from zpipe.train.scoring import ScoreSource
 

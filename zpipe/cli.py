@@ -550,6 +550,42 @@ def calibrate_command(
     tell(f"written to {target}")
 
 
+@app.command("report")
+def report_command(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Training runs, folders with results/*.json, or folders of these.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--out", help="Folder for index.html, one file that holds everything.")
+    ] = Path("report"),
+    shards: Annotated[
+        Path | None,
+        typer.Option(
+            parser=as_path, metavar="SHARDS", help="Images of the gallery; default those of the first evaluation."
+        ),
+    ] = None,
+    maps: Annotated[
+        Path | None, typer.Option(parser=as_path, metavar="PATH|URL", help="Relevance store of these shards.")
+    ] = None,
+    gallery: Annotated[int, typer.Option(min=0, help="Entries of the gallery; 0 for none.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of which images the gallery shows.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """One HTML page about runs: accuracy against cost, tables with intervals, training curves, and a gallery of images.
+
+    It needs no network and no other file. What runs lack, it leaves out, and says which command gives it.
+    """
+    with reporting() as progress:
+        from zpipe.train.report import ReportConfig, report
+
+        config = ReportConfig(
+            shards=shards, maps=maps, gallery=gallery, seed=seed, batch_size=batch_size, device=device
+        )
+        path = report(runs, output, config, progress=progress)
+    tell(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser")
+
+
 @app.command("demo")
 def demo_command(
     output: Annotated[
@@ -566,7 +602,7 @@ def demo_command(
         bool, typer.Option("--quick", help="The same line in a minute, with too little data to learn anything.")
     ] = False,
 ) -> None:
-    """The whole line on embedded data in minutes: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, contact sheet."""
+    """The whole line on embedded data in minutes: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, report."""
     with reporting() as progress:
         from zpipe.demo import run_demo, run_seeds
 

@@ -1,4 +1,4 @@
-"""The whole line on the embedded data: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, contact sheet.
+"""The whole line on the embedded data: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, report.
 
 Every stage is the one that users run on their own data; this file only says with which settings and in which order.
 """
@@ -21,8 +21,11 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.evaluate import EvalConfig, evaluate
 from zpipe.train.loop import TrainConfig
-from zpipe.train.report import contact_sheet
+from zpipe.train.pictures import contact_sheet
+from zpipe.train.report import ReportConfig
+from zpipe.train.report import report as write_report
 from zpipe.train.results import Result, share, write_results
+from zpipe.train.studies import StudyConfig, run_study
 from zpipe.train.train_vit import VitConfig, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
@@ -30,6 +33,9 @@ MARKER = "demo.json"
 SEEDS_MARKER = "demo-seeds.json"
 REPORT = "report.json"
 SHEET = "contact_sheet.png"
+PAGE = "report"
+STUDIES = ("errors", "pruning")  # those that train nothing
+SHOWN_RUNS = ("zoomvit", "plain", "teacher", "zoomer")
 
 SIDE = 48  # pixels of a scene
 COARSE = 8  # pixels of an unzoomed patch; the digits are 11 to 13
@@ -101,7 +107,7 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run every stage into `out`; a folder that a demo was begun in is gone on with.
 
-    Returns {rows, maps, seconds, notes} and leaves them as `report.json`, beside `contact_sheet.png`. quick: the same
+    Returns {rows, maps, seconds, notes} and leaves them as `report.json`, beside `report/index.html` and `contact_sheet.png`. quick: the same
     line on almost no data, to see that it runs. Errors: :class:`UsageError` when `out` holds something else.
     """
     out = Path(out)
@@ -112,7 +118,7 @@ def run_demo(
             raise UsageError(f"{out}: holds a demo with other settings; give another folder")
     else:
         write_json(out / MARKER, settings)
-    if (out / REPORT).is_file() and (out / SHEET).is_file():
+    if (out / REPORT).is_file() and (out / PAGE / "index.html").is_file():
         say(f"{out}: finished before; this is its report")
         return read_json(out / REPORT, "a demo's report")
     report = _Demo(out, seed, QUICK if quick else FULL, progress, say).run()
@@ -186,6 +192,8 @@ class _Demo:
             ("plain-vit", self._plain),
             ("evaluation", self._evaluate_vits),
             ("contact-sheet", self._sheet),
+            ("studies", self._studies),
+            ("report", self._report),
         ]
         for number, (name, stage) in enumerate(stages, start=1):
             self._stage = f"{number}/{len(stages)} {name}"
@@ -374,6 +382,18 @@ class _Demo:
         contact_sheet(self.out / "zoomvit", self.val_shards, self.out / "maps" / "val", path, budget=SHOWN_BUDGET)
         return str(path)
 
+    def _studies(self) -> str:
+        evaluation = EvalConfig(alphas=(), batch_size=100, device="cpu")
+        for name in STUDIES:
+            run_study(
+                name, self.out / "zoomvit", self.val_shards, StudyConfig(evaluation=evaluation), progress=self._show
+            )
+        return f"{', '.join(STUDIES)}: {self.out / 'zoomvit' / 'results'}"
+
+    def _report(self) -> str:
+        config = ReportConfig(shards=self.val_shards, maps=self.out / "maps" / "val", device="cpu")
+        return str(write_report([self.out / name for name in SHOWN_RUNS], self.out / PAGE, config, self._show))
+
     def _rows(self) -> list[dict[str, Any]]:
         rows = [("teacher, plain 4 px", self.results["teacher"]), (f"plain {PLAIN} px", self.results["plain"])]
         rows += [(f"ZoomViT {row['setting']}", row) for row in self.results["zoomvit"]]
@@ -400,7 +420,7 @@ class _Demo:
             )
         return [
             *notes,
-            f"all of it took {sum(self.seconds.values()) / 60:.1f} minutes; the picture: {self.out / SHEET}",
+            f"all of it took {sum(self.seconds.values()) / 60:.1f} minutes; the page: {self.out / PAGE / 'index.html'}",
         ]
 
 

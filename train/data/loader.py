@@ -126,6 +126,31 @@ class RelevanceLoader:
         """Samples in the data set (all ranks), those left out by `missing="skip"` not counted."""
         return sum(map(len, self._rows))
 
+    def draw(self, count: int, *, shards: int, seed: int = 0) -> int:
+        """Serve only `count` samples from now on, drawn by seed, in the order they had; returns how many shards they are from.
+
+        `shards` of the shards are drawn first, more only where these hold too few samples, so that a look at a large data
+        set reads little of it. Errors: :class:`UsageError` when the loader trains.
+        """
+        if self.train:
+            raise UsageError("samples are drawn for looking at them; training takes all of them")
+        rng = np.random.default_rng(seed)
+        chosen: list[int] = []
+        held = 0
+        for shard in rng.permutation(len(self.shards)).tolist():
+            if len(chosen) >= shards and held >= count:
+                break
+            chosen.append(shard)
+            held += len(self._rows[shard])
+        chosen.sort()
+        rows = [(shard, int(row)) for shard in chosen for row in self._rows[shard]]
+        kept = np.sort(rng.choice(len(rows), size=min(count, len(rows)), replace=False)).tolist()
+        drawn: dict[int, list[int]] = {shard: [] for shard in range(len(self.shards))}
+        for shard, row in (rows[place] for place in kept):
+            drawn[shard].append(row)
+        self._rows = [np.asarray(drawn[shard], np.int64) for shard in range(len(self.shards))]
+        return sum(1 for own in drawn.values() if own)
+
     def epoch_counts(self) -> dict[str, int]:
         """What an epoch does with the samples of all ranks: `served`, `dropped` (they fill no batch on every rank), and
         `skipped` or `uniform` (no usable map)."""
