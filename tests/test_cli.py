@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from zpipe import open_maps
 from zpipe.cli import app
 
-LOOP = f"--epochs 1 --batch-size 4 --image-size {SIDE} --num-workers 0 --device cpu"
+LOOP = f"--epochs 1 --batch-size 4 --image-size {SIDE} --data-workers 0 --device cpu"
 BODY_ARGS = " ".join(f"--model-arg {name}={value}" for name, value in BODY.items())
 
 
@@ -355,7 +355,7 @@ def test_a_wrong_use_by_subprocess(places, tmp_path):
 
 def test_an_interrupt_is_one_line(places, tmp_path):
     """As Ctrl-C at a terminal does it: to the command and its data process at once."""
-    line = zoomer(more="--epochs 10000 --num-workers 1 --image-size 224").format(**places, out=tmp_path / "run")
+    line = zoomer(more="--epochs 10000 --data-workers 1 --image-size 224").format(**places, out=tmp_path / "run")
     streams = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
     process = start(*line.split(), **streams)
     try:

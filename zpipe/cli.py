@@ -20,6 +20,7 @@ from zpipe.console import (
     print_rows,
     reporting,
     tell,
+    warn,
 )
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.storage import as_path
@@ -48,6 +49,17 @@ ModelArgs = Annotated[
         metavar="KEY=VALUE",
         help="Argument of the model's constructor: patch_size=8, depth=6. Repeatable.",
     ),
+]
+
+NumWorkers = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Training processes, one for each GPU, on Ray when more than one; they share the batch evenly."
+    ),
+]
+Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; default RAY_ADDRESS, else this machine.")]
+Resume = Annotated[
+    str, typer.Option(help="What becomes of a run that is in the folder already: auto (go on with it) or never.")
 ]
 
 
@@ -228,9 +240,14 @@ def train_zoomer_command(
     image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
     recipe_name: Annotated[str | None, typer.Option("--recipe", help="zoomer (default) or zoomer-small.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 100.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once. Default 128.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images a step, those of all training processes together. Default 128.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default 0.01.")] = None,
-    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 1,
+    data_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes of each training process.")] = 1,
+    num_workers: NumWorkers = 1,
+    address: Address = None,
+    resume: Resume = "auto",
     missing: Annotated[str, typer.Option(help="Samples without a usable map: error, skip or uniform.")] = "error",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -238,17 +255,20 @@ def train_zoomer_command(
 ) -> None:
     """Stage 1: teach a small convolutional Zoomer to predict the teacher's maps from the image alone."""
     with reporting() as progress:
+        from zpipe.train.distributed import Workers, run_training
         from zpipe.train.recipes import ZOOMER_RECIPES, recipe
         from zpipe.train.settings import with_settings
         from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
         flags = {"num_blocks": num_blocks, "image_size": image_size, "missing": missing}
-        flags |= {"train.num_workers": num_workers, "train.seed": seed, "train.device": device}
+        flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
         config = with_settings(
             recipe(recipe_name, ZOOMER_RECIPES, ZoomerConfig()), flags | parse_settings(settings, "--set")
         )
-        train_zoomer(shards, maps, output, config, progress=progress)
+        places = {"shards": shards, "maps": maps, "out": output}
+        workers = Workers(count=num_workers, address=address)
+        run_training(train_zoomer, places, config, workers, resume=resume, progress=progress, say=warn)
         tell(f"{output}: zoomer ready; measure it with: zpipe evaluate {output} VAL_SHARDS --maps VAL_MAPS")
 
 
@@ -295,9 +315,14 @@ def train_vit_command(
         Path | None, typer.Option(parser=as_path, metavar="PATH|URL", help="Their maps, where maps are the scores.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 300.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once. Default 128.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images a step, those of all training processes together. Default 128.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default 0.001.")] = None,
-    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 1,
+    data_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes of each training process.")] = 1,
+    num_workers: NumWorkers = 1,
+    address: Address = None,
+    resume: Resume = "auto",
     missing: Annotated[str, typer.Option(help="Samples without a usable map: error, skip or uniform.")] = "error",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -305,6 +330,7 @@ def train_vit_command(
 ) -> None:
     """Stage 2: train a ZoomViT under a frozen zoomer (or cached maps), or a plain timm ViT without zoom."""
     with reporting() as progress:
+        from zpipe.train.distributed import Workers, run_training
         from zpipe.train.recipes import VIT_RECIPES, recipe
         from zpipe.train.settings import with_settings
         from zpipe.train.train_vit import VitConfig, train_vit
@@ -313,11 +339,12 @@ def train_vit_command(
         model_args = base.model_args | parse_settings(model_arg, "--model-arg")
         flags = {"model": model, "model_args": model_args, "num_classes": num_classes}
         flags |= {"image_size": image_size, "missing": missing, "init_from": init_from, "scores": scores}
-        flags |= {"train.num_workers": num_workers, "train.seed": seed, "train.device": device}
+        flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
         config = with_settings(base, flags | parse_settings(settings, "--set"))
-        sources = {"zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
-        train_vit(shards, output, config, **sources, progress=progress)
+        places = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
+        workers = Workers(count=num_workers, address=address)
+        run_training(train_vit, places, config, workers, resume=resume, progress=progress, say=warn)
         tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")
 
 
@@ -345,7 +372,7 @@ def evaluate_command(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
-    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
+    data_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Results file; default evaluation.json in the run.")
@@ -360,7 +387,7 @@ def evaluate_command(
             budgets=parse_budgets(budgets),
             scores=scores,
             batch_size=batch_size,
-            num_workers=num_workers,
+            data_workers=data_workers,
             device=device,
         )
         target = json_path or run / "evaluation.json"
@@ -421,7 +448,7 @@ def calibrate_command(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Images looked at.")] = 50_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
-    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
+    data_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Results file; default calibration.json in the run.")
@@ -432,7 +459,7 @@ def calibrate_command(
         from zpipe.train.calibrate import CalibrationConfig, calibrate
 
         config = CalibrationConfig(
-            budget=budget, scores=scores, limit=limit, batch_size=batch_size, num_workers=num_workers, device=device
+            budget=budget, scores=scores, limit=limit, batch_size=batch_size, data_workers=data_workers, device=device
         )
         target = json_path or run / "calibration.json"
         found = calibrate(run, shards, config, maps=maps, out=target, progress=progress)
