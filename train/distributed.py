@@ -103,12 +103,13 @@ def run_training(
                 f"--num-workers {count}: Ray has {has.get(kind, 0):g} {kind}s; give fewer, or add machines"
             )
         board = _start_board(ray)
+        threads = os.environ.get("OMP_NUM_THREADS", "")
         job = {
             "function": function,
             "arguments": {**places, "config": config, "resume": resume},
             "board": board,
             "folder": os.getcwd(),
-            "threads": int(os.environ.get("OMP_NUM_THREADS", "0")),
+            "threads": int(threads) if threads.isdecimal() else 0,
         }
         for restart in range(RESTARTS + 1):
             group = _Group(job, count, use_gpu, scratch)
