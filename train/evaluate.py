@@ -49,7 +49,7 @@ class EvalConfig:
     classes: str | None = None
     labels: Path | None = None
     batch_size: int = 128
-    num_workers: int = 0
+    data_workers: int = 0
     device: str = "auto"
 
 
@@ -116,7 +116,7 @@ def evaluate(
     """
     opened = load_run(run)
     missing = "skip" if opened.kind == "zoomer" else "uniform"
-    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.num_workers, missing)
+    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.data_workers, missing)
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()

@@ -167,7 +167,7 @@ class Bench:
         if image_size is not None:
             preprocessing = replace(preprocessing, image_size=image_size)
         given = self.config.evaluation
-        return eval_loader(preprocessing, self.shards, self.maps, given.batch_size, given.num_workers, missing)
+        return eval_loader(preprocessing, self.shards, self.maps, given.batch_size, given.data_workers, missing)
 
     def measured(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,16 +22,17 @@ from torch import Tensor, nn
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.train.checkpoint import Preprocessing, begin_run, load_run, load_zoomer, save_model, save_zoomer
+from zpipe.train.checkpoint import Preprocessing, Resume, begin_run, load_run, load_zoomer, save_model, save_zoomer
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import MixConfig, mix_batch
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.loop import TrainConfig, resolve_device, train
+from zpipe.train.loop import TrainConfig, never, resolve_device, train
 from zpipe.train.losses import TokenLabelLoss, relevance_token_labels
 from zpipe.train.models.fusion import FusedViT
 from zpipe.train.models.lvvit import LVViT
 from zpipe.train.models.warm_start import load_vit
 from zpipe.train.models.zoomvit import ZoomViT
+from zpipe.train.ranks import ranks
 from zpipe.train.scoring import ScoreSource, choose_source, default_source, open_zoomer, zooms
 from zpipe.train.train_zoomer import to_json
 
@@ -119,13 +121,14 @@ class ClassifyTask:
         self.model, self._source, self._config = model, source, config
         self._preprocessing, self._device, self._val = preprocessing, device, val
         self.call = model
+        self.draws = torch.Generator()
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
         check_labels(batch["label"], batch["key"], self.model.num_classes)
         batch = self._to_device(batch)
         labels = batch["label"]
         if self._config.mixup or self._config.cutmix:
-            # Drawn by torch's global generator, whose state is in the checkpoint.
+            # Drawn by torch's global generator: each rank mixes its part of the batch in its own way.
             rng = np.random.default_rng(int(torch.randint(2**62, ())))
             batch = mix_batch(batch, self._config.mix(), rng, self.model.num_classes)
         images = batch["image"]
@@ -158,13 +161,13 @@ class ClassifyTask:
         return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
 
     def _draw_zoom(self) -> dict[str, Any]:
-        # torch's global generator is seeded per epoch by the loop, so a resumed run draws the same.
         fixed = self._config.fixed_zoom
         if fixed is not None:
             return {"alpha": fixed} if self._config.zoom_draw == "alpha" else {"budget": int(fixed)}
+        # One draw for the batch, whoever has which part of it.
         if self._config.zoom_draw == "alpha":
-            return {"alpha": float(torch.rand(()))}
-        return {"budget": int(torch.randint(0, self._most_zoomed() + 1, ()))}
+            return {"alpha": float(torch.rand((), generator=self.draws))}
+        return {"budget": int(torch.randint(0, self._most_zoomed() + 1, (), generator=self.draws))}
 
     def _most_zoomed(self) -> int:
         most = self._config.max_zoomed
@@ -184,6 +187,7 @@ class ClassifyTask:
             logits = model(batch["image"]) if scores is None else model(batch["image"], scores, **zoom)
             right += int((logits.argmax(dim=1) == batch["label"]).sum())
             count += len(logits)
+        right, count = ranks().total([right, count])  # each rank had its share of the shards
         return {"val_top1": right / count}
 
 
@@ -196,25 +200,31 @@ def train_vit(
     maps: Path | None = None,
     val: Path | None = None,
     val_maps: Path | None = None,
+    resume: Resume = "auto",
     progress: Progress = silent,
+    stop: Callable[[], bool] = never,
 ) -> dict[str, float]:
     """Train a classifier on shards and leave a run folder at `out`.
 
     A zooming model needs its scores from somewhere: a finished `zoomer` run (frozen, live), the cached `maps`, or what
     `config.scores` names. With `val` shards (and `val_maps`, where maps are the scores) every epoch ends with a validation, and
-    the weights that did best are kept. A finished run is left alone, an interrupted one is gone on with. Errors: :class:`UsageError`,
-    :class:`ZpipeError`.
+    the weights that did best are kept. A finished run is left alone, an interrupted one is gone on with, unless `resume`
+    is "never". Several processes may train together, see `loop.train`. Errors: :class:`UsageError`, :class:`ZpipeError`.
     """
+    team = ranks()
     device = resolve_device(config.train.device)
     store = RelevanceMaps(maps) if maps is not None else None
     loader = RelevanceLoader(
         shards,
         store,
-        batch_size=config.train.batch_size,
+        batch_size=team.part(config.train.batch_size),
         image_size=config.image_size,
         augment="train",
         seed=config.train.seed,
-        num_workers=config.train.num_workers,
+        num_workers=config.train.data_workers,
+        rank=team.rank,
+        world_size=team.size,
+        repeats=config.train.repeats,
         missing=config.missing,
         damaged=config.damaged,
         view=config.view,
@@ -245,10 +255,12 @@ def train_vit(
         held_out = RelevanceLoader(
             val,
             val_maps,
-            batch_size=config.train.batch_size,
+            batch_size=team.part(config.train.batch_size),
             image_size=config.image_size,
             augment="eval",
-            num_workers=config.train.num_workers,
+            num_workers=config.train.data_workers,
+            rank=team.rank,
+            world_size=team.size,
             missing="uniform",
             view=config.view,
         )
@@ -260,12 +272,14 @@ def train_vit(
         | {"val": _text(val), "val_maps": _text(val_maps)}
         | {"shards": str(shards), "zoomer": _text(zoomer), "maps": _text(maps)}
     )
-    if begin_run(out, "vit", to_json(settings)):
+    if begin_run(out, "vit", to_json(settings), resume):
         return {}
     if config.init_from is not None:
         start_from(model, config.init_from)
     task = ClassifyTask(model, source, config, preprocessing, device, held_out)
-    figures = train(task, loader, config.train, Path(out), stage="train-vit", progress=progress)
+    figures = train(task, loader, config.train, Path(out), stage="train-vit", progress=progress, stop=stop)
+    if not team.first:
+        return figures
     if frozen is not None:
         save_zoomer(Path(out), frozen.cpu(), load_zoomer(zoomer)[1])
     save_model(Path(out), model.cpu(), preprocessing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from zpipe.console import (
     print_rows,
     reporting,
     tell,
+    warn,
 )
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.storage import as_path
@@ -48,6 +50,17 @@ ModelArgs = Annotated[
         metavar="KEY=VALUE",
         help="Argument of the model's constructor: patch_size=8, depth=6. Repeatable.",
     ),
+]
+
+NumWorkers = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Training processes, one for each GPU, on Ray when more than one; they share the batch evenly."
+    ),
+]
+Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; default RAY_ADDRESS, else this machine.")]
+Resume = Annotated[
+    str, typer.Option(help="What becomes of a run that is in the folder already: auto (go on with it) or never.")
 ]
 
 
@@ -228,9 +241,14 @@ def train_zoomer_command(
     image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
     recipe_name: Annotated[str | None, typer.Option("--recipe", help="zoomer (default) or zoomer-small.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 100.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once. Default 128.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images a step, those of all training processes together. Default 128.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default 0.01.")] = None,
-    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 1,
+    data_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes of each training process.")] = 1,
+    num_workers: NumWorkers = 1,
+    address: Address = None,
+    resume: Resume = "auto",
     missing: Annotated[str, typer.Option(help="Samples without a usable map: error, skip or uniform.")] = "error",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -238,17 +256,20 @@ def train_zoomer_command(
 ) -> None:
     """Stage 1: teach a small convolutional Zoomer to predict the teacher's maps from the image alone."""
     with reporting() as progress:
+        from zpipe.train.distributed import Workers, run_training
         from zpipe.train.recipes import ZOOMER_RECIPES, recipe
         from zpipe.train.settings import with_settings
         from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
         flags = {"num_blocks": num_blocks, "image_size": image_size, "missing": missing}
-        flags |= {"train.num_workers": num_workers, "train.seed": seed, "train.device": device}
+        flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
         config = with_settings(
             recipe(recipe_name, ZOOMER_RECIPES, ZoomerConfig()), flags | parse_settings(settings, "--set")
         )
-        train_zoomer(shards, maps, output, config, progress=progress)
+        places = {"shards": shards, "maps": maps, "out": output}
+        workers = Workers(count=num_workers, address=address)
+        run_training(train_zoomer, places, config, workers, resume=resume, progress=progress, say=warn)
         tell(f"{output}: zoomer ready; measure it with: zpipe evaluate {output} VAL_SHARDS --maps VAL_MAPS")
 
 
@@ -295,9 +316,14 @@ def train_vit_command(
         Path | None, typer.Option(parser=as_path, metavar="PATH|URL", help="Their maps, where maps are the scores.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 300.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once. Default 128.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images a step, those of all training processes together. Default 128.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default 0.001.")] = None,
-    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 1,
+    data_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes of each training process.")] = 1,
+    num_workers: NumWorkers = 1,
+    address: Address = None,
+    resume: Resume = "auto",
     missing: Annotated[str, typer.Option(help="Samples without a usable map: error, skip or uniform.")] = "error",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -305,6 +331,7 @@ def train_vit_command(
 ) -> None:
     """Stage 2: train a ZoomViT under a frozen zoomer (or cached maps), or a plain timm ViT without zoom."""
     with reporting() as progress:
+        from zpipe.train.distributed import Workers, run_training
         from zpipe.train.recipes import VIT_RECIPES, recipe
         from zpipe.train.settings import with_settings
         from zpipe.train.train_vit import VitConfig, train_vit
@@ -313,11 +340,12 @@ def train_vit_command(
         model_args = base.model_args | parse_settings(model_arg, "--model-arg")
         flags = {"model": model, "model_args": model_args, "num_classes": num_classes}
         flags |= {"image_size": image_size, "missing": missing, "init_from": init_from, "scores": scores}
-        flags |= {"train.num_workers": num_workers, "train.seed": seed, "train.device": device}
+        flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
         config = with_settings(base, flags | parse_settings(settings, "--set"))
-        sources = {"zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
-        train_vit(shards, output, config, **sources, progress=progress)
+        places = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
+        workers = Workers(count=num_workers, address=address)
+        run_training(train_vit, places, config, workers, resume=resume, progress=progress, say=warn)
         tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")
 
 
@@ -371,7 +399,7 @@ def evaluate_command(
         typer.Option(help="JSON of right classes by key, several for an image (ImageNet-ReaL's real.json)."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
-    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
+    data_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Results file; default evaluation.json in the run.")
@@ -394,32 +422,13 @@ def evaluate_command(
     With --study a whole experiment: what it compares is trained under the run's own settings, into RUN/studies, and its
     figures go to RUN/results/STUDY.json and .parquet.
     """
-    if study is not None:
-        options = (("--scores", scores), ("--json", json_path), ("--keep", keep))
-        if given := [name for name, value in options if value]:
-            fail(f"{given[0]}: a study chooses it itself", (), 2)
-        _study(
-            study,
-            run,
-            shards,
-            alphas,
-            budgets,
-            maps,
-            classes,
-            labels,
-            batch_size,
-            num_workers,
-            device,
-            seeds,
-            epochs,
-            zoomer,
-        )
-        return
     with reporting() as progress:
         from zpipe.train.evaluate import EvalConfig, evaluate
+        from zpipe.train.results import wide
+        from zpipe.train.studies import STUDIES, StudyConfig, run_study
 
         config = EvalConfig(
-            alphas=EvalConfig.alphas if alphas is None else parse_numbers(alphas, float, "--alphas"),
+            alphas=parse_numbers(alphas or "", float, "--alphas"),
             budgets=parse_budgets(budgets),
             keeps=parse_numbers(keep, int, "--keep"),
             prune=prune,
@@ -427,51 +436,28 @@ def evaluate_command(
             classes=classes,
             labels=labels,
             batch_size=batch_size,
-            num_workers=num_workers,
+            data_workers=data_workers,
             device=device,
         )
-        target = json_path or run / "evaluation.json"
-        result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
+        if study is not None:
+            if chosen := [
+                name for name, value in (("--scores", scores), ("--json", json_path), ("--keep", keep)) if value
+            ]:
+                raise UsageError(f"{chosen[0]}: a study chooses it itself")
+            wanted = StudyConfig(evaluation=config, seeds=parse_numbers(seeds, int, "--seeds"), epochs=epochs)
+            path, rows, notes = run_study(study, run, shards, wanted, maps=maps, zoomer=zoomer, progress=progress)
+        else:
+            target = json_path or run / "evaluation.json"
+            config = config if alphas is not None else replace(config, alphas=EvalConfig.alphas)
+            result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
+    if study is not None:
+        print_rows(wide(rows), title=STUDIES[study].title)
+        for note in notes:
+            tell(f"note: {note}")
+        tell(f"written to {path} and {path.with_suffix('.parquet').name}")
+        return
     print_rows([_main_columns(row) for row in result["rows"]], title=str(run))
     tell(f"written to {target}")
-
-
-def _study(
-    name: str,
-    run: Path,
-    shards: Path,
-    alphas: str | None,
-    budgets: str,
-    maps: Path | None,
-    classes: str | None,
-    labels: Path | None,
-    batch_size: int,
-    num_workers: int,
-    device: str,
-    seeds: str,
-    epochs: float | None,
-    zoomer: Path | None,
-) -> None:
-    with reporting() as progress:
-        from zpipe.train.evaluate import EvalConfig
-        from zpipe.train.results import wide
-        from zpipe.train.studies import STUDIES, StudyConfig, run_study
-
-        evaluation = EvalConfig(
-            alphas=parse_numbers(alphas or "", float, "--alphas"),
-            budgets=parse_budgets(budgets),
-            classes=classes,
-            labels=labels,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            device=device,
-        )
-        config = StudyConfig(evaluation=evaluation, seeds=parse_numbers(seeds, int, "--seeds"), epochs=epochs)
-        path, rows, notes = run_study(name, run, shards, config, maps=maps, zoomer=zoomer, progress=progress)
-    print_rows(wide(rows), title=STUDIES[name].title)
-    for note in notes:
-        tell(f"note: {note}")
-    tell(f"written to {path} and {path.with_suffix('.parquet').name}")
 
 
 @app.command("predict")
@@ -526,7 +512,7 @@ def calibrate_command(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Images looked at.")] = 50_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
-    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
+    data_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Results file; default calibration.json in the run.")
@@ -537,7 +523,7 @@ def calibrate_command(
         from zpipe.train.calibrate import CalibrationConfig, calibrate
 
         config = CalibrationConfig(
-            budget=budget, scores=scores, limit=limit, batch_size=batch_size, num_workers=num_workers, device=device
+            budget=budget, scores=scores, limit=limit, batch_size=batch_size, data_workers=data_workers, device=device
         )
         target = json_path or run / "calibration.json"
         found = calibrate(run, shards, config, maps=maps, out=target, progress=progress)
