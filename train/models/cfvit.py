@@ -269,31 +269,19 @@ class CFViT(nn.Module):
         cells = self.coarse_grid**2
         return 1 + cells, 1 + cells + 3 * (cells if full_split else self._count(keep))
 
-    def macs(
-        self,
-        p_exit: float = 0.0,
-        keep: float | None = None,
-        selection: str | None = None,
-        full_split: bool = False,
-        scores_given: bool = False,
-    ) -> int:
+    def macs(self, p_exit: float = 0.0, keep: float | None = None, full_split: bool = False) -> int:
         """Multiply-adds an image when a share p_exit of them exits early: the coarse stage, and the fine one of the rest.
 
         What runs, as torch's flop counter sees it: matrix products and convolutions, attention's two among them. Both
         stages embed all of their grid and reuse all cells' features, as the authors' do, whose figures these are; the
-        rows of class attention that the selection reads (0.2 million in `cfvit_small`) are in it, the source of
-        given scores isn't. Raises ValueError for a share outside [0, 1].
+        source of given scores isn't in it. Raises ValueError for a share outside [0, 1].
         """
         if not 0 <= p_exit <= 1:
             raise ValueError(f"p_exit must lie in [0, 1], got {p_exit!r}")
-        cells, width = self.coarse_grid**2, self.embed_dim
+        cells = self.coarse_grid**2
         patch, head = self.patch_embed.weight.numel(), self.head.weight.numel() if self.num_classes else 0
-        read = 0
-        if not full_split and self._count(keep) < cells:
-            rule = self._check_selection(self.selection if selection is None else selection)
-            read = sum(weight > 0 for weight in self._attention_weights(rule, scores_given))
         coarse_length, fine_length = self.lengths(keep, full_split)
-        coarse = cells * patch + self._blocks_macs(coarse_length) + read * coarse_length * width + head
+        coarse = cells * patch + self._blocks_macs(coarse_length) + head
         fine = 4 * cells * patch + self._blocks_macs(fine_length) + head
         if self.reuse is not None:
             fine += (cells + (self.reuse_kind == "mlp+class")) * self.reuse.macs
@@ -367,7 +355,7 @@ class CFViT(nn.Module):
     def _coarse_stage(self, images: Tensor, plan: _Plan) -> _Coarse:
         half = F.interpolate(images, size=(self.img_size // 2,) * 2, mode="bilinear", align_corners=True)
         x = self.patch_embed(half).flatten(2).transpose(1, 2)  # [B, C, E]
-        inputs = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_coarse  # [B, 1 + C, E]
+        inputs = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_coarse  # [B, 1 + C, E]
         x, scores = inputs, plan.scores
         for block, weight in zip(self.blocks, plan.weights, strict=True):
             if not weight:
@@ -384,7 +372,7 @@ class CFViT(nn.Module):
         fine = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, C, 4 E], the patches of each cell together
         pos_fine = self.pos_fine if plan.positions else torch.zeros_like(self.pos_fine)
         pos = pos_fine[0, 1:].view(n, 2, n, 2, width).transpose(1, 2).reshape(n * n, 4 * width)
-        cls = (self.cls_token + pos_fine[:, :1]).expand(len(fine), -1, -1)
+        cls = (self.cls_token + pos_fine[:, :1]).expand(fine.shape[0], -1, -1)
         rest = coarse.inputs[:, 1:]  # [B, C, E]
         reused = None
         if self.reuse_kind == "mlp+class":
@@ -419,7 +407,7 @@ class CFViT(nn.Module):
         logits = self.head(coarse.outputs[:, 0])
         exited = logits.float().softmax(dim=1).amax(dim=1) >= threshold
         stay = (~exited).nonzero()[:, 0]
-        if len(stay):
+        if stay.shape[0]:
             fine = self.head(self._fine_stage(images[stay], coarse.of(stay), plan))
             logits = logits.index_copy(0, stay, fine)
         return EarlyExit(logits, exited)
@@ -489,22 +477,22 @@ def attention_weights(depth: int, beta: float) -> tuple[float, ...]:
 def _with_class_attention(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
     """A block of timm, and what its class token attends to: x [B, N, E] -> the output, [B, N - 1] float32, mean over heads.
 
-    Attention stays fused; of its map no more than the class token's row is made, without gradient.
+    The class token's row of attention is written out, the others stay fused: nothing is computed twice.
     """
     attn = block.attn
     qkv = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.num_heads, attn.head_dim))  # [B, N, 3, H, D]
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D] each
-    with torch.no_grad():
-        row = (q[:, :, :1] * attn.scale) @ k.transpose(2, 3)  # [B, H, 1, N]
-        attention = row.float().softmax(dim=3).mean(dim=1)[:, 0, 1:]  # [B, N - 1]
-    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, N, E]
+    row = ((q[:, :, :1] * attn.scale) @ k.transpose(2, 3)).softmax(dim=3)  # [B, H, 1, N]
+    others = F.scaled_dot_product_attention(q[:, :, 1:], k, v)  # [B, H, N - 1, D]
+    mixed = torch.cat([(row.to(v.dtype) @ v).transpose(1, 2), others.transpose(1, 2)], dim=1).flatten(2)  # [B, N, E]
     x = x + block.drop_path1(attn.proj(mixed))
-    return x + block.drop_path2(block.mlp(block.norm2(x))), attention
+    x = x + block.drop_path2(block.mlp(block.norm2(x)))
+    return x, row.detach().float().mean(dim=1)[:, 0, 1:]
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:
     """Of each image the rows named: rows [B, C, W], index int64 [B, K] -> [B, K, W]."""
-    first = torch.arange(len(rows), device=index.device)[:, None] * rows.shape[1]
+    first = torch.arange(rows.shape[0], device=index.device)[:, None] * rows.shape[1]
     return rows.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, (-1, index.shape[1]))
 
 

@@ -86,7 +86,7 @@ def region_corner(scores: Tensor, size: int, selection: str = "region") -> tuple
     side = math.isqrt(scores.shape[1])
     places = side - size + 1  # of a region, along each side
     if selection == "random":
-        corner = torch.rand(len(scores), places**2, device=scores.device).argmax(dim=1, keepdim=True)
+        corner = torch.rand(scores.shape[0], places**2, device=scores.device).argmax(dim=1, keepdim=True)
     elif selection in ("region", "negative"):
         mean = F.avg_pool2d(scores.view(-1, 1, side, side), size, stride=1).flatten(1)  # [B, places * places]
         corner = (mean if selection == "region" else -mean).argmax(dim=1, keepdim=True)
