@@ -20,6 +20,7 @@ from zpipe.train.checkpoint import Preprocessing, load_run, save_model
 from zpipe.train.macs import count_macs
 from zpipe.train.models import CFViT, load_release, load_vit
 from zpipe.train.models.cfvit import REUSES, attention_weights, share_of
+from zpipe.train.train_vit import start_from
 
 torch.set_num_threads(1)
 SMALL = {"img_size": 48, "patch_size": 4, "embed_dim": 24, "depth": 5, "num_heads": 3, "num_classes": 5}
@@ -359,6 +360,16 @@ def test_warm_start_from_another_grid_and_refusals():
     assert torch.equal(model.pos_fine[:, 0], source.pos_embed[:, 0])
     with pytest.raises(ValueError, match="not built alike"):
         load_vit(small(depth=4), source)
+
+
+def test_init_from_a_plain_vit_and_from_its_like(tmp_path):
+    source, like = shake(VisionTransformer(**SMALL), seed=1), small()
+    for name, start in (("vit", source), ("cfvit", like)):
+        torch.save(start.state_dict(), tmp_path / f"{name}.pth")
+        model = CFViT(**SMALL)
+        start_from(model, str(tmp_path / f"{name}.pth"))
+        assert torch.equal(model.blocks[1].attn.qkv.weight, start.blocks[1].attn.qkv.weight)
+    torch.testing.assert_close(model.eval()(pixels()), like(pixels()))
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from zpipe.train.data.mix import MixConfig, mix_batch
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.loop import TrainConfig, resolve_device, train
 from zpipe.train.losses import TokenLabelLoss, relevance_token_labels
+from zpipe.train.models.cfvit import CFViT
 from zpipe.train.models.fusion import FusedViT
 from zpipe.train.models.lvvit import LVViT
 from zpipe.train.models.warm_start import load_vit
@@ -314,7 +315,7 @@ def start_from(model: nn.Module, source: str) -> None:
     """Fill `model` with weights, in place: those of a finished run, of a checkpoint file (.pth or .safetensors, read
     without unpickling code), or of a pretrained timm model, given as `timm:NAME`.
 
-    A plain ViT may have another image or patch size, a ZoomViT starts from a plain ViT (see `load_vit`) or its like, a fused
+    A plain ViT may have another image or patch size, a ZoomViT or CFViT starts from a plain ViT (see `load_vit`) or its like, a fused
     model from its backbone; a head for other classes is left as it was. Errors: :class:`ZpipeError` when the two aren't built alike, or the weights
     can't be had.
     """
@@ -322,7 +323,7 @@ def start_from(model: nn.Module, source: str) -> None:
     try:
         if isinstance(model, FusedViT) and not any(name.startswith("backbone.") for name in state):
             model = model.backbone
-        if isinstance(model, ZoomViT) and not zooming:
+        if isinstance(model, (ZoomViT, CFViT)) and not zooming:
             load_vit(model, state)
         elif isinstance(model, VisionTransformer):
             _load_body(model, checkpoint_filter_fn(dict(state), model))
@@ -344,7 +345,7 @@ def _load_body(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _weights(source: str) -> tuple[dict[str, Tensor], bool]:
-    """A state dict, and whether it is a ZoomViT's."""
+    """A state dict, and whether it is a ZoomViT's or a CFViT's."""
     if source.startswith("timm:"):
         try:
             return timm.create_model(source.removeprefix("timm:"), pretrained=True).state_dict(), False
@@ -353,7 +354,7 @@ def _weights(source: str) -> tuple[dict[str, Tensor], bool]:
     path = Path(source)
     if path.is_dir():
         found = load_run(path).model
-        return found.state_dict(), isinstance(found, ZoomViT)
+        return found.state_dict(), isinstance(found, (ZoomViT, CFViT))
     if not path.is_file():
         raise UsageError(f"{source}: no run, no checkpoint file; for pretrained weights give timm:NAME")
     try:

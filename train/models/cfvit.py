@@ -327,7 +327,7 @@ class CFViT(nn.Module):
             )
         if not torch.compiler.is_compiling() and not scores.isfinite().all():
             raise ValueError("scores must be finite, got NaN or infinity")
-        scores = scores.detach()
+        scores = scores.detach().float()
         return scores if scores.shape[1] == cells else zoom_tokens.coarse_scores(scores, 0.5)
 
     def _check_selection(self, selection: str) -> str:
