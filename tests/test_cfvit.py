@@ -91,8 +91,9 @@ def test_costs_at_nine_by_nine():
 
 
 @GRIDS
-@pytest.mark.parametrize("selection", CFViT.SELECTIONS)
-@pytest.mark.parametrize("reuse", REUSES)
+@pytest.mark.parametrize(
+    ("selection", "reuse"), [*((rule, "mlp") for rule in CFViT.SELECTIONS), *(("global", kind) for kind in REUSES[1:])]
+)
 def test_costs_are_what_the_counter_sees(img_size, selection, reuse):
     model = small(img_size=img_size, selection=selection, reuse=reuse, mlp_ratio=3)
     images = pixels(4, img_size)
@@ -316,10 +317,8 @@ class Bound(nn.Module):
 
 
 @torch.no_grad()
-def test_compiled_exported_and_in_onnx(tmp_path):
+def test_exported_and_in_onnx(tmp_path):
     model, images = small(depth=1), pixels(5)
-    compiled = torch.compile(Bound(model), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images), model(images), atol=1e-5, rtol=1e-5)
     shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
     program = torch.export.export(Bound(model), (images,), dynamic_shapes=shapes)
     path = tmp_path / "model.onnx"
