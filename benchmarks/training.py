@@ -51,7 +51,7 @@ def main() -> None:
         make_shards(SceneSource(count=args.images, split="train", seed=0, config=config, shard_size=128), shards)
     device = torch.device(args.device)
     preprocessing = Preprocessing(image_size=args.image_size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    loop = TrainConfig(epochs=1.0, batch_size=args.batch, num_workers=0, device=args.device, log_every=5)
+    loop = TrainConfig(epochs=1.0, batch_size=args.batch, data_workers=0, device=args.device, log_every=5)
     config = VitConfig(model=args.model, image_size=args.image_size, train=loop)
 
     def parts():

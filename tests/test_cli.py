@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from zpipe import open_maps
 from zpipe.cli import app
 
-LOOP = f"--epochs 1 --batch-size 4 --image-size {SIDE} --num-workers 0 --device cpu"
+LOOP = f"--epochs 1 --batch-size 4 --image-size {SIDE} --data-workers 0 --device cpu"
 BODY_ARGS = " ".join(f"--model-arg {name}={value}" for name, value in BODY.items())
 
 
@@ -251,6 +251,7 @@ def test_all_verbs_are_there():
         "evaluate",
         "calibrate",
         "predict",
+        "report",
         "maps",
         "demo",
         "doctor",
@@ -276,8 +277,8 @@ def test_what_commands_say_on_success(places, tmp_path):
     assert [row["setting"] for row in rows] == ["alpha=0", "alpha=0.3", "alpha=1", "budget=3"]
     for row in rows:
         assert row["setting"] in result.stdout and f"{row['gmacs']:.4g}" in result.stdout
-    for name in rows[0]:
-        assert name in result.stdout
+    for name in ("setting", "count", "top1", "top5", "tokens", "gmacs", "gmacs_zoomer", "images_per_s"):
+        assert name in rows[0] and name in result.stdout
     assert f"written to {out}" in result.stdout
     assert "…" not in result.stdout
     default = places["plain"] / "evaluation.json"
@@ -353,9 +354,24 @@ def test_a_wrong_use_by_subprocess(places, tmp_path):
     assert process.returncode == 2 and len(errors_of(stderr)) == 1
 
 
+def test_a_study_by_the_command_line(places, tmp_path, cli):
+    run = tmp_path / "run"
+    shutil.copytree(places["vit"], run)
+    done = cli("evaluate", run, places["shards"], "--study", "pruning", "--alphas", "0.3", "--device", "cpu")
+    assert done.code == 0, done.stderr
+    assert "Table 5" in done.stdout and "backward-zoomed" in done.stdout and "pruning.parquet" in done.stdout
+    assert (run / "results" / "pruning.json").is_file() and not (run / "evaluation.json").exists()
+    for more, told in (
+        (("--scores", "random"), "--scores: a study chooses it"),
+        (("--seeds", "a"), "--seeds a: write"),
+    ):
+        refused = cli("evaluate", run, places["shards"], "--study", "pruning", *more)
+        assert refused.code == 2 and told in refused.error
+
+
 def test_an_interrupt_is_one_line(places, tmp_path):
     """As Ctrl-C at a terminal does it: to the command and its data process at once."""
-    line = zoomer(more="--epochs 10000 --num-workers 1 --image-size 224").format(**places, out=tmp_path / "run")
+    line = zoomer(more="--epochs 10000 --data-workers 1 --image-size 224").format(**places, out=tmp_path / "run")
     streams = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
     process = start(*line.split(), **streams)
     try:

@@ -30,6 +30,12 @@ def test_it_ends_with_tables_a_report_and_a_picture(demo):
     assert report["maps"]["count"] == 64 and 0 < report["maps"]["mse"] < 1
     assert all(note in done.stdout.replace("\n", " ") for note in report["notes"])
     sheet = np.asarray(Image.open(out / "contact_sheet.png").convert("RGB"))
+    page = (out / "report" / "index.html").read_text()
+    for name in ("zoomvit", "plain", "teacher", "zoomer"):
+        assert f'"{name}"' in page
+    for study in ("errors", "pruning"):
+        title = json.loads((out / "zoomvit" / "results" / f"{study}.json").read_text())["title"]
+        assert title in page
     assert min(sheet.shape[:2]) > 500 and len(np.unique(sheet.reshape(-1, 3), axis=0)) > 1000
 
 
@@ -62,10 +68,11 @@ def test_an_interrupted_demo_goes_on_where_it_was(demo, process):
     out = demo[0]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     stores = {path: path.stat().st_mtime_ns for path in (out / "maps").rglob("*.parquet")}
-    (out / "contact_sheet.png").unlink()
+    page = out / "report" / "index.html"
+    page.unlink()
     done = process("demo", out, "--quick", timeout=300)
     assert done.code == 0, done.stderr
-    assert (out / "contact_sheet.png").is_file()
+    assert page.is_file()
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 6
     assert {path: path.stat().st_mtime_ns for path in stores} == stores
     again = process("demo", out, "--quick")

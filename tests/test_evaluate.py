@@ -22,7 +22,7 @@ from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
 COUNT, CELLS, WIDTH, CLASSES = 50, GRID * GRID, BODY["embed_dim"], 10
 CONFIG = EvalConfig(alphas=(0.0, 1.0), budgets=(0, 3, CELLS), batch_size=16, device="cpu")
-LOOP = TrainConfig(epochs=3, batch_size=8, num_workers=0, device="cpu", lr=3e-3)
+LOOP = TrainConfig(epochs=3, batch_size=8, data_workers=0, device="cpu", lr=3e-3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -202,7 +202,7 @@ def test_batch_size_and_workers_change_nothing(data, run):
         return [(row["setting"], row["count"], row["top1"], row["tokens"], round(row["gmacs"], 12)) for row in rows]
 
     first = figures()
-    for options in ({"batch_size": 1}, {"batch_size": 7}, {"batch_size": 1000}, {"num_workers": 2}):
+    for options in ({"batch_size": 1}, {"batch_size": 7}, {"batch_size": 1000}, {"data_workers": 2}):
         assert figures(**options) == first
 
 

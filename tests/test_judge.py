@@ -72,7 +72,7 @@ def test_emptied_images_keep_their_colours_and_nothing_else():
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("judge")
     scenes(root / "shards", 20)
-    loop = TrainConfig(epochs=1, batch_size=10, num_workers=0, device="cpu")
+    loop = TrainConfig(epochs=1, batch_size=10, data_workers=0, device="cpu")
     config = VitConfig(model="deit_tiny_patch16_224", model_args=BODY, image_size=SIDE, train=loop)
     train_vit(root / "shards", root / "run", config)
     store(root / "shards", root / "maps")

@@ -222,6 +222,7 @@ def test_ranks_take_equally_many_steps_over_disjoint_samples(data, batch_size, w
             with pytest.raises(UsageError, match="too few samples"):
                 next(iter(loader))
     assert len(lengths) == 1
+    assert lengths == {len(KEYS) // (batch_size * world_size)}  # only the last batch, not full, is dropped
     assert len(seen) == len(set(seen)) == world_size * batch_size * lengths.pop()
 
 
@@ -234,7 +235,7 @@ def test_a_rank_reads_other_shards_in_other_epochs(data):
     assert len({shards(epoch) for epoch in range(6)}) > 2
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 9])  # of 9 ranks three have no shard
 def test_ranks_together_evaluate_every_sample_once(data, world_size):
     keys = [
         key
@@ -406,6 +407,7 @@ def test_labels_may_stand_in_json_and_images_may_be_tiny_or_odd(tmp_path):
         {"rank": 1},
         {"rank": -1},
         {"seed": -1},
+        {"repeats": 0},
         {"missing": "ignore"},
     ],
     ids=str,

@@ -29,7 +29,7 @@ from zpipe.train.train_vit import ClassifyTask, VitConfig, build_vit, train_vit
 from zpipe.train.train_zoomer import train_zoomer
 
 torch.set_num_threads(1)
-LOOP = TrainConfig(epochs=2, batch_size=4, num_workers=0, log_every=3, device="cpu", lr=1e-3)
+LOOP = TrainConfig(epochs=2, batch_size=4, data_workers=0, log_every=3, device="cpu", lr=1e-3)
 PLAIN = VitConfig(model="deit_tiny_patch16_224", model_args=BODY, image_size=SIDE, train=LOOP)
 ZOOM = replace(PLAIN, model="zoomvit_tiny_patch16_224", scores="centre")
 
@@ -263,7 +263,7 @@ def test_small_recipes_train_and_large_ones_stand(data, tmp_path, name):
         small = {**VIT_RECIPES, **ZOOMER_RECIPES}[f"{name}-small"]
         assert config.train.epochs > small.train.epochs and config.view == small.view
         return
-    loop = replace(config.train, num_workers=0, device="cpu", epochs=1.0, batch_size=8)
+    loop = replace(config.train, data_workers=0, device="cpu", epochs=1.0, batch_size=8)
     if name in ZOOMER_RECIPES:
         train_zoomer(
             data / "shards", data / "maps", tmp_path / "run", replace(config, image_size=SIDE, width=8, train=loop)
@@ -276,7 +276,7 @@ def test_small_recipes_train_and_large_ones_stand(data, tmp_path, name):
 
 def test_recipes_by_name():
     assert recipe(None, VIT_RECIPES, 7) == 7
-    assert recipe("deit3", VIT_RECIPES, 7).loss == "bce"
+    assert recipe("deit3", VIT_RECIPES, 7).loss == "bce" and recipe("deit", VIT_RECIPES, 7).train.repeats == 3
     with pytest.raises(UsageError, match="--recipe resnet: choose one of deit, deit-small"):
         recipe("resnet", VIT_RECIPES, 7)
 
@@ -343,7 +343,7 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(data, tmp_path):
     process = start(out)
     assert process.wait(timeout=120) == 0, process.communicate()[1]
     process.communicate()
-    config = replace(PLAIN, train=replace(LOOP, epochs=30.0, log_every=1, warmup_epochs=5.0, num_workers=1))
+    config = replace(PLAIN, train=replace(LOOP, epochs=30.0, log_every=1, warmup_epochs=5.0, data_workers=1))
     train_vit(data / "shards", tmp_path / "whole", config)
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
 

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,7 +17,15 @@ from tiny import cut, write_shards
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.data.order import lane_count, plan_epoch, shards_of_rank
+from zpipe.train.data.order import (
+    deal,
+    fresh_per_batch,
+    lane_count,
+    last_uses,
+    plan_epoch,
+    shard_order,
+    whole_batches,
+)
 
 torch.set_num_threads(1)
 # Four readers on two cores are what is tested here.
@@ -38,25 +47,100 @@ def same_batches(found, wanted):
 # ------------------------------------------------------------------------------------------------------- pure functions
 
 
+def epoch_plan(counts, lanes, *, epoch=0, train=True):
+    order = shard_order(len(counts), 3, epoch, shuffle=train)
+    return plan_epoch(order.tolist(), [np.arange(counts[i]) for i in order], lanes, seed=3, epoch=epoch, shuffle=train)
+
+
+def samples(plan):
+    return list(zip(plan.shard.tolist(), plan.row.tolist(), strict=True))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 12), st.booleans(), st.integers(0, 5))
+def test_an_epoch_has_every_sample_once(counts, num_workers, train, epoch):
+    plan = epoch_plan(counts, lane_count(num_workers, train=train), epoch=epoch, train=train)
+    assert sorted(samples(plan)) == [(i, row) for i, count in enumerate(counts) for row in range(count)]
+    # A lane reads one shard after the other, and each shard lies in one lane.
+    for lane in set(plan.lane.tolist()):
+        own = plan.shard[plan.lane == lane]
+        assert (np.flatnonzero(np.diff(own)) + 1).size + 1 == len(set(own.tolist()))
+
+
+@settings(deadline=None)
 @given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=30),
+    st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    st.integers(1, 9),
+    st.integers(1, 6),
+    st.integers(1, 20),
     st.integers(1, 4),
-    st.integers(0, 12),
-    st.booleans(),
-    st.integers(0, 5),
 )
-def test_ranks_together_have_every_sample_once(counts, world_size, num_workers, train, epoch):
-    lanes, seen = lane_count(num_workers, train=train), []
-    for rank in range(world_size):
-        order = shards_of_rank(len(counts), 3, epoch, rank=rank, world_size=world_size, shuffle=train)
-        rows = [np.arange(counts[i]) for i in order]
-        plan = plan_epoch(order.tolist(), rows, lanes, seed=3, epoch=epoch, shuffle=train)
-        seen += list(zip(plan.shard.tolist(), plan.row.tolist(), strict=True))
-        # A lane reads one shard after the other, and each shard lies in one lane.
-        for lane in set(plan.lane.tolist()):
-            own = plan.shard[plan.lane == lane]
-            assert (np.flatnonzero(np.diff(own)) + 1).size + 1 == len(set(own.tolist()))
-    assert sorted(seen) == [(i, row) for i, count in enumerate(counts) for row in range(count)]
+def test_every_rank_takes_its_part_of_every_batch(counts, part, world_size, lanes, repeats):
+    size = part * world_size
+    plan = whole_batches(epoch_plan(counts, lanes), size, repeats)
+    assert len(plan) == sum(counts) // size * size
+    rank = deal(plan, size, world_size)
+    for batch in rank.reshape(-1, size):
+        assert np.bincount(batch, minlength=world_size).tolist() == [part] * world_size
+    # Nobody reads what is not needed: a rank that takes from others' lanes has nothing of its own left in that batch.
+    for ranks, lanes_of_batch in zip(rank.reshape(-1, size), plan.lane.reshape(-1, size), strict=True):
+        own = lanes_of_batch % world_size
+        for number in range(world_size):
+            if (own[ranks == number] != number).any():
+                assert (ranks[own == number] == number).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("batch_size, repeats", [(64, 1), (1024, 3), (48, 2)])
+def test_a_shard_is_read_by_one_rank_when_the_lanes_come_out_even(world_size, batch_size, repeats):
+    plan = whole_batches(epoch_plan([150] * 32, 8), batch_size, repeats)
+    rank = deal(plan, batch_size, world_size)
+    readers = [len(set(rank[plan.shard == shard].tolist())) for shard in sorted(set(plan.shard.tolist()))]
+    assert max(readers) == 1 and np.array_equal(rank, plan.lane % world_size)
+
+
+def test_when_a_lane_has_ended_few_shards_get_a_second_reader():
+    plan = whole_batches(epoch_plan([1000] * 83, 8), 256, 1)
+    rank = deal(plan, 256, 4)
+    readers = [len(set(rank[plan.shard == shard].tolist())) for shard in range(83)]
+    assert sum(readers) <= 83 + 8 and min(readers) == 1
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=20), st.integers(1, 400), st.integers(1, 5), st.integers(0, 3))
+def test_repeats_stand_in_one_batch_each_in_another_view(counts, size, repeats, epoch):
+    once = epoch_plan(counts, 8, epoch=epoch)
+    plan = whole_batches(once, size, repeats)
+    fresh = fresh_per_batch(size, repeats)
+    assert min(size, -(-size // repeats)) <= fresh <= size
+    seen = []
+    for start in range(0, len(plan), size):
+        batch = plan[start : start + size]
+        times = set(Counter(samples(batch)).values())
+        assert times <= {size // fresh, -(-size // fresh)} and max(times) <= repeats
+        if size % repeats == 0 and size // repeats < 64:
+            assert times == {repeats}
+        assert len(set(zip(samples(batch), batch.copy.tolist(), strict=True))) == size
+        assert sorted(set(batch.copy.tolist())) == list(range(-(-size // fresh)))
+        seen += sorted(set(samples(batch)))
+    assert len(seen) == len(set(seen)) == len(plan) // size * fresh
+    if repeats == 1:
+        assert samples(plan) == samples(once)[: len(plan)] and not plan.copy.any()
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=9), st.integers(1, 50), st.integers(1, 5))
+def test_the_last_use_of_a_sample_is_known(counts, size, repeats):
+    plan = whole_batches(epoch_plan(counts, 8), size, repeats)
+    found = samples(plan)
+    assert last_uses(plan).tolist() == [sample not in found[place + 1 :] for place, sample in enumerate(found)]
+
+
+def test_over_the_epochs_every_sample_comes():
+    seen = set()
+    for epoch in range(40):
+        seen |= set(samples(whole_batches(epoch_plan([20] * 6, 8, epoch=epoch), 12, 3)))
+    assert len(seen) == 120
 
 
 @given(st.integers(0, 200))
@@ -114,9 +198,76 @@ def test_gone_on_with_in_the_middle_it_is_the_same_epoch(data, workers):  # noqa
 
 def test_a_state_of_another_order_is_refused(data):  # noqa: F811
     state = loader_of(data).state_dict()
-    for options in ({"seed": 1}, {"batch_size": 3}, {"world_size": 2}):
+    for options in ({"seed": 1}, {"batch_size": 3}, {"world_size": 2}, {"repeats": 2}):
         with pytest.raises(UsageError, match=f"taken with {next(iter(options))}="):
             loader_of(data, **options).load_state_dict(state)
+
+
+def together(data, world_size, *, batch_size, **options):  # noqa: F811
+    """The batches of all ranks, put together."""
+    ranks = [
+        loader_of(data, batch_size=batch_size // world_size, rank=rank, world_size=world_size, **options)
+        for rank in range(world_size)
+    ]
+    return ranks, [[item for part in parts for item in entries(part)] for parts in zip(*ranks, strict=True)]
+
+
+def entries(batch):
+    """What a batch holds, sample by sample: key and crop."""
+    return sorted(zip(batch["key"], map(tuple, batch["box"].tolist()), strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 20), st.integers(0, 100))
+def test_ranks_together_have_the_batches_of_one_process(data, world_size, part, repeats, epoch, seed):  # noqa: F811
+    options = {"batch_size": part * world_size, "repeats": repeats, "seed": seed, "image_size": 4}
+    one = loader_of(data, **options, num_workers=0)
+    one._lanes = loader_of(data, **options | {"batch_size": part}, world_size=world_size)._lanes  # 9 for 3 ranks
+    ranks, batches = together(data, world_size, **options)
+    assert [sorted(batch) for batch in batches] == [entries(batch) for batch in one]
+    assert len({len(rank) for rank in ranks}) == 1
+
+
+def test_a_rank_keeps_the_order_of_the_batch(data):  # noqa: F811
+    wholes = [batch["key"] for batch in loader_of(data, batch_size=6)]
+    for rank in range(2):
+        for whole, batch in zip(wholes, loader_of(data, batch_size=3, rank=rank, world_size=2), strict=True):
+            assert batch["key"] == [key for key in whole if key in batch["key"]]
+
+
+def test_gone_on_with_by_another_number_of_ranks(data):  # noqa: F811
+    wholes = [entries(batch) for batch in loader_of(data, batch_size=6)]
+    first = loader_of(data, batch_size=3, rank=1, world_size=2)
+    next(iter(first))
+    state = first.state_dict()
+    for world_size in (1, 2, 3):
+        parts = []
+        for rank in range(world_size):
+            loader = loader_of(data, batch_size=6 // world_size, rank=rank, world_size=world_size)
+            loader.load_state_dict(state)
+            parts.append([entries(batch) for batch in loader])
+        assert [sorted(sum(part, [])) for part in zip(*parts, strict=True)] == wholes[1:]
+    # In evaluation ranks have other batches altogether.
+    state = loader_of(data, augment="eval", rank=1, world_size=2).state_dict()
+    with pytest.raises(UsageError, match="taken with batch_size=4, this loader has 8"):
+        loader_of(data, augment="eval", batch_size=8).load_state_dict(state)
+
+
+def test_repeats_are_gone_on_with_and_let_go(data):  # noqa: F811
+    first, second = (loader_of(data, repeats=3, num_workers=workers) for workers in (2, 0))
+    batches = list(first)
+    assert all(len(set(batch["key"])) == 2 and len(set(entries(batch))) == 4 for batch in batches)
+    begun = next(iter(second))
+    third = loader_of(data, repeats=3)
+    third.load_state_dict(second.state_dict())
+    same_batches([begun, *third], batches)
+    assert first.epoch_counts() == {"served": 12, "dropped": 12}
+
+
+def test_the_first_of_the_repeats_is_what_comes_without_them(data):  # noqa: F811
+    alone = {item for batch in loader_of(data) for item in entries(batch)}
+    batch = next(iter(loader_of(data, repeats=2)))
+    assert sum(item in alone for item in entries(batch)) == 2
 
 
 def test_reading_draws_nothing_from_the_users_random_numbers(data):  # noqa: F811

@@ -23,7 +23,7 @@ from zpipe.train.train_vit import VitConfig, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
 torch.set_num_threads(1)
-LOOP = TrainConfig(epochs=1, batch_size=10, num_workers=0, device="cpu", lr=1e-3)
+LOOP = TrainConfig(epochs=1, batch_size=10, data_workers=0, device="cpu", lr=1e-3)
 CPU = PredictConfig(device="cpu")
 
 

@@ -117,7 +117,7 @@ def test_values_of_another_type(name, value):
         ("train.seed", -1),
         ("train.batch_size", 0),
         ("train.log_every", 0),
-        ("train.num_workers", -1),
+        ("train.data_workers", -1),
         ("train.warmup_epochs", -1),
         ("train.clip_grad", -1),
         ("view.crop_scale", [0, 1]),

@@ -25,7 +25,7 @@ from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 ZOOMER, ZOOM, MAPS, PLAIN = "zoomer", "zoomvit with zoomer", "zoomvit with maps", "plain vit"
 KINDS = (ZOOMER, ZOOM, MAPS, PLAIN)
 each_kind = pytest.mark.parametrize("kind", KINDS)
-LOOP = TrainConfig(epochs=2, batch_size=4, num_workers=0, log_every=3, device="cpu", lr=1e-3, warmup_epochs=0.5)
+LOOP = TrainConfig(epochs=2, batch_size=4, data_workers=0, log_every=3, device="cpu", lr=1e-3, warmup_epochs=0.5)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -203,7 +203,7 @@ def test_a_run_that_was_stopped_in_mid_epoch_goes_on_at_that_step(data, finished
         if done == 12:
             raise Stop
 
-    out, settings = tmp_path / "run", {"train__checkpoint_s": 0.0, "train__num_workers": num_workers}
+    out, settings = tmp_path / "run", {"train__checkpoint_s": 0.0, "train__data_workers": num_workers}
     with pytest.raises(Stop):
         run(data, kind, out, progress=stop, **settings)
     state = load_checkpoint(out)
@@ -247,7 +247,7 @@ def wait_for(found, process, limit=90):
 
 @pytest.mark.parametrize("kind", [ZOOMER, ZOOM])
 def test_a_killed_run_ends_as_an_undisturbed_one(data, tmp_path, kind):
-    sets = {"train.epochs": 8, "train.num_workers": 1, "train.batch_size": 4, "train.lr": 1e-3, "train.log_every": 3}
+    sets = {"train.epochs": 8, "train.data_workers": 1, "train.batch_size": 4, "train.lr": 1e-3, "train.log_every": 3}
     sets |= {"train.warmup_epochs": 0.5, "train.device": "cpu", "image_size": SIDE}
     sets |= {"num_blocks": 2, "width": 8} if kind == ZOOMER else {"model_args": BODY}
     options = [f"--set={name}={json.dumps(value)}" for name, value in sets.items()]
@@ -264,7 +264,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(data, tmp_path, kind):
         process.kill()
         process.communicate(timeout=30)
     assert not (out / "config.json").exists()
-    settings = {"train__epochs": 8, "train__num_workers": 1}
+    settings = {"train__epochs": 8, "train__data_workers": 1}
     run(data, kind, out, **settings)
     run(data, kind, whole, **settings)
     assert weights(out) == weights(whole)
@@ -272,7 +272,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(data, tmp_path, kind):
 
 
 def test_a_killed_data_process_is_one_line(data, tmp_path):
-    options = ["--out", tmp_path / "run", "--epochs", 500, "--batch-size", 4, "--image-size", SIDE, "--num-workers", 1]
+    options = ["--out", tmp_path / "run", "--epochs", 500, "--batch-size", 4, "--image-size", SIDE, "--data-workers", 1]
     process = start("train-zoomer", data / "shards", "--maps", data / "maps", "--num-blocks", 2, *options)
     try:
         wait_for(lambda: (tmp_path / "run" / "checkpoint.pt").is_file(), process)

@@ -29,7 +29,7 @@ class CalibrationConfig:
     scores: str | None = None
     limit: int = 50_000
     batch_size: int = 128
-    num_workers: int = 0
+    data_workers: int = 0
     device: str = "auto"
 
 
@@ -56,7 +56,7 @@ def calibrate(
     if not isinstance(model, ZoomViT):
         raise UsageError(f"{run}: only a zoomvit_* model costs more or less by its threshold")
     device = resolve_device(config.device)
-    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.num_workers, "uniform")
+    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.data_workers, "uniform")
     model.to(device)
     source = choose_run_source(opened, EvalConfig(scores=config.scores), loader.maps)
     if source.zoomer is not None:

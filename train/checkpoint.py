@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import timm
@@ -31,6 +32,7 @@ import zpipe.train.models  # noqa: F401  (registers our models with timm)
 from zpipe.schemas.atomic import claim_folder, commit, read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.models.zoomer import Zoomer
+from zpipe.train.ranks import ranks
 
 RUN_NAME = "run.json"
 CHECKPOINT_NAME = "checkpoint.pt"
@@ -39,6 +41,10 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "zpipe-run"
 VERSION = 1
+# What may change in mid-run: how the work is shared out, not what is computed.
+FREE_SETTINGS = ("train.data_workers",)
+
+Resume = Literal["auto", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +75,29 @@ class Run:
     settings: dict[str, Any]
 
 
-def begin_run(run: Path, kind: str, settings: dict[str, Any]) -> bool:
+def begin_run(run: Path, kind: str, settings: dict[str, Any], resume: Resume = "auto") -> bool:
     """Claim `run` for these settings; True when the run is finished already.
 
-    Settings bind from the first checkpoint on; before it nothing is lost, and a mistake in them can be corrected.
-    Errors: :class:`UsageError` when the folder holds something else; :class:`ZpipeError` showing the first setting in
-    which it differs from the run that is there.
+    Settings bind from the first checkpoint on; before it nothing is lost, and a mistake in them can be corrected. Where
+    several processes train, the first of them does it and the others look whether they find it. Errors:
+    :class:`UsageError` when the folder holds something else, or a run and `resume` is "never"; :class:`ZpipeError`
+    showing the first setting in which it differs from the run that is there.
     """
     run = Path(run)
+    if resume not in ("auto", "never"):
+        raise UsageError(f"--resume {resume}: choose auto or never")
+    finished = ranks().from_first(lambda: _claim(run, kind, settings, resume))
+    if not (run / RUN_NAME).is_file():
+        raise ZpipeError(
+            f"{run}: {socket.gethostname()} doesn't see what the first training process wrote there; give --out a "
+            "folder that all machines share"
+        )
+    return finished
+
+
+def _claim(run: Path, kind: str, settings: dict[str, Any], resume: Resume) -> bool:
+    if resume == "never" and (run / RUN_NAME).is_file():
+        raise UsageError(f"{run}: holds a run already; give another --out, or --resume auto to go on with it")
     claim_folder(run, RUN_NAME, "training run")
     wanted = {"format": FORMAT, "version": VERSION, "kind": kind, "settings": settings}
     path = run / RUN_NAME
@@ -86,7 +107,7 @@ def begin_run(run: Path, kind: str, settings: dict[str, Any]) -> bool:
     if (run / CHECKPOINT_NAME).is_file() or (run / CONFIG_NAME).is_file():
         old, new = _dotted(found.get("settings", {})), _dotted(settings)
         for name in sorted(set(old) | set(new)):
-            if old.get(name) != new.get(name):
+            if name not in FREE_SETTINGS and old.get(name) != new.get(name):
                 raise ZpipeError(
                     f"{run}: was begun with {name} = {old.get(name)!r}, now it is {new.get(name)!r}; "
                     "give another --out folder, or the settings it was begun with"

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from zpipe.schemas.atomic import write_json
-from zpipe.schemas.errors import UsageError
+from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
+from zpipe.train.answers import Answers, read_classes, read_several
 from zpipe.train.checkpoint import Preprocessing, Run, load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
@@ -24,9 +25,9 @@ from zpipe.train.loop import keep_freed_memory, resolve_device
 from zpipe.train.macs import count_macs
 from zpipe.train.metrics import mae, mse, pointing_game, spearman, topk_overlap
 from zpipe.train.models.fusion import FusedViT
+from zpipe.train.models.zoom_tokens import PRUNE_KINDS
 from zpipe.train.models.zoomvit import ZoomViT
 from zpipe.train.scoring import ScoreSource, check_grid, choose_source, zooms
-from zpipe.train.train_vit import check_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +35,21 @@ class EvalConfig:
     """Settings of an evaluation.
 
     alphas: thresholds of a zooming model. budgets: beside or instead of them, numbers of zoomed cells per image, or
-    "300 tokens" or "2.3 GMACs". scores: where its scores come from, one of `scoring.SOURCES`; None takes what it was
-    trained with.
+    "300 tokens" or "2.3 GMACs". keeps: each of these also with its sequences pruned to so many tokens, as `prune` says
+    (one of `zoom_tokens.PRUNE_KINDS`). scores: where its scores come from, one of `scoring.SOURCES`; None takes what it
+    was trained with. classes: of data that knows fewer than the model, see `answers.read_classes`. labels: a file of
+    labels in place of the data's, several for an image, see `answers.read_several`.
     """
 
     alphas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
     budgets: tuple[int | str, ...] = ()
+    keeps: tuple[int, ...] = ()
+    prune: str = "backward"
     scores: str | None = None
+    classes: str | None = None
+    labels: Path | None = None
     batch_size: int = 128
-    num_workers: int = 0
+    data_workers: int = 0
     device: str = "auto"
 
 
@@ -50,27 +57,47 @@ class EvalConfig:
 class EvalRow:
     """One setting's figures.
 
-    tokens: mean sequence length an image, class token not counted; None for a model without patches. gmacs: 1e9 multiply-adds an image of the ViT;
-    gmacs_zoomer: those of the zoomer (or another source of scores) beside it. images_per_s: median over batches, after a
-    warm-up, of both together. top1_interval: half width of the 95 % interval (normal approximation).
+    alpha, budget, keep, prune, scores: the setting; None where it has none. count: images judged. top1_interval: half
+    width of the 95 % interval (normal approximation). tokens: mean sequence length an image, class token not counted;
+    None for a model without patches. token_histogram: images by sequence length. gmacs: 1e9 multiply-adds an image of the
+    ViT; gmacs_zoomer: those of the zoomer (or another source of scores) beside it. images_per_s: median over batches,
+    after a warm-up, of both together; low and high are its quartiles.
     """
 
     setting: str
+    scores: str | None = None
+    alpha: float | None = None
+    budget: int | str | None = None
+    keep: int | None = None
+    prune: str | None = None
     count: int
     top1: float
     top1_interval: float
+    top5: float
     tokens: float | None
+    token_histogram: dict[str, int]
     gmacs: float
     gmacs_zoomer: float
     images_per_s: float
+    images_per_s_low: float
+    images_per_s_high: float
 
 
-@dataclass
+@dataclass(frozen=True)
+class Zoom:
+    """One way to run a model. arguments: of its forward, beside images and scores. asked: the setting, as in `EvalRow`."""
+
+    name: str
+    arguments: dict[str, Any]
+    asked: dict[str, Any]
+
+
 class _Tally:
-    right: int = 0
-    count: int = 0
-    lengths: Counter[int] | None = None
-    rates: list[float] | None = None
+    def __init__(self) -> None:
+        self.ranks: list[Tensor] = []
+        self.rates: list[float] = []
+        self.lengths: Counter[int] = Counter()
+        self.zoomed: Counter[int] = Counter()  # by tokens before pruning
 
 
 def evaluate(
@@ -82,14 +109,14 @@ def evaluate(
     out: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Evaluate a finished run on shards; returns, and writes as JSON to `out` when given, {kind, run, shards, rows}.
+    """Evaluate a finished run on shards; returns, and writes as JSON to `out` when given, {kind, run, model, seed, shards, maps, rows}.
 
     Every sample is counted once, on the centre crop that the run was made for. A ViT's rows are `EvalRow`s; a zoomer has
     one row with its distance to the teacher's maps (needs `maps`). Errors: :class:`UsageError`, :class:`ZpipeError`.
     """
     opened = load_run(run)
     missing = "skip" if opened.kind == "zoomer" else "uniform"
-    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.num_workers, missing)
+    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.data_workers, missing)
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -97,10 +124,16 @@ def evaluate(
         if loader.maps is None:
             raise UsageError(f"{run}: a zoomer is measured against its teacher's maps; give --maps")
         check_grid(loader.maps, opened.model.grid)
-        rows = [_evaluate_zoomer(opened, loader, device, progress)]
+        rows = [measure_zoomer(opened, loader, device, progress)]
     else:
-        rows = [asdict(row) for row in _evaluate_vit(opened, loader, config, device, progress)]
-    result = {"kind": opened.kind, "run": str(run), "shards": str(shards), "rows": rows}
+        source = choose_run_source(opened, config, loader.maps)
+        zooms = zooms_asked(opened.model, source, config)
+        answers = answers_for(opened, loader, config)
+        measured = measure(opened.model, opened.preprocessing, loader, source, zooms, answers, device, progress)
+        rows = [asdict(row) for row in measured]
+    about = {"kind": opened.kind, "run": str(run), "model": opened.settings.get("model", opened.kind)}
+    about["seed"] = opened.settings.get("train", {}).get("seed")
+    result = about | {"shards": str(shards), "maps": None if maps is None else str(maps), "rows": rows}
     if out is not None:
         write_json(out, result)
     return result
@@ -137,28 +170,55 @@ def choose_run_source(opened: Run, config: EvalConfig, store: RelevanceMaps | No
     return choose_source(name, opened.model, zoomer=opened.zoomer, origin=opened.path, store=store)
 
 
-def _settings(model: nn.Module, source: ScoreSource | None, config: EvalConfig) -> list[tuple[str, dict[str, Any]]]:
-    """A name and the keyword arguments of every zoom to evaluate."""
+def answers_for(opened: Run, loader: RelevanceLoader, config: EvalConfig) -> Answers:
+    """What is right for a run on these shards. Errors: as of `read_classes` and `read_several`."""
+    if config.classes is not None and config.labels is not None:
+        raise UsageError("--classes, --labels: give one of them; the file of labels is in the model's numbering")
+    number = opened.model.num_classes
+    classes = several = None
+    if config.classes is not None:
+        classes = read_classes(config.classes, opened.settings.get("classes") or [], loader.index.classes)
+        if max(classes) >= number:
+            raise UsageError(f"--classes {config.classes}: class {max(classes)}; the model has {number}")
+    if config.labels is not None:
+        several = read_several(config.labels, number)
+    return Answers(number, classes, several)
+
+
+def zooms_asked(model: nn.Module, source: ScoreSource | None, config: EvalConfig) -> list[Zoom]:
+    """Every zoom to evaluate. Errors: :class:`UsageError` naming the value that is out of range, or none at all."""
     if source is None:
-        return [("plain", {})]
+        return [Zoom("plain", {}, {})]
     if source.name == "none":
-        return [("no zoom", {})]
+        return [Zoom("no zoom", {}, {})]
     if not config.alphas and not config.budgets:
         raise UsageError("nothing to evaluate: give --alphas or --budgets")
+    if config.keeps and not isinstance(model, ZoomViT):
+        raise UsageError("--keep: only zoomvit_* models prune their sequences")
+    if config.prune not in PRUNE_KINDS:
+        raise UsageError(f"--prune {config.prune}: choose one of {', '.join(PRUNE_KINDS)}")
     for alpha in config.alphas:
         if not 0.0 <= alpha <= 1.0:
             raise UsageError(f"--alphas {alpha}: a threshold lies in [0, 1]")
     # Alpha in full: cells may score exactly what it is, and a rounded one would zoom them or not.
-    chosen: list[tuple[str, dict[str, Any]]] = [(f"alpha={_short(alpha)}", {"alpha": alpha}) for alpha in config.alphas]
+    chosen = [Zoom(f"alpha={_short(alpha)}", {"alpha": alpha}, {"alpha": alpha}) for alpha in config.alphas]
     for budget in config.budgets:
         try:
-            chosen.append((f"budget={budget}", {"budget": model.resolve_budget(budget)}))
+            chosen.append(Zoom(f"budget={budget}", {"budget": model.resolve_budget(budget)}, {"budget": budget}))
         except ValueError as error:
             raise UsageError(f"--budgets {budget}: {error}") from error
-    names = [name for name, _ in chosen]
+    pruned = []
+    for keep in config.keeps:
+        if not 1 <= keep <= 4 * model.coarse_grid**2:
+            raise UsageError(f"--keep {keep}: give a number from 1 to {4 * model.coarse_grid**2}")
+        how = {"keep_tokens": keep, "prune": config.prune}
+        told = {"keep": keep, "prune": config.prune}
+        suffix = f" keep={keep}" + ("" if config.prune == "backward" else f" {config.prune}")
+        pruned += [Zoom(zoom.name + suffix, zoom.arguments | how, zoom.asked | told) for zoom in chosen]
+    names = [zoom.name for zoom in chosen + pruned]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(f"{twice[0]}: asked for twice")
-    return chosen
+    return chosen + pruned
 
 
 def _short(alpha: float) -> str:
@@ -167,37 +227,45 @@ def _short(alpha: float) -> str:
 
 
 @torch.inference_mode()
-def _evaluate_vit(
-    opened: Run, loader: RelevanceLoader, config: EvalConfig, device: torch.device, progress: Progress
+def measure(
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    loader: RelevanceLoader,
+    source: ScoreSource | None,
+    zooms: list[Zoom],
+    answers: Answers,
+    device: torch.device,
+    progress: Progress = silent,
 ) -> list[EvalRow]:
-    model = opened.model.to(device)
-    source = choose_run_source(opened, config, loader.maps)
-    settings = _settings(model, source, config)
+    """A row for every zoom, all of them judged on the same batches."""
+    model = model.to(device)
     if source is not None and source.zoomer is not None:
         source.zoomer.to(device)
-    tallies = {name: _Tally(lengths=Counter(), rates=[]) for name, _ in settings}
+    tallies = [_Tally() for _ in zooms]
     batches = len(loader)
     for number, batch in enumerate(loader):
-        check_labels(batch["label"], batch["key"], model.num_classes)
-        labels = batch["label"].to(device)
-        images = opened.preprocessing.normalise(batch["image"].to(device))
-        for name, zoom in settings:
-            call = partial(_forward, model, source, images, batch, zoom)
+        images = preprocessing.normalise(batch["image"].to(device))
+        for zoom, tally in zip(zooms, tallies, strict=True):
+            call = partial(_forward, model, source, images, batch, zoom.arguments)
             if number == 0:
                 call()  # the first call of a shape pays for allocation and kernel choice
             (logits, scores), seconds = _timed(call, device)
-            tally = tallies[name]
-            tally.right += int((logits.argmax(dim=1) == labels).sum())
-            tally.count += len(labels)
-            tally.rates.append(len(labels) / seconds)
+            tally.ranks.append(answers.ranks(logits, batch))
+            tally.rates.append(len(images) / seconds)
             if scores is not None:
-                tally.lengths.update(model.token_counts(scores, **zoom).tolist())
-        progress("evaluate", number + 1, batches, top1=tallies[settings[-1][0]].right / tallies[settings[-1][0]].count)
-    shape = (1, 3, opened.preprocessing.image_size, opened.preprocessing.image_size)
-    image = torch.zeros(shape, device=device)
-    zoomer_macs = source.macs(image) if source is not None else 0
-    macs = _MacsByLength(model, image)
-    return [_row(name, tallies[name], macs, zoomer_macs) for name, _ in settings]
+                counts = model.token_counts(scores, **zoom.arguments)
+                tally.lengths.update(counts.tolist())
+                if "keep_tokens" in zoom.arguments:
+                    unpruned = {name: zoom.arguments[name] for name in ("alpha", "budget") if name in zoom.arguments}
+                    counts = model.token_counts(scores, **unpruned)
+                tally.zoomed.update(counts.tolist())
+        progress("evaluate", number + 1, batches, top1=float((tallies[-1].ranks[-1] == 0).float().mean()))
+    image = torch.zeros(1, 3, preprocessing.image_size, preprocessing.image_size, device=device)
+    macs = _Macs(model, image)
+    told: dict[str, Any] = {"scores": None, "gmacs_zoomer": 0.0}
+    if source is not None:
+        told = {"scores": source.name, "gmacs_zoomer": source.macs(image) / 1e9}
+    return [EvalRow(**_figures(zoom, tally, macs), **told) for zoom, tally in zip(zooms, tallies, strict=True)]
 
 
 def _forward(
@@ -220,44 +288,56 @@ def _timed(forward, device: torch.device) -> tuple[Any, float]:
     return result, time.perf_counter() - begun
 
 
-class _MacsByLength:
-    """Multiply-adds of the model for one image of a given token count, counted once for each."""
+class _Macs:
+    """Multiply-adds of the model for one image, counted once for each number of zoomed cells."""
 
     def __init__(self, model: nn.Module, image: Tensor) -> None:
         self.model, self.image = model, image
-        self._known: dict[int, int] = {}
+        self._known: dict[tuple, int] = {}
 
     def plain(self) -> int:
         return count_macs(lambda: self.model(self.image))
 
-    def zoomed(self, length: int) -> int:
-        if length not in self._known:
+    def zoomed(self, length: int, arguments: dict[str, Any]) -> int:
+        """Of an image that has `length` tokens before it is pruned."""
+        pruning = {name: arguments[name] for name in ("keep_tokens", "prune") if name in arguments}
+        place = (length, *pruning.values())
+        if place not in self._known:
             scores = torch.zeros(1, self.model.score_grid**2, device=self.image.device)
             # A fused model costs the same whatever is zoomed.
             budget = (length - self.model.coarse_grid**2) // 3 if isinstance(self.model, ZoomViT) else 1
-            self._known[length] = count_macs(lambda: self.model(self.image, scores, budget=budget))
-        return self._known[length]
+            self._known[place] = count_macs(lambda: self.model(self.image, scores, budget=budget, **pruning))
+        return self._known[place]
 
 
-def _row(name: str, tally: _Tally, macs: _MacsByLength, zoomer_macs: int) -> EvalRow:
+def _figures(zoom: Zoom, tally: _Tally, macs: _Macs) -> dict[str, Any]:
     if tally.lengths:
         total = sum(tally.lengths.values())
         tokens = sum(length * times for length, times in tally.lengths.items()) / total
-        mean_macs = sum(macs.zoomed(length) * times for length, times in tally.lengths.items()) / total
+        mean_macs = sum(macs.zoomed(n, zoom.arguments) * times for n, times in tally.zoomed.items()) / total
     else:
         tokens = _plain_tokens(macs.model)
         mean_macs = macs.plain()
-    top1 = tally.right / tally.count
-    return EvalRow(
-        setting=name,
-        count=tally.count,
-        top1=top1,
-        top1_interval=1.96 * (top1 * (1 - top1) / tally.count) ** 0.5,
-        tokens=tokens,
-        gmacs=mean_macs / 1e9,
-        gmacs_zoomer=zoomer_macs / 1e9,
-        images_per_s=float(np.median(tally.rates)),
-    )
+    ranks = torch.cat(tally.ranks)
+    ranks = ranks[ranks >= 0]
+    if not len(ranks):
+        raise ZpipeError("no image of these shards has a label to be judged by; check --labels")
+    top1 = float((ranks == 0).double().mean())
+    low, middle, high = np.quantile(tally.rates, (0.25, 0.5, 0.75)).tolist()
+    return {
+        "setting": zoom.name,
+        **zoom.asked,
+        "count": len(ranks),
+        "top1": top1,
+        "top1_interval": 1.96 * (top1 * (1 - top1) / len(ranks)) ** 0.5,
+        "top5": float((ranks < 5).double().mean()),
+        "tokens": tokens,
+        "token_histogram": {str(length): times for length, times in sorted(tally.lengths.items())},
+        "gmacs": mean_macs / 1e9,
+        "images_per_s": middle,
+        "images_per_s_low": low,
+        "images_per_s_high": high,
+    }
 
 
 def _plain_tokens(model: nn.Module) -> float | None:
@@ -271,8 +351,8 @@ def _plain_tokens(model: nn.Module) -> float | None:
 
 
 @torch.inference_mode()
-def _evaluate_zoomer(
-    opened: Run, loader: RelevanceLoader, device: torch.device, progress: Progress
+def measure_zoomer(
+    opened: Run, loader: RelevanceLoader, device: torch.device, progress: Progress = silent
 ) -> dict[str, float]:
     """Means over images of the distance between zoomer and teacher; with object boxes, the pointing game of both."""
     zoomer = opened.model.to(device)

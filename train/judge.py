@@ -35,7 +35,7 @@ class JudgeConfig:
     baseline: Baseline = "blur"
     limit: int = 5_000
     batch_size: int = 64
-    num_workers: int = 0
+    data_workers: int = 0
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ def judge_maps(
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.num_workers, "skip")
+    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.data_workers, "skip")
     model: nn.Module = opened.model.to(device)
     found: dict[str, dict[str, list[Tensor]]] = {}
     count = 0

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -30,26 +31,29 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import CHECKPOINT_NAME, METRICS_NAME, keep_epoch, load_checkpoint, save_checkpoint
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.metric_log import metric_log
+from zpipe.train.ranks import Ranks, ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of the loop. Durations are in epochs of the training shards; fractions are allowed.
 
-    opt: any optimizer name of timm; opt_args: further keyword arguments of its constructor (betas, nesterov).
+    batch_size: images of a step, those of all training processes together. repeats: how often a batch holds each of its
+    samples, in different views, see `RelevanceLoader`. opt: any optimizer name of timm; opt_args: further keyword arguments of its constructor (betas, nesterov).
     The learning rate rises linearly over `warmup_epochs` and then follows `sched` to `min_lr`: cosine, poly, tanh, constant,
     or step, which multiplies it by `decay_rate` every `decay_epochs`. layer_decay: factor of the learning rate from each
     block to the one before it, None for one rate for all. accumulate: batches whose gradients make one step; what is left of
     an epoch when it doesn't divide is dropped. clip_grad: bound of the gradients, 0 for none; clip_mode: norm, value or agc.
     ema: decay of a running average of the weights, which are then the finished ones; 0 for none. precision: float32, bf16
     or fp16 (with loss scaling) in the forward pass. compile: torch.compile the model. keep: how many epochs' weights stay
-    beside the last checkpoint. num_workers: data-loading processes. checkpoint_s: seconds between checkpoints within an
+    beside the last checkpoint. data_workers: data-loading processes of each training process. checkpoint_s: seconds between checkpoints within an
     epoch; at its end there is one always. tensorboard: write event files beside metrics.jsonl; wandb: the project to log
     to.
     """
 
     epochs: float = 100.0
     batch_size: int = 128
+    repeats: int = 1
     opt: str = "adamw"
     lr: float = 1e-3
     min_lr: float = 0.0
@@ -68,7 +72,7 @@ class TrainConfig:
     compile: bool = False
     keep: int = 0
     seed: int = 0
-    num_workers: int = 1
+    data_workers: int = 1
     log_every: int = 20
     checkpoint_s: float = 600.0
     tensorboard: bool = False
@@ -85,7 +89,7 @@ class TrainConfig:
             "weight_decay",
             "clip_grad",
             "seed",
-            "num_workers",
+            "data_workers",
             "checkpoint_s",
             "keep",
             "decay_rate",
@@ -98,7 +102,7 @@ class TrainConfig:
             raise UsageError(f"train.layer_decay {self.layer_decay:g}: give a factor in (0, 1]")
         if self.decay_epochs <= 0:
             raise UsageError(f"train.decay_epochs {self.decay_epochs:g}: give a number above 0")
-        for name in ("batch_size", "log_every", "accumulate"):
+        for name in ("batch_size", "repeats", "log_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise UsageError(f"train.{name} {getattr(self, name)}: give a number >= 1")
 
@@ -106,13 +110,15 @@ class TrainConfig:
 class Task(Protocol):
     """What is trained.
 
-    model: its parameters. call: how to run it, the model itself unless the loop wraps it. loss: of a batch, with figures
-    worth logging. validate: figures of a model on held-out data, after every epoch (may be empty); `val_top1` among them
+    model: its parameters. call: how to run it, the model itself unless the loop wraps it. draws: for random numbers that
+    all ranks must draw alike, and one process too; everything else draws from torch's global generator. The loop seeds
+    both for every epoch and keeps their states. loss: of a batch, with figures worth logging. validate: figures of a model on held-out data, after every epoch (may be empty); `val_top1` among them
     decides which epoch was the best.
     """
 
     model: nn.Module
     call: Callable[..., Any]
+    draws: torch.Generator
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]: ...
     def validate(self, model: nn.Module) -> dict[str, float]: ...
@@ -144,17 +150,40 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
+class Stopped(ZpipeError):
+    """The run was asked to stop; it has saved its state."""
+
+
+def never() -> bool:
+    """Nobody asks us to stop."""
+    return False
+
+
 def train(
-    task: Task, loader: RelevanceLoader, config: TrainConfig, run: Path, *, stage: str, progress: Progress = silent
+    task: Task,
+    loader: RelevanceLoader,
+    config: TrainConfig,
+    run: Path,
+    *,
+    stage: str,
+    progress: Progress = silent,
+    stop: Callable[[], bool] = never,
 ) -> dict[str, float]:
     """Train to the end, from the run's checkpoint when there is one; return the last validation's figures.
 
+    Several processes that torch.distributed has joined train one model: each calls this with its rank's loader, and a
+    step takes the mean of their gradients. The first alone writes to the run, which all must be able to read. BatchNorm
+    takes its statistics over all ranks on CUDA, over each rank's part of the batch on a CPU.
+
     A checkpoint is written every `checkpoint_s` seconds and after every epoch, with the loader's place and the state of the
-    random numbers, so a run that was interrupted and gone on with equals an undisturbed one. Errors: :class:`ZpipeError` for a loss that is not
-    finite, naming the last good checkpoint.
+    random numbers, so a run that was interrupted and gone on with equals an undisturbed one. `stop` is asked once a batch;
+    what one rank hears all do. Errors: :class:`ZpipeError` for a loss that is not finite, naming the last good checkpoint; :class:`Stopped`.
     """
+    team = ranks()
     model = task.model
     device = resolve_device(config.device)
+    if not team.alone and device.type == "cuda":
+        convert_sync_batchnorm(model)  # in place
     if device.type == "cpu":
         keep_freed_memory()
     loader.set_epoch(0)
@@ -174,19 +203,27 @@ def train(
             optimizer.load_state_dict(state["optimizer"])
             step, epoch = state["step"], state["epoch"]
             position = state["position"]
+            if position is not None and not {"loader", "draws", "ranks"} <= position.keys():
+                raise KeyError("position")
             if average is not None:
                 average.module.load_state_dict(state["average"])
             if scaler is not None:
                 scaler.load_state_dict(state["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise ZpipeError(f"{run / CHECKPOINT_NAME}: not this run's checkpoint; delete it to start over") from error
-    task.call = torch.compile(model) if config.compile else model
-    _trim_log(run, step)
+    task.call = team.share(torch.compile(model) if config.compile else model)
+    if team.first:
+        _trim_log(run, step)
+    else:
+        progress = silent
     figures: dict[str, float] = {}
     begun, seen = time.monotonic(), 0
+    saved, stopping = begun, False
     clock = Clock()
 
     def save(position: dict[str, Any] | None) -> None:
+        if not team.first:
+            return
         with clock("save"):
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch}
             if average is not None:
@@ -198,21 +235,26 @@ def train(
     with (
         _interrupts_kept() as check_interrupt,
         _stop_on_sigterm() as stopped,
-        metric_log(run, config.tensorboard, config.wandb) as log,
+        metric_log(run, config.tensorboard, config.wandb) if team.first else nullcontext(_to_nobody) as log,
     ):
+
+        def signs() -> tuple[bool, bool]:  # to stop, and to save; only one clock says when
+            return stopped() or stop(), team.first and time.monotonic() - saved >= config.checkpoint_s
+
         while step < total:
             model.train()
-            torch.manual_seed(_epoch_seed(config.seed, epoch))
+            torch.manual_seed(_epoch_seed(config.seed, epoch, team.rank))
+            task.draws.manual_seed(_epoch_seed(config.seed, epoch))
             loader.set_epoch(epoch)
             if position is not None:
-                _take_position(loader, position)
+                _take_position(position, loader, task.draws, team)
                 position = None
             saved = time.monotonic()
             batches = clock.of("data", loader)
             for group in _steps(batches, config.accumulate, total - step):
                 scheduler.step(step)
                 optimizer.zero_grad(set_to_none=True)
-                value, facts = _accumulate(task, group, device, config, scaler, clock)
+                value, facts, (stopping, due) = _accumulate(task, group, device, config, scaler, clock, team, signs)
                 if not math.isfinite(value):
                     kept = (
                         f"the last good state is {run / CHECKPOINT_NAME}"
@@ -226,31 +268,35 @@ def train(
                         average.update(model, step)
                 check_interrupt()
                 step += 1
-                seen += sum(len(batch["label"]) for batch in group)
+                seen += sum(len(batch["label"]) for batch in group) * team.size
                 if step % config.log_every == 0 or step == total:
                     rate = seen / (time.monotonic() - begun)
                     facts = {"loss": value, **facts, "lr": optimizer.param_groups[0]["lr"], "images_per_s": rate}
-                    log({"step": step, "epoch": epoch, **facts, **clock.shares()})
+                    log({"step": step, "steps": total, "epoch": epoch, **facts, **clock.shares()})
                     progress(stage, step, total, **facts)
-                if stopped() or time.monotonic() - saved >= config.checkpoint_s:
-                    save(_position(loader))
+                if stopping or due:
+                    save(_position(loader, task.draws, team))
                     saved = time.monotonic()
-                    if stopped():
-                        break
-            if stopped():
+                if stopping:
+                    break
+            if stopping:
                 break
             epoch += 1
             counts = loader.epoch_counts()
-            if len(counts) > 2 or loader.damaged_shards:  # samples without a map, tars left out
-                progress(stage, step, total, epoch=epoch, **counts, damaged_shards=len(loader.damaged_shards))
+            damaged = {line for lines in team.gather(loader.damaged_shards) for line in lines}
+            if len(counts) > 2 or damaged:  # samples without a map, tars left out
+                progress(stage, step, total, epoch=epoch, **counts, damaged_shards=len(damaged))
             best = average.module if average is not None else model
             best.eval()
             figures = task.validate(best)
             save(None)
-            with clock("save"):
-                keep_epoch(run, best, epoch, config.keep, figures.get("val_top1"))
+            if team.first:
+                with clock("save"):
+                    keep_epoch(run, best, epoch, config.keep, figures.get("val_top1"))
             if figures:
-                log({"step": step, "epoch": epoch, **figures})
+                log({"step": step, "steps": total, "epoch": epoch, **figures})
+    if stopping:
+        raise Stopped(f"{run}: stopped in step {step} of {total}; run the same command again to go on")
     if average is not None:
         model.load_state_dict(average.module.state_dict())
     task.call = model
@@ -265,23 +311,34 @@ def _accumulate(
     config: TrainConfig,
     scaler: torch.amp.GradScaler | None,
     clock: Clock,
-) -> tuple[float, dict[str, float]]:
-    """Gradients of the mean loss of the batches; that loss, and the means of what the task told."""
+    team: Ranks,
+    signs: Callable[[], tuple[bool, ...]],
+) -> tuple[float, dict[str, float], list[bool]]:
+    """Gradients of the mean loss of the batches of all ranks; that loss, the means of what the task told, and which of the
+    `signs` any rank gives."""
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-    value, facts = 0.0, Counter()
-    for batch in group:
-        with clock("forward"):
-            with torch.autocast(device.type, dtype=low) if low is not None else nullcontext():
-                loss, told = task.loss(batch)
-            value += loss.item() / len(group)  # waits for an accelerator, so that forward and backward are told apart
-        if not math.isfinite(value):
-            break
-        with clock("backward"):
-            share = loss / len(group)
-            (share if scaler is None else scaler.scale(share)).backward()
-        for name, number in told.items():
-            facts[name] += number / len(group)
-    return value, dict(facts)
+    value, facts, given = 0.0, Counter(), []
+    for number, batch in enumerate(group):
+        more = number + 1 < len(group)
+        with task.call.no_sync() if more and not team.alone else nullcontext():
+            with clock("forward"):
+                with torch.autocast(device.type, dtype=low) if low is not None else nullcontext():
+                    loss, told = task.loss(batch)
+                # The value waits for an accelerator, so that forward and backward are told apart. It is the mean of all
+                # ranks before we look at it: one that went on alone would wait for the others' gradients for ever.
+                asked = signs()
+                sums = team.total([loss.item(), *told.values(), *asked])
+            figures = [total / team.size / len(group) for total in sums[: 1 + len(told)]]
+            given = [total > 0 for total in sums[1 + len(told) :]]
+            value += figures[0]
+            if not math.isfinite(value):
+                break
+            with clock("backward"):
+                share = loss / len(group)
+                (share if scaler is None else scaler.scale(share)).backward()
+        for name, figure in zip(told, figures[1:], strict=True):
+            facts[name] += figure
+    return value, dict(facts), given
 
 
 def _update(
@@ -405,21 +462,29 @@ def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int
     return scheduler
 
 
-def _position(loader: RelevanceLoader) -> dict[str, Any]:
-    """Where in an epoch we are: the loader's place, and the state of every generator that draws."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"loader": loader.state_dict(), "cpu": torch.get_rng_state(), "cuda": cuda}
+def _position(loader: RelevanceLoader, draws: torch.Generator, team: Ranks) -> dict[str, Any]:
+    """Where in an epoch we are: the loader's place, and the state of every generator that draws, on all ranks."""
+    own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    return {"loader": loader.state_dict(), "draws": draws.get_state(), "ranks": team.gather(own)}
 
 
-def _take_position(loader: RelevanceLoader, position: dict[str, Any]) -> None:
+def _take_position(position: dict[str, Any], loader: RelevanceLoader, draws: torch.Generator, team: Ranks) -> None:
     loader.load_state_dict(position["loader"])
-    torch.set_rng_state(position["cpu"])
-    if len(position["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(position["cuda"])
+    draws.set_state(position["draws"])
+    if team.rank >= len(position["ranks"]):
+        return  # there were fewer ranks: this one begins with the epoch's seed
+    own = position["ranks"][team.rank]
+    torch.set_rng_state(own["cpu"])
+    if own["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["cuda"])
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return (seed * 1_000_003 + epoch) % 2**63
+def _epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
+    return (seed * 1_000_003 + epoch + rank * 2_000_000_000_003) % 2**63
+
+
+def _to_nobody(line: dict[str, float]) -> None:
+    """The log of a rank that isn't the first."""
 
 
 def _steps(batches: Iterator[dict[str, Any]], accumulate: int, count: int) -> Iterator[list[dict[str, Any]]]:

@@ -52,7 +52,7 @@ def _to_tensorboard(run: Path, stack: ExitStack) -> Log:
 
     def log(line: dict[str, float]) -> None:
         for name, value in line.items():
-            if name != "step":
+            if name not in ("step", "steps"):
                 writer.add_scalar(name, value, line["step"])
 
     return log

@@ -20,7 +20,7 @@ from zpipe.train.evaluate import EvalConfig, choose_run_source
 from zpipe.train.loop import resolve_device
 from zpipe.train.models.zoom_tokens import token_boxes
 from zpipe.train.models.zoomvit import ZoomViT
-from zpipe.train.report import picture
+from zpipe.train.pictures import picture
 from zpipe.train.scoring import ScoreSource
 
 

@@ -88,6 +88,17 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Result]]:
         raise ZpipeError(f"{path}: not a results file that this zpipe reads ({error}); evaluate again") from error
 
 
+def wide(rows: Sequence[Result]) -> list[dict[str, Any]]:
+    """One row a run and setting, its metrics side by side, for people to read. Histograms are left out."""
+    table: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        if row.metric != "images_with_tokens":
+            about = {"run": row.run, **row.setting, "seed": row.seed}
+            table.setdefault(tuple(about.items()), about)[row.metric] = row.value
+    names = _names(table.values())
+    return [{name: row.get(name) for name in names} for row in table.values()]
+
+
 def _names(rows: Iterable[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 

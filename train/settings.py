@@ -23,6 +23,25 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
     return config
 
 
+def rebuild(config: Config, recorded: Mapping[str, Any]) -> Config:
+    """`config` with the fields that a run recorded, nested ones too. What it didn't record keeps its value, and what isn't
+    a field is passed over: runs record more than their settings, and an older zpipe other ones.
+
+    Errors: as of `with_settings`.
+    """
+    for field in fields(config):
+        if field.name in recorded:
+            present, value = getattr(config, field.name), recorded[field.name]
+            nested = is_dataclass(present) and isinstance(value, Mapping)
+            new = (
+                rebuild(present, value)
+                if nested
+                else _coerce(value, get_type_hints(type(config))[field.name], field.name)
+            )
+            config = replace(config, **{field.name: new})
+    return config
+
+
 def _replace(config: Any, path: list[str], value: Any, full: str) -> Any:
     names = [field.name for field in fields(config)]
     if path[0] not in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,17 +22,18 @@ from torch import Tensor, nn
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.train.checkpoint import Preprocessing, begin_run, load_run, load_zoomer, save_model, save_zoomer
+from zpipe.train.checkpoint import Preprocessing, Resume, begin_run, load_run, load_zoomer, save_model, save_zoomer
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import MixConfig, mix_batch
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.loop import TrainConfig, resolve_device, train
+from zpipe.train.loop import TrainConfig, never, resolve_device, train
 from zpipe.train.losses import TokenLabelLoss, relevance_token_labels
 from zpipe.train.models.cfvit import CFViT
 from zpipe.train.models.fusion import FusedViT
 from zpipe.train.models.lvvit import LVViT
 from zpipe.train.models.warm_start import load_vit
 from zpipe.train.models.zoomvit import ZoomViT
+from zpipe.train.ranks import ranks
 from zpipe.train.scoring import ScoreSource, choose_source, default_source, open_zoomer, zooms
 from zpipe.train.train_zoomer import to_json
 
@@ -46,7 +48,8 @@ class VitConfig:
     num_classes: None takes the number of classes that the shards name.
     init_from: a finished run, a checkpoint file or timm:NAME to start from, see `start_from`.
     zoom_draw: what training draws per batch: `alpha`, uniform in [0, 1] (the paper), or `budget`, a number of zoomed
-    cells uniform in [0, max_zoomed], which keeps all sequences of a batch equally long.
+    cells uniform in [0, max_zoomed], which keeps all sequences of a batch equally long. fixed_zoom: always this alpha, or
+    this number of cells, instead.
     scores: where a zooming model's scores come from, one of `scoring.SOURCES`; None takes the zoomer or the maps given.
     token_label_weight: above 0, the patches of an lvvit_* model learn labels made of the maps (see `TokenLabelLoss`).
     loss: ce, or bce, which asks of every class on its own (DeiT-III). mixup, cutmix: see `MixConfig`; label_smoothing
@@ -61,6 +64,7 @@ class VitConfig:
     init_from: str | None = None
     zoom_draw: ZoomDraw = "alpha"
     max_zoomed: int | None = None
+    fixed_zoom: float | None = None
     scores: str | None = None
     token_label_weight: float = 0.0
     loss: Literal["ce", "bce"] = "ce"
@@ -84,6 +88,8 @@ class VitConfig:
             raise UsageError(f"label_smoothing {self.label_smoothing:g}: give a share in [0, 1]")
         if self.token_label_weight < 0:
             raise UsageError(f"token_label_weight {self.token_label_weight:g}: give a number >= 0")
+        if self.fixed_zoom is not None and not 0 <= self.fixed_zoom <= (1 if self.zoom_draw == "alpha" else math.inf):
+            raise UsageError(f"fixed_zoom {self.fixed_zoom:g}: give an alpha in [0, 1], or a number of cells >= 0")
         if not 0.0 <= self.val_alpha <= 1.0:
             raise UsageError(f"val_alpha {self.val_alpha:g}: a threshold lies in [0, 1]")
         if self.token_label_weight and (self.loss != "ce" or self.mixup or self.cutmix or self.label_smoothing):
@@ -116,13 +122,14 @@ class ClassifyTask:
         self.model, self._source, self._config = model, source, config
         self._preprocessing, self._device, self._val = preprocessing, device, val
         self.call = model
+        self.draws = torch.Generator()
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
         check_labels(batch["label"], batch["key"], self.model.num_classes)
         batch = self._to_device(batch)
         labels = batch["label"]
         if self._config.mixup or self._config.cutmix:
-            # Drawn by torch's global generator, whose state is in the checkpoint.
+            # Drawn by torch's global generator: each rank mixes its part of the batch in its own way.
             rng = np.random.default_rng(int(torch.randint(2**62, ())))
             batch = mix_batch(batch, self._config.mix(), rng, self.model.num_classes)
         images = batch["image"]
@@ -155,10 +162,13 @@ class ClassifyTask:
         return F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
 
     def _draw_zoom(self) -> dict[str, Any]:
-        # torch's global generator is seeded per epoch by the loop, so a resumed run draws the same.
+        fixed = self._config.fixed_zoom
+        if fixed is not None:
+            return {"alpha": fixed} if self._config.zoom_draw == "alpha" else {"budget": int(fixed)}
+        # One draw for the batch, whoever has which part of it.
         if self._config.zoom_draw == "alpha":
-            return {"alpha": float(torch.rand(()))}
-        return {"budget": int(torch.randint(0, self._most_zoomed() + 1, ()))}
+            return {"alpha": float(torch.rand((), generator=self.draws))}
+        return {"budget": int(torch.randint(0, self._most_zoomed() + 1, (), generator=self.draws))}
 
     def _most_zoomed(self) -> int:
         most = self._config.max_zoomed
@@ -178,6 +188,7 @@ class ClassifyTask:
             logits = model(batch["image"]) if scores is None else model(batch["image"], scores, **zoom)
             right += int((logits.argmax(dim=1) == batch["label"]).sum())
             count += len(logits)
+        right, count = ranks().total([right, count])  # each rank had its share of the shards
         return {"val_top1": right / count}
 
 
@@ -190,25 +201,31 @@ def train_vit(
     maps: Path | None = None,
     val: Path | None = None,
     val_maps: Path | None = None,
+    resume: Resume = "auto",
     progress: Progress = silent,
+    stop: Callable[[], bool] = never,
 ) -> dict[str, float]:
     """Train a classifier on shards and leave a run folder at `out`.
 
     A zooming model needs its scores from somewhere: a finished `zoomer` run (frozen, live), the cached `maps`, or what
     `config.scores` names. With `val` shards (and `val_maps`, where maps are the scores) every epoch ends with a validation, and
-    the weights that did best are kept. A finished run is left alone, an interrupted one is gone on with. Errors: :class:`UsageError`,
-    :class:`ZpipeError`.
+    the weights that did best are kept. A finished run is left alone, an interrupted one is gone on with, unless `resume`
+    is "never". Several processes may train together, see `loop.train`. Errors: :class:`UsageError`, :class:`ZpipeError`.
     """
+    team = ranks()
     device = resolve_device(config.train.device)
     store = RelevanceMaps(maps) if maps is not None else None
     loader = RelevanceLoader(
         shards,
         store,
-        batch_size=config.train.batch_size,
+        batch_size=team.part(config.train.batch_size),
         image_size=config.image_size,
         augment="train",
         seed=config.train.seed,
-        num_workers=config.train.num_workers,
+        num_workers=config.train.data_workers,
+        rank=team.rank,
+        world_size=team.size,
+        repeats=config.train.repeats,
         missing=config.missing,
         damaged=config.damaged,
         view=config.view,
@@ -224,8 +241,12 @@ def train_vit(
         std=IMAGENET_DEFAULT_STD,
         crop_pct=config.view.crop_pct,
     )
-    if zooms(model) and not 0 <= (config.max_zoomed or 0) <= model.coarse_grid**2:
-        raise UsageError(f"max_zoomed {config.max_zoomed}: this model has {model.coarse_grid**2} cells to zoom")
+    if zooms(model):
+        cells = model.coarse_grid**2
+        fixed = config.fixed_zoom if config.zoom_draw == "budget" else None
+        for name, count in (("max_zoomed", config.max_zoomed), ("fixed_zoom", fixed)):
+            if not 0 <= (count or 0) <= cells:
+                raise UsageError(f"{name} {count:g}: this model has {cells} cells to zoom")
     source = _source(model, config, zoomer, store)
     frozen = source.zoomer if source is not None else None
     if frozen is not None:
@@ -235,10 +256,12 @@ def train_vit(
         held_out = RelevanceLoader(
             val,
             val_maps,
-            batch_size=config.train.batch_size,
+            batch_size=team.part(config.train.batch_size),
             image_size=config.image_size,
             augment="eval",
-            num_workers=config.train.num_workers,
+            num_workers=config.train.data_workers,
+            rank=team.rank,
+            world_size=team.size,
             missing="uniform",
             view=config.view,
         )
@@ -250,12 +273,14 @@ def train_vit(
         | {"val": _text(val), "val_maps": _text(val_maps)}
         | {"shards": str(shards), "zoomer": _text(zoomer), "maps": _text(maps)}
     )
-    if begin_run(out, "vit", to_json(settings)):
+    if begin_run(out, "vit", to_json(settings), resume):
         return {}
     if config.init_from is not None:
         start_from(model, config.init_from)
     task = ClassifyTask(model, source, config, preprocessing, device, held_out)
-    figures = train(task, loader, config.train, Path(out), stage="train-vit", progress=progress)
+    figures = train(task, loader, config.train, Path(out), stage="train-vit", progress=progress, stop=stop)
+    if not team.first:
+        return figures
     if frozen is not None:
         save_zoomer(Path(out), frozen.cpu(), load_zoomer(zoomer)[1])
     save_model(Path(out), model.cpu(), preprocessing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.train.checkpoint import Preprocessing, begin_run, save_model
+from zpipe.train.checkpoint import Preprocessing, Resume, begin_run, save_model
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.loop import TrainConfig, resolve_device, train
+from zpipe.train.loop import TrainConfig, never, resolve_device, train
 from zpipe.train.losses import ZoomerLoss
 from zpipe.train.models.zoomer import Zoomer
+from zpipe.train.ranks import ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class ZoomerTask:
     def __init__(self, model: Zoomer, loss: ZoomerLoss, preprocessing: Preprocessing, device: torch.device) -> None:
         self.model, self._loss, self._preprocessing, self._device = model, loss, preprocessing, device
         self.call = model
+        self.draws = torch.Generator()  # nothing is drawn
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
         images = self._preprocessing.normalise(batch["image"].to(self._device))
@@ -61,12 +64,21 @@ class ZoomerTask:
 
 
 def train_zoomer(
-    shards: Path, maps: Path, out: Path, config: ZoomerConfig, *, progress: Progress = silent
+    shards: Path,
+    maps: Path,
+    out: Path,
+    config: ZoomerConfig,
+    *,
+    resume: Resume = "auto",
+    progress: Progress = silent,
+    stop: Callable[[], bool] = never,
 ) -> dict[str, float]:
     """Train a Zoomer on shards joined with their maps and leave a run folder at `out`.
 
-    A finished run is left alone, an interrupted one is gone on with. Errors: :class:`UsageError`, :class:`ZpipeError`.
+    A finished run is left alone, an interrupted one is gone on with, unless `resume` is "never". Several processes may
+    train together, see `loop.train`. Errors: :class:`UsageError`, :class:`ZpipeError`.
     """
+    team = ranks()
     store = RelevanceMaps(maps)
     grid = store.manifest.provenance.grid
     if grid[0] != grid[1]:
@@ -75,11 +87,14 @@ def train_zoomer(
     loader = RelevanceLoader(
         shards,
         store,
-        batch_size=config.train.batch_size,
+        batch_size=team.part(config.train.batch_size),
         image_size=config.image_size,
         augment="train",
         seed=config.train.seed,
-        num_workers=config.train.num_workers,
+        num_workers=config.train.data_workers,
+        rank=team.rank,
+        world_size=team.size,
+        repeats=config.train.repeats,
         missing=config.missing,
         damaged=config.damaged,
         view=config.view,
@@ -93,7 +108,7 @@ def train_zoomer(
         "maps": str(maps),
         "maps_fingerprint": store.manifest.provenance.fingerprint(),
     }
-    if begin_run(out, "zoomer", to_json(settings)):
+    if begin_run(out, "zoomer", to_json(settings), resume):
         return {}
     torch.manual_seed(config.train.seed)
     model = _zoomer(config, grid[0]).to(device)
@@ -104,8 +119,9 @@ def train_zoomer(
         crop_pct=config.view.crop_pct,
     )
     task = ZoomerTask(model, loss, preprocessing, device)
-    figures = train(task, loader, config.train, Path(out), stage="train-zoomer", progress=progress)
-    save_model(Path(out), model.cpu(), preprocessing)
+    figures = train(task, loader, config.train, Path(out), stage="train-zoomer", progress=progress, stop=stop)
+    if team.first:
+        save_model(Path(out), model.cpu(), preprocessing)
     return figures
 
 

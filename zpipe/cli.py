@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from zpipe.console import (
     print_rows,
     reporting,
     tell,
+    warn,
 )
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.storage import as_path
@@ -48,6 +50,17 @@ ModelArgs = Annotated[
         metavar="KEY=VALUE",
         help="Argument of the model's constructor: patch_size=8, depth=6. Repeatable.",
     ),
+]
+
+NumWorkers = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Training processes, one for each GPU, on Ray when more than one; they share the batch evenly."
+    ),
+]
+Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; default RAY_ADDRESS, else this machine.")]
+Resume = Annotated[
+    str, typer.Option(help="What becomes of a run that is in the folder already: auto (go on with it) or never.")
 ]
 
 
@@ -228,9 +241,14 @@ def train_zoomer_command(
     image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
     recipe_name: Annotated[str | None, typer.Option("--recipe", help="zoomer (default) or zoomer-small.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 100.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once. Default 128.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images a step, those of all training processes together. Default 128.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default 0.01.")] = None,
-    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 1,
+    data_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes of each training process.")] = 1,
+    num_workers: NumWorkers = 1,
+    address: Address = None,
+    resume: Resume = "auto",
     missing: Annotated[str, typer.Option(help="Samples without a usable map: error, skip or uniform.")] = "error",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -238,17 +256,20 @@ def train_zoomer_command(
 ) -> None:
     """Stage 1: teach a small convolutional Zoomer to predict the teacher's maps from the image alone."""
     with reporting() as progress:
+        from zpipe.train.distributed import Workers, run_training
         from zpipe.train.recipes import ZOOMER_RECIPES, recipe
         from zpipe.train.settings import with_settings
         from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
         flags = {"num_blocks": num_blocks, "image_size": image_size, "missing": missing}
-        flags |= {"train.num_workers": num_workers, "train.seed": seed, "train.device": device}
+        flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
         config = with_settings(
             recipe(recipe_name, ZOOMER_RECIPES, ZoomerConfig()), flags | parse_settings(settings, "--set")
         )
-        train_zoomer(shards, maps, output, config, progress=progress)
+        places = {"shards": shards, "maps": maps, "out": output}
+        workers = Workers(count=num_workers, address=address)
+        run_training(train_zoomer, places, config, workers, resume=resume, progress=progress, say=warn)
         tell(f"{output}: zoomer ready; measure it with: zpipe evaluate {output} VAL_SHARDS --maps VAL_MAPS")
 
 
@@ -295,9 +316,14 @@ def train_vit_command(
         Path | None, typer.Option(parser=as_path, metavar="PATH|URL", help="Their maps, where maps are the scores.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 300.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once. Default 128.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images a step, those of all training processes together. Default 128.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default 0.001.")] = None,
-    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 1,
+    data_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes of each training process.")] = 1,
+    num_workers: NumWorkers = 1,
+    address: Address = None,
+    resume: Resume = "auto",
     missing: Annotated[str, typer.Option(help="Samples without a usable map: error, skip or uniform.")] = "error",
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -305,6 +331,7 @@ def train_vit_command(
 ) -> None:
     """Stage 2: train a ZoomViT under a frozen zoomer (or cached maps), or a plain timm ViT without zoom."""
     with reporting() as progress:
+        from zpipe.train.distributed import Workers, run_training
         from zpipe.train.recipes import VIT_RECIPES, recipe
         from zpipe.train.settings import with_settings
         from zpipe.train.train_vit import VitConfig, train_vit
@@ -313,12 +340,21 @@ def train_vit_command(
         model_args = base.model_args | parse_settings(model_arg, "--model-arg")
         flags = {"model": model, "model_args": model_args, "num_classes": num_classes}
         flags |= {"image_size": image_size, "missing": missing, "init_from": init_from, "scores": scores}
-        flags |= {"train.num_workers": num_workers, "train.seed": seed, "train.device": device}
+        flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
         config = with_settings(base, flags | parse_settings(settings, "--set"))
-        sources = {"zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
-        train_vit(shards, output, config, **sources, progress=progress)
+        places = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
+        workers = Workers(count=num_workers, address=address)
+        run_training(train_vit, places, config, workers, resume=resume, progress=progress, say=warn)
         tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")
+
+
+_HIDDEN = ("scores", "alpha", "budget", "keep", "prune", "token_histogram", "images_per_s_low", "images_per_s_high")
+
+
+def _main_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """Those of an evaluation that a table has room for; the file has all."""
+    return {name: value for name, value in row.items() if name not in _HIDDEN}
 
 
 @app.command("evaluate")
@@ -327,13 +363,20 @@ def evaluate_command(
     shards: Annotated[
         Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of validation shards.")
     ],
-    alphas: Annotated[str, typer.Option(help="Thresholds of a ZoomViT, comma-separated.")] = "0,0.05,0.1,0.2,0.5,1",
+    alphas: Annotated[
+        str | None, typer.Option(help="Thresholds of a ZoomViT, comma-separated. Default 0,0.05,0.1,0.2,0.5,1.")
+    ] = None,
     budgets: Annotated[
         str,
         typer.Option(
             help="Beside the thresholds: zoomed cells per image, or '300 tokens' or '2.3 GMACs', comma-separated."
         ),
     ] = "",
+    keep: Annotated[str, typer.Option(help="Each of these also pruned to so many tokens, comma-separated.")] = "",
+    prune: Annotated[
+        str,
+        typer.Option(help="Which tokens --keep takes: backward or forward, or either of them with -zoomed or -rest."),
+    ] = "backward",
     maps: Annotated[
         Path | None,
         typer.Option(parser=as_path, metavar="PATH|URL", help="Relevance store of these shards (needed for a zoomer)."),
@@ -344,28 +387,76 @@ def evaluate_command(
             help="Source of the scores: zoomer, maps, attention, entropy, centre, random or none; default as trained."
         ),
     ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="by-name|FILE",
+            help="The model's class for each label of shards that know fewer (ImageNet-A); the others are no answers.",
+        ),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="JSON of right classes by key, several for an image (ImageNet-ReaL's real.json)."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
-    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
+    data_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Results file; default evaluation.json in the run.")
     ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead, one of the paper's experiments around this run: alpha-eta, pruning, zfe, zoom-in-training, "
+            "zoomer-depth, score-sources, test-time-zoom, nine-crops, backbone-size or errors."
+        ),
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Of a study: seeds of what it trains, comma-separated.")] = "",
+    epochs: Annotated[
+        float | None, typer.Option(help="Of a study: epochs of what it trains; default the run's.")
+    ] = None,
+    zoomer: Annotated[Path | None, typer.Option(help="Of test-time-zoom: the train-zoomer run to zoom by.")] = None,
 ) -> None:
-    """Top-1, mean tokens, GMACs and images/s of a ViT, for each alpha; or a zoomer's distance to its teacher."""
+    """Top-1, mean tokens, GMACs and images/s of a ViT, for each alpha; or a zoomer's distance to its teacher.
+
+    With --study a whole experiment: what it compares is trained under the run's own settings, into RUN/studies, and its
+    figures go to RUN/results/STUDY.json and .parquet.
+    """
     with reporting() as progress:
         from zpipe.train.evaluate import EvalConfig, evaluate
+        from zpipe.train.results import wide
+        from zpipe.train.studies import STUDIES, StudyConfig, run_study
 
         config = EvalConfig(
-            alphas=parse_numbers(alphas, float, "--alphas"),
+            alphas=parse_numbers(alphas or "", float, "--alphas"),
             budgets=parse_budgets(budgets),
+            keeps=parse_numbers(keep, int, "--keep"),
+            prune=prune,
             scores=scores,
+            classes=classes,
+            labels=labels,
             batch_size=batch_size,
-            num_workers=num_workers,
+            data_workers=data_workers,
             device=device,
         )
-        target = json_path or run / "evaluation.json"
-        result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
-    print_rows(result["rows"], title=str(run))
+        if study is not None:
+            if chosen := [
+                name for name, value in (("--scores", scores), ("--json", json_path), ("--keep", keep)) if value
+            ]:
+                raise UsageError(f"{chosen[0]}: a study chooses it itself")
+            wanted = StudyConfig(evaluation=config, seeds=parse_numbers(seeds, int, "--seeds"), epochs=epochs)
+            path, rows, notes = run_study(study, run, shards, wanted, maps=maps, zoomer=zoomer, progress=progress)
+        else:
+            target = json_path or run / "evaluation.json"
+            config = config if alphas is not None else replace(config, alphas=EvalConfig.alphas)
+            result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
+    if study is not None:
+        print_rows(wide(rows), title=STUDIES[study].title)
+        for note in notes:
+            tell(f"note: {note}")
+        tell(f"written to {path} and {path.with_suffix('.parquet').name}")
+        return
+    print_rows([_main_columns(row) for row in result["rows"]], title=str(run))
     tell(f"written to {target}")
 
 
@@ -421,7 +512,7 @@ def calibrate_command(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Images looked at.")] = 50_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
-    num_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
+    data_workers: Annotated[int, typer.Option(min=0, help="Data-loading processes.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Results file; default calibration.json in the run.")
@@ -432,7 +523,7 @@ def calibrate_command(
         from zpipe.train.calibrate import CalibrationConfig, calibrate
 
         config = CalibrationConfig(
-            budget=budget, scores=scores, limit=limit, batch_size=batch_size, num_workers=num_workers, device=device
+            budget=budget, scores=scores, limit=limit, batch_size=batch_size, data_workers=data_workers, device=device
         )
         target = json_path or run / "calibration.json"
         found = calibrate(run, shards, config, maps=maps, out=target, progress=progress)
@@ -445,23 +536,71 @@ def calibrate_command(
     tell(f"written to {target}")
 
 
+@app.command("report")
+def report_command(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Training runs, folders with results/*.json, or folders of these.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--out", help="Folder for index.html, one file that holds everything.")
+    ] = Path("report"),
+    shards: Annotated[
+        Path | None,
+        typer.Option(
+            parser=as_path, metavar="SHARDS", help="Images of the gallery; default those of the first evaluation."
+        ),
+    ] = None,
+    maps: Annotated[
+        Path | None, typer.Option(parser=as_path, metavar="PATH|URL", help="Relevance store of these shards.")
+    ] = None,
+    gallery: Annotated[int, typer.Option(min=0, help="Entries of the gallery; 0 for none.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of which images the gallery shows.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """One HTML page about runs: accuracy against cost, tables with intervals, training curves, and a gallery of images.
+
+    It needs no network and no other file. What runs lack, it leaves out, and says which command gives it.
+    """
+    with reporting() as progress:
+        from zpipe.train.report import ReportConfig, report
+
+        config = ReportConfig(
+            shards=shards, maps=maps, gallery=gallery, seed=seed, batch_size=batch_size, device=device
+        )
+        path = report(runs, output, config, progress=progress)
+    tell(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser")
+
+
 @app.command("demo")
 def demo_command(
     output: Annotated[
         Path, typer.Argument(help="Folder for everything the demo makes; new, empty, or one to go on with.")
     ] = Path("demo-run"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")] = 0,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Instead: the demo for so many seeds, with further plain ViTs and score sources, as one table."
+        ),
+    ] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="The same line in a minute, with too little data to learn anything.")
     ] = False,
 ) -> None:
-    """The whole line on embedded data in minutes: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, contact sheet."""
+    """The whole line on embedded data in minutes: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, report."""
     with reporting() as progress:
-        from zpipe.demo import run_demo
+        from zpipe.demo import run_demo, run_seeds
 
-        report = run_demo(
-            output, seed=seed, quick=quick, progress=progress, say=lambda line: print(line, file=sys.stderr)
-        )
+        say = lambda line: print(line, file=sys.stderr)  # noqa: E731
+        if seeds:
+            rows = run_seeds(output, seeds, quick=quick, progress=progress, say=say)
+        else:
+            report = run_demo(output, seed=seed, quick=quick, progress=progress, say=say)
+    if seeds:
+        print_rows(rows, title=f"validation scenes, {seeds} seeds")
+        tell(f"written to {output / 'results'}")
+        return
     print_rows(report["rows"], title="validation scenes")
     print_rows([report["maps"]], title="maps on validation scenes")
     for line in report["notes"]:

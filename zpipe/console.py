@@ -65,7 +65,7 @@ def reporting() -> Iterator[ProgressBars | ProgressLines]:
         # torch raises this wherever the main thread happens to be when a worker dies.
         if "DataLoader worker (pid" not in str(error):
             raise
-        fail("a data-loading process was killed, often for want of memory; give fewer --num-workers, run again", (), 1)
+        fail("a data-loading process was killed, often for want of memory; give fewer --data-workers, run again", (), 1)
     except Terminated:
         fail("terminated; run the same command again to go on", (), 1)
     except KeyboardInterrupt:
@@ -75,6 +75,11 @@ def reporting() -> Iterator[ProgressBars | ProgressLines]:
 def tell(line: str) -> None:
     """Print a line of a result, unbroken however narrow the terminal is."""
     out.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def warn(line: str) -> None:
+    """Print a line that is no result to standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def fail(message: str, details: tuple[str, ...], code: int) -> None:

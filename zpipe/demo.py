@@ -1,4 +1,4 @@
-"""The whole line on the embedded data: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, contact sheet.
+"""The whole line on the embedded data: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, report.
 
 Every stage is the one that users run on their own data; this file only says with which settings and in which order.
 """
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
@@ -20,13 +21,21 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.evaluate import EvalConfig, evaluate
 from zpipe.train.loop import TrainConfig
-from zpipe.train.report import contact_sheet
+from zpipe.train.pictures import contact_sheet
+from zpipe.train.report import ReportConfig
+from zpipe.train.report import report as write_report
+from zpipe.train.results import Result, share, write_results
+from zpipe.train.studies import StudyConfig, run_study
 from zpipe.train.train_vit import VitConfig, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
 MARKER = "demo.json"
+SEEDS_MARKER = "demo-seeds.json"
 REPORT = "report.json"
 SHEET = "contact_sheet.png"
+PAGE = "report"
+STUDIES = ("errors", "pruning")  # those that train nothing
+SHOWN_RUNS = ("zoomvit", "plain", "teacher", "zoomer")
 
 SIDE = 48  # pixels of a scene
 COARSE = 8  # pixels of an unzoomed patch; the digits are 11 to 13
@@ -34,7 +43,9 @@ PLAIN = 6  # pixels of the control's patches: 64 tokens, a ZoomViT with 9 zoomed
 BUDGETS = (0, 3, 4, 6, 9)  # zoomed cells; a digit touches four at most places
 SHOWN_BUDGET = 4
 BODY = {"embed_dim": 96, "depth": 6, "num_heads": 3}
-TEACHER = {"patch_size": 4} | BODY
+TEACHER_PATCH = 4
+WIDTHS = (48, 72)  # of further plain ViTs in the table over seeds, beside BODY's
+OTHER_SCORES = ("random", "centre", "entropy")  # what further ZoomViTs in that table are trained with
 BATCH = 64
 
 
@@ -96,7 +107,7 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run every stage into `out`; a folder that a demo was begun in is gone on with.
 
-    Returns {rows, maps, seconds, notes} and leaves them as `report.json`, beside `contact_sheet.png`. quick: the same
+    Returns {rows, maps, seconds, notes} and leaves them as `report.json`, beside `report/index.html` and `contact_sheet.png`. quick: the same
     line on almost no data, to see that it runs. Errors: :class:`UsageError` when `out` holds something else.
     """
     out = Path(out)
@@ -107,12 +118,55 @@ def run_demo(
             raise UsageError(f"{out}: holds a demo with other settings; give another folder")
     else:
         write_json(out / MARKER, settings)
-    if (out / REPORT).is_file() and (out / SHEET).is_file():
+    if (out / REPORT).is_file() and (out / PAGE / "index.html").is_file():
         say(f"{out}: finished before; this is its report")
         return read_json(out / REPORT, "a demo's report")
     report = _Demo(out, seed, QUICK if quick else FULL, progress, say).run()
     write_json(out / REPORT, report)
     return report
+
+
+def run_seeds(
+    out: Path,
+    count: int,
+    *,
+    quick: bool = False,
+    progress: Progress = silent,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """The demo for seeds 0 to `count` - 1, each with plain ViTs of further widths and ZoomViTs under other scores.
+
+    Leaves every seed's demo in `out`/seed-N and all figures in `out`/results/accuracy-gmacs.json; returns a row for each
+    model: means over seeds, and the lowest and highest top-1. A folder that was begun is gone on with.
+    """
+    out = Path(out)
+    claim_folder(out, SEEDS_MARKER, "demo over seeds")
+    write_json(out / SEEDS_MARKER, {"format": "zpipe-demo-seeds", "quick": quick})
+    rows: list[Result] = []
+    for seed in range(count):
+        folder = out / f"seed-{seed}"
+        told = lambda line, seed=seed: say(f"seed {seed}: {line}")  # noqa: E731
+        run_demo(folder, seed=seed, quick=quick, progress=progress, say=told)
+        rows += _Demo(folder, seed, QUICK if quick else FULL, progress, told).further()
+    write_results(out, "accuracy-gmacs", "Accuracy and cost of every model of the demo", "scenes/val", rows)
+    return _over_seeds(rows)
+
+
+def _over_seeds(rows: list[Result]) -> list[dict[str, Any]]:
+    table: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        table.setdefault(str(row.setting["model"]), {}).setdefault(row.metric, []).append(row.value)
+    return [
+        {
+            "model": name,
+            "top1": fmean(found["top1"]),
+            "lowest": min(found["top1"]),
+            "highest": max(found["top1"]),
+            "gmacs": fmean(found["gmacs"]),
+            "gmacs with zoomer": fmean(found["gmacs"]) + fmean(found["gmacs_scores"]),
+        }
+        for name, found in table.items()
+    ]
 
 
 class _Demo:
@@ -138,6 +192,8 @@ class _Demo:
             ("plain-vit", self._plain),
             ("evaluation", self._evaluate_vits),
             ("contact-sheet", self._sheet),
+            ("studies", self._studies),
+            ("report", self._report),
         ]
         for number, (name, stage) in enumerate(stages, start=1):
             self._stage = f"{number}/{len(stages)} {name}"
@@ -151,6 +207,47 @@ class _Demo:
             "seconds": self.seconds | {"all": round(sum(self.seconds.values()), 1)},
             "notes": self._notes(),
         }
+
+    def further(self) -> list[Result]:
+        """Beyond the demo itself: plain ViTs of further widths, ZoomViTs under other scores; all models' figures."""
+        lessons = range(len(self.size.lessons))
+        stages: list[tuple[str, Callable[[], str]]] = []
+        for width in WIDTHS:
+            stages += [(f"lesson-{n}-width-{width}", lambda n=n, w=width: self._lesson(n, w)) for n in lessons]
+            stages.append((f"plain-width-{width}", lambda w=width: self._plain(w)))
+        stages += [(f"zoomvit-{name}", lambda name=name: self._zoomvit(name)) for name in OTHER_SCORES]
+        for number, (name, stage) in enumerate(stages, start=1):
+            self._stage = f"further {number}/{len(stages)} {name}"
+            begun = time.monotonic()
+            self._say(f"{self._stage}: {stage()} ({time.monotonic() - begun:.0f} s)")
+        self._stage = "evaluation"
+        rows: list[Result] = []
+        for width in (BODY["embed_dim"], *WIDTHS):
+            for name, patch in (("teacher", TEACHER_PATCH), ("plain", PLAIN)):
+                run = name + _width_suffix(width)
+                (row,) = self._evaluate(run)
+                rows += self._results(f"plain {patch} px, width {width}", run, row)
+        for name in ("zoomer", *OTHER_SCORES):
+            run = "zoomvit" if name == "zoomer" else f"zoomvit-{name}"
+            for row in self._evaluate(run, alphas=(), budgets=BUDGETS):
+                rows += self._results(f"ZoomViT, {name}, {row['setting']}", run, row)
+        for row in self._evaluate("zoomvit", alphas=(), budgets=BUDGETS, scores="maps"):
+            rows += self._results(f"ZoomViT, teacher's maps in evaluation, {row['setting']}", "zoomvit", row)
+        return rows
+
+    def _results(self, model: str, run: str, row: dict[str, Any]) -> list[Result]:
+        about: dict[str, Any] = {
+            "study": "accuracy-gmacs",
+            "run": f"seed-{self.seed}/{run}",
+            "model": model.split(",")[0],
+        }
+        about |= {"setting": {"model": model}, "seed": self.seed, "n": row["count"]}
+        return [
+            share(**about, metric="top1", right=round(row["top1"] * row["count"])),
+            Result(**about, metric="gmacs", value=row["gmacs"]),
+            Result(**about, metric="gmacs_scores", value=row["gmacs_zoomer"]),
+            Result(**about, metric="tokens", value=row["tokens"]),
+        ]
 
     def _show(self, stage: str, done: int, total: int, **facts: object) -> None:
         self._progress(self._stage, done, total, **facts)
@@ -194,18 +291,20 @@ class _Demo:
             **settings,
         )
 
-    def _teacher_run(self, number: int) -> Path:
+    def _teacher_run(self, number: int, width: int = BODY["embed_dim"]) -> Path:
         last = number == len(self.size.lessons) - 1
-        return self.out / ("teacher" if last else f"teacher-{self.size.lessons[number].side}px")
+        name = "teacher" if last else f"teacher-{self.size.lessons[number].side}px"
+        return self.out / (name + _width_suffix(width))
 
-    def _lesson(self, number: int) -> str:
+    def _lesson(self, number: int, width: int = BODY["embed_dim"]) -> str:
         lesson = self.size.lessons[number]
-        before = str(self._teacher_run(number - 1)) if number else None
+        before = str(self._teacher_run(number - 1, width)) if number else None
+        body = {"patch_size": TEACHER_PATCH} | BODY | {"embed_dim": width}
         config = self._vit(
-            lesson.steps, lesson.lr, lesson, model="deit_tiny_patch16_224", model_args=TEACHER, init_from=before
+            lesson.steps, lesson.lr, lesson, model="deit_tiny_patch16_224", model_args=body, init_from=before
         )
         shards = self.out / "scenes" / f"{lesson.side}px"
-        train_vit(shards, self._teacher_run(number), config, progress=self._show)
+        train_vit(shards, self._teacher_run(number, width), config, progress=self._show)
         return f"{lesson.steps} steps"
 
     def _evaluate_teacher(self) -> str:
@@ -242,7 +341,7 @@ class _Demo:
         row = self.results["zoomer"]
         return f"peak in the digit's box: teacher {row['teacher_pointing_game']:.1%}, zoomer {row['pointing_game']:.1%}"
 
-    def _zoomvit(self) -> str:
+    def _zoomvit(self, scores: str | None = None) -> str:
         config = self._vit(
             self.size.vit_steps,
             3e-3,
@@ -252,20 +351,23 @@ class _Demo:
             init_from=str(self.out / "teacher"),
             zoom_draw="budget",
             max_zoomed=max(BUDGETS),
+            scores=scores,
         )
-        train_vit(self.train_shards, self.out / "zoomvit", config, zoomer=self.out / "zoomer", progress=self._show)
+        out = self.out / ("zoomvit" if scores is None else f"zoomvit-{scores}")
+        zoomer = self.out / "zoomer" if scores is None else None
+        train_vit(self.train_shards, out, config, zoomer=zoomer, progress=self._show)
         return f"{self.size.vit_steps} steps from the teacher's weights"
 
-    def _plain(self) -> str:
+    def _plain(self, width: int = BODY["embed_dim"]) -> str:
         config = self._vit(
             self.size.vit_steps,
             3e-3,
             self.size.lessons[-1],
             model="deit_tiny_patch16_224",
-            model_args={"patch_size": PLAIN} | BODY,
-            init_from=str(self.out / "teacher"),
+            model_args={"patch_size": PLAIN} | BODY | {"embed_dim": width},
+            init_from=str(self._teacher_run(len(self.size.lessons) - 1, width)),
         )
-        train_vit(self.train_shards, self.out / "plain", config, progress=self._show)
+        train_vit(self.train_shards, self.out / f"plain{_width_suffix(width)}", config, progress=self._show)
         return f"{self.size.vit_steps} steps from the teacher's weights"
 
     def _evaluate_vits(self) -> str:
@@ -279,6 +381,18 @@ class _Demo:
         path = self.out / SHEET
         contact_sheet(self.out / "zoomvit", self.val_shards, self.out / "maps" / "val", path, budget=SHOWN_BUDGET)
         return str(path)
+
+    def _studies(self) -> str:
+        evaluation = EvalConfig(alphas=(), batch_size=100, device="cpu")
+        for name in STUDIES:
+            run_study(
+                name, self.out / "zoomvit", self.val_shards, StudyConfig(evaluation=evaluation), progress=self._show
+            )
+        return f"{', '.join(STUDIES)}: {self.out / 'zoomvit' / 'results'}"
+
+    def _report(self) -> str:
+        config = ReportConfig(shards=self.val_shards, maps=self.out / "maps" / "val", device="cpu")
+        return str(write_report([self.out / name for name in SHOWN_RUNS], self.out / PAGE, config, self._show))
 
     def _rows(self) -> list[dict[str, Any]]:
         rows = [("teacher, plain 4 px", self.results["teacher"]), (f"plain {PLAIN} px", self.results["plain"])]
@@ -306,8 +420,12 @@ class _Demo:
             )
         return [
             *notes,
-            f"all of it took {sum(self.seconds.values()) / 60:.1f} minutes; the picture: {self.out / SHEET}",
+            f"all of it took {sum(self.seconds.values()) / 60:.1f} minutes; the page: {self.out / PAGE / 'index.html'}",
         ]
+
+
+def _width_suffix(width: int) -> str:
+    return "" if width == BODY["embed_dim"] else f"-width-{width}"
 
 
 def _row(name: str, row: dict[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Joined:
 
 @dataclass
 class _Held:
-    """A shard in memory; samples are let go as they are taken."""
+    """A shard in memory; samples are let go as they are taken for the last time."""
 
     samples: list[Sample | None]
     maps: np.ndarray | None  # [n, gh, gw], rows of the index
@@ -109,12 +109,11 @@ class ShardJoin:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def expect(self, wanted: Sequence[tuple[np.ndarray, np.ndarray]], plan: Plan) -> None:
-        """Say what will be taken, in order, as (shards, rows): so we know when a shard is used up and which comes next."""
-        order = np.concatenate([np.zeros(0, np.int64), *(shards for shards, _ in wanted)])
-        shards, first, counts = np.unique(order, return_index=True, return_counts=True)
+    def expect(self, plan: Plan) -> None:
+        """Say what will be taken, in order: so we know when a shard is used up and which comes next."""
+        shards, first, counts = np.unique(plan.shard, return_index=True, return_counts=True)
         self._left = dict(zip(shards.tolist(), counts.tolist(), strict=True))
-        lane_of = dict(zip(plan.shard.tolist(), plan.lane.tolist(), strict=True)) if len(order) else {}
+        lane_of = dict(zip(shards.tolist(), plan.lane[first].tolist(), strict=True))
         lanes: dict[int, list[int]] = {}
         for shard in shards[np.argsort(first)].tolist():
             lanes.setdefault(lane_of[shard], []).append(shard)
@@ -122,8 +121,8 @@ class ShardJoin:
             for shard, following in zip(lane, lane[1:], strict=False):
                 self._fetch_at[shard] = (self._left[shard] // 2, following)
 
-    def take(self, shard_number: int, row: int) -> Joined | None:
-        """One sample; None when its tar is damaged and that is to be skipped.
+    def take(self, shard_number: int, row: int, *, last: bool = True) -> Joined | None:
+        """One sample; None when its tar is damaged and that is to be skipped. `last`: it won't be taken again.
 
         Errors: :class:`ZpipeError` for a damaged tar or store, and for a sample without a usable map (`missing="error"`).
         """
@@ -137,17 +136,18 @@ class ShardJoin:
             self._coming[following] = self._pool.submit(self._read, following)
         if self._left[shard_number] == 0:
             del self._held[shard_number]
-        return None if held is None else self._joined(shard_number, row, held)
+        return None if held is None else self._joined(shard_number, row, held, last)
 
     def pop_damaged(self) -> list[str]:
         """What was found damaged since the last call, a line each."""
         found, self._damaged = self._damaged, []
         return found
 
-    def _joined(self, shard_number: int, row: int, held: _Held) -> Joined:
+    def _joined(self, shard_number: int, row: int, held: _Held, last: bool) -> Joined:
         shard, sample = self._shards[shard_number], held.samples[row]
-        assert sample is not None  # the plan names every row once
-        held.samples[row] = None
+        assert sample is not None  # only its last use lets it go
+        if last:
+            held.samples[row] = None
         if self._maps is None or held.maps is None:
             return Joined(shard, shard_number, row, sample, None, None)
         place = held.row_of.get(sample.key)

@@ -21,7 +21,16 @@ from zpipe.schemas.geometry import Box
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.storage import as_path
 from zpipe.train.data.join import MISSING_POLICIES, Joined, Missing, ShardJoin, check_store, usable_rows
-from zpipe.train.data.order import Plan, lane_count, plan_epoch, shards_of_rank
+from zpipe.train.data.order import (
+    Plan,
+    deal,
+    fresh_per_batch,
+    lane_count,
+    last_uses,
+    plan_epoch,
+    shard_order,
+    whole_batches,
+)
 from zpipe.train.data.stream import list_shards
 from zpipe.train.data.transforms import (
     Augment,
@@ -51,23 +60,28 @@ class RelevanceLoader:
         object_box float32 [B, 4], the object's box in fractions of the crop (when every sample's .json has a `box`)
 
     Order: see `zpipe.train.data.order`. An epoch holds every sample once; training leaves out the last samples that fill no
-    batch, and those by which a rank exceeds the smallest, so that all ranks take `len(loader)` steps (`epoch_counts` says
-    how many). What a sample's view looks like depends on (seed, epoch, sample) alone.
+    batch (`epoch_counts` says how many). Of every batch of training each rank takes `batch_size` samples, so the batches of
+    all ranks put together are those of one process with `batch_size * world_size`, and all ranks take `len(loader)` steps.
+    Evaluation deals whole shards to ranks; one that gets none yields nothing. What a sample's view looks like depends on
+    (seed, epoch, sample, repeat) alone.
 
     `state_dict()` after a batch, loaded into a new loader in the same or another process, goes on with the batch behind it:
-    the same batches, also with another number of workers.
+    the same batches, also with another number of workers, and in training of ranks, where `batch_size * world_size` stays.
 
     Args:
         shards: folder or URL of tars that `zpipe make-shards` wrote, public tars (jpg + cls or json), or one tar.
         maps: relevance store (path, URL or an open one) made from these shards.
+        batch_size: samples in a batch of this rank.
         augment: "train" (random crops and flips, shuffled) or "eval" (centre crops, every sample, in order).
+        repeats: how often a batch of training holds each of its samples, in different views (repeated augmentation, Hoffer
+            et al. 2020). An epoch has as many batches as without, and sees a part of the samples, another one every time.
         missing: what a sample without a usable map does: "error", "skip" (left out), "uniform" (a map of ones).
         damaged: what a tar does that is truncated or altered: "error", or "skip", which makes batches smaller by its
             samples and tells its name in `damaged_shards`.
         view: crop, flip and colour settings; `augment` overrides its mode.
 
-    Memory: each of the 8 or so shards that an epoch is mixed from is held undecoded in one of the workers, 110 MB each for
-    ImageNet in tars of 1,000. Errors: :class:`UsageError` / :class:`ZpipeError` naming folder, tar or key.
+    Memory: each of the 8 or so shards that an epoch is mixed from is held undecoded in one of the workers of all ranks,
+    110 MB each for ImageNet in tars of 1,000. Errors: :class:`UsageError` / :class:`ZpipeError` naming folder, tar or key.
     """
 
     def __init__(
@@ -84,12 +98,14 @@ class RelevanceLoader:
         world_size: int = 1,
         missing: Missing = "error",
         damaged: Damaged = "error",
+        repeats: int = 1,
         view: ViewConfig | None = None,
     ) -> None:
-        if batch_size < 1 or image_size < 1 or not 0 <= rank < world_size or num_workers < 0 or seed < 0:
+        low = batch_size < 1 or image_size < 1 or num_workers < 0 or seed < 0 or repeats < 1
+        if low or not 0 <= rank < world_size:
             raise UsageError(
                 f"batch_size={batch_size}, image_size={image_size}, rank={rank} of {world_size}, "
-                f"num_workers={num_workers}, seed={seed}: out of range"
+                f"num_workers={num_workers}, seed={seed}, repeats={repeats}: out of range"
             )
         if missing not in MISSING_POLICIES:
             raise UsageError(f"missing={missing!r}; choose one of {', '.join(MISSING_POLICIES)}")
@@ -106,8 +122,9 @@ class RelevanceLoader:
         self.damaged_shards: list[str] = []
         self.view = replace(view or ViewConfig(), augment=augment)
         self.train = augment == "train"
+        self.repeats = repeats if self.train else 1
         self.epoch = 0
-        self._lanes = lane_count(num_workers, train=self.train)
+        self._lanes = self._own_lanes()
         self._start = self._next = 0  # the batch that the next iteration begins with; the one behind the last yielded
         self.maps: RelevanceMaps | None = None
         self._rows = [np.arange(shard.entry.count) for shard in self.shards]
@@ -126,10 +143,41 @@ class RelevanceLoader:
         """Samples in the data set (all ranks), those left out by `missing="skip"` not counted."""
         return sum(map(len, self._rows))
 
+    def draw(self, count: int, *, shards: int, seed: int = 0) -> int:
+        """Serve only `count` samples from now on, drawn by seed, in the order they had; returns how many shards they are from.
+
+        `shards` of the shards are drawn first, more only where these hold too few samples, so that a look at a large data
+        set reads little of it. Errors: :class:`UsageError` when the loader trains.
+        """
+        if self.train:
+            raise UsageError("samples are drawn for looking at them; training takes all of them")
+        rng = np.random.default_rng(seed)
+        chosen: list[int] = []
+        held = 0
+        for shard in rng.permutation(len(self.shards)).tolist():
+            if len(chosen) >= shards and held >= count:
+                break
+            chosen.append(shard)
+            held += len(self._rows[shard])
+        chosen.sort()
+        rows = [(shard, int(row)) for shard in chosen for row in self._rows[shard]]
+        kept = np.sort(rng.choice(len(rows), size=min(count, len(rows)), replace=False)).tolist()
+        drawn: dict[int, list[int]] = {shard: [] for shard in range(len(self.shards))}
+        for shard, row in (rows[place] for place in kept):
+            drawn[shard].append(row)
+        self._rows = [np.asarray(drawn[shard], np.int64) for shard in range(len(self.shards))]
+        return sum(1 for own in drawn.values() if own)
+
+    @property
+    def global_batch(self) -> int:
+        """Samples in a batch of all ranks together, repeats counted."""
+        return self.batch_size * self.world_size
+
     def epoch_counts(self) -> dict[str, int]:
-        """What an epoch does with the samples of all ranks: `served`, `dropped` (they fill no batch on every rank), and
-        `skipped` or `uniform` (no usable map)."""
-        served = len(self) * self.batch_size * self.world_size if self.train else self.sample_count
+        """What an epoch does with the samples of all ranks: `served`, `dropped` (they fill no batch, or the repeats of others
+        took their place), and `skipped` or `uniform` (no usable map)."""
+        fresh = fresh_per_batch(self.global_batch, self.repeats)
+        served = len(self) * fresh if self.train else self.sample_count
         counts = {"served": served, "dropped": self.sample_count - served}
         if self.missing != "error":
             counts["skipped" if self.missing == "skip" else "uniform"] = self._unusable
@@ -139,7 +187,11 @@ class RelevanceLoader:
         """Choose the order of the next iteration. The epoch of a loaded state is gone on with, another begins at its start."""
         if epoch != self.epoch:
             self.epoch, self._start, self._next = epoch, 0, 0
-            self._lanes = lane_count(self.num_workers, train=self.train)
+            self._lanes = self._own_lanes()
+
+    def _own_lanes(self) -> int:
+        workers = max(1, self.num_workers)
+        return lane_count(workers * self.world_size if self.train else workers, train=self.train)
 
     def state_dict(self) -> dict[str, int]:
         """Where we are: behind the batch that was yielded last. A handful of numbers."""
@@ -150,14 +202,19 @@ class RelevanceLoader:
             "seed": self.seed,
             "batch_size": self.batch_size,
             "world_size": self.world_size,
+            "repeats": self.repeats,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where `state_dict()` was taken. Errors: :class:`UsageError` when this loader orders its samples otherwise."""
-        for name in ("seed", "batch_size", "world_size"):
-            if state[name] != getattr(self, name):
+        own = self.state_dict()
+        names = ["seed", "repeats"]
+        if not self.train or state["batch_size"] * state["world_size"] != self.global_batch:
+            names += ["batch_size", "world_size"]
+        for name in names:
+            if state[name] != own[name]:
                 raise UsageError(
-                    f"{self.path}: the state was taken with {name}={state[name]}, this loader has {getattr(self, name)}; "
+                    f"{self.path}: the state was taken with {name}={state[name]}, this loader has {own[name]}; "
                     "use the same, or begin with the next epoch"
                 )
         self.epoch, self._lanes = state["epoch"], state["lanes"]
@@ -165,16 +222,19 @@ class RelevanceLoader:
 
     def __len__(self) -> int:
         """Batches of a whole epoch; equal on all ranks when training."""
-        if not self.train:
-            return -(-self._count_of(self.rank) // self.batch_size)
-        return min(self._count_of(rank) for rank in range(self.world_size)) // self.batch_size
+        if self.train:
+            return self.sample_count // self.global_batch
+        return -(-sum(len(self._rows[shard]) for shard in self._shards_to_evaluate()) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         total = len(self)
+        if total == 0 and not self.train and self.world_size > 1:  # the other ranks have them all
+            return
         if total == 0:
+            ranks = "" if self.world_size == 1 else f" on each of {self.world_size} ranks"
             raise UsageError(
-                f"{self.path}: too few samples ({self.sample_count}) for one batch of {self.batch_size} on each of "
-                f"{self.world_size} ranks; lower the batch size, or make more and smaller shards"
+                f"{self.path}: too few samples ({self.sample_count}) for one batch of {self.batch_size}{ranks}; lower "
+                "the batch size, or add data"
             )
         start, self._start = self._start, 0
         self._next = start % total if start == total else start
@@ -195,7 +255,7 @@ class RelevanceLoader:
                     if part is None:
                         raise ZpipeError(
                             f"{self.path}: the epoch ended at batch {number} of {total}; "
-                            "run the same command with --num-workers 0 to see why"
+                            "run the same command with --data-workers 0 to see why"
                         )
                     if isinstance(part, ZpipeError):
                         raise part
@@ -210,19 +270,24 @@ class RelevanceLoader:
             with _interrupts_held():
                 del arrived
 
-    def _order_of(self, rank: int, epoch: int) -> np.ndarray:
-        return shards_of_rank(
-            len(self.shards), self.seed, epoch, rank=rank, world_size=self.world_size, shuffle=self.train
-        )
-
-    def _count_of(self, rank: int) -> int:
-        return sum(len(self._rows[i]) for i in self._order_of(rank, self.epoch))
+    def _shards_to_evaluate(self) -> np.ndarray:
+        return np.arange(len(self.shards))[self.rank :: self.world_size]
 
     def plan(self, epoch: int) -> Plan:
         """This rank's samples of an epoch, in order."""
-        order = self._order_of(self.rank, epoch)
-        rows = [self._rows[i] for i in order]
-        return plan_epoch(order.tolist(), rows, self._lanes, seed=self.seed, epoch=epoch, shuffle=self.train)
+        order = (
+            shard_order(len(self.shards), self.seed, epoch, shuffle=True) if self.train else self._shards_to_evaluate()
+        )
+        rows = [self._rows[shard] for shard in order]
+        plan = plan_epoch(order.tolist(), rows, self._lanes, seed=self.seed, epoch=epoch, shuffle=self.train)
+        if not self.train:
+            return plan
+        plan = whole_batches(plan, self.global_batch, self.repeats)
+        return plan[deal(plan, self.global_batch, self.world_size) == self.rank]
+
+    def reader(self, lane: np.ndarray, workers: int) -> np.ndarray:
+        """Which of this rank's workers reads each lane."""
+        return (lane // self.world_size if self.train else lane) % workers
 
 
 @contextmanager
@@ -247,11 +312,11 @@ def _interrupts_held() -> Iterator[None]:
 
 @dataclass
 class _Request:
-    """One worker's part of a batch: places in the batch, and which samples belong there."""
+    """One worker's part of a batch: places in the batch, which samples belong there, and whether that is their last use."""
 
     slots: np.ndarray
-    shards: np.ndarray
-    rows: np.ndarray
+    plan: Plan
+    last: np.ndarray
 
 
 class _Parts(torch.utils.data.IterableDataset):
@@ -271,26 +336,33 @@ class _Parts(torch.utils.data.IterableDataset):
         loader, info = self.loader, get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         plan = loader.plan(self.epoch)
-        mine = plan.lane % workers == worker  # [n]
         size = loader.batch_size
-        requests = []
-        for number in self.batches:
-            slots = np.flatnonzero(mine[number * size : (number + 1) * size])
-            places = slots + number * size
-            requests.append(_Request(slots, plan.shard[places], plan.row[places]))
+        plan = plan[self.batches.start * size : self.batches.stop * size]
+        mine = np.flatnonzero(loader.reader(plan.lane, workers) == worker)
+        plan, batch, slot = plan[mine], mine // size, mine % size
+        last = last_uses(plan)
+        edges = np.searchsorted(batch, np.arange(len(self.batches) + 1))
+        spans = [slice(*edges[number : number + 2]) for number in range(len(self.batches))]
+        requests = [_Request(slot[span], plan[span], last[span]) for span in spans]
         with ShardJoin(loader.shards, loader.maps, loader.missing, skip_damaged=loader.damaged == "skip") as join:
-            join.expect([(request.shards, request.rows) for request in requests], plan)
+            join.expect(plan)
             stages = [lambda: iter(requests), _taker(join), _viewer(loader, self.epoch), _stacker(loader, join)]
             yield from wds.DataPipeline(*stages)
 
 
 def _taker(join: ShardJoin):
-    """A stage: requests into lists of (slot, sample joined with its map). Samples of damaged tars are missing from them."""
+    """A stage: requests into lists of (slot, repeat, sample joined with its map). Samples of damaged tars are missing from them."""
 
-    def stage(requests: Iterable[_Request]) -> Iterator[list[tuple[int, Joined]]]:
+    def stage(requests: Iterable[_Request]) -> Iterator[list[tuple[int, int, Joined]]]:
         for request in requests:
-            found = (join.take(int(shard), int(row)) for shard, row in zip(request.shards, request.rows, strict=True))
-            yield [(int(slot), item) for slot, item in zip(request.slots, found, strict=True) if item is not None]
+            wanted = request.plan
+            columns = (request.slots, wanted.copy, wanted.shard, wanted.row, request.last)
+            part = []
+            for slot, copy, shard, row, last in zip(*(column.tolist() for column in columns), strict=True):
+                item = join.take(shard, row, last=last)
+                if item is not None:
+                    part.append((slot, copy, item))
+            yield part
 
     return stage
 
@@ -298,20 +370,20 @@ def _taker(join: ShardJoin):
 def _viewer(loader: RelevanceLoader, epoch: int):
     """A stage: decode, draw one view, apply it to image, map and box."""
 
-    def stage(parts: Iterable[list[tuple[int, Joined]]]) -> Iterator[list[dict]]:
+    def stage(parts: Iterable[list[tuple[int, int, Joined]]]) -> Iterator[list[dict]]:
         for part in parts:
-            yield [{"slot": slot} | _viewed(loader, epoch, item) for slot, item in part]
+            yield [{"slot": slot} | _viewed(loader, epoch, copy, item) for slot, copy, item in part]
 
     return stage
 
 
-def _viewed(loader: RelevanceLoader, epoch: int, item: Joined) -> dict[str, Any]:
+def _viewed(loader: RelevanceLoader, epoch: int, copy: int, item: Joined) -> dict[str, Any]:
     sample = item.sample
     where = f"{item.shard.path}: key {sample.key}"
     if sample.label is None:
         raise ZpipeError(f"{where}: has no label (.cls, or label in .json); add one")
     # One draw for image, map and box; of its own seed, so that it doesn't matter who makes it and when.
-    rng = np.random.default_rng([loader.seed, epoch, item.shard_number, item.row])
+    rng = np.random.default_rng([loader.seed, epoch, item.shard_number, item.row, *([copy] if copy else [])])
     try:
         image, view, source = decode(sample.image, lambda size: draw_view(rng, *size, loader.view), loader.image_size)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -1,16 +1,20 @@
 """Which sample comes when: pure functions of counts, seed and epoch. No file is touched.
 
-An epoch permutes the shards and deals them to ranks. A rank reads its shards in `lanes`, side by side: each lane goes
-through its shards one after the other, each shard's samples shuffled, and samples are taken from the lanes in turn. Batches are
-consecutive samples of that sequence, so which samples a batch holds depends on (seed, epoch, rank, world size, batch size,
-lanes), not on how many processes work at it; an epoch can be entered at any batch. A lane belongs to one worker, which is the only
-one that reads its shards.
+An epoch of training permutes the shards and reads them in `lanes`, side by side: each lane goes through its shards one
+after the other, each shard's samples shuffled, and samples are taken from the lanes in turn. Batches are consecutive
+samples of that sequence, so which samples a batch holds depends on (seed, epoch, batch size, repeats, lanes), not on how
+many ranks and processes work at it; an epoch can be entered at any batch.
+
+A batch is that of all ranks together. A lane belongs to one rank and to one of its workers, which alone read its shards,
+as long as that gives every rank its equal part of the batch. Where it doesn't, because lanes have ended or there are fewer
+than ranks, the ranks that have too little take from the others' lanes and read these shards too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import numpy as np
 
@@ -19,38 +23,44 @@ LEAST_LANES = 8  # shards that a batch is mixed from, at least
 
 @dataclass(frozen=True)
 class Plan:
-    """One rank's epoch, sample by sample: shard (position in the data set's list), row in that shard, lane. int64 [n] each."""
+    """An epoch, sample by sample: shard (position in the data set's list), row in that shard, lane, and which of its
+    repeats this is, from 0. int64 [n] each.
+    """
 
     shard: np.ndarray
     row: np.ndarray
     lane: np.ndarray
+    copy: np.ndarray
 
     def __len__(self) -> int:
         return len(self.shard)
+
+    def __getitem__(self, places: np.ndarray | slice) -> Self:
+        """The samples at these places."""
+        return replace(self, **{field.name: getattr(self, field.name)[places] for field in fields(self)})
 
 
 def lane_count(num_workers: int, *, train: bool) -> int:
     """Lanes for that many workers: the least number from 8 on that they share evenly, which is 8 for 0, 1, 2, 4 and 8 workers.
 
-    Evaluation shuffles nothing and takes a lane a worker, so that one process reads in the order of the shards.
+    Training counts the workers of all ranks. Evaluation shuffles nothing and takes a lane a worker, so that one process
+    reads in the order of the shards.
     """
     workers = max(1, num_workers)
     return -(-LEAST_LANES // workers) * workers if train else workers
 
 
-def shards_of_rank(count: int, seed: int, epoch: int, *, rank: int, world_size: int, shuffle: bool) -> np.ndarray:
-    """The shards that one rank reads in an epoch, in order; every shard goes to exactly one rank."""
-    order = np.random.default_rng([seed, epoch]).permutation(count) if shuffle else np.arange(count)
-    return order[rank::world_size]
+def shard_order(count: int, seed: int, epoch: int, *, shuffle: bool) -> np.ndarray:
+    """The shards in the order in which an epoch begins them. int64 [count]"""
+    return np.random.default_rng([seed, epoch]).permutation(count) if shuffle else np.arange(count)
 
 
 def plan_epoch(
     shards: Sequence[int], rows: Sequence[np.ndarray], lanes: int, *, seed: int, epoch: int, shuffle: bool
 ) -> Plan:
-    """The sequence of one rank's samples.
+    """The sequence of samples, each once.
 
-    shards: its shards in order; rows: for each of them, the rows that take part. 24 bytes a sample, 30 MB for ImageNet on
-    one rank.
+    shards: in order; rows: for each of them, the rows that take part. 32 bytes a sample, 41 MB for ImageNet.
     """
     parts: list[tuple[np.ndarray, ...]] = []
     for lane in range(min(lanes, len(shards))):
@@ -65,7 +75,63 @@ def plan_epoch(
         parts.append((shard, row, np.full(len(row), lane), np.arange(len(row))))
     if not parts:
         empty = np.zeros(0, np.int64)
-        return Plan(empty, empty, empty)
+        return Plan(empty, empty, empty, empty)
     shard, row, lane, turn = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     order = np.lexsort((lane, turn))  # in turn; a lane that has ended is passed over
-    return Plan(shard[order], row[order].astype(np.int64), lane[order])
+    return Plan(shard[order], row[order].astype(np.int64), lane[order], np.zeros(len(row), np.int64))
+
+
+def fresh_per_batch(batch_size: int, repeats: int) -> int:
+    """Different samples in a batch when each of them comes `repeats` times."""
+    least = -(-batch_size // repeats)
+    if repeats == 1 or least < LEAST_LANES**2:
+        return least
+    # Some come once less, so that every lane gives equally many to each batch, and ranks needn't share shards.
+    return -(-least // LEAST_LANES) * LEAST_LANES
+
+
+def whole_batches(plan: Plan, batch_size: int, repeats: int) -> Plan:
+    """The samples of an epoch's full batches, [batches * batch_size]; what is left over is dropped.
+
+    With `repeats` a batch holds `fresh_per_batch` samples, one after the other, then all of them again, and so on until it
+    is full. There are as many batches as without, so an epoch sees a part of the samples only: another part every time.
+    """
+    batches = len(plan) // batch_size
+    place = np.arange(batch_size)
+    fresh = fresh_per_batch(batch_size, repeats)
+    taken = plan[(np.arange(batches)[:, None] * fresh + place % fresh).ravel()]
+    return replace(taken, copy=np.tile(place // fresh, batches))
+
+
+def deal(plan: Plan, batch_size: int, world_size: int) -> np.ndarray:
+    """The rank that takes each sample of the full batches in `plan`: `batch_size / world_size` of every batch. int64 [n]
+
+    A sample goes to the rank of its lane. Those beyond a rank's part, always of its last lanes, go to ranks with room.
+    """
+    rank = plan.lane % world_size
+    part = batch_size // world_size
+    batch = np.repeat(np.arange(len(plan) // batch_size), batch_size)
+    held = np.bincount(batch * world_size + rank, minlength=len(plan) // part).reshape(-1, world_size)
+    uneven = np.flatnonzero((held[batch] != part).any(axis=1)) if world_size > 1 else np.zeros(0, np.int64)
+    if not len(uneven):
+        return rank
+    order = uneven[np.lexsort((uneven, plan.lane[uneven], rank[uneven], batch[uneven]))]
+    group = batch[order] * world_size + rank[order]  # ascending
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    place = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))  # within (batch, rank)
+    excess = order[place >= part]
+    room = np.maximum(part - held, 0)  # [batches, ranks]; in every batch it adds up to the excess
+    rank = rank.copy()
+    rank[excess] = np.repeat(np.tile(np.arange(world_size), len(held)), room.ravel())
+    return rank
+
+
+def last_uses(plan: Plan) -> np.ndarray:
+    """Which samples of the plan don't come again in it. bool [n]"""
+    if not plan.copy.any():
+        return np.ones(len(plan), bool)
+    order = np.lexsort((plan.row, plan.shard))  # stable: of equal samples the one that comes last is behind the others
+    shard, row = plan.shard[order], plan.row[order]
+    last = np.ones(len(plan), bool)
+    last[order[:-1]] = (shard[1:] != shard[:-1]) | (row[1:] != row[:-1])
+    return last

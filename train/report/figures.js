@@ -1,0 +1,105 @@
+"use strict";
+
+// Plots and tables. Text from files is set as text, never as markup; what goes to Plotly was escaped where it was made.
+zpipe.figures = (() => {
+  // Told apart on white and on black, and by people who see few colours; the marks differ as well.
+  const COLOURS = ["#2f7ed8", "#e0662b", "#2a9d6e", "#b25bc4", "#c58a12", "#d6456f", "#1b9fb3", "#8a7560"];
+  const SYMBOLS = ["circle", "diamond", "square", "triangle-up", "x", "star", "cross", "triangle-down"];
+  const DASHES = ["solid", "dash", "dot", "dashdot"];
+  const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+  const described = new Map(); // plot's element -> its figure
+  const drawn = new Set();
+
+  /** An element with its attributes and children; strings among the children become text. */
+  function make(tag, attributes = {}, ...children) {
+    const node = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (value === false || value === null || value === undefined) continue;
+      if (name === "class") node.className = value;
+      else node.setAttribute(name, value === true ? "" : value);
+    }
+    node.append(...children.filter((child) => child !== null && child !== undefined));
+    return node;
+  }
+
+  function colour(name) {
+    return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  }
+
+  function traces(figure) {
+    return figure.data.map(({ series, dashed, ...trace }) => {
+      const ink = COLOURS[series % COLOURS.length];
+      const round = Math.floor(series / COLOURS.length);
+      const out = { ...trace };
+      if (trace.type === "bar") out.marker = { color: ink, opacity: 0.7 };
+      else {
+        out.marker = { color: ink, size: 9, symbol: SYMBOLS[(series + round) % SYMBOLS.length] };
+        out.line = { color: ink, width: 2, dash: dashed ? "dash" : DASHES[round % DASHES.length] };
+      }
+      for (const bars of ["error_x", "error_y"]) {
+        if (trace[bars]) out[bars] = { ...trace[bars], color: ink, thickness: 1.2, width: 4 };
+      }
+      return out;
+    });
+  }
+
+  function layout(figure) {
+    const axis = { gridcolor: colour("--grid"), zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true };
+    const titled = (own) => ({ ...axis, ...own, title: { ...own.title, font: { size: 13 }, standoff: 10 } });
+    const few = figure.data.length <= 8;
+    return {
+      ...figure.layout,
+      xaxis: titled(figure.layout.xaxis),
+      yaxis: titled(figure.layout.yaxis),
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      font: { color: colour("--text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
+      hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--quiet"), font: { color: colour("--text") }, align: "left" },
+      hovermode: "closest",
+      margin: { l: 60, r: 16, t: 16, b: 48 },
+      height: few ? 380 : 380 + 10 * figure.data.length,
+      showlegend: true,
+      legend: { orientation: "h", y: -0.18, yanchor: "top", x: 0 },
+    };
+  }
+
+  function figure(told) {
+    const plot = make("div", { class: "plot", role: "img", "aria-label": `${told.title}. Its figures are in the table below.` });
+    const caption = make("figcaption", {}, make("h3", {}, told.title), told.note ? make("p", {}, told.note) : null);
+    described.set(plot, told);
+    watch.observe(plot);
+    return make("figure", { class: "figure", id: `figure-${told.id}` }, caption, plot);
+  }
+
+  function draw(plot) {
+    const told = described.get(plot);
+    Plotly.react(plot, traces(told), layout(told), CONFIG);
+    drawn.add(plot);
+  }
+
+  // A plot takes a tenth of a second: it is drawn when it comes near, and the page is there at once.
+  const watch = new IntersectionObserver(
+    (seen) => {
+      for (const { target } of seen.filter((one) => one.isIntersecting)) {
+        watch.unobserve(target);
+        draw(target);
+      }
+    },
+    { rootMargin: "600px" },
+  );
+  addEventListener("beforeprint", () => described.forEach((_, plot) => draw(plot)));
+
+  function table(told) {
+    const caption = make("caption", {}, told.caption, told.note ? make("span", {}, told.note) : null);
+    const head = make("tr", {}, ...told.columns.map((name) => make("th", { scope: "col" }, name)));
+    const rows = told.rows.map((row) =>
+      make("tr", {}, ...row.map((text, i) => (i === 0 ? make("th", { scope: "row" }, text) : make("td", {}, text)))),
+    );
+    const whole = make("table", {}, caption, make("thead", {}, head), make("tbody", {}, ...rows));
+    // Wide tables scroll; what scrolls must be reachable by keyboard.
+    return make("div", { class: "table", tabindex: "0", role: "region", "aria-label": told.caption }, whole);
+  }
+
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(draw));
+  return { make, figure, table };
+})();

@@ -1,0 +1,309 @@
+"""The models on a few samples: what the page's gallery shows, as JSON.
+
+Measured, an entry takes 3.5 KB of the page for scenes of 48 pixels and some 20 KB for photos of 224, of which the JPEG is 18
+and the scores, in full, 1. Two thousand photos make a page of 45 MB; while it is made they are held in memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from zpipe.schemas.progress import Progress
+from zpipe.schemas.relevance_maps import RelevanceMaps
+from zpipe.train.checkpoint import Preprocessing, Run, load_run
+from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.data.transforms import ViewConfig
+from zpipe.train.evaluate import EvalConfig, choose_run_source
+from zpipe.train.loop import resolve_device
+from zpipe.train.models.fusion import FusedViT
+from zpipe.train.models.zoomvit import ZoomViT
+from zpipe.train.report.runs import RunRecord
+from zpipe.train.scoring import ScoreSource, check_grid
+from zpipe.train.train_vit import check_labels
+
+THUMBNAIL = 224  # pixels a side at most
+JPEG_QUALITY = 85
+TOP = 5
+SHARDS_READ = 16  # of a large data set; an ImageNet tar is 110 MB
+FALLBACK_ZOOM = {"alpha": 0.1}  # of a run that has not been evaluated
+
+
+@dataclass
+class _Shown:
+    """A model in the gallery. view: its place among the crops; source: the place of its scores in an entry."""
+
+    record: RunRecord
+    opened: Run
+    source: ScoreSource | None
+    zoom: dict[str, Any]
+    view: int = 0
+    top: list[list[list[float]]] = field(default_factory=list)  # an entry, a class: [index, probability]
+    truth: list[float] = field(default_factory=list)  # probability of the true class
+    scores: list[np.ndarray] = field(default_factory=list)  # float32 [s * s] an entry
+
+
+@dataclass
+class _View:
+    """One crop of the data set. side: pixels of the pictures made of it so far."""
+
+    crop_pct: float
+    side: int = 0
+    pictures: list[str] = field(default_factory=list)
+    maps: list[str] = field(default_factory=list)
+    grid: tuple[int, int] | None = None
+    boxes: list[list[float] | None] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def build_gallery(
+    records: Sequence[RunRecord],
+    shards: Path,
+    maps: Path | None,
+    *,
+    count: int,
+    seed: int,
+    batch_size: int,
+    device: str,
+    progress: Progress,
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Run the finished classifiers among `records` on `count` samples of `shards`, drawn by seed.
+
+    Every model takes the middle zoom of its evaluation. Returns the gallery, None when no model can be shown, and a line for
+    every run that was left out and why. Errors: :class:`UsageError`, :class:`ZpipeError` naming shards, store or key.
+    """
+    store = None if maps is None else RelevanceMaps(maps, normalise="minmax")
+    shown, notes = _open(records, store)
+    if not shown:
+        return None, notes
+    target = resolve_device(device)
+    views: list[_View] = []
+    groups: dict[tuple[float, int], list[_Shown]] = {}
+    for model in shown:
+        crop = model.opened.preprocessing.crop_pct
+        groups.setdefault((crop, model.opened.preprocessing.image_size), []).append(model)
+        if all(view.crop_pct != crop for view in views):
+            views.append(_View(crop_pct=crop))
+        model.view = [view.crop_pct for view in views].index(crop)
+    keys: list[str] = []
+    labels: list[int] = []
+    drawn_from = (0, 0)
+    classes: tuple[str, ...] = ()
+    total = 0
+    done = 0
+    for (_, side), models in groups.items():
+        loader = _loader(models[0].opened.preprocessing, shards, store, batch_size)
+        total, classes = loader.sample_count, loader.index.classes
+        drawn_from = (loader.draw(count, shards=SHARDS_READ, seed=seed), len(loader.shards))
+        view = views[models[0].view]
+        larger = side > view.side
+        if larger:  # of two models with one crop, the one that sees more pixels gives the pictures
+            view.side, view.pictures, view.maps, view.boxes = side, [], [], []
+        keys, labels = [], []
+        for batch in loader:
+            keys += batch["key"]
+            labels += batch["label"].tolist()
+            if larger:
+                _look(view, batch)
+            for model in models:
+                _run(model, batch, target)
+            done += len(batch["key"])
+            progress("gallery", done, len(groups) * min(count, total))
+    return _assemble(shown, views, keys, labels, classes, store, total, drawn_from, shards, seed), notes
+
+
+def _open(records: Sequence[RunRecord], store: RelevanceMaps | None) -> tuple[list[_Shown], list[str]]:
+    vits = [record for record in records if record.kind == "vit"]
+    evaluated = [record for record in vits if record.evaluated]
+    notes = [f"{record.name}: not in the gallery, it has not been evaluated" for record in vits if evaluated and not record.evaluated]  # fmt: skip
+    shown = []
+    for record in evaluated or vits:
+        if not record.finished:
+            notes.append(f"{record.name}: not in the gallery, it is not finished")
+            continue
+        opened = load_run(record.path)
+        if _needs_maps(opened) and store is None:
+            notes.append(f"{record.name}: not in the gallery, its scores are the teacher's maps; give --maps")
+            continue
+        source = choose_run_source(opened, EvalConfig(), store)
+        if source is not None and source.name == "maps" and store is not None:
+            check_grid(store, opened.model.score_grid)
+        zooming = source is not None and source.name != "none"
+        alike = [zoom for zoom in record.zooms if zoom.keys() == record.zooms[0].keys()]  # thresholds, or budgets
+        middle = alike[len(alike) // 2] if alike else dict(FALLBACK_ZOOM)
+        shown.append(_Shown(record, opened, source, middle if zooming else {}))
+    return shown, notes
+
+
+def _needs_maps(opened: Run) -> bool:
+    zooming = isinstance(opened.model, ZoomViT | FusedViT)
+    return zooming and (opened.settings.get("scores") or ("maps" if opened.zoomer is None else "zoomer")) == "maps"
+
+
+def _loader(
+    preprocessing: Preprocessing, shards: Path, store: RelevanceMaps | None, batch_size: int
+) -> RelevanceLoader:
+    return RelevanceLoader(
+        shards,
+        store,
+        batch_size=batch_size,
+        image_size=preprocessing.image_size,
+        augment="eval",
+        missing="error" if store is None else "skip",
+        view=ViewConfig(crop_pct=preprocessing.crop_pct),
+    )
+
+
+def _run(model: _Shown, batch: dict[str, Any], device: torch.device) -> None:
+    """One batch through one model; adds to what the model has said so far."""
+    net = model.opened.model.to(device)
+    check_labels(batch["label"], batch["key"], net.num_classes)
+    pixels = model.opened.preprocessing.normalise(batch["image"].to(device))
+    if model.source is not None and model.source.zoomer is not None:
+        model.source.zoomer.to(device)
+    scores = None if model.source is None else model.source.score(pixels, batch)
+    logits = net(pixels) if scores is None else net(pixels, scores, **model.zoom)
+    probabilities = logits.float().softmax(dim=1).cpu()
+    best = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)
+    for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        model.top.append([[index, round(value, 4)] for index, value in zip(indices, values, strict=True)])
+    model.truth += probabilities.gather(1, batch["label"][:, None])[:, 0].tolist()
+    if scores is not None:
+        # What is compared with the threshold here must be what was compared there, to the last bit.
+        model.scores += list(scores.float().cpu().numpy().astype("<f4"))
+
+
+def _look(view: _View, batch: dict[str, Any]) -> None:
+    view.pictures += [_jpeg(image) for image in batch["image"]]
+    if "relevance" in batch:
+        relevance = batch["relevance"]
+        view.grid = (relevance.shape[1], relevance.shape[2])
+        view.maps += [_base64((one * 255).round().to(torch.uint8).numpy().tobytes()) for one in relevance]
+    boxes = batch.get("object_box")
+    count = len(batch["key"])
+    view.boxes += [None] * count if boxes is None else [[round(edge, 4) for edge in box] for box in boxes.tolist()]
+
+
+def _jpeg(image: Tensor) -> str:
+    """uint8 [3, S, S] -> base64 of a JPEG of at most THUMBNAIL pixels a side."""
+    picture = Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+    if picture.width > THUMBNAIL:
+        picture = picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    # Of small images every pixel counts, and they are small anyway.
+    small = picture.width < THUMBNAIL // 2
+    picture.save(buffer, "JPEG", quality=95 if small else JPEG_QUALITY, subsampling=0 if small else 2)
+    return _base64(buffer.getvalue())
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _assemble(
+    shown: list[_Shown],
+    views: list[_View],
+    keys: list[str],
+    labels: list[int],
+    classes: tuple[str, ...],
+    store: RelevanceMaps | None,
+    total: int,
+    drawn_from: tuple[int, int],
+    shards: Path,
+    seed: int,
+) -> dict[str, Any]:
+    sources, place = _distinct_scores(shown)
+    said, difficulty = _difficulty(shown, keys, store)
+    entries = []
+    for i, key in enumerate(keys):
+        entry: dict[str, Any] = {
+            "key": key,
+            "label": labels[i],
+            "views": [
+                {"jpeg": view.pictures[i], "map": view.maps[i] if view.maps else None, "box": view.boxes[i]}
+                for view in views
+            ],
+            "scores": [_base64(model.scores[i].tobytes()) for model in sources],
+            "top": [model.top[i] for model in shown],
+            "ease": difficulty[i],
+        }
+        kinds = {str(n): model.record.error_kinds[key] for n, model in enumerate(shown) if key in model.record.error_kinds}  # fmt: skip
+        entries.append(entry | ({"kinds": kinds} if kinds else {}))
+    read, shard_count = drawn_from
+    return {
+        "shards": str(shards),
+        "total": total,
+        "shards_read": read,
+        "shard_count": shard_count,
+        "seed": seed,
+        "classes": list(classes),
+        "difficulty": said,
+        "map_grid": list(views[0].grid) if views[0].grid else None,
+        "pixels": [view.side for view in views],
+        "models": [_model(model, place[number]) for number, model in enumerate(shown)],
+        "entries": entries,
+    }
+
+
+def _model(model: _Shown, scores: int | None) -> dict[str, Any]:
+    net = model.opened.model
+    described: dict[str, Any] = {
+        "name": model.record.name,
+        "model": model.record.model,
+        "view": model.view,
+        "pixels": model.opened.preprocessing.image_size,
+        "zoom": None,
+    }
+    if scores is None or model.source is None:
+        return described
+    chosen = dict(model.zoom)
+    if "budget" in chosen:
+        chosen = {"budget": net.resolve_budget(chosen["budget"])}
+    described["zoom"] = {
+        "scores": scores,
+        "source": model.source.name,
+        "factor": net.zoom_factor if isinstance(net, ZoomViT) else 2.0,
+        "side": net.coarse_grid,
+        "fixed_tokens": None if isinstance(net, ZoomViT) else net.num_patches(),
+        "chosen": chosen,
+        "evaluated": model.record.zooms,
+    }
+    return described
+
+
+def _distinct_scores(shown: list[_Shown]) -> tuple[list[_Shown], list[int | None]]:
+    """One model for each source of scores, and of every model the place of its scores among them: students of one zoomer
+    share it, and the page should hold its scores once."""
+    sources: list[_Shown] = []
+    place: list[int | None] = []
+    for model in shown:
+        if not model.scores:
+            place.append(None)
+            continue
+        same = (n for n, other in enumerate(sources) if np.array_equal(np.stack(other.scores), np.stack(model.scores)))
+        number = next(same, len(sources))
+        if number == len(sources):
+            sources.append(model)
+        place.append(number)
+    return sources, place
+
+
+def _difficulty(shown: list[_Shown], keys: list[str], store: RelevanceMaps | None) -> tuple[str, list[float | None]]:
+    """How easy each sample is, in [0, 1], and the words for it."""
+    if store is not None and store.manifest.provenance.target == "ground-truth":
+        table = store.table(["key", "target_probability"])
+        known = dict(zip(table["key"].to_pylist(), table["target_probability"].to_pylist(), strict=True))
+        said = "the probability that the teacher of the maps gives to the true class"
+        return said, [None if not np.isfinite(known[key]) else round(known[key], 4) for key in keys]
+    judge = next((model for model in shown if model.source is None), shown[0])
+    said = f"the probability that {judge.record.name} gives to the true class"
+    return said, [round(value, 4) for value in judge.truth]

@@ -1,0 +1,160 @@
+"""The report: one HTML file that holds everything it shows and reaches for nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from zpipe.schemas.atomic import write_bytes
+from zpipe.schemas.errors import UsageError
+from zpipe.schemas.progress import Progress, silent
+from zpipe.train.report import figures
+from zpipe.train.report.runs import EVALUATION, Gathered, RunRecord, gather
+
+PAGE_NAME = "index.html"
+SCRIPTS = ("patches.js", "figures.js", "gallery.js", "main.js")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """shards: images of the gallery; None takes those of the first evaluated vit run. maps: the teacher's maps of them.
+    gallery: entries, 0 for no gallery; seed: which ones.
+    """
+
+    shards: Path | None = None
+    maps: Path | None = None
+    gallery: int = 200
+    seed: int = 0
+    batch_size: int = 64
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.gallery < 0 or self.seed < 0 or self.batch_size < 1:
+            raise UsageError(
+                f"gallery {self.gallery}, seed {self.seed}, batch size {self.batch_size}: give numbers of at least 0, 0 and 1"
+            )
+
+
+def report(runs: Sequence[Path], out: Path, config: ReportConfig | None = None, progress: Progress = silent) -> Path:
+    """Write OUT/index.html about runs, studies, or folders of them; returns that file.
+
+    The same inputs give the same bytes. What is missing, the page says, with the command that gives it.
+    Errors: :class:`UsageError` for a path that holds neither run nor results; :class:`ZpipeError` naming a broken file.
+    """
+    config = config or ReportConfig()
+    found = gather(runs)
+    gallery, missing = _gallery(found.runs, config, progress)
+    path = Path(out) / PAGE_NAME
+    write_bytes(path, render(describe(found, missing), gallery).encode())
+    return path
+
+
+def _gallery(
+    runs: list[RunRecord], config: ReportConfig, progress: Progress
+) -> tuple[dict[str, Any] | None, list[str]]:
+    if not config.gallery:
+        return None, []
+    vits = [run for run in runs if run.kind == "vit"]
+    if not vits:
+        return None, ["No gallery: no vit run was given."]
+    shards = config.shards
+    if shards is None:
+        named = next((run.shards for run in vits if run.shards), None)
+        if named is None:
+            return None, ["No gallery: no run was evaluated, so no shards are known. Give --shards VAL_SHARDS."]
+        shards = Path(named)
+        if "://" not in named and not shards.exists():
+            return None, [f"No gallery: {named}, which the evaluation names, is not there. Give --shards VAL_SHARDS."]
+    from zpipe.train.report.gallery import build_gallery  # torch and the models, which figures alone don't need
+
+    gallery, notes = build_gallery(
+        vits,
+        shards,
+        config.maps,
+        count=config.gallery,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        device=config.device,
+        progress=progress,
+    )
+    if gallery is not None and config.maps is None:
+        notes.append("No teacher's maps in the gallery. Give --maps VAL_MAPS.")
+    return gallery, notes
+
+
+def describe(found: Gathered, missing: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything on the page but the gallery, as JSON."""
+    known = figures.points(found.results)
+    vits = [run for run in found.runs if run.kind == "vit"]
+    notes = []
+    if not any("top1" in point.measures for point in known):
+        notes.append("Nothing has been evaluated. Accuracy comes with: zpipe evaluate RUN VAL_SHARDS")
+    elif not any(point.histogram for point in known) and any(point.zooms for point in known):
+        notes.append("The evaluations hold no token histograms. They come with evaluating again: zpipe evaluate RUN VAL_SHARDS")  # fmt: skip
+    for run in vits:
+        if not run.finished:
+            notes.append(f"{run.name} is not finished; the command it was begun with goes on.")
+    if not any(run.curve for run in found.runs) and found.runs:
+        notes.append("No run has a metrics.jsonl, hence no training curves.")
+    return {
+        "zpipe": version("zpipe"),
+        "runs": [run.name for run in found.runs],
+        "headline": figures.headline(known),
+        "notes": [*notes, *missing],
+        "figures": {
+            "accuracy": figures.curves(known, found.titles, found.runs) + figures.histograms(known),
+            "training": figures.training_figures(found.runs),
+        },
+        "tables": {
+            "accuracy": figures.tables(known, found.titles) + figures.token_table(known),
+            "training": figures.training_table(found.runs),
+        },
+        "main_study": EVALUATION,
+    }
+
+
+def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
+    """The page. Its policy forbids every request: scripts run by their digest, and images are data in the file."""
+    source = files("zpipe.train.report")
+    # Plotly, for it is the one library here that draws with hover, zoom and a legend that hides series, which a dozen models
+    # in one plot need, comes as a Python package with its whole JavaScript in it, runs without eval under a strict
+    # policy, and is looked after. The price is 4.8 MB a page, paid once however many plots. matplotlib's SVG would be
+    # small and dead; Vega and Bokeh want eval or more than one file.
+    from plotly.offline import get_plotlyjs
+
+    plotly = get_plotlyjs()
+    ours = "\n".join(source.joinpath(name).read_text() for name in SCRIPTS)
+    allowed = " ".join(f"'sha256-{_digest(script)}'" for script in (plotly, ours))
+    policy = (
+        # Plotly sizes and colours its SVG with style attributes, which have no digest.
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    parts = {
+        "policy": policy,
+        "style": source.joinpath("page.css").read_text(),
+        "about": embedded_json(about),
+        "gallery": embedded_json(gallery),
+        "plotly": plotly,
+        "script": ours,
+    }
+    # One pass, so that nothing in what is filled in is taken for a place to fill.
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], source.joinpath("page.html").read_text())
+
+
+def embedded_json(value: Any) -> str:
+    """JSON that may stand in a <script>: no `<`, so that nothing in it ends the element or begins a comment."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
