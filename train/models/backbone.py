@@ -43,14 +43,8 @@ def check_plain(vit: nn.Module) -> int:
     if not isinstance(vit, VisionTransformer) or type(vit).forward_features is not VisionTransformer.forward_features:
         raise ValueError(f"{told}; choose a vit_*, deit_* or deit3_* model")
     for block in vit.blocks:
-        attn = block.attn
-        extra = getattr(attn, "gate", None) is not None or not isinstance(
-            getattr(attn, "norm", nn.Identity()), nn.Identity
-        )
-        if type(block) is not Block or type(attn) is not Attention or extra:
-            raise ValueError(
-                f"{told}: its blocks are {type(block).__name__} with {type(attn).__name__} of another form"
-            )
+        if type(block) is not Block or not _usual(block.attn):
+            raise ValueError(f"{told}: its blocks are of another form than Block with Attention")
     if (
         vit.dynamic_img_size
         or not isinstance(vit.patch_drop, nn.Identity)
@@ -61,6 +55,12 @@ def check_plain(vit: nn.Module) -> int:
     if height != width:
         raise ValueError(f"images must be square, got patches on a grid of {height} x {width}")
     return height
+
+
+def _usual(attn: nn.Module) -> bool:
+    """Whether attention is what `project` and `attend` compute; newer versions of timm know gates and a norm inside."""
+    inside = (getattr(attn, "gate", None), getattr(attn, "norm", None))
+    return type(attn) is Attention and all(part is None or isinstance(part, nn.Identity) for part in inside)
 
 
 def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
@@ -116,5 +116,6 @@ def block_macs(block: Block, length: int, mlp_length: int | None = None) -> int:
 
 
 def head_macs(vit: VisionTransformer) -> int:
-    """Multiply-adds of the head of an image."""
-    return sum(x.weight.numel() for x in vit.head.modules() if isinstance(x, nn.Linear))
+    """Multiply-adds of the head of an image; of both heads of a distilled DeiT."""
+    heads = [vit.head, getattr(vit, "head_dist", None)]
+    return sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))

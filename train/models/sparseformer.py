@@ -117,7 +117,7 @@ class SparseFormer(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Section A.3 as their code has it: token embeddings of standard deviation 1, see also `Unit`."""
+        """Section A.3 as their code has it: token embeddings normal with standard deviation 1, cut at 2; see also `Sampler`."""
         nn.init.kaiming_normal_(self.stem.weight, mode="fan_out", nonlinearity="relu")
         trunc_normal_(self.token_embedding, std=1.0)
         for module in self.modules():
