@@ -167,7 +167,10 @@ class SparseFormer(nn.Module):
             raise ValueError(
                 f"images must be [batch, {chans}, height, width], >= 4 px a side, got {list(images.shape)}"
             )
-        x = F.max_pool2d(F.relu(self.stem(images)), 3, stride=2, padding=1).float()
+        # Pooling and ReLU change places, which changes no value and spares three quarters of the ReLU; a CPU pools and
+        # normalises over channels twice as fast when they lie side by side.
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        x = F.relu(F.max_pool2d(x, 3, stride=2, padding=1)).float()
         var, mean = torch.var_mean(x, dim=1, keepdim=True)  # unbiased, as in their code
         return (x - mean) * torch.rsqrt(var + 1e-7)
 
