@@ -101,6 +101,14 @@ def test_crops():
     assert crop(images.bfloat16(), boxes).dtype == torch.bfloat16
 
 
+@torch.no_grad()
+def test_it_exports():
+    model = zooming()
+    images, scores = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    program = torch.export.export(model, (images, scores)).module()
+    torch.testing.assert_close(program(images, scores), model(images, scores), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("combine", ["zoom", "mean"])
 @torch.no_grad()
 def test_the_model(combine):

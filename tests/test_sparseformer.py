@@ -191,6 +191,12 @@ def test_gradients_reach_every_parameter_in_half_precision_too():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
+@torch.no_grad()
+def test_it_exports():
+    model, images = small(), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), model(images), atol=1e-5, rtol=0)
+
+
 def test_optimizer_groups_and_round_trip(tmp_path):
     model = timm.create_model("sparseformer_tiny", **SMALL)
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05)

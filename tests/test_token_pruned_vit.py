@@ -222,7 +222,7 @@ def test_without_class_token_there_must_be_scores():
 
 
 @torch.no_grad()
-def test_it_compiles_whole():
+def test_it_exports():
     model = pruned()
     images, scores = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
     program = torch.export.export(model, (images, scores)).module()

@@ -79,6 +79,14 @@ def test_merging_keeps_the_total_and_takes_weighted_means(batch, prefix, patches
             torch.testing.assert_close(merged[b, new], mean, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_it_exports():
+    model = merging(r=3)
+    images = torch.randn(2, 3, 32, 32)
+    program = torch.export.export(model, (images,)).module()
+    torch.testing.assert_close(program(images), model(images), atol=1e-5, rtol=0)
+
+
 @BACKBONE
 @torch.no_grad()
 def test_without_merging_it_is_the_backbone(backbone):

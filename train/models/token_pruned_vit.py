@@ -34,7 +34,7 @@ class TokenPrunedViT(nn.Module):
     (with a distillation or register token, if there is one) and the best 30 % of the patch tokens. With scores=None the class attention of
     block `prune_block` itself, mean over heads, decides: it is at hand there, and costs next to nothing. With keep=1 the logits are the backbone's.
 
-    All shapes are fixed by the settings, so that the model can be compiled.
+    All shapes are fixed by the settings, so that the model can be compiled and exported.
 
     Args:
         backbone: a plain timm VisionTransformer, or its name. Its state dict is under `backbone.`.
