@@ -340,7 +340,8 @@ def place_points(rois: Tensor, offsets: Tensor) -> Tensor:
 def sample(features: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples in float32, zeros outside. features float32 [B, C, h, w], points [B, N, P, 2] -> [B, N, P, C].
 
-    A coordinate's gradient is clamped to one cell of the feature map, 1/w or 1/h: bilinear gradients hold no further.
+    A coordinate's gradient is clamped to one cell of the feature map, 1/w or 1/h: bilinear gradients hold no further. A
+    scaled loss, as fp16 needs, would have it clamped sooner, for the scale isn't known here: train in bf16 or float32.
     """
     height, width = features.shape[2:]
     if points.requires_grad:
