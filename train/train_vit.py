@@ -30,7 +30,10 @@ from zpipe.train.loop import TrainConfig, never, resolve_device, train
 from zpipe.train.losses import TokenLabelLoss, relevance_token_labels
 from zpipe.train.models.cfvit import CFViT
 from zpipe.train.models.fusion import FusedViT
+from zpipe.train.models.image_zoom import ImageZoom
 from zpipe.train.models.lvvit import LVViT
+from zpipe.train.models.token_pruned_vit import TokenPrunedViT
+from zpipe.train.models.tome import ToMeViT
 from zpipe.train.models.warm_start import load_vit
 from zpipe.train.models.zoomvit import ZoomViT
 from zpipe.train.ranks import ranks
@@ -340,13 +343,15 @@ def start_from(model: nn.Module, source: str) -> None:
     """Fill `model` with weights, in place: those of a finished run, of a checkpoint file (.pth or .safetensors, read
     without unpickling code), or of a pretrained timm model, given as `timm:NAME`.
 
-    A plain ViT may have another image or patch size, a ZoomViT or CFViT starts from a plain ViT (see `load_vit`) or its like, a fused
-    model from its backbone; a head for other classes is left as it was. Errors: :class:`ZpipeError` when the two aren't built alike, or the weights
+    A plain ViT may have another image or patch size, a ZoomViT or CFViT starts from a plain ViT (see `load_vit`) or its like, one
+    wrapped around a backbone from that; a head for other classes is left as it was. Errors: :class:`ZpipeError` when the two aren't built alike, or the weights
     can't be had.
     """
     state, zooming = _weights(source)
     try:
-        if isinstance(model, FusedViT) and not any(name.startswith("backbone.") for name in state):
+        if isinstance(model, (FusedViT, ImageZoom, ToMeViT, TokenPrunedViT)) and not any(
+            name.startswith("backbone.") for name in state
+        ):
             model = model.backbone
         if isinstance(model, (ZoomViT, CFViT)) and not zooming:
             load_vit(model, state)
