@@ -33,7 +33,7 @@ from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
 torch.set_num_threads(1)
 COUNT = 24
-LOOP = TrainConfig(epochs=1, batch_size=8, num_workers=0, device="cpu", lr=1e-3, log_every=1)
+LOOP = TrainConfig(epochs=1, batch_size=8, data_workers=0, device="cpu", lr=1e-3, log_every=1)
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><a href='https://example.org'>"
 CONFIG = ReportConfig(gallery=20, device="cpu")
 
