@@ -228,7 +228,7 @@ def test_all_of_them_are_in_one_report(data, tmp_path):
     page = report([data / name for name in RIVALS], tmp_path, ReportConfig(gallery=10, device="cpu")).read_text()
     for name in RIVALS:
         assert f'"{name}"' in page
-    assert "exit=0.5" in page or '"exit"' in page
+    assert "exit 0.5" in page and "merge 4" in page and "keep 19" in page
 
 
 @pytest.mark.parametrize("name", ["cfvit", "lfvit"])

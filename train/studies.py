@@ -24,16 +24,7 @@ from zpipe.train.answers import Answers
 from zpipe.train.checkpoint import Run, load_run, load_zoomer
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.errors import analyse_errors, error_results, write_errors
-from zpipe.train.evaluate import (
-    EvalConfig,
-    EvalRow,
-    answers_for,
-    choose_run_source,
-    eval_loader,
-    measure,
-    measure_zoomer,
-    modes_asked,
-)
+from zpipe.train.evaluate import EvalRow, answers_for, measure, measure_zoomer
 from zpipe.train.loop import keep_freed_memory, resolve_device
 from zpipe.train.macs import count_macs
 from zpipe.train.models.cfvit import CFViT
