@@ -607,7 +607,7 @@ def demo_command(
     seeds: Annotated[
         int,
         typer.Option(
-            min=0, help="Instead: the demo for so many seeds, with further plain ViTs and score sources, as one table."
+            min=0, help="Instead: the demo for so many seeds, with further score sources and all rivals, as one table."
         ),
     ] = 0,
     quick: Annotated[
