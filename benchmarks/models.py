@@ -113,6 +113,24 @@ def main() -> None:
             rows[name] = {"gmacs": macs / 1e9, "efficiency": ratios, "tokenising": shares, "images_per_s": rates}
             print(f"  {name:32s}{macs / 1e9:6.2f} GMACs  efficiency {told(ratios)}  tokenising {told(shares)}  "
                   f"{statistics.median(rates):8.1f} images/s")  # fmt: skip
+        for family in ("cfvit", "lfvit") if args.size != "base" else ():
+            model = timm.create_model(f"{family}_{args.size}").to(device).eval()
+            coarse, _ = model(images, return_stages=True)
+            falling = coarse.float().softmax(1).amax(1).sort(descending=True).values.tolist()
+            for count in (0, args.batch // 2, args.batch * 3 // 4, args.batch):
+                threshold = falling[count - 1] if count else 1.0  # random weights are sure of nothing
+                share = float(model(images, exit_threshold=threshold).exited.float().mean())
+                deit(images)
+                macs, ratios, rates = model.macs(p_exit=share), [], []
+                for _ in range(args.rounds):
+                    yardstick = seconds(lambda: deit(images), device)
+                    own = seconds(lambda m=model, t=threshold: m(images, exit_threshold=t), device)
+                    ratios.append(macs / own / (deit_macs / yardstick))
+                    rates.append(args.batch / own)
+                name = f"{family}, {share:.0%} exit early"
+                rows[name] = {"gmacs": macs / 1e9, "efficiency": ratios, "images_per_s": rates}
+                print(f"  {name:32s}{macs / 1e9:6.2f} GMACs  efficiency {told(ratios)}  "
+                      f"{statistics.median(rates):8.1f} images/s")  # fmt: skip
         report["inference"] = rows
 
     images, scores = images[: args.train_batch], scores[: args.train_batch]

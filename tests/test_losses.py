@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zpipe.train import metrics
-from zpipe.train.losses import ZoomerLoss, dice_loss, distribution, kl_divergence
+from zpipe.train.losses import CoarseToFineLoss, ZoomerLoss, dice_loss, distribution, kl_divergence
 
 torch.set_num_threads(1)
 few = settings(max_examples=40, deadline=None)
@@ -115,6 +115,50 @@ def test_bad_input_is_refused():
     for shapes in (((2, 16), (2, 9)), ((2, 4, 4), (2, 4, 4))):
         with pytest.raises(ValueError, match=r"\[batch, cells\]"):
             ZoomerLoss()(*(torch.rand(shape) for shape in shapes))
+
+
+# -- two stages --------------------------------------------------------------------------------------------------------
+
+
+def test_coarse_to_fine_known_values():
+    coarse, fine = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]]), torch.tensor([[math.log(3), 0.0]] * 2)
+    kl = (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)) / 2  # KL(fine || coarse), 0 for the second
+    ce = -(math.log(0.75) + math.log(0.25)) / 2
+    target = torch.tensor([0, 1])
+    assert CoarseToFineLoss()(coarse, fine, target).item() == pytest.approx(ce + kl, abs=1e-6)
+    soft = torch.eye(2)[target]
+    assert CoarseToFineLoss()(coarse, fine, soft).item() == pytest.approx(ce + kl, abs=1e-6)
+    both = ce - (math.log(0.5) + math.log(0.25)) / 2
+    assert CoarseToFineLoss(coarse="labels")(coarse, fine, target).item() == pytest.approx(both, abs=1e-6)
+    smoothed = torch.tensor([[0.95, 0.05], [0.05, 0.95]])
+    by_index = CoarseToFineLoss(label_smoothing=0.1)(coarse, fine, target).item()
+    assert by_index == pytest.approx(CoarseToFineLoss()(coarse, fine, smoothed).item(), abs=1e-6)
+
+
+def test_the_fine_stage_learns_from_labels_alone():
+    coarse, fine = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    target = torch.randint(5, (4,))
+    CoarseToFineLoss()(coarse, fine, target).backward()
+    gradient = fine.grad.clone()
+    fine.grad = None
+    torch.nn.functional.cross_entropy(fine, target).backward()
+    torch.testing.assert_close(gradient, fine.grad)
+    assert coarse.grad.abs().sum() > 0
+
+
+def test_coarse_to_fine_in_half_precision_and_bad_input():
+    coarse, fine, target = torch.randn(2, 3).bfloat16(), torch.randn(2, 3).bfloat16(), torch.tensor([0, 2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = CoarseToFineLoss()(coarse, fine, target)
+    assert loss.dtype == torch.float32 and loss == CoarseToFineLoss()(coarse.float(), fine.float(), target)
+    with pytest.raises(ValueError, match="coarse must be one of fine, labels"):
+        CoarseToFineLoss(coarse="both")
+    with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\]"):
+        CoarseToFineLoss(label_smoothing=1.5)
+    with pytest.raises(ValueError, match=r"\[batch, classes\] alike"):
+        CoarseToFineLoss()(coarse, fine[:1], target)
+    with pytest.raises(ValueError, match=r"target must be \[2\] or \[2, 3\]"):
+        CoarseToFineLoss()(coarse, fine, target[:1])
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""What is minimised: the zoomer's distillation loss (ZoomViT, Eq. 5), term by term, and LV-ViT's token labelling."""
+"""What is minimised: the zoomer's distillation loss (ZoomViT, Eq. 5), term by term, LV-ViT's token labelling, and the loss
+of a model of two stages (CF-ViT, LF-ViT).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 NORMALISATIONS = ("sum", "softmax")
 KL_DIRECTIONS = ("student||teacher", "teacher||student")
+COARSE_TARGETS = ("fine", "labels")
 
 
 def distribution(maps: Tensor, eps: float = 1e-4, normalisation: str = "sum") -> Tensor:
@@ -93,6 +96,54 @@ class ZoomerLoss(nn.Module):
             }
             total = terms["mse"] + self.w_kl * terms["kl"] + self.w_dice * terms["dice"]
         return total, {name: term.detach() for name, term in terms.items()}
+
+
+class CoarseToFineLoss(nn.Module):
+    """Cross-entropy of the fine stage, plus what ties the coarse stage to it (CF-ViT, Eq. 14; LF-ViT, Eq. 12).
+
+    The tie is KL(fine || coarse), mean over the batch, at temperature 1. The papers write KL(p_c, p_f) and say no more;
+    in the authors' code the fine stage is the target, and no gradient flows into it.
+
+    Args:
+        coarse: "fine", to learn from the fine stage, or "labels", cross-entropy in place of KL (Eq. 15, Table 8).
+        label_smoothing: of class indices; distributions are taken as they are.
+
+    Raises:
+        ValueError: an unknown coarse, label_smoothing outside [0, 1].
+    """
+
+    def __init__(self, coarse: str = "fine", label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        if coarse not in COARSE_TARGETS:
+            raise ValueError(f"coarse must be one of {', '.join(COARSE_TARGETS)}, got {coarse!r}")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
+        self.coarse = coarse
+        self.label_smoothing = label_smoothing
+
+    def forward(self, coarse: Tensor, fine: Tensor, target: Tensor) -> Tensor:
+        """coarse, fine logits [B, K]; target int64 [B], or distributions [B, K] -> 0-d float32.
+
+        Computed in float32 whatever comes in. Raises ValueError when the shapes disagree.
+        """
+        if coarse.ndim != 2 or coarse.shape != fine.shape:
+            raise ValueError(
+                f"coarse and fine must be [batch, classes] alike, got {list(coarse.shape)} and {list(fine.shape)}"
+            )
+        if target.shape not in (fine.shape, fine.shape[:1]):
+            raise ValueError(
+                f"target must be [{len(fine)}] or {list(fine.shape)}, as the logits are, got {list(target.shape)}"
+            )
+        smoothing = self.label_smoothing if target.ndim == 1 else 0.0
+        with torch.autocast(coarse.device.type, enabled=False):
+            coarse, fine = coarse.float(), fine.float()
+            if target.ndim == 2:
+                target = target.float()
+            total = F.cross_entropy(fine, target, label_smoothing=smoothing)
+            if self.coarse == "labels":
+                return total + F.cross_entropy(coarse, target, label_smoothing=smoothing)
+            taught = fine.detach().softmax(dim=1)  # [B, K]
+            return total + F.kl_div(coarse.log_softmax(dim=1), taught, reduction="batchmean")
 
 
 class TokenLabelLoss(nn.Module):

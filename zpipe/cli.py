@@ -278,7 +278,11 @@ def train_vit_command(
     shards: Annotated[Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of tar shards.")],
     output: Annotated[Path, typer.Option("--out", help="Folder of the run; new, empty, or one to go on with.")],
     model: Annotated[
-        str, typer.Option(help="zoomvit_{tiny,small,base}_patch16_224, or any timm classifier (no zoom).")
+        str,
+        typer.Option(
+            help="zoomvit_{tiny,small,base}_patch16_224, cfvit_small, lfvit_small, sparseformer_tiny, token_pruned_vit, "
+            "tome_vit, image_zoom, or any timm classifier."
+        ),
     ] = "zoomvit_small_patch16_224",
     model_arg: ModelArgs = None,
     zoomer: Annotated[Path | None, typer.Option(help="Finished train-zoomer run that scores the image.")] = None,
@@ -291,7 +295,7 @@ def train_vit_command(
     scores: Annotated[
         str | None,
         typer.Option(
-            help="Source of the scores: zoomer, maps, attention, entropy, centre, random or none; default the one given."
+            help="Source of the scores: zoomer, maps, attention, entropy, centre, random, own or none; default the one given."
         ),
     ] = None,
     init_from: Annotated[
@@ -349,12 +353,14 @@ def train_vit_command(
         tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")
 
 
-_HIDDEN = ("scores", "alpha", "budget", "keep", "prune", "token_histogram", "images_per_s_low", "images_per_s_high")
+_HIDDEN = ("scores", "alpha", "budget", "keep", "prune", "exit", "merge", "token_histogram")
+_HIDDEN += ("images_per_s_low", "images_per_s_high", "parameters")
 
 
 def _main_columns(row: dict[str, Any]) -> dict[str, Any]:
     """Those of an evaluation that a table has room for; the file has all."""
-    return {name: value for name, value in row.items() if name not in _HIDDEN}
+    hidden = _HIDDEN if row.get("exited") is not None else (*_HIDDEN, "exited")
+    return {name: value for name, value in row.items() if name not in hidden}
 
 
 @app.command("evaluate")
@@ -377,6 +383,21 @@ def evaluate_command(
         str,
         typer.Option(help="Which tokens --keep takes: backward or forward, or either of them with -zoomed or -rest."),
     ] = "backward",
+    exits: Annotated[
+        str, typer.Option(help="Thresholds of early exit of a cfvit_* or lfvit_*. Default 0,0.3,0.5,0.7,0.9,1.")
+    ] = "",
+    merge: Annotated[str, typer.Option(help="Tokens that a tome_vit merges in each block, comma-separated.")] = "",
+    target_gmacs: Annotated[
+        float | None,
+        typer.Option(help="Instead of --alphas or --exits: the threshold at which an image costs this on average."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(parser=as_path, metavar="SHARDS", help="Images to choose that threshold by; not the ones judged."),
+    ] = None,
+    calibration_maps: Annotated[
+        Path | None, typer.Option(parser=as_path, metavar="PATH|URL", help="Their maps, where maps are the scores.")
+    ] = None,
     maps: Annotated[
         Path | None,
         typer.Option(parser=as_path, metavar="PATH|URL", help="Relevance store of these shards (needed for a zoomer)."),
@@ -384,7 +405,7 @@ def evaluate_command(
     scores: Annotated[
         str | None,
         typer.Option(
-            help="Source of the scores: zoomer, maps, attention, entropy, centre, random or none; default as trained."
+            help="Source of the scores: zoomer, maps, attention, entropy, centre, random, own or none; default as trained."
         ),
     ] = None,
     classes: Annotated[
@@ -408,7 +429,7 @@ def evaluate_command(
         str | None,
         typer.Option(
             help="Instead, one of the paper's experiments around this run: alpha-eta, pruning, zfe, zoom-in-training, "
-            "zoomer-depth, score-sources, test-time-zoom, nine-crops, backbone-size or errors."
+            "zoomer-depth, score-sources, test-time-zoom, nine-crops, backbone-size, selection or errors."
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Of a study: seeds of what it trains, comma-separated.")] = "",
@@ -432,6 +453,11 @@ def evaluate_command(
             budgets=parse_budgets(budgets),
             keeps=parse_numbers(keep, int, "--keep"),
             prune=prune,
+            exits=parse_numbers(exits, float, "--exits"),
+            merges=parse_numbers(merge, int, "--merge"),
+            target_gmacs=target_gmacs,
+            calibration=calibration,
+            calibration_maps=calibration_maps,
             scores=scores,
             classes=classes,
             labels=labels,
@@ -500,7 +526,7 @@ def predict_command(
 
 @app.command("calibrate")
 def calibrate_command(
-    run: Annotated[Path, typer.Argument(help="Finished train-vit run of a zoomvit_* model.")],
+    run: Annotated[Path, typer.Argument(help="Finished train-vit run of a zoomvit_*, cfvit_* or lfvit_* model.")],
     shards: Annotated[Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of shards.")],
     budget: Annotated[str, typer.Option(help="Mean cost of an image: '2.3 GMACs', '300 tokens', or zoomed cells.")],
     scores: Annotated[
@@ -518,7 +544,7 @@ def calibrate_command(
         Path | None, typer.Option("--json", help="Results file; default calibration.json in the run.")
     ] = None,
 ) -> None:
-    """Find the threshold alpha at which a ZoomViT costs a given budget per image on average."""
+    """Find the threshold (alpha, or that of early exit) at which a model costs a given budget per image on average."""
     with reporting() as progress:
         from zpipe.train.calibrate import CalibrationConfig, calibrate
 
@@ -527,11 +553,11 @@ def calibrate_command(
         )
         target = json_path or run / "calibration.json"
         found = calibrate(run, shards, config, maps=maps, out=target, progress=progress)
+    name = next(name for name in ("alpha", "exit_threshold") if name in found)
     unit = found["unit"]
-    out.print(
-        f"alpha {found['alpha']!r}: {found['mean']:.4g} {unit} an image, standard deviation {found['std']:.3g}, "
-        f"over {found['images']:,} images",
-        highlight=False,
+    tell(
+        f"{name} {found[name]!r}: {found['mean']:.4g} {unit} an image, standard deviation {found['std']:.3g}, "
+        f"over {found['images']:,} images"
     )
     tell(f"written to {target}")
 
@@ -581,7 +607,7 @@ def demo_command(
     seeds: Annotated[
         int,
         typer.Option(
-            min=0, help="Instead: the demo for so many seeds, with further plain ViTs and score sources, as one table."
+            min=0, help="Instead: the demo for so many seeds, with further score sources and all rivals, as one table."
         ),
     ] = 0,
     quick: Annotated[

@@ -16,6 +16,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from zpipe.train.models import zoom_tokens
+from zpipe.train.models.backbone import create_backbone
 from zpipe.train.models.zoomvit import square_side, untrained_cfgs
 
 
@@ -61,17 +62,8 @@ class FusedViT(nn.Module):
     ) -> None:
         super().__init__()
         img_size = square_side(img_size)
-        if unwanted := sorted(name for name in backbone_args or {} if name.startswith("pretrained")):
-            # It would be stored with the model, and every reload would fetch those weights again.
-            raise ValueError(f"backbone_args: {unwanted[0]} is not for here; fill `backbone` afterwards")
         if isinstance(backbone, str):
-            arguments = {"img_size": img_size, "num_classes": num_classes, "in_chans": in_chans}
-            try:
-                backbone = timm.create_model(backbone, pretrained=False, **arguments | (backbone_args or {}))
-            except TypeError as error:
-                if "'img_size'" not in str(error):
-                    raise
-                raise ValueError(f"{backbone} has no img_size, hence no regular grid of patches to fuse") from error
+            backbone = create_backbone(backbone, img_size, num_classes, in_chans, backbone_args)
         self.backbone = backbone
         self.img_size, self.patch_size = img_size, patch_size
         self.num_classes = backbone.num_classes

@@ -6,9 +6,11 @@ of tokens (see `ReleasedZoomViT`); with these differences kept, published weight
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from zpipe.train.models import zoom_tokens
+from zpipe.train.models.cfvit import CFViT
+from zpipe.train.models.sparseformer import SparseFormer
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.models.zoomvit import Tokens, ZoomViT, build, untrained_cfgs
 
@@ -133,11 +137,14 @@ def load_release(source: str | Path | Mapping[str, Any], model: str = "zoomvit",
     Args:
         source: a file that torch.save wrote, read without unpickling code, or a state dict. Either may be wrapped as
             {"model": state dict}, the names in it prefixed with "module.".
-        model: whose checkpoint it is: "zoomvit".
-        config: what the shapes of the weights can't tell. For zoomvit: num_heads, zoom_factor (2.0 or 0.5), alpha.
+        model: whose checkpoint it is: "zoomvit", "cfvit", "lfvit" or "sparseformer" (v1).
+        config: what the shapes of the weights can't tell. For zoomvit: num_heads, zoom_factor (2.0 or 0.5), alpha;
+            for cfvit: num_heads; for lfvit: num_heads, region_size; for sparseformer: num_heads and focus_repeats, in
+            all that were published 64 and 4.
 
     Returns:
-        For zoomvit (ReleasedZoomViT, Zoomer), both in eval mode, the zoomer frozen: `vit(images, zoomer(images))`.
+        For zoomvit (ReleasedZoomViT, Zoomer), both in eval mode, the zoomer frozen: `vit(images, zoomer(images))`. For the
+        others a CFViT, LFViT or SparseFormer in eval mode.
 
     Raises:
         ValueError: an unknown model, config missing or unknown, a file that is no checkpoint, keys missing from it or
@@ -206,6 +213,43 @@ def _open_zoomvit(
     return vit.eval(), zoomer.freeze()
 
 
+def _open_two_stage(variant: str, name: str, state: dict[str, Tensor], num_heads: int, **config: Any) -> CFViT:
+    def shape(key: str) -> torch.Size:
+        if key not in state:
+            raise ValueError(f"{name}: has no {key}; expected a {variant} that its authors published")
+        return state[key].shape
+
+    width, chans, patch, _ = shape("patch_embed.proj.weight")
+    vit = timm.create_model(
+        f"{variant}_small",
+        img_size=math.isqrt(shape("pos_embed_list.1")[1] - 1) * patch,
+        patch_size=patch,
+        embed_dim=width,
+        depth=1 + max((int(found[1]) for key in state if (found := re.match(r"blocks\.(\d+)\.", key))), default=0),
+        num_heads=num_heads,
+        num_classes=shape("head.weight")[0],
+        in_chans=chans,
+        mlp_ratio=shape("blocks.0.mlp.fc1.weight")[0] / width,
+        **config,
+    )
+    _fill(vit, state, _our_two_stage_name, name)
+    return vit.eval()
+
+
+_TWO_STAGE_NAMES = {
+    "patch_embed.proj.": "patch_embed.",
+    "pos_embed_list.0": "pos_coarse",
+    "pos_embed_list.1": "pos_fine",
+    "reuse_block.0.": "reuse.norm.",
+    "reuse_block.1.": "reuse.mlp.",
+}
+
+
+def _our_two_stage_name(theirs: str) -> str:
+    prefix = next((prefix for prefix in _TWO_STAGE_NAMES if theirs.startswith(prefix)), "")
+    return _TWO_STAGE_NAMES.get(prefix, "") + theirs.removeprefix(prefix)
+
+
 def _our_vit_name(theirs: str) -> str:
     ours = re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", theirs)
     return ours.replace("patch_embed.proj.", "patch_embed.")
@@ -221,10 +265,10 @@ def _our_zoomer_name(theirs: str) -> str:
 def _fill(
     model: nn.Module, state: dict[str, Tensor], rename: Callable[[str], str], name: str, prefix: str = ""
 ) -> None:
-    """Copy every parameter of `model` from `state`; positions, which are computed, need not be there."""
+    """Copy every parameter of `model` from `state`; positions need not be there where they are computed."""
     target = model.state_dict()
     given = {rename(theirs): (prefix + theirs, value) for theirs, value in state.items()}
-    computed = {key for key in target if key.startswith("pos_")}
+    computed = {key for key, _ in model.named_buffers() if key.startswith("pos_")}
     if unknown := sorted(set(given) - set(target)):
         raise ValueError(
             f"{name}: {given[unknown[0]][0]} is not known ({len(unknown)} such); another model's checkpoint?"
@@ -237,6 +281,76 @@ def _fill(
     model.load_state_dict({ours: value for ours, (_, value) in given.items()}, strict=False)
 
 
+def _open_sparseformer(name: str, state: dict[str, Tensor], num_heads: int, focus_repeats: int) -> SparseFormer:
+    renamed = {theirs: _our_sparseformer_name(theirs) for theirs in state}
+    ours = {renamed[theirs]: value for theirs, value in state.items()}
+
+    def shape(key: str) -> torch.Size:
+        if key not in ours:
+            raise ValueError(f"{name}: has nothing for {key}; expected a SparseFormer v1 that its authors published")
+        return ours[key].shape
+
+    focus_dim = shape("focus.qkv.weight")[1]
+    model = timm.create_model(
+        "sparseformer_tiny",
+        conv_dim=shape("stem.weight")[0],
+        num_tokens=shape("token_roi")[0],
+        num_points=shape("focus.sampler.offset_bias")[0] // 2,
+        focus_dim=focus_dim,
+        cortex_dim=shape("bridge.0.weight")[0],
+        focus_repeats=focus_repeats,
+        cortex_depth=len({key.split(".")[1] for key in ours if key.startswith("cortex.")}),
+        num_heads=num_heads,
+        num_classes=shape("head.weight")[0],
+        in_chans=shape("stem.weight")[1],
+        mlp_ratio=shape("focus.fc1.weight")[0] / focus_dim,
+    )
+    _fill(model, state, renamed.__getitem__, name)
+    return model.eval()
+
+
+# Whole names, or parts of them. Two of the tensors were renamed between versions of their code.
+_SPARSEFORMER = {
+    "feat_extractor.conv1.": "stem.",
+    "token_roi.weight": "token_roi",
+    "initial_roi.weight": "token_roi",
+    "token_embedding.weight": "token_embedding",
+    "initial_embedding.weight": "token_embedding",
+    "layers.0.": "focus.",
+    "layers.1.": "bridge.",
+    "head.norm.": "norm.",
+    "head.classifier.": "head.",
+    ".attn.in_proj_": ".qkv.",
+    ".attn.out_proj.": ".proj.",
+    ".ln_attn.": ".norm_attn.",
+    ".ffn.0.": ".norm_mlp.",
+    ".ffn.1.": ".fc1.",
+    ".ffn.3.": ".fc2.",
+    ".roi_adjust_module.0.": ".sampler.norm_adjust.",
+    ".roi_adjust_module.1.": ".sampler.adjust.",
+    ".roi_offset_module.0.": ".sampler.norm_offset.",
+    ".roi_offset_module.1.": ".sampler.offset.",
+    ".roi_offset_bias": ".sampler.offset_bias",
+    ".adaptive_mixing.parameter_generator.0.": ".sampler.norm_mix.",
+    ".adaptive_mixing.parameter_generator.1.": ".sampler.reduce.",
+    ".adaptive_mixing.parameter_generator.2.": ".sampler.generate.",
+    ".adaptive_mixing.m_beta": ".sampler.channel_bias",
+    ".adaptive_mixing.s_beta": ".sampler.point_bias",
+    ".adaptive_mixing.tuo_proj.": ".sampler.out.",
+    ".adaptive_mixing.out_proj.": ".sampler.out.",
+}
+
+
+def _our_sparseformer_name(theirs: str) -> str:
+    ours = theirs
+    for part, replacement in _SPARSEFORMER.items():
+        ours = ours.replace(part, replacement)
+    return re.sub(r"^layers\.(\d+)\.", lambda found: f"cortex.{int(found[1]) - 2}.", ours)
+
+
 _OPENERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "zoomvit": (_open_zoomvit, ("num_heads", "zoom_factor", "alpha")),
+    "cfvit": (partial(_open_two_stage, "cfvit"), ("num_heads",)),
+    "lfvit": (partial(_open_two_stage, "lfvit"), ("num_heads", "region_size")),
+    "sparseformer": (_open_sparseformer, ("num_heads", "focus_repeats")),
 }

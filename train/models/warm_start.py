@@ -1,4 +1,4 @@
-"""A ZoomViT that starts from the weights of a plain ViT: the kernel for both patch sizes, the positions to both grids."""
+"""Models of two grids that start from the weights of a plain ViT: one kernel for both, the positions to both grids."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zpipe.train.models.cfvit import CFViT
 from zpipe.train.models.zoomvit import ZoomViT
 
 
@@ -21,19 +22,22 @@ class WarmStart(NamedTuple):
 
 
 @torch.no_grad()
-def load_vit(model: ZoomViT, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart:
-    """Start a ZoomViT from a plain ViT or DeiT of the same width and depth, in place.
+def load_vit(model: ZoomViT | CFViT, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart:
+    """Start a ZoomViT, a CFViT or an LFViT from a plain ViT or DeiT of the same width and depth, in place.
 
     Blocks, norm, patch kernel and class token are copied. The ViT's position table goes to the grid of its patch
     size: the coarse one at zoom factor 2, whose fine positions are it enlarged x2 (bicubic), the fine one at 0.5,
     whose coarse positions are its 2 x 2 means. With nothing zoomed at zoom factor 2, or everything at 0.5, the
     logits are those of the ViT. A position table for another number of patches is resized (bicubic) first.
 
+    The two stages of a CFViT take the ViT's table, resized to their grids, and its class position each. Where nothing is
+    reused and all cells are refined, with positions, the fine stage's logits are those of the ViT.
+
     Left as they were, each with a line in the result: a head for another number of classes, the positions of a model
-    with fixed ones, and the distillation token of a distilled DeiT.
+    with fixed ones, the reuse MLP of a CFViT, and the distillation token of a distilled DeiT.
 
     Args:
-        model: the ZoomViT.
+        model: the ZoomViT, CFViT or LFViT.
         vit: a timm VisionTransformer or its state dict.
 
     Raises:
@@ -57,11 +61,15 @@ def load_vit(model: ZoomViT, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart
     if "dist_token" in source:
         prefix = 2
         for name in [name for name in source if name == "dist_token" or name.startswith("head_dist.")]:
-            left.append(f"{name}: ZoomViT has no distillation token")
+            left.append(f"{name}: {type(model).__name__} has no distillation token")
             source.pop(name)
     elif math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
         prefix = 0  # DeiT-III: the class token has no position
-    if model.pos != "learned":
+    if isinstance(model, CFViT):
+        updates |= _positions_of_stages(model, positions, prefix)
+        if model.reuse is not None:
+            left.append("reuse: a ViT has none")
+    elif model.pos != "learned":
         left.append("pos_embed: the model's positions are fixed")
     else:
         updates |= _positions_from_vit(model, positions, prefix)
@@ -88,22 +96,38 @@ def load_vit(model: ZoomViT, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart
 
 def _positions_from_vit(model: ZoomViT, positions: Tensor, prefix: int) -> dict[str, Tensor]:
     """positions [1, prefix + side * side, E] of a ViT -> the model's three position tables."""
-    side = math.isqrt(positions.shape[1] - prefix)
-    if side * side != positions.shape[1] - prefix:
-        raise ValueError(f"pos_embed: {positions.shape[1]} positions are no square grid with {prefix} before it")
-    positions = positions.float()
-    grid = positions[:, prefix:].transpose(1, 2).unflatten(2, (side, side))  # [1, E, side, side]
-    if side != model.score_grid:
+    first, grid = _class_and_grid(positions, prefix)
+    if grid.shape[-1] != model.score_grid:
         grid = _resize(grid, model.score_grid)
     if model.zoom_factor == 2.0:
         coarse, fine = grid, _resize(grid, 2 * model.score_grid)
     else:
         coarse, fine = F.avg_pool2d(grid, 2), grid
     return {
-        "pos_cls": positions[:, :1] if prefix else torch.zeros_like(positions[:, :1]),
+        "pos_cls": first,
         "pos_coarse": coarse.flatten(2).transpose(1, 2),  # [1, C, E]
         "pos_fine": fine.flatten(2).transpose(1, 2),  # [1, 4C, E]
     }
+
+
+def _positions_of_stages(model: CFViT, positions: Tensor, prefix: int) -> dict[str, Tensor]:
+    """positions [1, prefix + side * side, E] of a ViT -> the model's two tables, [1, 1 + C, E] and [1, 1 + 4C, E]."""
+    first, grid = _class_and_grid(positions, prefix)
+    tables = {}
+    for name, side in (("pos_coarse", model.coarse_grid), ("pos_fine", model.score_grid)):
+        resized = grid if grid.shape[-1] == side else _resize(grid, side)
+        tables[name] = torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1)
+    return tables
+
+
+def _class_and_grid(positions: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """positions [1, prefix + side * side, E] -> the class token's [1, 1, E], 0 if it has none, and [1, E, side, side]."""
+    side = math.isqrt(positions.shape[1] - prefix)
+    if side * side != positions.shape[1] - prefix:
+        raise ValueError(f"pos_embed: {positions.shape[1]} positions are no square grid with {prefix} before it")
+    positions = positions.float()
+    first = positions[:, :1] if prefix else torch.zeros_like(positions[:, :1])
+    return first, positions[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
 
 
 def _resize(grid: Tensor, side: int) -> Tensor:

@@ -102,7 +102,7 @@ def select_top(cell_scores: Tensor, budget: int) -> Tensor:
     cells = cell_scores.shape[1]
     if not 0 <= budget <= cells:
         raise ValueError(f"budget must lie between 0 and the {cells} coarse cells, got {budget!r}")
-    falling = _argsort(cell_scores, descending=True)  # [B, C]
+    falling = stable_argsort(cell_scores, descending=True)  # [B, C]
     return torch.zeros_like(cell_scores, dtype=torch.bool).scatter_(1, falling[:, :budget], True)
 
 
@@ -137,8 +137,8 @@ def order_tokens(cell_scores: Tensor, place_scores: Tensor, zoomed: Tensor) -> T
     zoomed_fine = _enlarge(zoomed.reshape(-1, side, side)).flatten(1)  # [B, 4C]
     kind = torch.cat([torch.where(zoomed_fine, 0, 2), torch.where(zoomed, 2, 1)], dim=1)  # [B, 5C]; 2: absent
     # Two stable sorts, the lesser key first, sort by (kind, falling score, id).
-    by_score = _argsort(torch.cat([place_scores, cell_scores], dim=1), descending=True)
-    ids = by_score.gather(1, _argsort(kind.gather(1, by_score)))  # [B, 5C]
+    by_score = stable_argsort(torch.cat([place_scores, cell_scores], dim=1), descending=True)
+    ids = by_score.gather(1, stable_argsort(kind.gather(1, by_score)))  # [B, 5C]
     fine = 4 * zoomed.sum(1)
     return TokenOrder(ids=ids, counts=cells + 3 * zoomed.sum(1), fine=fine)
 
@@ -169,7 +169,7 @@ def prune(order: TokenOrder, keep_tokens: int, kind: str = "backward") -> TokenO
     drop = (order.counts - keep_tokens).clamp(min=0).minimum(last - first)
     lowest = first if direction == "forward" else last - drop
     gone = (place >= lowest[:, None]) & (place < (lowest + drop)[:, None])
-    ids = order.ids.gather(1, _argsort(gone.to(torch.int32)))  # [B, 5C], what went goes last
+    ids = order.ids.gather(1, stable_argsort(gone.to(torch.int32)))  # [B, 5C], what went goes last
     gone_fine = (gone & (place < order.fine[:, None])).sum(1)
     return TokenOrder(ids=ids, counts=order.counts - drop, fine=order.fine - gone_fine)
 
@@ -330,7 +330,7 @@ def _side(scores: Tensor) -> int:
     return side
 
 
-def _argsort(x: Tensor, descending: bool = False) -> Tensor:
+def stable_argsort(x: Tensor, descending: bool = False) -> Tensor:
     """[B, N] -> the indices that sort each row; of equals the lower index comes first."""
     if not torch.compiler.is_exporting():
         return x.argsort(dim=1, descending=descending, stable=True)

@@ -1,0 +1,121 @@
+"""What models wrapped around a timm model share: making the backbone, and running a plain ViT part by part."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+
+
+def create_backbone(
+    name: str, img_size: int, num_classes: int, in_chans: int, backbone_args: dict[str, Any] | None, sized: bool = True
+) -> nn.Module:
+    """The timm model of that name, untrained.
+
+    backbone_args: further keyword arguments of it; they win over the others. sized: whether it must know its image size;
+    otherwise a model that takes any size will do. Raises ValueError for weights among the arguments, which
+    would be stored with the model and fetched again at every reload, and for a model without img_size when sized.
+    """
+    if unwanted := sorted(key for key in backbone_args or {} if key.startswith("pretrained")):
+        raise ValueError(f"backbone_args: {unwanted[0]} is not for here; fill `backbone` afterwards")
+    arguments = {"num_classes": num_classes, "in_chans": in_chans} | (backbone_args or {})
+    try:
+        return timm.create_model(name, pretrained=False, **{"img_size": img_size} | arguments)
+    except TypeError as error:
+        if "'img_size'" not in str(error):
+            raise
+        if sized:
+            raise ValueError(f"{name} has no img_size, hence no regular grid of patches") from error
+    return timm.create_model(name, pretrained=False, **arguments)
+
+
+def check_plain(vit: nn.Module) -> int:
+    """The side of a plain ViT's patch grid. Raises ValueError for a model that the functions below can't run part by part:
+    other than timm's VisionTransformer with its usual blocks, a square image and all its patches.
+    """
+    told = f"{type(vit).__name__} is no plain timm VisionTransformer"
+    if not isinstance(vit, VisionTransformer) or type(vit).forward_features is not VisionTransformer.forward_features:
+        raise ValueError(f"{told}; choose a vit_*, deit_* or deit3_* model")
+    for block in vit.blocks:
+        if type(block) is not Block or not _usual(block.attn):
+            raise ValueError(f"{told}: its blocks are of another form than Block with Attention")
+    if (
+        vit.dynamic_img_size
+        or not isinstance(vit.patch_drop, nn.Identity)
+        or not isinstance(vit.patch_embed, PatchEmbed)
+    ):
+        raise ValueError(f"{told}: it has patch dropout, a size that changes, or another patch embedding")
+    height, width = vit.patch_embed.grid_size
+    if height != width:
+        raise ValueError(f"images must be square, got patches on a grid of {height} x {width}")
+    return height
+
+
+def _usual(attn: nn.Module) -> bool:
+    """Whether attention is what `project` and `attend` compute; newer versions of timm know gates and a norm inside."""
+    inside = (getattr(attn, "gate", None), getattr(attn, "norm", None))
+    return type(attn) is Attention and all(part is None or isinstance(part, nn.Identity) for part in inside)
+
+
+def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """[B, D, H, W] -> tokens [B, prefix + N, E] as they enter the first block. Raises ValueError for images of another shape."""
+    side, chans = vit.patch_embed.img_size[0], vit.patch_embed.proj.in_channels
+    if tuple(images.shape[1:]) != (chans, side, side):
+        raise ValueError(f"images must be [batch, {chans}, {side}, {side}], got {list(images.shape)}")
+    return vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+
+
+def project(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of normalised tokens [B, N, E], [B, heads, N, D] each."""
+    q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
+def attend(attn: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """timm's attention from there on -> [B, N, E]. bias, broadcast to [B, heads, N, N], is added to the logits."""
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    return attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2)))
+
+
+def read_scores(scores: Tensor, batch: int, side: int) -> Tensor:
+    """Scores as one number for each patch: of the score cells that a patch overlaps the plain mean.
+
+    scores [batch, s * s], row-major, any s -> [batch, side * side]. Where s is the grid's side they stay as they are; where
+    the patches are the smaller ones, all patches within a cell get its score. Raises ValueError for another shape
+    and for NaN, which isn't looked for while a graph is compiled.
+    """
+    own = math.isqrt(scores.shape[-1]) if scores.ndim == 2 else 0
+    if scores.ndim != 2 or len(scores) != batch or own * own != scores.shape[1] or not own:
+        raise ValueError(f"scores must be [{batch}, s * s], a square map for each image, got {list(scores.shape)}")
+    if not torch.compiler.is_compiling() and scores.isnan().any():
+        raise ValueError("scores must be numbers, got NaN")
+    scores = scores.detach()
+    if own == side:
+        return scores
+    return F.adaptive_avg_pool2d(scores.float().unflatten(1, (1, own, own)), side).flatten(1)
+
+
+def embed_macs(vit: VisionTransformer) -> int:
+    """Multiply-adds of the patch embedding of an image."""
+    return vit.patch_embed.num_patches * vit.patch_embed.proj.weight.numel()
+
+
+def block_macs(block: Block, length: int, mlp_length: int | None = None) -> int:
+    """Multiply-adds of a block over `length` tokens, of which its MLP sees `mlp_length`."""
+    attn, mlp = (
+        sum(x.weight.numel() for x in part.modules() if isinstance(x, nn.Linear)) for part in (block.attn, block.mlp)
+    )
+    return length * attn + (length if mlp_length is None else mlp_length) * mlp + 2 * length**2 * block.attn.attn_dim
+
+
+def head_macs(vit: VisionTransformer) -> int:
+    """Multiply-adds of the head of an image; of both heads of a distilled DeiT."""
+    heads = [vit.head, getattr(vit, "head_dist", None)]
+    return sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))

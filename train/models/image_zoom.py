@@ -1,0 +1,194 @@
+"""Zoom on the level of the image: cut out the box around what matters, enlarge it, classify again.
+
+The other mechanism of the small study (see `token_pruned_vit`), for any timm classifier: it changes no token, and costs a
+whole pass. A control for ZoomViT, which gets its finer look for a few tokens more.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import register_model
+from torch import Tensor, nn
+
+from zpipe.train.models.backbone import create_backbone, read_scores
+from zpipe.train.models.zoomvit import square_side, untrained_cfgs
+
+COMBINE = ("zoom", "mean")
+
+
+@torch.no_grad()
+def zoom_boxes(
+    scores: Tensor, image_size: int, area: float = 0.3, min_side: float | None = None, square: bool = False
+) -> Tensor:
+    """The box around the most important cells of each image, in pixels.
+
+    The most important are the best floor(area * s * s) cells, at least one, and those that equal the last of them; but never
+    those of the map's lowest value, unless all are equal: then the box is the whole image. So a mirrored map has the mirrored box, and
+    a map that says nothing crops nothing.
+
+    The study says "bounding box" and no more, so the box keeps its shape, and enlarging it to a square image distorts it.
+
+    Args:
+        scores: [B, s * s], row-major, of any range.
+        image_size: pixels a side of the image.
+        area: share of the cells that count as important, in (0, 1]; the study: .3 and .15.
+        min_side: the least width and height in pixels; a smaller box grows around its centre, and is then moved into
+            the image. None is 64 px for an image of 224, and in proportion for others.
+        square: make the shorter side as long as the longer one too, so that objects keep their proportions.
+
+    Returns:
+        float32 [B, 4]: (left, top, right, bottom), within 0 .. image_size.
+
+    Raises:
+        ValueError: scores of another shape or with NaN, area or min_side out of range.
+    """
+    if not 0.0 < area <= 1.0:
+        raise ValueError(f"area must lie in (0, 1], got {area!r}")
+    least = 64 / 224 * image_size if min_side is None else min_side
+    if not 0 < least <= image_size:
+        raise ValueError(f"min_side must lie above 0 and at most at the image's {image_size} px, got {min_side!r}")
+    side = math.isqrt(scores.shape[-1]) if scores.ndim == 2 else 0
+    scores = read_scores(scores, len(scores), side)  # [B, s * s]
+    count = max(1, int(area * side * side + 1e-6))
+    last = scores.topk(count, dim=1).values[:, -1:]
+    low, high = scores.aminmax(dim=1, keepdim=True)
+    important = (scores >= last) & ((scores > low) | (low == high))
+    important = important.unflatten(1, (side, side))  # [B, rows, columns]
+    edges = []
+    for line in (important.any(dim=1), important.any(dim=2)):  # columns, then rows: [B, s]
+        first = line.to(torch.uint8).argmax(dim=1)
+        beyond = side - line.flip(1).to(torch.uint8).argmax(dim=1)
+        edges.append(torch.stack([first, beyond], dim=1))
+    bounds = torch.stack(edges, dim=1).float() * (image_size / side)  # [B, (x, y), (first, beyond)]
+    length = (bounds[..., 1] - bounds[..., 0]).clamp(min=least)  # [B, 2]
+    if square:
+        length = length.amax(dim=1, keepdim=True).expand(-1, 2)
+    start = (bounds.mean(dim=2) - length / 2).clamp(min=0).minimum(image_size - length)
+    return torch.cat([start, start + length], dim=1)
+
+
+def crop(images: Tensor, boxes: Tensor) -> Tensor:
+    """Each image's box, enlarged to the image's size. images [B, D, H, W], boxes [B, 4] in pixels -> [B, D, H, W].
+
+    Bilinear at pixel centres, in float32. A box is never larger than the image, so nothing is ever made smaller and an
+    antialiasing filter would have nothing to do; the box of the whole image gives the image itself. No gradient reaches the boxes.
+    """
+    height, width = images.shape[2:]
+    boxes = boxes.detach().float() / boxes.new_tensor([width, height, width, height], dtype=torch.float32)
+    size, centre = (
+        boxes[:, 2:] - boxes[:, :2],
+        boxes[:, 2:] + boxes[:, :2] - 1,
+    )  # the image is -1 .. 1, as for affine_grid
+    places = [
+        ((torch.arange(n, device=images.device) + 0.5) * 2 / n - 1) * size[:, i, None] + centre[:, i, None]
+        for i, n in enumerate((width, height))
+    ]  # [B, W], [B, H]
+    grid = torch.stack(torch.broadcast_tensors(places[0][:, None], places[1][:, :, None]), dim=3)  # [B, H, W, 2]
+    with torch.autocast(images.device.type, enabled=False):
+        return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).to(images.dtype)
+
+
+class ImageZoom(nn.Module):
+    """A timm classifier that looks at the box around what matters. `model(images, scores)`; with scores=None it is
+    the backbone.
+
+    Args:
+        backbone: a timm classifier, or its name. Its state dict is under `backbone.`.
+        area, min_side, square: of the box, see `zoom_boxes`; a call may give another area.
+        combine: "zoom" for the logits of the enlarged box alone, "mean" for the mean of those and the whole image's.
+        img_size: pixels a side; images are square.
+        patch_size: pixels a side of a score cell, which sets `score_grid`, the grid that a source of scores should have. Scores on
+            another square grid are taken too.
+        backbone_args: keyword arguments of the backbone, when given by name. num_classes and in_chans go to it too.
+
+    Raises:
+        ValueError: area or min_side out of range, an unknown combine, sizes that don't divide.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "deit_small_patch16_224",
+        area: float = 0.3,
+        min_side: float | None = None,
+        square: bool = False,
+        combine: str = "zoom",
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        backbone_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.img_size = square_side(img_size)
+        if combine not in COMBINE:
+            raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine!r}")
+        if self.img_size % patch_size:
+            raise ValueError(f"image size {self.img_size} doesn't divide into score cells of {patch_size} pixels")
+        zoom_boxes(torch.zeros(1, 1), self.img_size, area, min_side)  # checks them
+        if isinstance(backbone, str):
+            backbone = create_backbone(backbone, self.img_size, num_classes, in_chans, backbone_args, sized=False)
+        self.backbone = backbone
+        self.area, self.min_side, self.square, self.combine = area, min_side, square, combine
+        self.score_grid = self.img_size // patch_size
+        self.num_classes, self.num_features = backbone.num_classes, backbone.num_features
+
+    def forward(self, images: Tensor, scores: Tensor | None = None, area: float | None = None) -> Tensor:
+        """Logits of every image, [B, num_classes].
+
+        Args:
+            images: [B, in_chans, img_size, img_size].
+            scores: [B, s * s], row-major, of any range; no gradient flows into them. None zooms nothing.
+            area: share of the cells that count as important; None takes the model's.
+
+        Raises:
+            ValueError: images or scores of another shape, NaN in scores, area outside (0, 1].
+        """
+        if images.ndim != 4 or tuple(images.shape[2:]) != (self.img_size, self.img_size):
+            raise ValueError(
+                f"images must be [batch, chans, {self.img_size}, {self.img_size}], got {list(images.shape)}"
+            )
+        if scores is None:
+            return self.backbone(images)
+        if len(scores) != len(images):
+            raise ValueError(f"scores must be [{len(images)}, s * s], a map for each image, got {list(scores.shape)}")
+        zoomed = self.backbone(crop(images, self.boxes(scores, area)))
+        return zoomed if self.combine == "zoom" else (self.backbone(images) + zoomed) / 2
+
+    def boxes(self, scores: Tensor, area: float | None = None) -> Tensor:
+        """What the model would look at, see `zoom_boxes`. [B, s * s] -> float32 [B, 4]."""
+        return zoom_boxes(scores, self.img_size, self.area if area is None else area, self.min_side, self.square)
+
+    @property
+    def passes(self) -> int:
+        """How many passes of the backbone an image with scores costs; cropping and the scores' source aren't in it."""
+        return 1 if self.combine == "zoom" else 2
+
+    # What timm's optimizers and fine-tuning tools ask of a model.
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        return {f"backbone.{name}" for name in names}
+
+    def get_classifier(self) -> nn.Module:
+        return self.backbone.get_classifier()
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a freshly initialised one."""
+        self.num_classes = num_classes
+        self.backbone.reset_classifier(num_classes)
+
+
+default_cfgs = untrained_cfgs("image_zoom")
+
+
+@register_model
+def image_zoom(pretrained: bool = False, **kwargs: Any) -> ImageZoom:
+    """`ImageZoom`, on DeiT-S unless `backbone` names another timm classifier. Takes its arguments."""
+    return timm.models.build_model_with_cfg(ImageZoom, "image_zoom", pretrained, **kwargs)

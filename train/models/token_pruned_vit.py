@@ -1,0 +1,186 @@
+"""Token pruning half way through a plain ViT: the smallest mechanism that spends tokens by importance.
+
+A small study of ZoomViT's idea on Flowers-102 drops all but the most important patch tokens after the sixth block. There
+importance is the L2 norm of features; here it is whatever scores are given, relevance maps, a zoomer's or the model's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.models import register_model
+from torch import Tensor, nn
+
+from zpipe.train.models.backbone import (
+    attend,
+    block_macs,
+    check_plain,
+    create_backbone,
+    embed,
+    embed_macs,
+    head_macs,
+    project,
+    read_scores,
+)
+from zpipe.train.models.zoomvit import square_side, untrained_cfgs
+
+
+class TokenPrunedViT(nn.Module):
+    """A plain timm ViT that keeps only its most important patch tokens after one of its blocks.
+
+    `model(images, scores, keep=0.3)` runs the first `prune_block` blocks on all tokens and the others on the class token
+    (with a distillation or register token, if there is one) and the best 30 % of the patch tokens. With scores=None the class attention of
+    block `prune_block` itself, mean over heads, decides: it is at hand there, and costs next to nothing. With keep=1 the logits are the backbone's.
+
+    All shapes are fixed by the settings, so that the model can be compiled and exported.
+
+    Args:
+        backbone: a plain timm VisionTransformer, or its name. Its state dict is under `backbone.`.
+        prune_block: how many blocks see all tokens, counted from 1: 6 prunes after the sixth block, between `blocks[5]` and
+            `blocks[6]`.
+        keep: the share of patch tokens kept when a call gives none, rounded down: .3 of 196 are 58.
+        img_size: pixels a side; images are square.
+        backbone_args: keyword arguments of the backbone, when given by name. num_classes and in_chans go to it too.
+
+    Raises:
+        ValueError: another kind of backbone, prune_block outside 1 .. depth - 1, keep outside (0, 1].
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "deit_small_patch16_224",
+        prune_block: int = 6,
+        keep: float = 0.3,
+        img_size: int | tuple[int, int] = 224,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        backbone_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(backbone, str):
+            backbone = create_backbone(backbone, square_side(img_size), num_classes, in_chans, backbone_args)
+        self.score_grid = check_plain(backbone)  # cells a side of the patch grid; scores on another grid are resampled
+        depth = len(backbone.blocks)
+        if not 1 <= prune_block < depth:
+            raise ValueError(f"prune_block must lie between 1 and {depth - 1} with {depth} blocks, got {prune_block!r}")
+        self.backbone = backbone
+        self.prune_block = prune_block
+        self.keep = check_keep(keep)
+        self.num_classes, self.num_features = backbone.num_classes, backbone.num_features
+
+    def forward(
+        self, images: Tensor, scores: Tensor | None = None, keep: float | None = None, keep_tokens: int | None = None
+    ) -> Tensor:
+        """Logits of every image, [B, num_classes].
+
+        Args:
+            images: [B, in_chans, img_size, img_size].
+            scores: [B, s * s], row-major, of any range; no gradient flows into them. Where s isn't `score_grid`, a patch's score is the
+                mean of the cells it overlaps. None takes the class attention of block `prune_block`.
+            keep: the share of patch tokens to keep, in (0, 1], rounded down but at least one; None takes the model's.
+            keep_tokens: instead of a share, a number of patch tokens.
+
+        Raises:
+            ValueError: images or scores of another shape, NaN in scores, keep or keep_tokens out of range or both given,
+                scores=None on a backbone without class token.
+        """
+        return self.forward_head(self.forward_features(images, scores, keep, keep_tokens))
+
+    def forward_features(
+        self, images: Tensor, scores: Tensor | None = None, keep: float | None = None, keep_tokens: int | None = None
+    ) -> Tensor:
+        """The normalised tokens after the last block, [B, prefix + kept, E]. Arguments and errors as in `forward`."""
+        vit, count = self.backbone, self.resolve_keep(keep, keep_tokens)
+        if scores is not None:
+            scores = read_scores(scores, len(images), self.score_grid)
+        elif vit.cls_token is None:
+            raise ValueError("the backbone has no class token whose attention could choose: give scores")
+        x = vit.blocks[: self.prune_block - 1](embed(vit, images))
+        block = vit.blocks[self.prune_block - 1]
+        if scores is None:
+            x, scores = self._run_attentively(block, x)
+        else:
+            x = block(x)
+        if count < scores.shape[1]:
+            x = prune_tokens(x, scores, count)
+        return vit.norm(vit.blocks[self.prune_block :](x))
+
+    def _run_attentively(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A block's output, and the attention that its class token paid to each patch [B, N], mean over heads."""
+        q, k, v = project(block.attn, block.norm1(x))
+        with torch.no_grad():
+            logits = q[:, :, :1] @ k.transpose(2, 3) * block.attn.scale  # [B, heads, 1, prefix + N]
+            attention = logits.float().softmax(dim=3).mean(dim=1)[:, 0, self.backbone.num_prefix_tokens :]
+        x = x + block.drop_path1(block.ls1(attend(block.attn, q, k, v)))
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), attention
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens as of `forward_features` -> logits [B, num_classes], or what enters the classifier with pre_logits."""
+        return self.backbone.forward_head(features, pre_logits=pre_logits)
+
+    def resolve_keep(self, keep: float | None = None, keep_tokens: int | None = None) -> int:
+        """How many patch tokens stay. Errors as in `forward`."""
+        patches = self.score_grid**2
+        if keep_tokens is None:
+            # A hair more, or .29 of 100 would be 28.
+            return max(1, int(check_keep(self.keep if keep is None else keep) * patches + 1e-6))
+        if keep is not None:
+            raise ValueError(f"give keep or keep_tokens, not both; got keep={keep!r}, keep_tokens={keep_tokens!r}")
+        if not 1 <= keep_tokens <= patches:
+            raise ValueError(f"keep_tokens must lie between 1 and the {patches} patches, got {keep_tokens!r}")
+        return keep_tokens
+
+    def macs(self, keep: float | None = None, keep_tokens: int | None = None, scored: bool = True) -> int:
+        """Multiply-adds of an image's forward pass, as torch's flop counter sees it. scored: scores are given, whose source is
+        not in it; otherwise the class attention is.
+        """
+        vit = self.backbone
+        kept = vit.num_prefix_tokens + self.resolve_keep(keep, keep_tokens)
+        length = vit.num_prefix_tokens + self.score_grid**2
+        total = embed_macs(vit) + head_macs(vit) + (0 if scored else length * vit.blocks[0].attn.attn_dim)
+        lengths = [length if i < self.prune_block else kept for i in range(len(vit.blocks))]
+        return total + sum(block_macs(block, n) for block, n in zip(vit.blocks, lengths, strict=True))
+
+    # What timm's optimizers and fine-tuning tools ask of a model.
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def get_classifier(self) -> nn.Module:
+        return self.backbone.get_classifier()
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a freshly initialised one."""
+        self.num_classes = num_classes
+        self.backbone.reset_classifier(num_classes)
+
+
+def check_keep(keep: float) -> float:
+    """The share of tokens to keep. Raises ValueError unless it lies in (0, 1]."""
+    if not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep must lie in (0, 1], got {keep!r}")
+    return keep
+
+
+def prune_tokens(x: Tensor, scores: Tensor, count: int) -> Tensor:
+    """Keep the `count` patch tokens that score highest, in their old order; of equals the first.
+
+    x [B, prefix + N, E], scores [B, N] -> [B, prefix + count, E].
+    """
+    prefix = x.shape[1] - scores.shape[1]
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values  # [B, count]
+    kept = x[:, prefix:].gather(1, best[..., None].expand(-1, -1, x.shape[2]))
+    return torch.cat([x[:, :prefix], kept], dim=1)
+
+
+default_cfgs = untrained_cfgs("token_pruned_vit")
+
+
+@register_model
+def token_pruned_vit(pretrained: bool = False, **kwargs: Any) -> TokenPrunedViT:
+    """`TokenPrunedViT`, on DeiT-S unless `backbone` names another plain timm ViT. Takes its arguments."""
+    return timm.models.build_model_with_cfg(TokenPrunedViT, "token_pruned_vit", pretrained, **kwargs)

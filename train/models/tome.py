@@ -1,0 +1,201 @@
+"""Token merging (ToMe; Bolya et al., ICLR 2023) on a plain timm ViT: a control that needs no training and no scores.
+
+In every block, between attention and MLP, r patch tokens are merged into the tokens most like them. Matching and merging
+are pure functions here, and the model runs the backbone's own blocks from outside: nothing of the backbone is replaced.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import register_model
+from torch import Tensor, nn
+
+from zpipe.train.models.backbone import (
+    attend,
+    block_macs,
+    check_plain,
+    create_backbone,
+    embed,
+    embed_macs,
+    head_macs,
+    project,
+)
+from zpipe.train.models.zoomvit import square_side, untrained_cfgs
+
+
+class Matching(NamedTuple):
+    """Which tokens of a sequence of N are merged. Places in the sequence, int64.
+
+    source  [B, r]: the tokens that go.
+    target  [B, r]: the token that each of them goes into; it may take more than one.
+    stay    [B, N - r]: those that stay, in their new order.
+    """
+
+    source: Tensor
+    target: Tensor
+    stay: Tensor
+
+
+def match(metric: Tensor, r: int, prefix: int = 1) -> Matching:
+    """Bipartite soft matching (section 3): tokens at even places are set A, those at odd places set B; every token of A has an edge
+    to the token of B that is most like it, and the r strongest edges are merged.
+
+    Args:
+        metric: [B, N, D], what tokens are compared by, with cosine similarity (the paper: keys, mean over heads).
+        r: how many go, 0 .. `most_merged(N, prefix)`.
+        prefix: this many tokens at the beginning (class, distillation, register tokens) take no part and stay first.
+
+    Of equally strong edges those of the first tokens are merged. New order, as in the authors' code: what is left of A, then B.
+    Raises ValueError for another r.
+    """
+    batch, length, _ = metric.shape
+    if not 0 <= r <= most_merged(length, prefix):
+        raise ValueError(
+            f"r must lie between 0 and the {most_merged(length, prefix)} that {length} tokens can lose, got {r!r}"
+        )
+    place = torch.arange(length, device=metric.device)
+    metric = F.normalize(metric.detach(), dim=-1)
+    similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)  # [B, A, B']
+    protected = (place[::2, None] < prefix) | (place[None, 1::2] < prefix)
+    strength, partner = similarity.masked_fill(protected, -torch.inf).max(dim=2)  # [B, A]
+    ranked = strength.argsort(dim=1, descending=True, stable=True)
+    source, left = 2 * ranked[:, :r], 2 * ranked[:, r:].sort(dim=1).values
+    target = 2 * partner.gather(1, ranked[:, :r]) + 1
+    stay = torch.cat([left, place[1::2].expand(batch, -1)], dim=1)  # [B, N - r]
+    if prefix > 1:  # the first place is even, so a single one is first already
+        stay = stay.gather(1, (stay >= prefix).to(torch.uint8).argsort(dim=1, stable=True))
+    return Matching(source, target, stay)
+
+
+def merge(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
+    """Merged tokens are means, weighted by how many patches each stands for (section 3, "tracking token size").
+
+    x [B, N, E], size [B, N] -> [B, N - r, E], [B, N - r]. Sizes are summed, so their total stays.
+    """
+    source, target, stay = (place[..., None] for place in matching)
+    weighted, size = x * size[..., None], size[..., None]  # [B, N, E], [B, N, 1]
+
+    def gathered(values: Tensor) -> Tensor:
+        wide = (-1, -1, values.shape[2])
+        moved = values.gather(1, source.expand(wide))
+        return values.scatter_add(1, target.expand(wide), moved).gather(1, stay.expand(wide))
+
+    size = gathered(size)
+    return (gathered(weighted) / size).to(x.dtype), size[..., 0]
+
+
+def most_merged(length: int, prefix: int = 1) -> int:
+    """The most tokens that one matching can merge: half of those that take part, at most."""
+    return max(length - prefix, 0) // 2
+
+
+class ToMeViT(nn.Module):
+    """A plain timm ViT that merges r tokens in every block. `model(images, r=13)`; with r=0 it is the backbone.
+
+    As the paper: matching on keys, the class token protected, attention weighted by size (Eq. 1: log size is added to its
+    logits). Their code lowers an r that is too large for the last blocks; here it is refused, so that a setting says what runs.
+
+    Args:
+        backbone: a plain timm VisionTransformer whose class token is classified, or its name. Its state dict is under
+            `backbone.`; any of its weights will do.
+        r: tokens merged in each block when a call gives none; 0 merges nothing.
+        img_size: pixels a side; images are square.
+        backbone_args: keyword arguments of the backbone, when given by name. num_classes and in_chans go to it too.
+
+    Raises:
+        ValueError: another kind of backbone, r below 0 or too large (DeiT's 197 tokens and 12 blocks: above 15).
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "deit_small_patch16_224",
+        r: int = 0,
+        img_size: int | tuple[int, int] = 224,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        backbone_args: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(backbone, str):
+            backbone = create_backbone(backbone, square_side(img_size), num_classes, in_chans, backbone_args)
+        check_plain(backbone)
+        if backbone.cls_token is None or backbone.global_pool != "token":
+            raise ValueError(
+                f"merging needs a class token that is classified, got global_pool={backbone.global_pool!r}"
+            )
+        self.backbone = backbone
+        self.num_classes, self.num_features = backbone.num_classes, backbone.num_features
+        self.r = self.resolve_r(r)
+
+    def forward(self, images: Tensor, r: int | None = None) -> Tensor:
+        """images [B, in_chans, img_size, img_size] -> logits [B, num_classes]. r: see the class; None takes the model's.
+
+        Raises ValueError for images of another shape, and r below 0 or too large.
+        """
+        return self.forward_head(self.forward_features(images, r))
+
+    def forward_features(self, images: Tensor, r: int | None = None) -> Tensor:
+        """The normalised tokens after the last block, [B, prefix + N - depth * r, E]. Arguments and errors as in `forward`."""
+        vit, r = self.backbone, self.resolve_r(self.r if r is None else r)
+        x = embed(vit, images)
+        if not r:
+            return vit.norm(vit.blocks(x))
+        size = x.new_ones(x.shape[:2], dtype=torch.float32)  # [B, N]
+        for i, block in enumerate(vit.blocks):
+            q, k, v = project(block.attn, block.norm1(x))
+            bias = size.log().to(q.dtype)[:, None, None] if i else None  # [B, 1, 1, N]; all sizes are 1 at first
+            x = x + block.drop_path1(block.ls1(attend(block.attn, q, k, v, bias)))
+            x, size = merge(x, size, match(k.mean(dim=1), r, vit.num_prefix_tokens))
+            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+        return vit.norm(x)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens as of `forward_features` -> logits [B, num_classes], or what enters the classifier with pre_logits."""
+        return self.backbone.forward_head(features, pre_logits=pre_logits)
+
+    def resolve_r(self, r: int) -> int:
+        """r itself. Raises ValueError unless every block has tokens enough to merge as many."""
+        vit, depth = self.backbone, len(self.backbone.blocks)
+        patches = vit.patch_embed.num_patches
+        most = patches // (depth + 1)  # the last block sees patches - (depth - 1) r, and may merge half of them
+        if not 0 <= r <= most:
+            raise ValueError(f"r must lie between 0 and {most} with {patches} patches and {depth} blocks, got {r!r}")
+        return r
+
+    def macs(self, r: int | None = None) -> int:
+        """Multiply-adds of an image's forward pass, matching included, as torch's flop counter sees it."""
+        vit, r = self.backbone, self.resolve_r(self.r if r is None else r)
+        total, length = embed_macs(vit) + head_macs(vit), vit.num_prefix_tokens + vit.patch_embed.num_patches
+        for block in vit.blocks:
+            matching = (length - length // 2) * (length // 2) * block.attn.head_dim if r else 0
+            total += block_macs(block, length, length - r) + matching
+            length -= r
+        return total
+
+    # What timm's optimizers and fine-tuning tools ask of a model.
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def get_classifier(self) -> nn.Module:
+        return self.backbone.get_classifier()
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a freshly initialised one."""
+        self.num_classes = num_classes
+        self.backbone.reset_classifier(num_classes)
+
+
+default_cfgs = untrained_cfgs("tome_vit")
+
+
+@register_model
+def tome_vit(pretrained: bool = False, **kwargs: Any) -> ToMeViT:
+    """`ToMeViT`, on DeiT-S unless `backbone` names another plain timm ViT. Takes its arguments."""
+    return timm.models.build_model_with_cfg(ToMeViT, "tome_vit", pretrained, **kwargs)
