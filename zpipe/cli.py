@@ -69,7 +69,7 @@ def make_shards_command(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder of images (a sub-folder a class, or a labels.csv), or 'scenes' for the embedded data."
+            help="Folder of images (a sub-folder a class, or a labels.csv); cifar10:PATH (cifar-10-binary.tar.gz or its folder); flowers102:FOLDER (with 102flowers.tgz or jpg/, imagelabels.mat, setid.mat); or 'scenes', the embedded data."
         ),
     ],
     output: Annotated[Path | None, typer.Argument(help="Folder for the tars and their index; new or empty.")] = None,
@@ -80,7 +80,10 @@ def make_shards_command(
     seed: Annotated[int, typer.Option(help="Seed of the order of images, and of scenes.")] = 0,
     no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="Keep the order of folders and files.")] = False,
     count: Annotated[int, typer.Option(help="Scenes to make.")] = 10000,
-    split: Annotated[str, typer.Option(help="Split of the scenes: train or val; they share no digit.")] = "train",
+    split: Annotated[
+        str,
+        typer.Option(help="Of scenes and cifar10: train or val; of flowers102: train, val, test or trainval."),
+    ] = "train",
     image_size: Annotated[int | None, typer.Option(help="Pixels a side of a scene.")] = None,
     settings: Sets = None,
     index_only: Annotated[
@@ -92,6 +95,7 @@ def make_shards_command(
     Images that can't be decoded are listed in quarantine.csv; the rest is written, and the exit code is 1.
     """
     with reporting() as progress:
+        from zpipe.pipeline.datasets import DATASETS
         from zpipe.pipeline.make_shards import FolderSource, SceneSource, index_shards, make_shards, scene_config
 
         if index_only:
@@ -107,10 +111,18 @@ def make_shards_command(
             chosen = SceneSource(count=count, split=split, seed=seed, config=config, shard_size=shard_size)
         else:
             if settings or image_size:
-                raise UsageError("--image-size and --set belong to the embedded scenes; image folders have neither")
-            chosen = FolderSource(
-                Path(source), shard_size=shard_size, shuffle_seed=None if no_shuffle else seed, key_rule=keys
-            )
+                raise UsageError("--image-size and --set belong to the embedded scenes; other sources have neither")
+            order = {"shard_size": shard_size, "shuffle_seed": None if no_shuffle else seed}
+            name, colon, path = source.partition(":")
+            if colon and name in DATASETS:
+                if keys != "stem":
+                    raise UsageError(f"--keys belongs to image folders; {name} has keys of its own")
+                # No shell expands a ~ behind a colon.
+                chosen = DATASETS[name](Path(path).expanduser(), split=split, **order)
+                if chosen.warning:
+                    warn(f"warning: {chosen.warning}")
+            else:
+                chosen = FolderSource(Path(source), key_rule=keys, **order)
         report = make_shards(chosen, output, progress=progress)
         tell(f"{output}: {report.count} images in {report.shards} shards ({report.written} written now)")
         if report.quarantined:
@@ -303,11 +315,12 @@ def train_vit_command(
         typer.Option(help="Run, checkpoint file or timm:NAME to start from (a plain ViT may start a ZoomViT)."),
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes; default those that the shards name.")] = None,
-    image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
+    image_size: Annotated[int | None, typer.Option(help="Pixels a side. Default 224.")] = None,
     recipe_name: Annotated[
         str | None,
         typer.Option(
-            "--recipe", help="deit, deit3 or finetune, or their small twins such as deit-small; none by default."
+            "--recipe",
+            help="deit, deit3, finetune, cifar10 or flowers102, or their small twins such as deit-small; none by default.",
         ),
     ] = None,
     val: Annotated[
@@ -343,9 +356,10 @@ def train_vit_command(
         base = recipe(recipe_name, VIT_RECIPES, VitConfig())
         model_args = base.model_args | parse_settings(model_arg, "--model-arg")
         flags = {"model": model, "model_args": model_args, "num_classes": num_classes}
-        flags |= {"image_size": image_size, "missing": missing, "init_from": init_from, "scores": scores}
+        flags |= {"missing": missing, "init_from": init_from, "scores": scores}
         flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
+        flags |= _given({"image_size": image_size})
         config = with_settings(base, flags | parse_settings(settings, "--set"))
         places = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
         workers = Workers(count=num_workers, address=address)
