@@ -172,8 +172,10 @@ def main() -> None:
             held_plain = peak_bytes(lambda: step(deit, plain), device)
             held = peak_bytes(lambda m=model, o=optimizer, z=equal: step(m, o, scores, **z), device)
             memory.append(held / held_plain)
-        report["training"][name] = {"efficiency": whole, "by_step": ratios, "memory": memory}
+        epoch = own_time / plain_time  # what an epoch takes, in epochs of the plain ViT
+        report["training"][name] = {"efficiency": whole, "by_step": ratios, "memory": memory, "epoch": epoch}
         print(f"  {name} training, alpha over [0, 1]: efficiency {whole:.3f} of all steps, by step {told(ratios)}; "
+              f"an epoch takes {epoch:.2f} of the plain ViT's; "
               f"memory at 196 tokens {told(memory)} of DeiT's {held_plain / 1e6:.0f} MB")  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
