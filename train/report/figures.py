@@ -16,17 +16,11 @@ from typing import Any
 from zpipe.train.report.runs import EVALUATION, ZOOMER_EVALUATION, RunRecord
 from zpipe.train.results import Result, Value
 
-SWEPT = (
-    "alpha",
-    "budget",
-    "keep",
-    "exit",
-    "merge",
-    "tokens",
-)  # a series is swept along these; what else is set makes another series
+# A series is swept along these; what else is set makes another series.
+SWEPT = ("alpha", "budget", "keep", "exit", "merge", "tokens")
 HISTOGRAM = "images_with_tokens"
 # Of a data set: shown as per cent. Others that lie in [0, 1], such as an error, mean something else.
-SHARES = re.compile(r"top\d+|.*_top\d+|share_.*|.*_share|.*pointing_game|.*overlap|.*_rate")
+SHARES = re.compile(r"top\d+|.*_top\d+|share_.*|.*_share|.*pointing_game|.*overlap|.*_rate|exited|.*_left_out")
 FIRST_COLUMNS = ("top1", "top5", "tokens", "gmacs", "gmacs_scores", "total_gmacs", "images_per_s")
 HEADINGS = {
     "top1": "top-1",
@@ -259,17 +253,16 @@ def _told(point: Point) -> str:
 
 
 def histograms(found: Sequence[Point]) -> list[Figure]:
-    """Images by token count. Of each series the middle setting is shown, the others by a click in the legend."""
+    """Images by token count, where images differ in it. Of each series the widest is shown, the others by a click in the legend."""
     series: dict[tuple[str, str], list[Point]] = {}
     for point in found:
-        if point.histogram:
+        if len(point.histogram) > 1:
             series.setdefault((point.study, point.series), []).append(point)
     if not series:
         return []
     data = []
     number = 0
     for (_, name), members in series.items():
-        # A fixed budget gives every image the same length: the most telling setting is the one that spreads the most.
         widest = max(members, key=lambda point: len(point.histogram))
         for point in members:
             data.append(
@@ -386,7 +379,7 @@ _NONE = Measure(value=0.0, low=None, high=None, n=0, seeds=1)
 def token_table(found: Sequence[Point]) -> list[Table]:
     rows = []
     for point in found:
-        if point.histogram:
+        if len(point.histogram) > 1:  # a budget gives all images the same, which the tables say already
             total = sum(point.histogram.values())
             mean = sum(tokens * share for tokens, share in point.histogram.items()) / total
             places = [_quantile(point.histogram, q) for q in (0.05, 0.5, 0.95)]
