@@ -410,7 +410,7 @@ def test_a_shard_index_comes_back_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     "change, told",
     [
-        ({"format": "other"}, "is 'other' version 1, expected 'zpipe-shards' version 1"),
+        ({"format": "other"}, "is 'other' version 1, expected 'zpipe-shards' version 1; run make-shards again"),
         ({"version": 2}, "version 2"),
         ({"shards": [{"name": "a.tar"}]}, "not a complete shard index"),
         ({"shards": [7]}, "not a complete shard index"),
