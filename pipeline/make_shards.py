@@ -21,7 +21,7 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from zpipe.pipeline.scenes import SceneConfig, make_scenes
+from zpipe.pipeline.scenes import SceneConfig, Split, make_scenes
 from zpipe.pipeline.shard_reader import open_image, scan_shard
 from zpipe.schemas.atomic import claim_folder, commit, write_bytes
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -215,13 +215,14 @@ class SceneSource:
     classes = tuple(str(digit) for digit in range(10))
     JPEG_QUALITY = 92
 
-    def __init__(self, *, count: int, split: str, seed: int, config: SceneConfig, shard_size: int) -> None:
+    def __init__(self, *, count: int, split: Split | str, seed: int, config: SceneConfig, shard_size: int) -> None:
         if split not in ("train", "val"):
             raise UsageError(f"--split {split}: the embedded scenes have splits train and val")
         if count < 1:
             raise UsageError(f"--count {count}: give a number of scenes >= 1")
         _check_seed(seed)
-        self.count, self.split, self.seed, self.config, self.shard_size = count, split, seed, config, shard_size
+        self.count, self.seed, self.config, self.shard_size = count, seed, config, shard_size
+        self.split: Split = "train" if split == "train" else "val"
 
     def describe(self) -> dict[str, Any]:
         settings = {"count": self.count, "split": self.split, "seed": self.seed, "shard_size": self.shard_size}

@@ -33,7 +33,7 @@ from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
 torch.set_num_threads(1)
 COUNT = 24
-LOOP = TrainConfig(epochs=1, batch_size=8, num_workers=0, device="cpu", lr=1e-3, log_every=1)
+LOOP = TrainConfig(epochs=1, batch_size=8, data_workers=0, device="cpu", lr=1e-3, log_every=1)
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><a href='https://example.org'>"
 CONFIG = ReportConfig(gallery=20, device="cpu")
 
@@ -220,7 +220,7 @@ def test_the_headline_compares_at_no_higher_cost(data):
         ("evaluation.json", '{"rows": 3}', "evaluation.json: not an evaluation"),
         ("evaluation.json", '{"rows": [{"setting": "alpha=x", "count": 3}]}', "evaluation.json: not an evaluation"),
         ("metrics.jsonl", '{"step": 1}\n{"st', "metrics.jsonl: line 2 is no line of figures"),
-        ("results/study.json", "{}", "study.json: not a results file"),
+        ("results/study.json", "{}", "study.json: is None version None"),
         ("results/errors_samples.json", '{"samples": [1]}', "errors_samples.json: not an error analysis"),
     ],
 )
