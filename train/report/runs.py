@@ -60,7 +60,7 @@ class Gathered:
 
 
 def gather(paths: Sequence[Path]) -> Gathered:
-    """Read runs, studies (folders with results/*.json) and folders of them.
+    """Read runs, studies (folders with ``results/*.json``) and folders of them.
 
     Errors: :class:`UsageError` for a folder that is neither; :class:`ZpipeError` naming a file that is broken.
     """
