@@ -57,7 +57,7 @@ coverage: setup
 	$(BIN)/python -m coverage report --include='*/schemas/*,*/pipeline/*' --fail-under=95
 	$(BIN)/python -m coverage report --include='*/train/*' --fail-under=85
 
-# Only the contracts, by the tests that are about them; half a minute.
+# Only the contracts, by the tests that are about them.
 coverage-schemas: setup
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest -q tests/test_schemas.py tests/test_relevance_store.py tests/test_formats.py \
