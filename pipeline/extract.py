@@ -14,7 +14,7 @@ import torch
 
 from zpipe.pipeline.executor import Resources, run_local, run_ray
 from zpipe.pipeline.explainer import ExplainConfig
-from zpipe.pipeline.lease import Lease, held_lease
+from zpipe.pipeline.lease import LEASE_NAME, Lease, held_lease
 from zpipe.pipeline.shard_reader import FRAMES, open_shards
 from zpipe.pipeline.teacher import Teacher, load_teacher
 from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec, frame_of
@@ -102,8 +102,9 @@ def extract_teacher_maps(
         config.teacher, config.weights, num_classes=config.num_classes, seed=config.seed, model_args=config.teacher_args
     )
     provenance = provenance_of(teacher, config)
-    claim_folder(out, EXTRACTION_NAME, "relevance store")
+    claim_folder(out, EXTRACTION_NAME, "relevance store", lease=LEASE_NAME)
     with held_lease(out) as lease:
+        clear_temporaries(out)
         return _extract(shards, out, entries, teacher, provenance, config, device, lease, progress)
 
 

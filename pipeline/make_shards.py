@@ -1,7 +1,7 @@
 """Images into WebDataset tar shards with an index: `key.jpg` (original bytes), `key.cls`, `key.json`.
 
-Sources: an ImageFolder tree (one folder a class), a flat folder with a `labels.csv`, and the embedded scenes. Shards are
-independent of each other: a killed run goes on with the first one that is missing. Memory holds one shard's file list and
+Sources: an ImageFolder tree (one folder a class), a flat folder with a `labels.csv`, and the embedded scenes; published
+data sets are in `zpipe.pipeline.datasets`. Shards are independent of each other: a killed run goes on with the first one that is missing. Memory holds one shard's file list and
 the images in decoding; `shards.json` grows by about 250 bytes a shard.
 """
 
@@ -105,9 +105,11 @@ class FolderSource:
     def __init__(self, root: Path, *, shard_size: int, shuffle_seed: int | None, key_rule: str) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
-            raise UsageError(f"{root}: no such folder; give a folder of images, or 'scenes' for the embedded data")
+            raise UsageError(
+                f"{root}: no such folder; give a folder of images, cifar10:PATH, flowers102:PATH, or 'scenes' for the embedded data"
+            )
         if shuffle_seed is not None:
-            _check_seed(shuffle_seed)
+            check_seed(shuffle_seed)
         self.shard_size = shard_size
         self._settings = {"shard_size": shard_size, "shuffle_seed": shuffle_seed, "key_rule": key_rule}
         labelled = self._from_csv() if (self.root / LABELS_NAME).is_file() else self._from_tree()
@@ -220,7 +222,7 @@ class SceneSource:
             raise UsageError(f"--split {split}: the embedded scenes have splits train and val")
         if count < 1:
             raise UsageError(f"--count {count}: give a number of scenes >= 1")
-        _check_seed(seed)
+        check_seed(seed)
         self.count, self.seed, self.config, self.shard_size = count, seed, config, shard_size
         self.split: Split = "train" if split == "train" else "val"
 
@@ -248,7 +250,8 @@ class SceneSource:
                 number += 1
 
 
-def _check_seed(seed: int) -> None:
+def check_seed(seed: int) -> None:
+    """Errors: :class:`UsageError` below 0."""
     if seed < 0:
         raise UsageError(f"--seed {seed}: give a whole number >= 0")
 

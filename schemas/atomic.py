@@ -109,10 +109,11 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def claim_folder(path: Path, marker: str, what: str) -> None:
+def claim_folder(path: Path, marker: str, what: str, *, lease: str | None = None) -> None:
     """Make sure that `path` is a folder we may write to: absent, empty, or one that holds our `marker` file.
 
-    Temporary leftovers of a killed run (``.tmp-*``) are removed. Errors: :class:`UsageError` when it holds something else.
+    Temporary leftovers of a killed run (``.tmp-*``) are removed. lease: the name of a file by which runs agree on who
+    writes; the folder may hold it alone, and leftovers are then for the one who has it to remove. Errors: :class:`UsageError` when it holds something else.
     """
     path = as_path(path)
     check_reachable(path)
@@ -124,10 +125,11 @@ def claim_folder(path: Path, marker: str, what: str) -> None:
         entries = names_in(path)
     except OSError as error:
         raise UsageError(f"{path}: can't be used for the {what} ({error.strerror}); give another path") from error
-    foreign = [name for name in entries if not name.startswith(TMP_PREFIX)]
+    foreign = [name for name in entries if not name.startswith(TMP_PREFIX) and name != lease]
     if foreign and not (path / marker).is_file():
         raise UsageError(f"{path}: holds something else ({foreign[0]}); give an empty or new folder for the {what}")
-    clear_temporaries(path)
+    if lease is None:
+        clear_temporaries(path)
 
 
 def clear_temporaries(folder: Path) -> None:

@@ -12,7 +12,8 @@ FOLDERS = {"zpipe": "zpipe", "schemas": "zpipe.schemas", "pipeline": "zpipe.pipe
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
-TAR_READERS = ("pipeline/make_shards.py", "pipeline/shard_reader.py", "train/data/")
+# pipeline/datasets.py: CIFAR-10 and Flowers-102 are published as tars.
+TAR_READERS = ("pipeline/make_shards.py", "pipeline/datasets.py", "pipeline/shard_reader.py", "train/data/")
 RAY_USERS = ("pipeline/executor.py", "train/distributed.py")
 PURE = ("train/models/", "train/losses.py")
 

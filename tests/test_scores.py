@@ -141,7 +141,7 @@ def data(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "own"])
 def test_every_source_trains_and_evaluates(data, tmp_path, name):
     given = {"zoomer": {"zoomer": data / "zoomer"}, "maps": {"maps": data / "maps"}}.get(name, {})
     train_vit(data / "shards", tmp_path / "run", replace(VIT, scores=name), **given)
@@ -155,6 +155,8 @@ def test_every_source_trains_and_evaluates(data, tmp_path, name):
     if name not in ("zoomer", "maps"):
         other = evaluate(tmp_path / "run", data / "shards", replace(config, scores="centre"))["rows"]
         assert len(other) == 3
+    with pytest.raises(UsageError, match="--scores own: this model can't choose by itself"):
+        evaluate(tmp_path / "run", data / "shards", replace(config, scores="own"), maps=maps)
 
 
 def test_fused_backbones_and_token_labels_train_and_evaluate(data, tmp_path):

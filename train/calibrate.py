@@ -1,7 +1,9 @@
-"""The threshold that makes a zooming model cost what it may, on average over a data set."""
+"""The threshold that makes a model cost what it may, on average over a data set: alpha of a zoom, or eta of early exit."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,14 @@ from torch import Tensor
 from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
-from zpipe.train.checkpoint import load_run
-from zpipe.train.evaluate import EvalConfig, choose_run_source, eval_loader
+from zpipe.train.checkpoint import Run, load_run
+from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.loop import resolve_device
+from zpipe.train.models.cfvit import CFViT
 from zpipe.train.models.zoom_tokens import calibrate_alpha, coarse_scores, parse_budget
 from zpipe.train.models.zoomvit import ZoomViT
+from zpipe.train.modes import EvalConfig, Mode, choose_run_source, eval_loader, forward
+from zpipe.train.scoring import ScoreSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,50 +48,98 @@ def calibrate(
     out: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Find alpha for a mean budget; returns, and writes as JSON to `out` when given, alpha and what it costs.
+    """Find the threshold for a mean budget; returns, and writes as JSON to `out` when given, it and what it costs.
 
     {alpha, unit, budget, mean, std, images}: mean and standard deviation over images of the cost at alpha, in the
-    budget's unit. The mean stays within the budget and falls short of it only where many cells score alike.
-    Errors: :class:`UsageError` for a model without thresholds, or a budget that nothing fits into.
+    budget's unit. The mean stays within the budget and falls short of it only where many cells score alike. For a model of two
+    stages `exit_threshold` takes alpha's place. Errors: :class:`UsageError` for a model without thresholds, or a budget that nothing fits into.
     """
     if config.limit < 1:
         raise UsageError(f"limit {config.limit}: give a number >= 1")
     opened = load_run(run)
     model = opened.model
-    if not isinstance(model, ZoomViT):
-        raise UsageError(f"{run}: only a zoomvit_* model costs more or less by its threshold")
+    if not isinstance(model, (ZoomViT, CFViT)):
+        raise UsageError(f"{run}: only zoomvit_*, cfvit_* and lfvit_* models cost more or less by a threshold")
     device = resolve_device(config.device)
     loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.data_workers, "uniform")
     model.to(device)
     source = choose_run_source(opened, EvalConfig(scores=config.scores), loader.maps)
     if source.zoomer is not None:
         source.zoomer.to(device)
-    value, unit, table = _costs(model, config.budget)
-    found: list[Tensor] = []
+    find = _exit_threshold if isinstance(model, CFViT) else _alpha
+    result = find(opened, source, _batches(loader, config.limit, progress), config, device)
+    if out is not None:
+        write_json(out, result)
+    return result
+
+
+def _batches(loader: RelevanceLoader, limit: int, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Batches of the first `limit` samples."""
     images = 0
     for batch in loader:
+        left = limit - images
+        yield {name: values[:left] for name, values in batch.items()}
+        images += len(batch["key"])
+        progress("calibrate", min(images, limit), limit)
+        if images >= limit:
+            return
+
+
+def _alpha(
+    opened: Run,
+    source: ScoreSource,
+    batches: Iterator[dict[str, Any]],
+    config: CalibrationConfig,
+    device: torch.device,
+) -> dict[str, Any]:
+    model = opened.model
+    value, unit, table = _costs(model, config.budget)
+    found: list[Tensor] = []
+    for batch in batches:
         scores = source.score(opened.preprocessing.normalise(batch["image"].to(device)), batch)
         if scores is None:
             raise UsageError("--scores none: nothing is zoomed, whatever the threshold")
         found.append(coarse_scores(scores, model.zoom_factor).cpu())
-        images += len(scores)
-        progress("calibrate", min(images, config.limit), config.limit)
-        if images >= config.limit:
-            break
-    cell_scores = torch.cat(found)[: config.limit]  # [N, C]
+    cell_scores = torch.cat(found)  # [N, C]
     alpha, mean = calibrate_alpha(cell_scores, value, lambda zoomed: table[zoomed])
     spread = table[(cell_scores > alpha).sum(dim=1)].std(correction=0)
-    result = {
-        "alpha": alpha,
-        "unit": unit,
-        "budget": value,
-        "mean": mean,
-        "std": float(spread),
-        "images": len(cell_scores),
-    }
-    if out is not None:
-        write_json(out, result)
-    return result
+    about = {"unit": unit, "budget": value, "mean": mean, "std": float(spread)}
+    return {"alpha": alpha} | about | {"images": len(cell_scores)}
+
+
+def _exit_threshold(
+    opened: Run,
+    source: ScoreSource,
+    batches: Iterator[dict[str, Any]],
+    config: CalibrationConfig,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The highest threshold under which enough images exit: the more go on to the fine stage, the better the answers."""
+    model = opened.model
+    try:
+        value, unit = parse_budget(config.budget, mean=True)
+    except ValueError as error:
+        raise UsageError(f"--budget {config.budget}: {error}") from error
+    if unit != "GMACs":
+        raise UsageError(f"--budget {config.budget}: early exit is calibrated to '2.3 GMACs'")
+    coarse, whole = model.macs(1.0) / 1e9, model.macs(0.0) / 1e9
+    if value < coarse:
+        raise UsageError(f"--budget {config.budget}: below the {coarse:.4g} GMACs of the coarse stage")
+    found = []
+    for batch in batches:
+        images = opened.preprocessing.normalise(batch["image"].to(device))
+        mode = Mode("all", {"return_stages": True}, {})
+        stages, _ = forward(model, source, images, batch, mode)
+        found.append(stages.coarse.float().softmax(1).amax(1).cpu())
+    sure = torch.cat(found).sort(descending=True).values  # [N]
+    going_on = min(1.0, (value - coarse) / (whole - coarse))
+    exits = math.ceil((1 - going_on) * len(sure) - 1e-9)
+    # None has to exit: only those whose probability is 1 to rounding do.
+    threshold = float(sure[exits - 1]) if exits else 1.0
+    exited = float((sure >= threshold).double().mean())
+    mean, spread = coarse + (1 - exited) * (whole - coarse), (whole - coarse) * (exited * (1 - exited)) ** 0.5
+    about = {"unit": unit, "budget": value, "mean": mean, "std": spread}
+    return {"exit_threshold": threshold} | about | {"images": len(sure)}
 
 
 def _costs(model: ZoomViT, budget: str) -> tuple[float, str, Tensor]:

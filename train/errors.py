@@ -24,9 +24,9 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.train.answers import Answers
 from zpipe.train.checkpoint import Run
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.evaluate import Zoom
 from zpipe.train.models.zoom_tokens import choose_cells, token_boxes
 from zpipe.train.models.zoomvit import ZoomViT
+from zpipe.train.modes import Mode
 from zpipe.train.pictures import patches
 from zpipe.train.results import Result, share
 from zpipe.train.scoring import ScoreSource
@@ -56,7 +56,7 @@ def analyse_errors(
     opened: Run,
     loader: RelevanceLoader,
     source: ScoreSource,
-    zoom: Zoom,
+    zoom: Mode,
     answers: Answers,
     device: torch.device,
     progress: Progress = silent,
@@ -100,7 +100,7 @@ def analyse_errors(
     return verdicts, pictured
 
 
-def _token_ids(model: ZoomViT, images: Tensor, scores: Tensor, zoom: Zoom) -> dict[int, Tensor]:
+def _token_ids(model: ZoomViT, images: Tensor, scores: Tensor, zoom: Mode) -> dict[int, Tensor]:
     groups = model.tokenise(images, scores, **zoom.arguments).groups()
     return {int(place): group.ids[row] for group in groups for row, place in enumerate(group.index)}
 
@@ -117,7 +117,7 @@ def _seen(batch: dict[str, Any], row: int, zoomed: np.ndarray) -> float:
     return float(mass[zoomed].sum() / most) if most else 0.0
 
 
-def error_results(verdicts: list[Verdict], run: str, model: str, seed: int | None, zoom: Zoom) -> list[Result]:
+def error_results(verdicts: list[Verdict], run: str, model: str, seed: int | None, zoom: Mode) -> list[Result]:
     """Shares of the errors by kind, and of all right answers given without a look at the object."""
     wrong = [verdict for verdict in verdicts if verdict.kind != "right"]
     right = [verdict for verdict in verdicts if verdict.kind == "right"]

@@ -15,10 +15,10 @@ from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import load_run
-from zpipe.train.evaluate import eval_loader
 from zpipe.train.loop import keep_freed_memory, resolve_device
 from zpipe.train.metrics import pointing_game
 from zpipe.train.models.scores import centre_prior
+from zpipe.train.modes import eval_loader
 from zpipe.train.scoring import key_noise
 from zpipe.train.train_vit import check_labels
 

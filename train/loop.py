@@ -112,13 +112,14 @@ class Task(Protocol):
 
     model: its parameters. call: how to run it, the model itself unless the loop wraps it. draws: for random numbers that
     all ranks must draw alike, and one process too; everything else draws from torch's global generator. The loop seeds
-    both for every epoch and keeps their states. loss: of a batch, with figures worth logging. validate: figures of a model on held-out data, after every epoch (may be empty); `val_top1` among them
+    both for every epoch and keeps their states. done: the share of the training that lies behind, set by the loop. loss: of a batch, with figures worth logging. validate: figures of a model on held-out data, after every epoch (may be empty); `val_top1` among them
     decides which epoch was the best.
     """
 
     model: nn.Module
     call: Callable[..., Any]
     draws: torch.Generator
+    done: float
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]: ...
     def validate(self, model: nn.Module) -> dict[str, float]: ...
@@ -252,6 +253,7 @@ def train(
             saved = time.monotonic()
             batches = clock.of("data", loader)
             for group in _steps(batches, config.accumulate, total - step):
+                task.done = step / total
                 scheduler.step(step)
                 optimizer.zero_grad(set_to_none=True)
                 value, facts, (stopping, due) = _accumulate(task, group, device, config, scaler, clock, team, signs)

@@ -16,12 +16,12 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import Run, load_run
 from zpipe.train.data.transforms import ViewConfig, decode, draw_view, view_image
-from zpipe.train.evaluate import EvalConfig, choose_run_source
 from zpipe.train.loop import resolve_device
 from zpipe.train.models.zoom_tokens import token_boxes
 from zpipe.train.models.zoomvit import ZoomViT
+from zpipe.train.modes import EvalConfig, choose_run_source
 from zpipe.train.pictures import picture
-from zpipe.train.scoring import ScoreSource
+from zpipe.train.scoring import ScoreSource, zooms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Classifier:
         self.source: ScoreSource | None = choose_run_source(run, EvalConfig(scores=config.scores), None)
         if self.source is not None and self.source.zoomer is not None:
             self.source.zoomer.to(self.device)
-        self.zoom = config.zoom() if self.source is not None and self.source.name != "none" else {}
+        self.zoom = config.zoom() if zooms(self.model) and self.source.name != "none" else {}
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, keys: Sequence[str] = ()) -> Tensor:

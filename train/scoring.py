@@ -16,9 +16,12 @@ from zpipe.schemas.errors import UsageError
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import load_zoomer
 from zpipe.train.macs import count_macs
+from zpipe.train.models.cfvit import CFViT
 from zpipe.train.models.fusion import FusedViT
+from zpipe.train.models.image_zoom import ImageZoom
 from zpipe.train.models.release import ReleasedZoomViT
 from zpipe.train.models.scores import centre_prior, class_attention, entropy_scores
+from zpipe.train.models.token_pruned_vit import TokenPrunedViT
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.models.zoomvit import ZoomViT
 
@@ -29,6 +32,7 @@ SOURCES = {
     "entropy": "the entropy of the grey values in each cell",
     "centre": "a Gaussian around the image's centre",
     "random": "uniform noise: new for every batch in training, fixed by the sample's key in evaluation",
+    "own": "what a model of two stages or a token_pruned_vit attends to by itself",
     "none": "no scores: nothing is zoomed",
 }
 
@@ -55,8 +59,18 @@ class ScoreSource:
 
 
 def zooms(model: nn.Module) -> bool:
-    """Whether the model takes scores."""
+    """Whether the model cuts cells above a threshold or within a budget into finer patches."""
     return isinstance(model, (ZoomViT, FusedViT))
+
+
+def takes_scores(model: nn.Module) -> bool:
+    """Whether scores may guide the model."""
+    return zooms(model) or isinstance(model, (CFViT, ImageZoom, TokenPrunedViT))
+
+
+def chooses_itself(model: nn.Module) -> bool:
+    """Whether the model goes by its own class attention where it is given no scores."""
+    return isinstance(model, (CFViT, TokenPrunedViT))
 
 
 def default_source(zoomer: object | None, maps: object | None) -> str | None:
@@ -87,16 +101,24 @@ def choose_source(
             "zoomvit_released is for published checkpoints, from Python: load_release(...); choose zoomvit_*"
         )
     side = model.score_grid
+    any_grid = isinstance(model, (ImageZoom, TokenPrunedViT))
+    if name == "own":
+        if not chooses_itself(model):
+            raise UsageError("--scores own: this model can't choose by itself; choose another source")
+        return ScoreSource(name=name, score=lambda images, batch: None)
+    if name == "none" and chooses_itself(model):
+        raise UsageError("--scores none: this model always chooses; choose own, or another source")
     if name == "zoomer":
         if zoomer is None:
             raise UsageError("--scores zoomer: needs a zoomer; give --zoomer RUN, or another source")
-        if zoomer.grid != side:
+        if zoomer.grid != side and not any_grid:
             raise UsageError(f"{origin}: scores of {zoomer.grid} x {zoomer.grid}, the model wants {side} x {side}")
         return ScoreSource(name=name, score=lambda images, batch: _frozen(zoomer, images), zoomer=zoomer)
     if name == "maps":
         if store is None:
             raise UsageError("--scores maps: needs a relevance store; give --maps STORE")
-        check_grid(store, side)
+        if not any_grid:
+            check_grid(store, side)
         return ScoreSource(name=name, score=lambda images, batch: batch["relevance"].to(images.device).flatten(1))
     if name == "attention" and not isinstance(model, ZoomViT):
         raise UsageError("--scores attention: needs a zoomvit_* model, whose class attention it is")

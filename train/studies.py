@@ -24,22 +24,23 @@ from zpipe.train.answers import Answers
 from zpipe.train.checkpoint import Run, load_run, load_zoomer
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.errors import analyse_errors, error_results, write_errors
-from zpipe.train.evaluate import (
-    EvalConfig,
-    EvalRow,
-    answers_for,
-    choose_run_source,
-    eval_loader,
-    measure,
-    measure_zoomer,
-    zooms_asked,
-)
+from zpipe.train.evaluate import EvalRow, answers_for, measure, measure_zoomer
 from zpipe.train.loop import keep_freed_memory, resolve_device
 from zpipe.train.macs import count_macs
+from zpipe.train.models.cfvit import CFViT
 from zpipe.train.models.warm_start import load_vit
 from zpipe.train.models.zoom_tokens import PRUNE_KINDS
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.models.zoomvit import ZoomViT
+from zpipe.train.modes import (
+    EvalConfig,
+    choose_run_source,
+    eval_loader,
+    forward,
+    logits_of,
+    modes_asked,
+    trained_with,
+)
 from zpipe.train.results import Result, share, write_results
 from zpipe.train.scoring import ScoreSource, choose_source, zooms
 from zpipe.train.settings import rebuild, with_settings
@@ -184,7 +185,7 @@ class Bench:
             source: ScoreSource | None = choose_source("zoomer", opened.model, zoomer=zoomer, store=loader.maps)
         else:
             source = choose_run_source(opened, config, loader.maps)
-        each = (zooms_asked(opened.model, source, replace(config, **zooming)) for zooming in zoomings)
+        each = (modes_asked(opened.model, source, replace(config, **zooming)) for zooming in zoomings)
         asked = list({zoom.name: zoom for zoom in itertools.chain.from_iterable(each)}.values())
         answers = answers_for(opened, loader, config)
         rows = measure(
@@ -193,7 +194,8 @@ class Bench:
         return list(itertools.chain.from_iterable(self.tidy(opened, row, setting) for row in rows))
 
     def tidy(self, opened: Run, row: EvalRow, setting: dict[str, Any]) -> list[Result]:
-        asked = {name: getattr(row, name) for name in ("scores", "alpha", "budget", "keep", "prune")}
+        names = ("scores", "alpha", "budget", "keep", "prune", "exit", "merge")
+        asked = {name: getattr(row, name) for name in names}
         return results_of(row, self.about(opened) | {"setting": setting | drop_none(asked)})
 
     def about(self, opened: Run) -> dict[str, Any]:
@@ -224,6 +226,8 @@ def results_of(row: EvalRow, about: dict[str, Any]) -> list[Result]:
         Result(**about, metric="gmacs_scores", n=n, value=row.gmacs_zoomer),
         Result(**about, metric="images_per_s", n=n, value=row.images_per_s),
     ]
+    if row.exited is not None:
+        results.append(share(**about, metric="exited", n=n, right=round(row.exited * n)))
     if row.tokens is not None:
         results.append(Result(**about, metric="tokens", n=n, value=row.tokens))
     images = sum(row.token_histogram.values())
@@ -415,7 +419,7 @@ def _nine_crops(bench: Bench) -> list[Result]:
     source = choose_run_source(opened, config, loader.maps)
     if source is not None and source.name == "maps":
         raise UsageError("--study nine-crops: maps are of whole images; choose --scores zoomer or another")
-    zoom = zooms_asked(model, source, config)[0]
+    zoom = modes_asked(model, source, config)[0]
     if source is not None and source.zoomer is not None:
         source.zoomer.to(bench.device)
     answers: Answers = answers_for(opened, loader, config)
@@ -426,8 +430,7 @@ def _nine_crops(bench: Bench) -> list[Result]:
         each, logits = [], []
         for top, left in itertools.product(places, places):
             crop = images[:, :, top : top + side, left : left + side]
-            scores = source.score(crop, batch) if source is not None else None
-            found = model(crop) if scores is None else model(crop, scores, **zoom.arguments)
+            found = logits_of(forward(model, source, crop, batch, zoom)[0])
             logits.append(found.softmax(1))
             each.append(answers.ranks(found, batch))
         ranks["any of 9"].append(torch.stack(each).amin(0))
@@ -466,12 +469,26 @@ def _backbone_size(bench: Bench) -> list[Result]:
     return rows
 
 
+def _selection(bench: Bench) -> list[Result]:
+    model = bench.opened.model
+    if not isinstance(model, CFViT):
+        raise UsageError(f"{bench.opened.path}: --study selection needs a cfvit_* or lfvit_* run")
+    if trained_with(bench.opened) != "own":
+        raise UsageError(f"{bench.opened.path}: --study selection compares how the model chooses by itself")
+    rows: list[Result] = []
+    for name in model.SELECTIONS:
+        changes = {"model_args": bench.vit_config().model_args | {"selection": name}} if name != model.selection else {}
+        for seed in bench.seeds:
+            rows += bench.measured(bench.variant(name, seed, **changes), {"selection": name}, bench.sweep())
+    return rows
+
+
 def _errors(bench: Bench) -> list[Result]:
     opened, loader = bench.opened, bench.loader(bench.opened)
     bench.need_zoomvit()
     config = replace(bench.config.evaluation, **bench.one_zoom())
     source = choose_run_source(opened, config, loader.maps)
-    zoom = zooms_asked(opened.model, source, config)[0]
+    zoom = modes_asked(opened.model, source, config)[0]
     if source is None or source.name == "none":
         raise UsageError("--study errors: nothing is zoomed")
     if source.zoomer is not None:
@@ -493,5 +510,6 @@ STUDIES: dict[str, Study] = {
     "test-time-zoom": Study("A plain ViT that zooms without training (Table 13)", False, _test_time_zoom),
     "nine-crops": Study("Nine crops of a larger image (Table 14)", False, _nine_crops),
     "backbone-size": Study("Size of the backbone (Table 8)", True, _backbone_size),
+    "selection": Study("What the second stage refines (CF-ViT, Table 4; LF-ViT, Table 6)", True, _selection),
     "errors": Study("Errors of the zoomer and of the backbone (section I)", False, _errors),
 }

@@ -27,7 +27,7 @@ from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import MixConfig, mix_batch
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.loop import TrainConfig, never, resolve_device, train
-from zpipe.train.losses import TokenLabelLoss, relevance_token_labels
+from zpipe.train.losses import CoarseToFineLoss, TokenLabelLoss, relevance_token_labels
 from zpipe.train.models.cfvit import CFViT
 from zpipe.train.models.fusion import FusedViT
 from zpipe.train.models.image_zoom import ImageZoom
@@ -37,7 +37,15 @@ from zpipe.train.models.tome import ToMeViT
 from zpipe.train.models.warm_start import load_vit
 from zpipe.train.models.zoomvit import ZoomViT
 from zpipe.train.ranks import ranks
-from zpipe.train.scoring import ScoreSource, choose_source, default_source, open_zoomer, zooms
+from zpipe.train.scoring import (
+    ScoreSource,
+    choose_source,
+    chooses_itself,
+    default_source,
+    open_zoomer,
+    takes_scores,
+    zooms,
+)
 from zpipe.train.train_zoomer import to_json
 
 ZoomDraw = Literal["alpha", "budget"]
@@ -54,6 +62,8 @@ class VitConfig:
     cells uniform in [0, max_zoomed], which keeps all sequences of a batch equally long. fixed_zoom: always this alpha, or
     this number of cells, instead.
     scores: where a zooming model's scores come from, one of `scoring.SOURCES`; None takes the zoomer or the maps given.
+    full_split: of a model of two stages, the first share of the training in which all cells are refined (CF-ViT: 200 of 300
+    epochs, LF-ViT: 230 of 350).
     token_label_weight: above 0, the patches of an lvvit_* model learn labels made of the maps (see `TokenLabelLoss`).
     loss: ce, or bce, which asks of every class on its own (DeiT-III). mixup, cutmix: see `MixConfig`; label_smoothing
     goes with both losses. val_alpha: the threshold of validation; under zoom_draw `budget` it zooms max_zoomed / 2 cells.
@@ -69,6 +79,7 @@ class VitConfig:
     max_zoomed: int | None = None
     fixed_zoom: float | None = None
     scores: str | None = None
+    full_split: float = 2 / 3
     token_label_weight: float = 0.0
     loss: Literal["ce", "bce"] = "ce"
     label_smoothing: float = 0.0
@@ -89,6 +100,8 @@ class VitConfig:
             raise UsageError(f"num_classes {self.num_classes}: give a number >= 1")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise UsageError(f"label_smoothing {self.label_smoothing:g}: give a share in [0, 1]")
+        if not 0.0 <= self.full_split <= 1.0:
+            raise UsageError(f"full_split {self.full_split:g}: give a share in [0, 1]")
         if self.token_label_weight < 0:
             raise UsageError(f"token_label_weight {self.token_label_weight:g}: give a number >= 0")
         if self.fixed_zoom is not None and not 0 <= self.fixed_zoom <= (1 if self.zoom_draw == "alpha" else math.inf):
@@ -126,6 +139,7 @@ class ClassifyTask:
         self._preprocessing, self._device, self._val = preprocessing, device, val
         self.call = model
         self.draws = torch.Generator()
+        self.done = 0.0
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
         check_labels(batch["label"], batch["key"], self.model.num_classes)
@@ -137,8 +151,15 @@ class ClassifyTask:
             batch = mix_batch(batch, self._config.mix(), rng, self.model.num_classes)
         images = batch["image"]
         scores = self._source.score(images, batch) if self._source is not None else None
-        arguments: dict[str, Any] = {} if scores is None else {"scores": scores, **self._draw_zoom()}
-        if self._config.token_label_weight:
+        arguments: dict[str, Any] = {} if scores is None else {"scores": scores}
+        if scores is not None and zooms(self.model):
+            arguments |= self._draw_zoom()
+        if isinstance(self.model, CFViT):
+            arguments |= {"return_stages": True, "full_split": self.done < self._config.full_split}
+            coarse, logits = self.call(images, **arguments)
+            criterion = CoarseToFineLoss(label_smoothing=self._config.label_smoothing)
+            loss = criterion(coarse, logits, batch.get("target", labels))
+        elif self._config.token_label_weight:
             logits, dense = self.call(images, return_dense=True, **arguments)
             side = math.isqrt(dense.shape[1])
             token_labels = relevance_token_labels(batch["relevance"], labels, self.model.num_classes, side)
@@ -182,8 +203,10 @@ class ClassifyTask:
         """Top-1 on the validation shards, when there are any."""
         if self._val is None:
             return {}
-        budget = self._config.zoom_draw == "budget"
-        zoom = {"budget": self._most_zoomed() // 2} if budget and zooms(model) else {"alpha": self._config.val_alpha}
+        zoom: dict[str, Any] = {}
+        if zooms(model):
+            budget = self._config.zoom_draw == "budget"
+            zoom = {"budget": self._most_zoomed() // 2} if budget else {"alpha": self._config.val_alpha}
         right = count = 0
         for batch in self._val:
             batch = self._to_device(batch)
@@ -250,6 +273,8 @@ def train_vit(
         for name, count in (("max_zoomed", config.max_zoomed), ("fixed_zoom", fixed)):
             if not 0 <= (count or 0) <= cells:
                 raise UsageError(f"{name} {count:g}: this model has {cells} cells to zoom")
+    if isinstance(model, CFViT) and config.loss != "ce":
+        raise UsageError(f"loss {config.loss}: the two stages of {config.model} learn by ce")
     source = _source(model, config, zoomer, store)
     frozen = source.zoomer if source is not None else None
     if frozen is not None:
@@ -298,13 +323,15 @@ def _source(
     backbone = model.backbone if isinstance(model, FusedViT) else model
     if labels_from_maps and (store is None or not isinstance(backbone, LVViT)):
         raise UsageError("token_label_weight: needs an lvvit_* model, or one fused on it, and --maps")
-    if not zooms(model):
+    if not takes_scores(model):
         if zoomer is not None or config.scores is not None or (store is not None and not labels_from_maps):
             raise UsageError(
-                "this model doesn't zoom; leave out --zoomer, --maps and --scores, or choose a zoomvit_* model"
+                "this model takes no scores; leave out --zoomer, --maps and --scores, or choose a zoomvit_* model"
             )
         return None
     name = config.scores or default_source(zoomer, None if labels_from_maps and zoomer is not None else store)
+    if name is None and chooses_itself(model):
+        name = "own"
     if name is None:
         raise UsageError(
             "a zooming model needs its scores from one source: give --zoomer RUN or --maps STORE, or --scores"

@@ -69,7 +69,7 @@ def make_shards_command(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder of images (a sub-folder a class, or a labels.csv), or 'scenes' for the embedded data."
+            help="Folder of images (a sub-folder a class, or a labels.csv); cifar10:PATH (cifar-10-binary.tar.gz or its folder); flowers102:FOLDER (with 102flowers.tgz or jpg/, imagelabels.mat, setid.mat); or 'scenes', the embedded data."
         ),
     ],
     output: Annotated[Path | None, typer.Argument(help="Folder for the tars and their index; new or empty.")] = None,
@@ -80,7 +80,10 @@ def make_shards_command(
     seed: Annotated[int, typer.Option(help="Seed of the order of images, and of scenes.")] = 0,
     no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="Keep the order of folders and files.")] = False,
     count: Annotated[int, typer.Option(help="Scenes to make.")] = 10000,
-    split: Annotated[str, typer.Option(help="Split of the scenes: train or val; they share no digit.")] = "train",
+    split: Annotated[
+        str,
+        typer.Option(help="Of scenes and cifar10: train or val; of flowers102: train, val, test or trainval."),
+    ] = "train",
     image_size: Annotated[int | None, typer.Option(help="Pixels a side of a scene.")] = None,
     settings: Sets = None,
     index_only: Annotated[
@@ -92,6 +95,7 @@ def make_shards_command(
     Images that can't be decoded are listed in quarantine.csv; the rest is written, and the exit code is 1.
     """
     with reporting() as progress:
+        from zpipe.pipeline.datasets import DATASETS
         from zpipe.pipeline.make_shards import FolderSource, SceneSource, index_shards, make_shards, scene_config
 
         if index_only:
@@ -107,10 +111,18 @@ def make_shards_command(
             chosen = SceneSource(count=count, split=split, seed=seed, config=config, shard_size=shard_size)
         else:
             if settings or image_size:
-                raise UsageError("--image-size and --set belong to the embedded scenes; image folders have neither")
-            chosen = FolderSource(
-                Path(source), shard_size=shard_size, shuffle_seed=None if no_shuffle else seed, key_rule=keys
-            )
+                raise UsageError("--image-size and --set belong to the embedded scenes; other sources have neither")
+            order = {"shard_size": shard_size, "shuffle_seed": None if no_shuffle else seed}
+            name, colon, path = source.partition(":")
+            if colon and name in DATASETS:
+                if keys != "stem":
+                    raise UsageError(f"--keys belongs to image folders; {name} has keys of its own")
+                # No shell expands a ~ behind a colon.
+                chosen = DATASETS[name](Path(path).expanduser(), split=split, **order)
+                if chosen.warning:
+                    warn(f"warning: {chosen.warning}")
+            else:
+                chosen = FolderSource(Path(source), key_rule=keys, **order)
         report = make_shards(chosen, output, progress=progress)
         tell(f"{output}: {report.count} images in {report.shards} shards ({report.written} written now)")
         if report.quarantined:
@@ -278,7 +290,11 @@ def train_vit_command(
     shards: Annotated[Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of tar shards.")],
     output: Annotated[Path, typer.Option("--out", help="Folder of the run; new, empty, or one to go on with.")],
     model: Annotated[
-        str, typer.Option(help="zoomvit_{tiny,small,base}_patch16_224, or any timm classifier (no zoom).")
+        str,
+        typer.Option(
+            help="zoomvit_{tiny,small,base}_patch16_224, cfvit_small, lfvit_small, sparseformer_tiny, token_pruned_vit, "
+            "tome_vit, image_zoom, or any timm classifier."
+        ),
     ] = "zoomvit_small_patch16_224",
     model_arg: ModelArgs = None,
     zoomer: Annotated[Path | None, typer.Option(help="Finished train-zoomer run that scores the image.")] = None,
@@ -291,7 +307,7 @@ def train_vit_command(
     scores: Annotated[
         str | None,
         typer.Option(
-            help="Source of the scores: zoomer, maps, attention, entropy, centre, random or none; default the one given."
+            help="Source of the scores: zoomer, maps, attention, entropy, centre, random, own or none; default the one given."
         ),
     ] = None,
     init_from: Annotated[
@@ -299,11 +315,12 @@ def train_vit_command(
         typer.Option(help="Run, checkpoint file or timm:NAME to start from (a plain ViT may start a ZoomViT)."),
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Classes; default those that the shards name.")] = None,
-    image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
+    image_size: Annotated[int | None, typer.Option(help="Pixels a side. Default 224.")] = None,
     recipe_name: Annotated[
         str | None,
         typer.Option(
-            "--recipe", help="deit, deit3 or finetune, or their small twins such as deit-small; none by default."
+            "--recipe",
+            help="deit, deit3, finetune, cifar10 or flowers102, or their small twins such as deit-small; none by default.",
         ),
     ] = None,
     val: Annotated[
@@ -339,9 +356,10 @@ def train_vit_command(
         base = recipe(recipe_name, VIT_RECIPES, VitConfig())
         model_args = base.model_args | parse_settings(model_arg, "--model-arg")
         flags = {"model": model, "model_args": model_args, "num_classes": num_classes}
-        flags |= {"image_size": image_size, "missing": missing, "init_from": init_from, "scores": scores}
+        flags |= {"missing": missing, "init_from": init_from, "scores": scores}
         flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
+        flags |= _given({"image_size": image_size})
         config = with_settings(base, flags | parse_settings(settings, "--set"))
         places = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
         workers = Workers(count=num_workers, address=address)
@@ -349,12 +367,14 @@ def train_vit_command(
         tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")
 
 
-_HIDDEN = ("scores", "alpha", "budget", "keep", "prune", "token_histogram", "images_per_s_low", "images_per_s_high")
+_HIDDEN = ("scores", "alpha", "budget", "keep", "prune", "exit", "merge", "token_histogram")
+_HIDDEN += ("images_per_s_low", "images_per_s_high", "parameters")
 
 
 def _main_columns(row: dict[str, Any]) -> dict[str, Any]:
     """Those of an evaluation that a table has room for; the file has all."""
-    return {name: value for name, value in row.items() if name not in _HIDDEN}
+    hidden = _HIDDEN if row.get("exited") is not None else (*_HIDDEN, "exited")
+    return {name: value for name, value in row.items() if name not in hidden}
 
 
 @app.command("evaluate")
@@ -377,6 +397,21 @@ def evaluate_command(
         str,
         typer.Option(help="Which tokens --keep takes: backward or forward, or either of them with -zoomed or -rest."),
     ] = "backward",
+    exits: Annotated[
+        str, typer.Option(help="Thresholds of early exit of a cfvit_* or lfvit_*. Default 0,0.3,0.5,0.7,0.9,1.")
+    ] = "",
+    merge: Annotated[str, typer.Option(help="Tokens that a tome_vit merges in each block, comma-separated.")] = "",
+    target_gmacs: Annotated[
+        float | None,
+        typer.Option(help="Instead of --alphas or --exits: the threshold at which an image costs this on average."),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(parser=as_path, metavar="SHARDS", help="Images to choose that threshold by; not the ones judged."),
+    ] = None,
+    calibration_maps: Annotated[
+        Path | None, typer.Option(parser=as_path, metavar="PATH|URL", help="Their maps, where maps are the scores.")
+    ] = None,
     maps: Annotated[
         Path | None,
         typer.Option(parser=as_path, metavar="PATH|URL", help="Relevance store of these shards (needed for a zoomer)."),
@@ -384,7 +419,7 @@ def evaluate_command(
     scores: Annotated[
         str | None,
         typer.Option(
-            help="Source of the scores: zoomer, maps, attention, entropy, centre, random or none; default as trained."
+            help="Source of the scores: zoomer, maps, attention, entropy, centre, random, own or none; default as trained."
         ),
     ] = None,
     classes: Annotated[
@@ -408,7 +443,7 @@ def evaluate_command(
         str | None,
         typer.Option(
             help="Instead, one of the paper's experiments around this run: alpha-eta, pruning, zfe, zoom-in-training, "
-            "zoomer-depth, score-sources, test-time-zoom, nine-crops, backbone-size or errors."
+            "zoomer-depth, score-sources, test-time-zoom, nine-crops, backbone-size, selection or errors."
         ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Of a study: seeds of what it trains, comma-separated.")] = "",
@@ -432,6 +467,11 @@ def evaluate_command(
             budgets=parse_budgets(budgets),
             keeps=parse_numbers(keep, int, "--keep"),
             prune=prune,
+            exits=parse_numbers(exits, float, "--exits"),
+            merges=parse_numbers(merge, int, "--merge"),
+            target_gmacs=target_gmacs,
+            calibration=calibration,
+            calibration_maps=calibration_maps,
             scores=scores,
             classes=classes,
             labels=labels,
@@ -500,7 +540,7 @@ def predict_command(
 
 @app.command("calibrate")
 def calibrate_command(
-    run: Annotated[Path, typer.Argument(help="Finished train-vit run of a zoomvit_* model.")],
+    run: Annotated[Path, typer.Argument(help="Finished train-vit run of a zoomvit_*, cfvit_* or lfvit_* model.")],
     shards: Annotated[Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of shards.")],
     budget: Annotated[str, typer.Option(help="Mean cost of an image: '2.3 GMACs', '300 tokens', or zoomed cells.")],
     scores: Annotated[
@@ -518,7 +558,7 @@ def calibrate_command(
         Path | None, typer.Option("--json", help="Results file; default calibration.json in the run.")
     ] = None,
 ) -> None:
-    """Find the threshold alpha at which a ZoomViT costs a given budget per image on average."""
+    """Find the threshold (alpha, or that of early exit) at which a model costs a given budget per image on average."""
     with reporting() as progress:
         from zpipe.train.calibrate import CalibrationConfig, calibrate
 
@@ -527,11 +567,11 @@ def calibrate_command(
         )
         target = json_path or run / "calibration.json"
         found = calibrate(run, shards, config, maps=maps, out=target, progress=progress)
+    name = next(name for name in ("alpha", "exit_threshold") if name in found)
     unit = found["unit"]
-    out.print(
-        f"alpha {found['alpha']!r}: {found['mean']:.4g} {unit} an image, standard deviation {found['std']:.3g}, "
-        f"over {found['images']:,} images",
-        highlight=False,
+    tell(
+        f"{name} {found[name]!r}: {found['mean']:.4g} {unit} an image, standard deviation {found['std']:.3g}, "
+        f"over {found['images']:,} images"
     )
     tell(f"written to {target}")
 
@@ -581,7 +621,7 @@ def demo_command(
     seeds: Annotated[
         int,
         typer.Option(
-            min=0, help="Instead: the demo for so many seeds, with further plain ViTs and score sources, as one table."
+            min=0, help="Instead: the demo for so many seeds, with further score sources and all rivals, as one table."
         ),
     ] = 0,
     quick: Annotated[

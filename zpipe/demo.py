@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -44,9 +44,62 @@ BUDGETS = (0, 3, 4, 6, 9)  # zoomed cells; a digit touches four at most places
 SHOWN_BUDGET = 4
 BODY = {"embed_dim": 96, "depth": 6, "num_heads": 3}
 TEACHER_PATCH = 4
-WIDTHS = (48, 72)  # of further plain ViTs in the table over seeds, beside BODY's
+WIDTHS = (48,)  # of further plain ViTs in the table over seeds, beside BODY's
 OTHER_SCORES = ("random", "centre", "entropy")  # what further ZoomViTs in that table are trained with
 BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rival:
+    """A model to be held against ZoomViT at the cost of the plain ViT of PLAIN pixels.
+
+    evaluation: the modes it is evaluated in; one with early exit is calibrated to that cost. scores: the source of its scores.
+    """
+
+    model: str
+    args: dict[str, Any]
+    scores: str | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    from_teacher: bool = True
+
+
+_FINE = {"patch_size": TEACHER_PATCH} | BODY
+_AROUND = {"backbone": "deit_tiny_patch16_224", "backbone_args": _FINE}
+MATCHED_GMACS = 0.0487  # of the plain ViT of PLAIN pixels
+RIVALS = {
+    "CF-ViT": Rival(model="cfvit_small", args=_FINE | {"keep": 0.25, "split_positions": True}),
+    "LF-ViT": Rival(model="lfvit_small", args=_FINE | {"region_size": 3, "split_positions": True}),
+    "pruned": Rival(model="token_pruned_vit", args=_AROUND | {"prune_block": 2}, evaluation={"keeps": (16,)}),
+    "pruned, zoomer": Rival(
+        model="token_pruned_vit", args=_AROUND | {"prune_block": 2}, scores="zoomer", evaluation={"keeps": (16,)}
+    ),
+    # The most that six blocks can merge, and still dearer than the others.
+    "ToMe": Rival(model="tome_vit", args=_AROUND | {"r": 20}),
+    "image zoom": Rival(
+        model="image_zoom",
+        args={
+            "backbone": "deit_tiny_patch16_224",
+            "backbone_args": BODY | {"patch_size": COARSE},
+            "patch_size": TEACHER_PATCH,
+            "combine": "mean",
+            "area": 0.05,
+        },
+        scores="zoomer",
+    ),
+    "SparseFormer": Rival(
+        model="sparseformer_tiny",
+        args={
+            "conv_dim": 32,
+            "num_tokens": 16,
+            "num_points": 16,
+            "focus_dim": 96,
+            "cortex_dim": 192,
+            "cortex_depth": 4,
+            "num_heads": 16,
+        },
+        from_teacher=False,
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +187,7 @@ def run_seeds(
     progress: Progress = silent,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """The demo for seeds 0 to `count` - 1, each with plain ViTs of further widths and ZoomViTs under other scores.
+    """The demo for seeds 0 to `count` - 1, each with a plain ViT of another width, ZoomViTs under other scores, and rivals.
 
     Leaves every seed's demo in `out`/seed-N and all figures in `out`/results/accuracy-gmacs.json; returns a row for each
     model: means over seeds, and the lowest and highest top-1. A folder that was begun is gone on with.
@@ -164,6 +217,8 @@ def _over_seeds(rows: list[Result]) -> list[dict[str, Any]]:
             "highest": max(found["top1"]),
             "gmacs": fmean(found["gmacs"]),
             "gmacs with zoomer": fmean(found["gmacs"]) + fmean(found["gmacs_scores"]),
+            "images/s": fmean(found["images_per_s"]),
+            "parameters": round(fmean(found["parameters"])),
         }
         for name, found in table.items()
     ]
@@ -209,13 +264,14 @@ class _Demo:
         }
 
     def further(self) -> list[Result]:
-        """Beyond the demo itself: plain ViTs of further widths, ZoomViTs under other scores; all models' figures."""
+        """Beyond the demo itself: plain ViTs of further widths, ZoomViTs under other scores, rivals; all models' figures."""
         lessons = range(len(self.size.lessons))
         stages: list[tuple[str, Callable[[], str]]] = []
         for width in WIDTHS:
             stages += [(f"lesson-{n}-width-{width}", lambda n=n, w=width: self._lesson(n, w)) for n in lessons]
             stages.append((f"plain-width-{width}", lambda w=width: self._plain(w)))
         stages += [(f"zoomvit-{name}", lambda name=name: self._zoomvit(name)) for name in OTHER_SCORES]
+        stages += [(name, lambda name=name: self._rival(name)) for name in RIVALS]
         for number, (name, stage) in enumerate(stages, start=1):
             self._stage = f"further {number}/{len(stages)} {name}"
             begun = time.monotonic()
@@ -233,7 +289,31 @@ class _Demo:
                 rows += self._results(f"ZoomViT, {name}, {row['setting']}", run, row)
         for row in self._evaluate("zoomvit", alphas=(), budgets=BUDGETS, scores="maps"):
             rows += self._results(f"ZoomViT, teacher's maps in evaluation, {row['setting']}", "zoomvit", row)
+        for name, rival in RIVALS.items():
+            run = _rival_run(name)
+            asked = rival.evaluation
+            if rival.model in ("cfvit_small", "lfvit_small"):
+                asked = {"target_gmacs": MATCHED_GMACS, "calibration": self.map_shards}
+            (row,) = self._evaluate(run, **asked)
+            told = name if row["exit"] is None else f"{name}, {row['exited']:.0%} exit"
+            rows += self._results(name if row["exit"] is None else f"{name}, exit calibrated", run, row)
+            self._say(f"{told}: top-1 {row['top1']:.1%} at {row['gmacs'] + row['gmacs_zoomer']:.4f} GMACs")
         return rows
+
+    def _rival(self, name: str) -> str:
+        rival = RIVALS[name]
+        config = self._vit(
+            self.size.vit_steps,
+            3e-3,
+            self.size.lessons[-1],
+            model=rival.model,
+            model_args=rival.args,
+            init_from=str(self.out / "teacher") if rival.from_teacher else None,
+            scores=rival.scores,
+        )
+        zoomer = self.out / "zoomer" if rival.scores == "zoomer" else None
+        train_vit(self.train_shards, self.out / _rival_run(name), config, zoomer=zoomer, progress=self._show)
+        return f"{self.size.vit_steps} steps{' from the teacher' if rival.from_teacher else ' from scratch'}"
 
     def _results(self, model: str, run: str, row: dict[str, Any]) -> list[Result]:
         about: dict[str, Any] = {
@@ -247,6 +327,8 @@ class _Demo:
             Result(**about, metric="gmacs", value=row["gmacs"]),
             Result(**about, metric="gmacs_scores", value=row["gmacs_zoomer"]),
             Result(**about, metric="tokens", value=row["tokens"]),
+            Result(**about, metric="images_per_s", value=row["images_per_s"]),
+            Result(**about, metric="parameters", value=row["parameters"]),
         ]
 
     def _show(self, stage: str, done: int, total: int, **facts: object) -> None:
@@ -422,6 +504,10 @@ class _Demo:
             *notes,
             f"all of it took {sum(self.seconds.values()) / 60:.1f} minutes; the page: {self.out / PAGE / 'index.html'}",
         ]
+
+
+def _rival_run(name: str) -> str:
+    return "rival-" + name.lower().replace(", ", "-").replace(" ", "-")
 
 
 def _width_suffix(width: int) -> str:

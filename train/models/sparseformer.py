@@ -103,6 +103,7 @@ class SparseFormer(nn.Module):
         self.drop_rates = [drop_path_rate * i / max(uses - 1, 1) for i in range(uses)]
 
         self.stem = nn.Conv2d(in_chans, conv_dim, 7, stride=2, padding=3)
+        self.num_tokens = num_tokens
         self.token_embedding = nn.Parameter(torch.empty(num_tokens, focus_dim))
         self.token_roi = nn.Parameter(_initial_rois(num_tokens))  # [N, 4]
         sampling = {"conv_dim": conv_dim, "num_points": num_points}
@@ -179,7 +180,7 @@ class SparseFormer(nn.Module):
         the convolution, not bilinear sampling.
         """
         side = (img_size + 1) // 2
-        tokens = len(self.token_embedding)
+        tokens = self.num_tokens
         total = self.stem.weight.numel() * side * side + tokens * self.bridge[0].weight.numel()
         total += self.focus_repeats * self.focus.macs(tokens) + sum(unit.macs(tokens) for unit in self.cortex)
         return total + (self.head.weight.numel() if self.num_classes else 0)

@@ -16,7 +16,14 @@ from typing import Any
 from zpipe.train.report.runs import EVALUATION, ZOOMER_EVALUATION, RunRecord
 from zpipe.train.results import Result, Value
 
-SWEPT = ("alpha", "budget", "keep", "tokens")  # a series is swept along these; what else is set makes another series
+SWEPT = (
+    "alpha",
+    "budget",
+    "keep",
+    "exit",
+    "merge",
+    "tokens",
+)  # a series is swept along these; what else is set makes another series
 HISTOGRAM = "images_with_tokens"
 # Of a data set: shown as per cent. Others that lie in [0, 1], such as an error, mean something else.
 SHARES = re.compile(r"top\d+|.*_top\d+|share_.*|.*_share|.*pointing_game|.*overlap|.*_rate")
@@ -73,7 +80,7 @@ class Point:
     @property
     def sweep(self) -> str:
         """What the line that the point lies on is swept along."""
-        return next((name for name in ("keep", "alpha", "budget") if name in self.setting), "")
+        return next((name for name in ("keep", "exit", "merge", "alpha", "budget") if name in self.setting), "")
 
     @property
     def zooms(self) -> bool:

@@ -23,12 +23,11 @@ from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import Preprocessing, Run, load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.evaluate import EvalConfig, choose_run_source
 from zpipe.train.loop import resolve_device
-from zpipe.train.models.fusion import FusedViT
 from zpipe.train.models.zoomvit import ZoomViT
+from zpipe.train.modes import EvalConfig, choose_run_source, trained_with
 from zpipe.train.report.runs import RunRecord
-from zpipe.train.scoring import ScoreSource, check_grid
+from zpipe.train.scoring import ScoreSource, zooms
 from zpipe.train.train_vit import check_labels
 
 THUMBNAIL = 224  # pixels a side at most
@@ -135,9 +134,7 @@ def _open(records: Sequence[RunRecord], store: RelevanceMaps | None) -> tuple[li
             notes.append(f"{record.name}: not in the gallery, its scores are the teacher's maps; give --maps")
             continue
         source = choose_run_source(opened, EvalConfig(), store)
-        if source is not None and source.name == "maps" and store is not None:
-            check_grid(store, opened.model.score_grid)
-        zooming = source is not None and source.name != "none"
+        zooming = zooms(opened.model) and source is not None and source.name != "none"
         alike = [zoom for zoom in record.zooms if zoom.keys() == record.zooms[0].keys()]  # thresholds, or budgets
         middle = alike[len(alike) // 2] if alike else dict(FALLBACK_ZOOM)
         shown.append(_Shown(record, opened, source, middle if zooming else {}))
@@ -145,8 +142,7 @@ def _open(records: Sequence[RunRecord], store: RelevanceMaps | None) -> tuple[li
 
 
 def _needs_maps(opened: Run) -> bool:
-    zooming = isinstance(opened.model, ZoomViT | FusedViT)
-    return zooming and (opened.settings.get("scores") or ("maps" if opened.zoomer is None else "zoomer")) == "maps"
+    return trained_with(opened) == "maps"
 
 
 def _loader(
@@ -263,7 +259,7 @@ def _model(model: _Shown, scores: int | None) -> dict[str, Any]:
         "pixels": model.opened.preprocessing.image_size,
         "zoom": None,
     }
-    if scores is None or model.source is None:
+    if scores is None or model.source is None or not zooms(net):
         return described
     chosen = dict(model.zoom)
     if "budget" in chosen:

@@ -21,7 +21,7 @@ ERROR_SAMPLES = "errors_samples.json"
 EVALUATION, ZOOMER_EVALUATION = "evaluation", "zoomer evaluation"
 
 # Fields of an evaluation's row that say what was evaluated, or belong to another field; all others are figures.
-SETTING_FIELDS = ("alpha", "budget", "keep", "scores")
+SETTING_FIELDS = ("alpha", "budget", "keep", "prune", "exit", "merge", "scores")
 NO_METRICS = {"setting", "count", "seed", "model", "token_histogram", *SETTING_FIELDS}
 BESIDE = ("_interval", "_low", "_high")
 

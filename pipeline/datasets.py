@@ -1,0 +1,258 @@
+"""CIFAR-10 and Oxford Flowers-102 from the files their makers publish, as sources of `make_shards`.
+
+Archives are read into memory: no name in one becomes a path, links in one are not followed. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from zpipe.pipeline.make_shards import Record, Rejected, check_seed, inspect_image
+from zpipe.pipeline.mat_file import read_numbers
+from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.shard_index import digest_keys
+
+
+class _Numbered:
+    """Images with numbers from 0, in that order or in one drawn by seed, dealt to parts of `shard_size`."""
+
+    name: str
+    classes: tuple[str, ...]
+    warning = ""
+
+    def __init__(self, path: Path, split: str, count: int, shard_size: int, shuffle_seed: int | None) -> None:
+        self._settings = {"split": split, "shard_size": shard_size, "shuffle_seed": shuffle_seed}
+        self._source = f"{self.name}:{path}"
+        self._shard_size = shard_size
+        self._order = np.arange(count)
+        if shuffle_seed is not None:
+            check_seed(shuffle_seed)
+            self._order = np.random.default_rng(shuffle_seed).permutation(count)
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": self._source} | self._settings | {"content_sha256": self._digest()}
+
+    def parts(self) -> int:
+        return -(-len(self._order) // self._shard_size)
+
+    def records(self, part: int) -> Iterator[Record | Rejected]:
+        numbers = self._order[part * self._shard_size : (part + 1) * self._shard_size].tolist()
+        # PIL works outside the interpreter lock.
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            yield from pool.map(self._record, numbers)
+
+    def _digest(self) -> str:
+        raise NotImplementedError
+
+    def _record(self, number: int) -> Record | Rejected:
+        raise NotImplementedError
+
+
+class Cifar10Source(_Numbered):
+    """CIFAR-10's binary version: `cifar-10-binary.tar.gz`, or the folder it unpacks to. Labels 0 to 9.
+
+    Each batch is a row of records: one byte label, then 3,072 bytes of a 32 x 32 image, channel by channel. There are no
+    image files, so the pixels go into PNG, which loses none. Split `val` is the official test batch. Keys are the split and
+    the place in it, `train-00000`. Memory holds the split, 154 MB at most.
+
+    The Python version isn't read: it is a pickle, which may run code when it is opened, and holds the same images.
+    Errors: :class:`UsageError` / :class:`ZpipeError` naming the archive or folder, and the batch.
+    """
+
+    name = "cifar10"
+    SPLITS = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "val": ("test_batch.bin",)}
+    FOLDER, ARCHIVE, NAMES = "cifar-10-batches-bin", "cifar-10-binary.tar.gz", "batches.meta.txt"
+    SIDE, BATCH, NUM_CLASSES = 32, 10_000, 10
+    RECORD = 1 + 3 * SIDE * SIDE  # bytes
+
+    def __init__(self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None) -> None:
+        names = _choose(self.name, split, self.SPLITS)
+        where, files = self._read(path, (*names, self.NAMES))
+        self.classes = tuple(files[self.NAMES].decode("ascii", "replace").split())
+        if len(self.classes) != self.NUM_CLASSES:
+            raise ZpipeError(
+                f"{where}: its {self.NAMES} names {len(self.classes)} classes, not {self.NUM_CLASSES}; fetch it again"
+            )
+        self._batches = {name: self._records_of(name, files[name], where) for name in names}
+        self._places = [(name, row) for name in names for row in range(len(self._batches[name]))]
+        self._split = split
+        expected = self.BATCH * len(names)
+        if len(self._places) != expected:
+            self.warning = f"{where}: {len(self._places)} images; CIFAR-10's {split} split has {expected}"
+        super().__init__(path, split, len(self._places), shard_size, shuffle_seed)
+
+    def _read(self, path: Path, wanted: tuple[str, ...]) -> tuple[Path, dict[str, bytes]]:
+        """The files of those names, and the archive or folder that they are from."""
+        _check_there(path, f"give {self.ARCHIVE} or the folder it unpacks to")
+        largest = self.BATCH * self.RECORD
+        folder = next((folder for folder in (path, path / self.FOLDER) if (folder / wanted[0]).is_file()), None)
+        if folder is not None:
+            where = folder
+            files = {name: (folder / name).read_bytes() for name in wanted if (folder / name).is_file()}
+        else:
+            where = path / self.ARCHIVE if path.is_dir() and (path / self.ARCHIVE).is_file() else path
+            files = _read_archive(where, self.FOLDER, wanted, largest) if where.is_file() else {}
+        for name in wanted:
+            if name not in files:
+                raise ZpipeError(
+                    f"{where}: has no {self.FOLDER}/{name}; give {self.ARCHIVE}, CIFAR-10's binary version, or its folder "
+                    "(the Python version is a pickle, which may run code, and isn't read)"
+                )
+        return where, files
+
+    def _records_of(self, name: str, data: bytes, where: Path) -> np.ndarray:
+        if not data or len(data) % self.RECORD:
+            raise ZpipeError(
+                f"{where}: its {name} has {len(data)} bytes, not a whole number of records of {self.RECORD}; fetch it again"
+            )
+        records = np.frombuffer(data, np.uint8).reshape(-1, self.RECORD)
+        wrong = np.flatnonzero(records[:, 0] >= self.NUM_CLASSES)
+        if len(wrong):
+            raise ZpipeError(
+                f"{where}: record {wrong[0]} of its {name} has label {records[wrong[0], 0]}, CIFAR-10's end at 9; fetch it again"
+            )
+        return records
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for records in self._batches.values():
+            digest.update(records.data)
+        return digest.hexdigest()
+
+    def _record(self, number: int) -> Record:
+        name, row = self._places[number]
+        record = self._batches[name][row]
+        pixels = record[1:].reshape(3, self.SIDE, self.SIDE).transpose(1, 2, 0)  # [H, W, 3]
+        buffer = io.BytesIO()
+        Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
+        meta = {"width": self.SIDE, "height": self.SIDE, "source": f"{name}:{row}"}
+        key = f"{self._split}-{number:05d}"
+        return Record(key=key, suffix="png", image=buffer.getvalue(), label=int(record[0]), meta=meta)
+
+
+class Flowers102Source(_Numbered):
+    """Oxford Flowers-102: a folder with `imagelabels.mat`, `setid.mat` and `102flowers.tgz` or what it unpacks to, `jpg/`.
+
+    The splits are those of `setid.mat`: train (trnid), val (valid), test (tstid), trainval (trnid, then valid). The files
+    number the classes from 1 and name none: class `"1"` of `shards.json` has label 0. Keys are the file names, `image_00001`.
+    JPEGs keep their bytes. An archive's images of the split are held in memory, 250 MB at most; those of `jpg/` aren't.
+
+    Errors: :class:`UsageError` / :class:`ZpipeError` naming the file, and the image that is missing from it.
+    """
+
+    name = "flowers102"
+    classes = tuple(str(number) for number in range(1, 103))
+    SPLITS = {"train": ("trnid",), "val": ("valid",), "test": ("tstid",), "trainval": ("trnid", "valid")}
+    FOLDER, ARCHIVE, LABELS, SPLIT_FILE = "jpg", "102flowers.tgz", "imagelabels.mat", "setid.mat"
+    LARGEST = 16 << 20  # bytes of an image; the official ones end far below
+
+    def __init__(self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None) -> None:
+        lists = _choose(self.name, split, self.SPLITS)
+        _check_there(path, f"give the folder that holds {self.ARCHIVE}, {self.LABELS} and {self.SPLIT_FILE}")
+        root = path.parent if path.is_file() else path
+        labels = _read_lists(root / self.LABELS, ("labels",), len(self.classes))["labels"]
+        ids = _read_lists(root / self.SPLIT_FILE, lists, len(labels))
+        numbers = np.concatenate([ids[name] for name in lists])
+        if len(np.unique(numbers)) != len(numbers):
+            raise ZpipeError(
+                f"{root / self.SPLIT_FILE}: {' and '.join(lists)} list an image more than once; fetch it again"
+            )
+        self._files = [f"image_{number:05d}.jpg" for number in numbers]
+        self._labels = (labels[numbers - 1] - 1).tolist()
+        self._folder, self._archived = self._find(path, frozenset(self._files))
+        super().__init__(path, split, len(self._files), shard_size, shuffle_seed)
+
+    def _find(self, path: Path, wanted: frozenset[str]) -> tuple[Path, dict[str, bytes]]:
+        """Where the images are, and their bytes when that is an archive."""
+        where = path / self.FOLDER if path.is_dir() else path
+        if path.is_dir() and not where.is_dir():
+            where = path / self.ARCHIVE
+            _check_there(where, f"put it there, or what it unpacks to, {self.FOLDER}/")
+        archived = _read_archive(where, self.FOLDER, wanted, self.LARGEST) if where.is_file() else {}
+        missing = sorted(wanted - (set(archived) if where.is_file() else set(os.listdir(where))))
+        if missing:
+            raise ZpipeError(
+                f"{where}: lacks {len(missing)} of the images that {self.SPLIT_FILE} lists, {missing[0]} the first; give the whole of {self.ARCHIVE}"
+            )
+        return where, archived
+
+    def _digest(self) -> str:
+        # What makes a folder source another one, too: which files, with which labels.
+        return digest_keys(f"{file}\t{label}" for file, label in zip(self._files, self._labels, strict=True))
+
+    def _record(self, number: int) -> Record | Rejected:
+        file = self._files[number]
+        try:
+            data = self._archived[file] if self._archived else (self._folder / file).read_bytes()
+            suffix, width, height = inspect_image(data)
+        except (OSError, ValueError) as error:
+            return Rejected(file=f"{self.FOLDER}/{file}", reason=str(error).split("\n")[0])
+        meta = {"width": width, "height": height, "source": f"{self.FOLDER}/{file}"}
+        return Record(key=file.removesuffix(".jpg"), suffix=suffix, image=data, label=self._labels[number], meta=meta)
+
+
+DATASETS: Mapping[str, type[Cifar10Source] | type[Flowers102Source]] = {
+    source.name: source for source in (Cifar10Source, Flowers102Source)
+}
+
+
+def _choose(name: str, split: str, splits: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    if split not in splits:
+        raise UsageError(f"--split {split}: {name} has {', '.join(splits)}")
+    return splits[split]
+
+
+def _check_there(path: Path, remedy: str) -> None:
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder; {remedy}")
+
+
+def _read_archive(path: Path, folder: str, wanted: Collection[str], largest: int) -> dict[str, bytes]:
+    """The plain files `folder`/name of a .tar.gz, for every wanted name it holds. All else in it is passed over."""
+    found: dict[str, bytes] = {}
+    try:
+        with gzip.open(path) as file:
+            with tarfile.open(fileobj=file, mode="r|") as tar:
+                for member in tar:
+                    parent, _, name = member.name.removeprefix("./").rpartition("/")
+                    if parent != folder or name not in wanted or not member.isfile():
+                        continue
+                    if name in found:
+                        raise ZpipeError(f"{path}: holds {name} twice; fetch it again")
+                    if member.size > largest:  # so that no archive fills the memory
+                        raise ZpipeError(
+                            f"{path}: its {name} has {member.size} bytes, more than {largest}; fetch it again"
+                        )
+                    content = tar.extractfile(member)
+                    assert content is not None  # isfile() said so
+                    found[name] = content.read()
+            # The checksum stands behind all of the data.
+            while file.read(1 << 20):
+                pass
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise ZpipeError(f"{path}: not a whole .tar.gz ({error}); fetch it again") from error
+    return found
+
+
+def _read_lists(path: Path, names: tuple[str, ...], top: int) -> dict[str, np.ndarray]:
+    """Variables of a MATLAB file, each as int64 [N], whole numbers from 1 to `top`."""
+    held = read_numbers(path)
+    found = {}
+    for name in names:
+        values = held.get(name, np.empty(0))
+        if not values.size or not np.all((values >= 1) & (values <= top) & (values == np.rint(values))):
+            raise ZpipeError(f"{path}: its {name!r} is not a list of whole numbers from 1 to {top}; fetch it again")
+        found[name] = values.astype(np.int64)
+    return found

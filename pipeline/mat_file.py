@@ -1,0 +1,95 @@
+"""Arrays of real numbers out of a MATLAB 5 file (.mat), as Flowers-102 is published with.
+
+Source: "MAT-File Format", The MathWorks, "Level 5 MAT-file format". scipy reads all of the format, but its reader can crash
+the process on a damaged file; the few kinds of elements that number arrays are made of need no more than this.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from zpipe.schemas.errors import ZpipeError
+
+_HEADER = 128  # bytes: text, then version and byte order
+_MATRIX, _COMPRESSED = 14, 15
+_NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+_NUMERIC_CLASSES = range(6, 16)  # double, single, and integers; below are cells, structs, text, sparse arrays
+_COMPLEX = 0x800
+_LARGEST = 1 << 24  # bytes of a variable; so that none unpacks to fill the memory
+
+
+def read_numbers(path: Path) -> dict[str, np.ndarray]:
+    """The file's variables that are arrays of real numbers: 1-D, in their stored (column-major) order and number type.
+
+    Other variables are left out. Errors: :class:`ZpipeError` naming the file when it isn't whole or of another format.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ZpipeError(f"{path}: can't be read ({error.strerror}); put it there") from error
+    order = {b"IM": "<", b"MI": ">"}.get(data[126:_HEADER])
+    if order is None:
+        raise ZpipeError(f"{path}: not a MATLAB 5 file; fetch it again")
+    found: dict[str, np.ndarray] = {}
+    try:
+        for kind, content in _elements(data[_HEADER:], order):
+            if kind == _COMPRESSED:
+                kind, content = next(_elements(_unpacked(content), order), (0, b""))
+            name, values = _variable(content, order) if kind == _MATRIX else ("", None)
+            if values is not None:
+                found[name] = values
+    except (ValueError, zlib.error) as error:
+        raise ZpipeError(f"{path}: not a whole MATLAB 5 file ({error}); fetch it again") from error
+    return found
+
+
+def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
+    """The elements that follow each other in `data`: type and content."""
+    place = 0
+    while place < len(data):
+        if len(data) - place < 8:
+            raise ValueError("it ends inside a tag")
+        kind, size = struct.unpack_from(f"{order}II", data, place)
+        place += 8
+        if kind >> 16:  # a small element: its size and up to 4 bytes lie in the tag itself
+            kind, size = kind & 0xFFFF, kind >> 16
+            content, place = data[place - 4 : place][:size], place
+        else:
+            content = data[place : place + size]
+            place += size if kind == _COMPRESSED else size + -size % 8
+        if len(content) < size:
+            raise ValueError("it ends inside an element")
+        yield kind, content
+
+
+def _unpacked(content: bytes) -> bytes:
+    unpacker = zlib.decompressobj()
+    data = unpacker.decompress(content, _LARGEST)
+    if not unpacker.eof:
+        raise ValueError(f"a variable is cut, or larger than {_LARGEST} bytes")
+    return data
+
+
+def _variable(content: bytes, order: str) -> tuple[str, np.ndarray | None]:
+    """Name and values of a matrix element, whose parts are flags, dimensions, name and numbers."""
+    parts = list(_elements(content, order))
+    if not parts or len(parts[0][1]) != 8:
+        raise ValueError("a variable has no flags")
+    flags = struct.unpack(f"{order}II", parts[0][1])[0]
+    if flags & 0xFF not in _NUMERIC_CLASSES or flags & _COMPLEX:
+        return "", None
+    if len(parts) != 4 or len(parts[1][1]) % 4 or parts[3][0] not in _NUMBERS:
+        raise ValueError("a variable lacks a part")
+    (_, sizes), (_, name), (kind, numbers) = parts[1:]
+    values = np.frombuffer(numbers, np.dtype(f"{order}{_NUMBERS[kind]}"))
+    count = 1
+    for size in np.frombuffer(sizes, np.dtype(f"{order}i4")).tolist():
+        count *= size
+    if len(values) != count:
+        raise ValueError(f"a variable has {len(values)} values, not {count}")
+    return name.decode("ascii"), values.astype(values.dtype.newbyteorder("="))
