@@ -111,7 +111,8 @@ def _claim(run: Path, kind: str, settings: dict[str, Any], resume: Resume, defau
     if found["kind"] != kind:
         raise ZpipeError(f"{run}: holds a {found['kind']} run, this is {kind}; give another --out folder")
     if (run / CHECKPOINT_NAME).is_file() or (run / CONFIG_NAME).is_file():
-        old, new = _dotted(defaults) | _dotted(found["settings"]), _dotted(settings)
+        new = _dotted(settings)
+        old = {name: value for name, value in _dotted(defaults).items() if name in new} | _dotted(found["settings"])
         for name in sorted(set(old) | set(new)):
             if name not in FREE_SETTINGS and old.get(name) != new.get(name):
                 raise ZpipeError(
