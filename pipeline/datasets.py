@@ -128,7 +128,7 @@ class Cifar10Source(_Numbered):
     def _digest(self) -> str:
         digest = hashlib.sha256()
         for records in self._batches.values():
-            digest.update(records)
+            digest.update(records.data)
         return digest.hexdigest()
 
     def _record(self, number: int) -> Record:

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS
-from zpipe.pipeline.recorded_forward import Attribution
+from zpipe.pipeline.recorded_forward import Attribution, Targets
 from zpipe.pipeline.relevance import attribute
 from zpipe.pipeline.teacher import Teacher
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -142,12 +142,12 @@ class Explainer:
             maps.float().cpu().numpy(), found.logits.float().cpu().numpy(), targets.cpu().numpy().astype(np.int64)
         )
 
-    def _attribute(self, images: Tensor, targets) -> Attribution:
+    def _attribute(self, images: Tensor, targets: Targets) -> Attribution:
         if self._sweep == "model":
             return METHODS[self.config.method](self._model, images, targets)
         return attribute(self._model, images, targets, sweep=self._sweep)
 
-    def _targets(self, labels: np.ndarray):
+    def _targets(self, labels: np.ndarray) -> Targets:
         if self.config.target == "predicted":
             return lambda logits: logits.argmax(dim=1)
         if self.config.asks_label:

@@ -61,7 +61,7 @@ class Lease:
                     return
                 write_bytes(self._path, _encode(self._holder))
                 self._renewed = time.monotonic()
-            except (ZpipeError, *storage_errors()) as error:
+            except storage_errors(ZpipeError) as error:
                 # A store that is out of reach for a moment; for longer, another run may believe us dead.
                 if time.monotonic() - self._renewed > EXPIRY_S - BEAT_S:
                     self._lost = f"{self._path}: the lease could not be renewed ({error}); run again to go on"

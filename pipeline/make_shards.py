@@ -21,10 +21,11 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from zpipe.pipeline.scenes import SceneConfig, make_scenes
+from zpipe.pipeline.scenes import SceneConfig, Split, make_scenes
 from zpipe.pipeline.shard_reader import open_image, scan_shard
 from zpipe.schemas.atomic import claim_folder, commit, write_bytes
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.formats import check_format, header
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.sample import IMAGE_SUFFIXES, key_for_file
 from zpipe.schemas.shard_index import (
@@ -39,6 +40,8 @@ from zpipe.schemas.shard_index import (
 )
 
 PROGRESS_NAME = "make-shards.jsonl"
+FORMAT = "zpipe-make-shards"
+VERSION = 1
 QUARANTINE_NAME = "quarantine.csv"
 LABELS_NAME = "labels.csv"
 # What PIL calls a format -> the suffix its bytes get in the tar. MPO is a JPEG with further pictures behind the first.
@@ -214,13 +217,14 @@ class SceneSource:
     classes = tuple(str(digit) for digit in range(10))
     JPEG_QUALITY = 92
 
-    def __init__(self, *, count: int, split: str, seed: int, config: SceneConfig, shard_size: int) -> None:
+    def __init__(self, *, count: int, split: Split | str, seed: int, config: SceneConfig, shard_size: int) -> None:
         if split not in ("train", "val"):
             raise UsageError(f"--split {split}: the embedded scenes have splits train and val")
         if count < 1:
             raise UsageError(f"--count {count}: give a number of scenes >= 1")
         check_seed(seed)
-        self.count, self.split, self.seed, self.config, self.shard_size = count, split, seed, config, shard_size
+        self.count, self.seed, self.config, self.shard_size = count, seed, config, shard_size
+        self.split: Split = "train" if split == "train" else "val"
 
     def describe(self) -> dict[str, Any]:
         settings = {"count": self.count, "split": self.split, "seed": self.seed, "shard_size": self.shard_size}
@@ -279,12 +283,12 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
     """
     out = Path(out)
     claim_folder(out, PROGRESS_NAME, "shards")
-    header = {"format": "zpipe-make-shards", "version": 1} | source.describe()
-    done = _read_progress(out, header)
+    first = header(FORMAT, VERSION) | source.describe()
+    done = _read_progress(out, first)
     parts = source.parts()
     entries: list[ShardEntry] = []
     rejected: list[Rejected] = []
-    log = [header, *done.values()]
+    log = [first, *done.values()]
     _write_progress(out, log)
     written = 0
     for part in range(parts):
@@ -306,7 +310,7 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
         raise ZpipeError(
             f"{out}: not one readable image, {rejected[0].file}: {rejected[0].reason}; check the source folder"
         )
-    index = ShardIndex(shards=tuple(entries), classes=source.classes, source=str(header["source"]))
+    index = ShardIndex(shards=tuple(entries), classes=source.classes, source=str(first["source"]))
     if not (out / INDEX_NAME).is_file() or read_index(out) != index:
         _write_quarantine(out, rejected)
         write_index(out, index)
@@ -373,7 +377,7 @@ def _is_whole(out: Path, line: dict[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == line["entry"]["bytes"]
 
 
-def _read_progress(out: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def _read_progress(out: Path, first: dict[str, Any]) -> dict[int, dict[str, Any]]:
     path = out / PROGRESS_NAME
     if not path.is_file():
         return {}
@@ -385,10 +389,11 @@ def _read_progress(out: Path, header: dict[str, Any]) -> dict[int, dict[str, Any
         raise ZpipeError(f"{path}: not readable ({error}); give another output folder") from error
     if not values:
         return {}
-    for name in header | values[0]:  # what people set comes before digests
-        if header.get(name) != values[0].get(name):
+    check_format(path, values[0], FORMAT, VERSION, remedy="give another output folder")
+    for name in first | values[0]:  # what people set comes before digests
+        if first.get(name) != values[0].get(name):
             raise ZpipeError(
-                f"{out}: was made with {name} = {values[0].get(name)!r}, now it is {header.get(name)!r}; give another output folder"
+                f"{out}: was made with {name} = {values[0].get(name)!r}, now it is {first.get(name)!r}; give another output folder"
             )
     return {value["part"]: value for value in values[1:]}
 

@@ -57,10 +57,11 @@ def rollout(model: VisionTransformer, images: Tensor, targets: Targets) -> Attri
     check_request(model, images, targets)
     with torch.autocast(images.device.type, enabled=False):
         recorded = record_forward(model, images, targets)
-        row = None
+        row: Tensor | None = None
         for block, record in zip(reversed(model.blocks), reversed(recorded.blocks), strict=True):
             attention = softmax(record.scores, block.attn.scale)  # [B, H, Q, N]
             row = 0.5 * _through(row, attention)
+        assert row is not None  # check_request refuses a model without blocks
         return Attribution(recorded.as_maps(model, [row] * recorded.targets.shape[1]), recorded.logits)
 
 
@@ -102,7 +103,7 @@ def _gradient_row(model: VisionTransformer, recorded: Recorded, k: int) -> Tenso
     top = recorded.top
     grad = recorded.one_hot(k)[:, None] @ Linear.of(model.head).weight  # [B, 1, D]
     grad = top.norm.grad(model.norm, top.x, grad)
-    row = None
+    row: Tensor | None = None
     for number in reversed(range(len(model.blocks))):
         block, record = model.blocks[number], recorded.blocks[number]
         grad, grad_context = _grad_to_context(block, record, grad)  # [B, Q, D], [B, H, Q, d]
@@ -111,6 +112,7 @@ def _gradient_row(model: VisionTransformer, recorded: Recorded, k: int) -> Tenso
         row = _through(row, (grad_attention * attention).clamp_(min=0))
         if number:
             grad = _grad_to_input(block, record, grad, attention, grad_attention, grad_context)
+    assert row is not None
     return row
 
 

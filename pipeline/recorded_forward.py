@@ -219,23 +219,24 @@ def check_supported(model: nn.Module) -> None:
     """
     if type(model) is not VisionTransformer:
         raise ValueError(f"no relevance rules for {type(model).__name__}: a timm VisionTransformer is needed")
+    vit: VisionTransformer = model
     top = {
-        "class_token=False": not model.has_class_token,
-        f"global_pool={model.global_pool!r} (only 'token')": model.global_pool != "token",
-        "num_classes=0 (no classifier head)": type(model.head) is nn.Identity,
-        "pre_norm=True (a norm before the blocks)": type(model.norm_pre) is not nn.Identity,
-        "fc_norm=True (a norm after the pooling)": type(model.fc_norm) is not nn.Identity,
-        "attention pooling": getattr(model, "attn_pool", None) is not None,
-        "no blocks": len(model.blocks) == 0,
-        "dynamic_img_pad=True": model.patch_embed.dynamic_img_pad if type(model.patch_embed) is PatchEmbed else False,
+        "class_token=False": not vit.has_class_token,
+        f"global_pool={vit.global_pool!r} (only 'token')": vit.global_pool != "token",
+        "num_classes=0 (no classifier head)": type(vit.head) is nn.Identity,
+        "pre_norm=True (a norm before the blocks)": type(vit.norm_pre) is not nn.Identity,
+        "fc_norm=True (a norm after the pooling)": type(vit.fc_norm) is not nn.Identity,
+        "attention pooling": getattr(vit, "attn_pool", None) is not None,
+        "no blocks": len(vit.blocks) == 0,
+        "dynamic_img_pad=True": vit.patch_embed.dynamic_img_pad if type(vit.patch_embed) is PatchEmbed else False,
     }
     for part, present in top.items():
         if present:
             raise ValueError(f"no relevance rules for a VisionTransformer with {part}")
-    _check_part("patch_embed", model.patch_embed, PatchEmbed)
-    _check_part("norm", model.norm, LayerNorm, nn.LayerNorm)
-    _check_part("head", model.head, nn.Linear)
-    for number, block in enumerate(model.blocks):
+    _check_part("patch_embed", vit.patch_embed, PatchEmbed)
+    _check_part("norm", vit.norm, LayerNorm, nn.LayerNorm)
+    _check_part("head", vit.head, nn.Linear)
+    for number, block in enumerate(vit.blocks):
         name = f"blocks.{number}"
         _check_part(name, block, Block)
         attn, mlp = block.attn, block.mlp

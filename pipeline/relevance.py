@@ -223,7 +223,7 @@ def _sweep(model: VisionTransformer, recorded: Recorded, k: int, matmul: Product
     relevance = clone_rule(top.norm.out, relevance)  # the pooling takes the class token, one use of the norm's output
     grad = top.norm.grad(model.norm, top.x, grad)
 
-    row = None  # [B, N], the class token's row of Abar_B ... Abar_b
+    row: Tensor | None = None  # [B, N], the class token's row of Abar_B ... Abar_b
     for number in reversed(range(len(model.blocks))):
         block = model.blocks[number]
         record = recorded.blocks[number] if keep else recorded.blocks.pop()
@@ -252,6 +252,7 @@ def _sweep(model: VisionTransformer, recorded: Recorded, k: int, matmul: Product
         grad, relevance = _sweep_to_input(
             block, record, grad, relevance, (grad_q, grad_k, grad_v), (relevance_q, relevance_k.mT, relevance_v), matmul
         )
+    assert row is not None  # check_supported refuses a model without blocks
     return row
 
 

@@ -176,7 +176,7 @@ def _ink_extents(glyphs: np.ndarray) -> np.ndarray:
     ink = glyphs > 0.2  # fainter cells are the blur around a stroke
     edges = []
     for axis in (1, 2):  # x comes from the columns, which stay when rows are reduced, and the other way round
-        line = ink.any(axis=axis)
+        line: np.ndarray = np.any(ink, axis=axis)
         edges.append((line.argmax(axis=1), side - line[:, ::-1].argmax(axis=1)))
     (x1, x2), (y1, y2) = edges
     return np.stack([x1, y1, x2, y2], axis=1).astype(np.float32) / side

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -122,7 +122,7 @@ def _open_tar(path: Path) -> BinaryIO:
 
 def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
     try:
-        with tarfile.open(fileobj=file, mode="r|") as tar:
+        with tarfile.open(fileobj=cast(BinaryIO, file), mode="r|") as tar:
             for member in tar:
                 if member.isfile():
                     content = tar.extractfile(member)
@@ -134,9 +134,9 @@ def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
                         )
                     yield member.name, data
             # tarfile takes a cut or damaged header for the end; a whole tar says so with a second block of zeros.
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            if tar.fileobj is None or tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise ZpipeError(f"{path}: has no end mark: truncated or altered; restore it or make the shards again")
-    except (tarfile.TarError, EOFError, *storage_errors()) as error:
+    except storage_errors(tarfile.TarError, EOFError) as error:
         raise ZpipeError(f"{path}: not a whole tar ({error}); restore it or make the shards again") from error
 
 

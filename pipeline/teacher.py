@@ -114,15 +114,16 @@ def load_teacher(
     except (RuntimeError, AssertionError) as error:  # AssertionError is what a CPU build of torch says to "cuda"
         raise UsageError(f"device {device}: {_first_line(error)}; give a device that torch has here, or cpu") from error
 
+    vit: VisionTransformer = model
     data = resolve_data_config(model=model)
     return Teacher(
-        model=model,
+        model=vit,
         name=name,
         weights=weights,
         digest=state_digest(model.state_dict()),
-        num_classes=model.num_classes,
-        image_size=tuple(model.patch_embed.img_size),
-        grid=tuple(model.patch_embed.grid_size),
+        num_classes=vit.num_classes,
+        image_size=tuple(vit.patch_embed.img_size),
+        grid=tuple(vit.patch_embed.grid_size),
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         interpolation=data["interpolation"],
@@ -140,7 +141,7 @@ def state_digest(state: dict[str, torch.Tensor]) -> str:
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
         digest.update(f"{name}\0{value.dtype}\0{list(value.shape)}\0".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

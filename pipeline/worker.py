@@ -152,8 +152,8 @@ class ShardWorker:
             )
         stored, scale = encode_maps(raw)
         entropy, top_mass = concentration(raw)
-        columns |= {"scale": scale, "entropy": entropy, "top10_mass": top_mass}
-        index = pa.table(columns).cast(INDEX_SCHEMA)
+        figures = {"scale": scale, "entropy": entropy, "top10_mass": top_mass}
+        index = pa.table(columns | figures).cast(INDEX_SCHEMA)
         write_shard(
             as_path(self.spec.out),
             task.entry.stem,
@@ -192,9 +192,9 @@ class ShardWorker:
         maps = np.full((len(batch), gh, gw), np.nan, np.float32)
         logits = np.full((len(batch), self.teacher.num_classes), np.nan, np.float32)
         targets = np.full(len(batch), NO_CLASS, np.int64)
-        good = [i for i, item in enumerate(batch) if item.pixels is not None]
-        if good:
-            pixels = np.stack([batch[i].pixels for i in good])  # uint8 [n, H, W, 3]
+        seen = {i: item.pixels for i, item in enumerate(batch) if item.pixels is not None}
+        if seen:
+            good, pixels = list(seen), np.stack(list(seen.values()))  # uint8 [n, H, W, 3]
             labels = np.array([NO_CLASS if batch[i].label is None else batch[i].label for i in good], np.int64)
             maps[good], logits[good], targets[good] = self._explainer(pixels, labels)
         return Explained(maps, logits, targets)

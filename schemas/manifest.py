@@ -10,6 +10,7 @@ from typing import Any
 
 from zpipe.schemas.atomic import read_json, write_json
 from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.formats import check_format, header
 from zpipe.schemas.storage import as_path, check_reachable
 
 MANIFEST_NAME = "manifest.json"
@@ -110,7 +111,7 @@ class StoreManifest:
 
 def write_manifest(root: Path, manifest: StoreManifest) -> None:
     """Write `manifest.json`. Grows by about 250 bytes a shard."""
-    value = {"format": FORMAT, "version": STORE_VERSION, "count": manifest.count} | asdict(manifest)
+    value = header(FORMAT, STORE_VERSION) | {"count": manifest.count} | asdict(manifest)
     write_json(as_path(root) / MANIFEST_NAME, value)
 
 
@@ -125,9 +126,7 @@ def read_manifest(root: Path) -> StoreManifest:
             )
         raise ZpipeError(f"{root}: not a relevance store (no {MANIFEST_NAME}); zpipe extract-teacher-maps makes one")
     value = read_json(path, "a store manifest")
-    if value.get("format") != FORMAT or value.get("version") != STORE_VERSION:
-        found = f"{value.get('format')!r} version {value.get('version')!r}"
-        raise ZpipeError(f"{path}: is {found}, expected {FORMAT!r} version {STORE_VERSION}; extract again")
+    check_format(path, value, FORMAT, STORE_VERSION, remedy="extract again")
     try:
         return StoreManifest(
             provenance=Provenance.from_json(value["provenance"], path),
@@ -142,9 +141,7 @@ def read_manifest(root: Path) -> StoreManifest:
 
 def write_extraction(root: Path, provenance: Provenance) -> None:
     """Mark `root` as a store in progress, with the provenance its shards will have."""
-    write_json(
-        as_path(root) / EXTRACTION_NAME, {"format": FORMAT, "version": STORE_VERSION, "provenance": asdict(provenance)}
-    )
+    write_json(as_path(root) / EXTRACTION_NAME, header(FORMAT, STORE_VERSION) | {"provenance": asdict(provenance)})
 
 
 def read_extraction(root: Path) -> Provenance | None:
@@ -153,6 +150,8 @@ def read_extraction(root: Path) -> Provenance | None:
     if not path.is_file():
         return None
     value = read_json(path, "an extraction record")
-    if value.get("format") != FORMAT or value.get("version") != STORE_VERSION or "provenance" not in value:
-        raise ZpipeError(f"{path}: not an extraction record of this version; give another --out folder")
+    remedy = "give another --out folder"
+    check_format(path, value, FORMAT, STORE_VERSION, remedy=remedy)
+    if not isinstance(value.get("provenance"), dict):
+        raise ZpipeError(f"{path}: not an extraction record (no provenance); {remedy}")
     return Provenance.from_json(value["provenance"], path)

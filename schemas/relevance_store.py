@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from zpipe.schemas.atomic import commit
 from zpipe.schemas.errors import ZpipeError
-from zpipe.schemas.storage import as_path, is_remote, remove, storage_errors
+from zpipe.schemas.storage import as_path, remove, storage_errors, storage_options
 
 # What became of a sample. Only `ok` maps may be trained on: the others have no relevance to give.
 OK, UNDECODABLE, NONFINITE, ZERO = "ok", "undecodable", "nonfinite", "zero"
@@ -196,13 +196,12 @@ def read_stored(root: Path, stem: str) -> np.ndarray:
 
     path = maps_path(root, stem)
     try:
-        options = dict(path.storage_options) if is_remote(path) else None
-        array = zarr.open_array(store=str(path), mode="r", storage_options=options)
+        array = zarr.open_array(store=str(path), mode="r", storage_options=storage_options(path))
         if array.nchunks_initialized != array.nchunks:  # Zarr would read zeros where a chunk is gone
             raise ValueError("a chunk is missing")
         return np.asarray(array[:])
     # A damaged array fails wherever Zarr or its codec happens to notice, each in its own way.
-    except (*storage_errors(), ValueError, RuntimeError, LookupError, TypeError, SystemError) as error:
+    except storage_errors(ValueError, RuntimeError, LookupError, TypeError, SystemError) as error:
         raise ZpipeError(
             f"{path}: maps can't be read ({_first_line(error)}); delete {index_path(root, stem)} and extract again"
         ) from error

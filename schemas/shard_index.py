@@ -9,10 +9,10 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from zpipe.schemas.atomic import read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.formats import check_format, header
 from zpipe.schemas.sample import shard_stem
 from zpipe.schemas.storage import as_path, check_reachable, file_sizes, storage_errors
 
@@ -62,18 +62,14 @@ def digest_file(path: Path) -> str:
 
 def write_index(folder: Path, index: ShardIndex) -> None:
     """Write `shards.json`: the commit point of a shard folder. Grows by about 250 bytes a shard."""
-    value: dict[str, Any] = {"format": FORMAT, "version": VERSION, "count": index.count}
-    value |= asdict(index)
-    write_json(as_path(folder) / INDEX_NAME, value)
+    write_json(as_path(folder) / INDEX_NAME, header(FORMAT, VERSION) | {"count": index.count} | asdict(index))
 
 
 def read_index(folder: Path) -> ShardIndex:
     """Read and check `shards.json`. Errors: :class:`ZpipeError` naming the file and what is wrong."""
     path = as_path(folder) / INDEX_NAME
     value = read_json(path, "a shard index")
-    if value.get("format") != FORMAT or value.get("version") != VERSION:
-        found = f"{value.get('format')!r} version {value.get('version')!r}"
-        raise ZpipeError(f"{path}: is {found}, expected {FORMAT!r} version {VERSION}; run make-shards again")
+    check_format(path, value, FORMAT, VERSION, remedy="run make-shards again")
     try:
         shards = tuple(ShardEntry(**entry) for entry in value["shards"])
         index = ShardIndex(shards=shards, classes=tuple(value["classes"]), source=value["source"])

@@ -35,20 +35,32 @@ def as_path(value: str | os.PathLike[str]) -> Path:
     options = dict(getattr(value, "storage_options", {}))
     try:
         # fsspec's memory of listings would hide what other processes write.
-        return UPath(text, **(options | {"use_listings_cache": False}))
+        opened: Any = UPath(text, **(options | {"use_listings_cache": False}))
+        return opened
     except (ImportError, ValueError) as error:
         raise UsageError(f"{text}: can't be opened ({str(error).splitlines()[0]}); give another path") from error
 
 
 def is_remote(path: Path) -> bool:
     """Whether it is a UPath that isn't local."""
+    # It isn't a pathlib.Path, whatever annotations here say: the two share their methods, not a class.
     return not isinstance(path, Path)
 
 
-def storage_errors() -> tuple[type[Exception], ...]:
-    """What reading and writing may raise. Libraries of object stores have exceptions beyond OSError; only those that are
+def _upath(path: Path) -> Any:
+    """A remote path with what only UPath has: `fs` and `path`."""
+    return path
+
+
+def storage_options(path: Path) -> dict[str, Any] | None:
+    """What opens the store of a remote path in other libraries; None for a local one."""
+    return dict(_upath(path).storage_options) if is_remote(path) else None
+
+
+def storage_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
+    """What reading and writing may raise, and `more`. Libraries of object stores have exceptions beyond OSError; only those that are
     loaded can be raised."""
-    found: list[Any] = [OSError]
+    found: list[type[Exception]] = [OSError, *more]
     for module, name in (
         ("botocore.exceptions", "BotoCoreError"),
         ("botocore.exceptions", "ClientError"),
@@ -78,19 +90,19 @@ def check_reachable(path: Path) -> None:
 def upload(local: Path, path: Path) -> None:
     """Put a local file or folder in the place of a remote one. A file appears in one step, a folder's files one by one."""
     if not local.is_dir():
-        path.fs.put_file(str(local), path.path)
+        _upath(path).fs.put_file(str(local), _upath(path).path)
         return
     remove(path)
     for child in sorted(local.rglob("*")):
         if child.is_file():
-            path.fs.put_file(str(child), f"{path.path}/{child.relative_to(local).as_posix()}")
+            _upath(path).fs.put_file(str(child), f"{_upath(path).path}/{child.relative_to(local).as_posix()}")
 
 
 def remove(path: Path) -> None:
     """Remove a file or a folder tree that may be absent."""
     if is_remote(path):
         if path.exists():
-            path.fs.rm(path.path, recursive=True)
+            _upath(path).fs.rm(_upath(path).path, recursive=True)
     elif path.is_dir() and not path.is_symlink():
         import shutil
 
@@ -102,7 +114,8 @@ def remove(path: Path) -> None:
 def file_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
     """Bytes of each named file of a folder that is there; one request for a remote folder."""
     if is_remote(folder):
-        listed = {entry["name"].rpartition("/")[2]: entry["size"] for entry in folder.fs.ls(folder.path, detail=True)}
+        entries = _upath(folder).fs.ls(_upath(folder).path, detail=True)
+        listed = {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries}
         return {name: listed[name] for name in names if name in listed}
     return {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
 
@@ -110,7 +123,7 @@ def file_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files below a folder."""
     if is_remote(folder):
-        return int(folder.fs.du(folder.path))
+        return int(_upath(folder).fs.du(_upath(folder).path))
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -137,7 +150,7 @@ def create_exclusively(path: Path, data: bytes) -> bool:
     """Write a small file in one step unless it exists; whether it was written. The store decides between two writers."""
     if is_remote(path):
         try:
-            path.fs.pipe_file(path.path, data, mode="create")
+            _upath(path).fs.pipe_file(_upath(path).path, data, mode="create")
         except FileExistsError:
             return False
         return True

@@ -112,6 +112,12 @@ def test_the_array_is_one_chunk_that_plain_zarr_reads(tmp_path):
     assert (tmp_path / "maps" / "s.zarr" / array.attrs["key_index"]).resolve() == rs.index_path(tmp_path, "s").resolve()
 
 
+def test_a_column_that_is_not_there_is_named(tmp_path):
+    write(tmp_path)
+    with pytest.raises(ZpipeError, match=r"s\.parquet: map index can't be read \('no column nobody'\)"):
+        rs.read_index(tmp_path, "s", ["key", "nobody"])
+
+
 def test_rows_and_maps_must_agree(tmp_path):
     stored, scale = rs.encode_maps(np.ones((3, 4, 6), np.float32))
     for maps, rows in ((stored, index_of(2, scale[:2])), (stored.astype(np.float32), index_of(3, scale))):
@@ -206,6 +212,15 @@ def test_maps_by_key_and_in_order(store, shards):
     assert maps.manifest == read_manifest(store)
     assert [shard.stem for shard in maps.manifest.shards] == [entry.stem for entry in read_index(shards).shards]
     assert maps.table(["key", "status"]).column_names == ["key", "status", "shard"]
+
+
+def test_several_maps_at_once(store):
+    maps = RelevanceMaps(store)
+    keys = list(maps)[3:0:-1]
+    np.testing.assert_array_equal(maps[keys], np.stack([maps[key] for key in keys]))
+    assert maps[[]].shape == (0, 4, 6)
+    with pytest.raises(TypeError, match="a key, a list of keys or a slice, got int"):
+        maps[3]
 
 
 def test_unknown_keys(store):

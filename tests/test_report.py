@@ -215,11 +215,12 @@ def test_the_headline_compares_at_no_higher_cost(data):
     ("file", "text", "told"),
     [
         ("run.json", "{", "run.json: not readable as"),
-        ("run.json", "{}", "run.json: not the settings of a run"),
+        ("run.json", "{}", "run.json: is None version None, expected 'zpipe-run' version 1"),
+        ("run.json", '{"format": "zpipe-run", "version": 1}', "run.json: not the settings of a run"),
         ("evaluation.json", '{"rows": 3}', "evaluation.json: not an evaluation"),
         ("evaluation.json", '{"rows": [{"setting": "alpha=x", "count": 3}]}', "evaluation.json: not an evaluation"),
         ("metrics.jsonl", '{"step": 1}\n{"st', "metrics.jsonl: line 2 is no line of figures"),
-        ("results/study.json", "{}", "study.json: not a results file"),
+        ("results/study.json", "{}", "study.json: is None version None"),
         ("results/errors_samples.json", '{"samples": [1]}', "errors_samples.json: not an error analysis"),
     ],
 )

@@ -13,9 +13,9 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from zpipe.schemas import atomic, manifest, shard_index
+from zpipe.schemas import atomic, manifest, shard_index, storage
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.geometry import Box, crop_map, overlap_weights
+from zpipe.schemas.geometry import Box, covered_share, crop_map, overlap_weights
 from zpipe.schemas.sample import group_samples, key_for_file, shard_stem, split_name
 
 
@@ -391,6 +391,17 @@ def test_a_crop_that_leaves_the_frame_is_refused():
     assert Box(1, 2, 4, 8).as_tuple() == (1, 2, 4, 8) and (Box(1, 2, 4, 8).width, Box(1, 2, 4, 8).height) == (3, 6)
 
 
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 50), st.integers(1, 50), st.data())
+def test_the_shares_under_a_box_add_up_to_its_area(rows, columns, height, width, data):
+    edge = st.floats(-5, 60, allow_nan=False)
+    (x1, x2), (y1, y2) = (sorted((data.draw(edge), data.draw(edge))) for _ in range(2))
+    assume(x1 < x2 and y1 < y2)
+    shares = covered_share((rows, columns), Box(x1, y1, x2, y2), (height, width))
+    assert shares.shape == (rows, columns) and (shares >= 0).all() and (shares <= 1 + 1e-9).all()
+    inside = max(0.0, min(x2, width) - max(x1, 0)) * max(0.0, min(y2, height) - max(y1, 0))
+    assert shares.sum() * (height / rows) * (width / columns) == pytest.approx(inside, rel=1e-6, abs=1e-6)
+
+
 # ----------------------------------------------------------------------------------------------------- shard index
 
 
@@ -410,7 +421,7 @@ def test_a_shard_index_comes_back_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     "change, told",
     [
-        ({"format": "other"}, "is 'other' version 1, expected 'zpipe-shards' version 1"),
+        ({"format": "other"}, "is 'other' version 1, expected 'zpipe-shards' version 1; run make-shards again"),
         ({"version": 2}, "version 2"),
         ({"shards": [{"name": "a.tar"}]}, "not a complete shard index"),
         ({"shards": [7]}, "not a complete shard index"),
@@ -466,6 +477,42 @@ def test_digests_know_order_and_content(tmp_path):
     assert shard_index.digest_keys(["a", "b"]) != shard_index.digest_keys(["b", "a"])
     (tmp_path / "x").write_bytes(b"abc")
     assert shard_index.digest_file(tmp_path / "x").startswith("ba7816bf")
+
+
+# ------------------------------------------------------------------------------------------------ where files lie
+
+
+def test_a_file_is_created_by_one_of_two(tmp_path):
+    assert storage.create_exclusively(tmp_path / "x", b"mine")
+    assert not storage.create_exclusively(tmp_path / "x", b"theirs")
+    assert (tmp_path / "x").read_bytes() == b"mine" and names_below(tmp_path) == ["x"]
+    assert storage.folder_bytes(tmp_path) == 4 and storage.storage_options(tmp_path) is None
+
+
+def test_a_remote_write_that_fails_is_one_line(monkeypatch):
+    path = storage.as_path("memory://failing/file.json")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path.fs), "put_file", refuse)
+    with pytest.raises(ZpipeError, match=r"file\.json: could not be written \(Permission denied\); check access"):
+        atomic.write_json(path, {})
+    assert not path.exists()
+
+
+def test_a_store_whose_library_is_missing_is_one_line(monkeypatch):
+    path = storage.as_path("memory://somewhere")
+
+    def absent(self, **kwargs):
+        raise ImportError("Install gcsfs to access Google Storage\nmore of it")
+
+    monkeypatch.setattr(type(path), "exists", absent)
+    with pytest.raises(
+        UsageError, match="Install gcsfs to access Google Storage; install the extra s3 or gcs"
+    ) as error:
+        storage.check_reachable(path)
+    assert "\n" not in str(error.value)
 
 
 # -------------------------------------------------------------------------------------------------------- manifest

@@ -31,6 +31,7 @@ from torch import nn
 import zpipe.train.models  # noqa: F401  (registers our models with timm)
 from zpipe.schemas.atomic import claim_folder, commit, read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.formats import check_format, header
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.ranks import ranks
 
@@ -41,6 +42,8 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "zpipe-run"
 VERSION = 1
+CHECKPOINT_FORMAT = "zpipe-checkpoint"
+CHECKPOINT_VERSION = 1
 # What may change in mid-run: how the work is shared out, not what is computed.
 FREE_SETTINGS = ("train.data_workers",)
 
@@ -75,10 +78,13 @@ class Run:
     settings: dict[str, Any]
 
 
-def begin_run(run: Path, kind: str, settings: dict[str, Any], resume: Resume = "auto") -> bool:
+def begin_run(
+    run: Path, kind: str, settings: dict[str, Any], resume: Resume = "auto", *, defaults: dict[str, Any] | None = None
+) -> bool:
     """Claim `run` for these settings; True when the run is finished already.
 
-    Settings bind from the first checkpoint on; before it nothing is lost, and a mistake in them can be corrected. Where
+    Settings bind from the first checkpoint on; before it nothing is lost, and a mistake in them can be corrected. A run
+    made by an earlier zpipe may lack some: they had no other value then than their `defaults` have now. Where
     several processes train, the first of them does it and the others look whether they find it. Errors:
     :class:`UsageError` when the folder holds something else, or a run and `resume` is "never"; :class:`ZpipeError`
     showing the first setting in which it differs from the run that is there.
@@ -86,7 +92,7 @@ def begin_run(run: Path, kind: str, settings: dict[str, Any], resume: Resume = "
     run = Path(run)
     if resume not in ("auto", "never"):
         raise UsageError(f"--resume {resume}: choose auto or never")
-    finished = ranks().from_first(lambda: _claim(run, kind, settings, resume))
+    finished = ranks().from_first(lambda: _claim(run, kind, settings, resume, defaults or {}))
     if not (run / RUN_NAME).is_file():
         raise ZpipeError(
             f"{run}: {socket.gethostname()} doesn't see what the first training process wrote there; give --out a "
@@ -95,17 +101,18 @@ def begin_run(run: Path, kind: str, settings: dict[str, Any], resume: Resume = "
     return finished
 
 
-def _claim(run: Path, kind: str, settings: dict[str, Any], resume: Resume) -> bool:
+def _claim(run: Path, kind: str, settings: dict[str, Any], resume: Resume, defaults: dict[str, Any]) -> bool:
     if resume == "never" and (run / RUN_NAME).is_file():
         raise UsageError(f"{run}: holds a run already; give another --out, or --resume auto to go on with it")
     claim_folder(run, RUN_NAME, "training run")
-    wanted = {"format": FORMAT, "version": VERSION, "kind": kind, "settings": settings}
+    wanted = header(FORMAT, VERSION) | {"kind": kind, "settings": settings}
     path = run / RUN_NAME
-    found = read_json(path, "the settings of a run") if path.is_file() else wanted
-    if found.get("kind") != kind:
-        raise ZpipeError(f"{run}: holds a {found.get('kind')} run, this is {kind}; give another --out folder")
+    found = read_record(run) if path.is_file() else wanted
+    if found["kind"] != kind:
+        raise ZpipeError(f"{run}: holds a {found['kind']} run, this is {kind}; give another --out folder")
     if (run / CHECKPOINT_NAME).is_file() or (run / CONFIG_NAME).is_file():
-        old, new = _dotted(found.get("settings", {})), _dotted(settings)
+        new = _dotted(settings)
+        old = {name: value for name, value in _dotted(defaults).items() if name in new} | _dotted(found["settings"])
         for name in sorted(set(old) | set(new)):
             if name not in FREE_SETTINGS and old.get(name) != new.get(name):
                 raise ZpipeError(
@@ -115,6 +122,16 @@ def _claim(run: Path, kind: str, settings: dict[str, Any], resume: Resume) -> bo
     else:
         write_json(path, wanted)
     return (run / CONFIG_NAME).is_file()
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """What `run.json` says: kind and settings. Errors: :class:`ZpipeError` naming the file and what is wrong with it."""
+    path = Path(run) / RUN_NAME
+    record = read_json(path, "the settings of a run")
+    check_format(path, record, FORMAT, VERSION, remedy="restore the file, or give another --out folder")
+    if not isinstance(record.get("settings"), dict) or not isinstance(record.get("kind"), str):
+        raise ZpipeError(f"{path}: not the settings of a run; restore the file")
+    return record
 
 
 def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -129,7 +146,7 @@ def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
     path = Path(run) / CHECKPOINT_NAME
     with commit(path) as tmp:
         try:
-            torch.save(state, tmp)
+            torch.save(header(CHECKPOINT_FORMAT, CHECKPOINT_VERSION) | state, tmp)
         except RuntimeError as error:  # what torch's zip writer says to a full disk
             raise ZpipeError(f"{path}: could not be written; free space, then run again to go on") from error
 
@@ -140,11 +157,16 @@ def load_checkpoint(run: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise ZpipeError(
             f"{path}: not a readable checkpoint ({_first_line(error)}); delete it to start over"
         ) from error
+    remedy = "delete it to start over"
+    if not isinstance(state, dict):
+        raise ZpipeError(f"{path}: not a checkpoint of a run; {remedy}")
+    check_format(path, state, CHECKPOINT_FORMAT, CHECKPOINT_VERSION, remedy=remedy)
+    return state
 
 
 def keep_epoch(run: Path, model: nn.Module, epoch: int, keep: int, score: float | None) -> None:
@@ -225,7 +247,8 @@ def load_run(run: Path) -> Run:
         raise UsageError(f"{run}: not a training run (no {CONFIG_NAME}); train-zoomer and train-vit make them")
     config = read_json(run / CONFIG_NAME, "a model description")
     model, preprocessing = _load_model(run, config)
-    record = read_json(run / RUN_NAME, "the settings of a run") if (run / RUN_NAME).is_file() else {}
+    # A folder that timm wrote is a model too; it knows no settings.
+    settings = read_record(run)["settings"] if (run / RUN_NAME).is_file() else {}
     zoomer = None
     if (run / "zoomer" / CONFIG_NAME).is_file():
         zoomer = load_zoomer(run / "zoomer")[0]
@@ -236,7 +259,7 @@ def load_run(run: Path) -> Run:
         model=model.eval(),
         preprocessing=preprocessing,
         zoomer=zoomer,
-        settings=record.get("settings", {}),
+        settings=settings,
     )
 
 

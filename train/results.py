@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from zpipe.schemas.atomic import commit, read_json, write_json
 from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.formats import check_format, header
 
 FORMAT = "zpipe-results"
 VERSION = 1
@@ -72,7 +73,7 @@ def write_results(run: Path, study: str, title: str, shards: str, rows: Sequence
     ]
     with commit(path.with_suffix(".parquet")) as tmp:
         pq.write_table(pa.table({name: _column([row.get(name) for row in flat]) for name in _names(flat)}), tmp)
-    about = {"format": FORMAT, "version": VERSION, "study": study, "title": title, "shards": shards}
+    about = header(FORMAT, VERSION) | {"study": study, "title": title, "shards": shards}
     write_json(path, about | {"zpipe": version("zpipe"), "rows": table})
     return path
 
@@ -80,12 +81,11 @@ def write_results(run: Path, study: str, title: str, shards: str, rows: Sequence
 def read_results(path: Path) -> tuple[dict[str, Any], list[Result]]:
     """What a results file says of itself, and its rows. Errors: :class:`ZpipeError` naming a file that is none."""
     found = read_json(path, "a results file")
+    check_format(path, found, FORMAT, VERSION, remedy="evaluate again")
     try:
-        if found["format"] != FORMAT or found["version"] > VERSION:
-            raise ValueError(f"format {found['format']} {found['version']}")
         return found, [Result(**row) for row in found.pop("rows")]
     except (KeyError, TypeError, ValueError) as error:
-        raise ZpipeError(f"{path}: not a results file that this zpipe reads ({error}); evaluate again") from error
+        raise ZpipeError(f"{path}: not a complete results file ({error}); evaluate again") from error
 
 
 def wide(rows: Sequence[Result]) -> list[dict[str, Any]]:

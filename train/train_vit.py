@@ -301,7 +301,7 @@ def train_vit(
         | {"val": _text(val), "val_maps": _text(val_maps)}
         | {"shards": str(shards), "zoomer": _text(zoomer), "maps": _text(maps)}
     )
-    if begin_run(out, "vit", to_json(settings), resume):
+    if begin_run(out, "vit", to_json(settings), resume, defaults=to_json(asdict(VitConfig()))):
         return {}
     if config.init_from is not None:
         start_from(model, config.init_from)

@@ -108,7 +108,7 @@ def train_zoomer(
         "maps": str(maps),
         "maps_fingerprint": store.manifest.provenance.fingerprint(),
     }
-    if begin_run(out, "zoomer", to_json(settings), resume):
+    if begin_run(out, "zoomer", to_json(settings), resume, defaults=to_json(asdict(ZoomerConfig()))):
         return {}
     torch.manual_seed(config.train.seed)
     model = _zoomer(config, grid[0]).to(device)

@@ -11,7 +11,7 @@ from typing import Any
 
 from zpipe.schemas.atomic import read_json
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.train.checkpoint import CONFIG_NAME, METRICS_NAME, RUN_NAME
+from zpipe.train.checkpoint import CONFIG_NAME, METRICS_NAME, RUN_NAME, read_record
 from zpipe.train.results import Result, Value, read_results, wilson
 from zpipe.train.scoring import SOURCES
 
@@ -60,7 +60,7 @@ class Gathered:
 
 
 def gather(paths: Sequence[Path]) -> Gathered:
-    """Read runs, studies (folders with results/*.json) and folders of them.
+    """Read runs, studies (folders with ``results/*.json``) and folders of them.
 
     Errors: :class:`UsageError` for a folder that is neither; :class:`ZpipeError` naming a file that is broken.
     """
@@ -142,10 +142,8 @@ def _unique_names(folders: list[Path]) -> dict[Path, str]:
 
 
 def _read_run(folder: Path, name: str) -> RunRecord:
-    record = read_json(folder / RUN_NAME, "the settings of a run")
-    settings = record.get("settings")
-    if not isinstance(settings, dict) or not isinstance(record.get("kind"), str):
-        raise ZpipeError(f"{folder / RUN_NAME}: not the settings of a run; restore the file")
+    record = read_record(folder)
+    settings = record["settings"]
     run = RunRecord(
         path=folder,
         name=name,

@@ -1,0 +1,219 @@
+"""What the documents say is so: their snippets run, their commands parse, their links lead somewhere."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+
+import zpipe
+from zpipe.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMANDS = set(typer.main.get_command(app).commands)
+
+
+def blocks(name: str) -> list[tuple[int, str, str]]:
+    """(line, language, text) of every fenced block of a page."""
+    text = (ROOT / name).read_text()
+    return [(text[: found.start()].count("\n") + 2, *found.groups()) for found in BLOCK.finditer(text)]
+
+
+# ------------------------------------------------------------------------------------------------------- snippets
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, shards, store):
+    """A working folder with shards/train and maps/train."""
+    shutil.copytree(shards, tmp_path / "shards" / "train")
+    shutil.copytree(store, tmp_path / "maps" / "train")
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def run_blocks(name: str, cli) -> int:
+    """Run the python blocks of a page, each on its own, and the commands of its sh blocks, in order."""
+    count = 0
+    for line, language, text in blocks(name):
+        if language == "sh":
+            for words in commands_in(text):
+                assert cli(*words[1:]).code == 0, words
+        elif language == "python":
+            # Tracebacks name the page and its line.
+            exec(compile("\n" * (line - 1) + text, name, "exec"), {"__name__": "__main__"})
+            count += 1
+    return count
+
+
+def test_the_cookbook(here, cli, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", here / "cache")
+    assert run_blocks("docs/cookbook.md", cli) == 8
+
+
+def test_extending(here, cli, monkeypatch):
+    from zpipe.pipeline.methods import METHODS
+    from zpipe.train.studies import STUDIES
+
+    for registry in (METHODS, STUDIES):
+        for key, value in registry.items():
+            monkeypatch.setitem(registry, key, value)
+    monkeypatch.setitem(METHODS, "gradient-input", None)
+    monkeypatch.setitem(STUDIES, "learning-rates", None)
+    assert run_blocks("docs/extending.md", cli) == 7
+    maps = zpipe.open_maps("maps/gradient-input")
+    assert maps.manifest.provenance.method == "gradient-input" and (maps.array() >= 0).all() and maps.array().any()
+
+
+def test_a_reader_that_knows_only_the_description(store):
+    sys.path.insert(0, str(ROOT / "docs" / "examples"))
+    try:
+        from read_store import read_store
+    finally:
+        sys.path.pop(0)
+    maps = zpipe.open_maps(store)
+    found = {key: (relevance, row) for key, relevance, row in read_store(store)}
+    assert list(found) == list(maps) and len(found) == 18
+    for row in maps.table().drop_columns("shard").to_pylist():
+        np.testing.assert_array_equal(found[row["key"]][0], maps[row["key"]])
+        assert found[row["key"]][1] == row
+
+
+def test_the_reader_needs_nothing_of_ours(store):
+    script = ROOT / "docs" / "examples" / "read_store.py"
+    assert "zpipe" not in re.findall(r"^(?:import|from) (\w+)", script.read_text(), re.MULTILINE)
+    done = subprocess.run([sys.executable, script, store], capture_output=True, text=True, timeout=60, check=True)
+    assert len(done.stdout.splitlines()) == 18
+
+
+def test_the_description_of_the_store_names_every_column_and_field():
+    from zpipe.schemas.manifest import MapShard, Provenance, StoreManifest
+    from zpipe.schemas.relevance_store import INDEX_SCHEMA, STATUSES, ShardSeal
+
+    text = (ROOT / "docs" / "store-format.md").read_text()
+    names = [*INDEX_SCHEMA.names, *STATUSES]
+    for record in (MapShard, Provenance, StoreManifest, ShardSeal):
+        names += record.__dataclass_fields__
+    assert [name for name in names if f"`{name}`" not in text] == []
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+def commands_in(text: str) -> list[list[str]]:
+    """The zpipe command lines of a block, or of a page's inline code."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        line = line.removeprefix("$ ")
+        if line.startswith("zpipe "):
+            found.append(shlex.split(line, comments=True))
+    return found
+
+
+def written_commands() -> list[tuple[str, list[str]]]:
+    found = []
+    for name in NAMES:
+        text = (ROOT / name).read_text()
+        found += [(name, words) for _, _, block in blocks(name) for words in commands_in(block)]
+        inline = re.findall(r"`(zpipe [^`]+)`", BLOCK.sub("", text))
+        found += [(name, words) for code in inline for words in commands_in(re.sub(r"\s+", " ", code))]
+    return found
+
+
+WRITTEN = written_commands()
+
+
+def check(words: list[str]) -> None:
+    """An exception for a command, a flag or an argument that doesn't exist."""
+    command, context = typer.main.get_command(app), None
+    rest = words[1:]
+    while hasattr(command, "commands"):
+        context = command.make_context("zpipe", [], parent=context, resilient_parsing=True)
+        command = command.commands[rest.pop(0)]
+    context = command.make_context("x", [], parent=context, resilient_parsing=True)
+    context.resilient_parsing = False  # it stood for the arguments that are parsed only now
+    _, extra, _ = command.make_parser(context).parse_args(rest)
+    assert extra == [], f"{extra[0]}: no such argument"
+
+
+def test_there_are_commands_in_the_documents():
+    assert len(WRITTEN) > 30 and {words[1] for _, words in WRITTEN} >= COMMANDS - {"demo"}
+
+
+@pytest.mark.parametrize("name, words", WRITTEN, ids=[" ".join(words)[:60] for _, words in WRITTEN])
+def test_a_command_that_is_written_down_parses(name, words):
+    check(words)
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [("zpipe maps info x --nope", "nope"), ("zpipe evaluate a b c d", "c: no such"), ("zpipe nothing", "nothing")],
+)
+def test_a_wrong_command_does_not(line, told):
+    with pytest.raises(Exception, match=told):
+        check(shlex.split(line))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_between_files_lead_somewhere(name):
+    text = (ROOT / name).read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"https?:|#", target):
+            assert ((ROOT / name).parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_make_targets_exist(name):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    code = (
+        "\n".join(block for _, _, block in blocks(name))
+        + "\n"
+        + "\n".join(re.findall(r"`(make [^`]+)`", (ROOT / name).read_text()))
+    )
+    assert set(re.findall(r"^make ([a-z-]+)", code, re.MULTILINE)) <= targets
+
+
+# ------------------------------------------------------------------------------------------------------ reference
+
+
+def test_the_reference_lists_every_module():
+    listed = set(
+        re.findall(r"^\.\. automodule:: (\S+)", "".join(p.read_text() for p in (ROOT / "docs/api").glob("*.rst")), re.M)
+    )
+    for folder in ("schemas", "pipeline", "train"):
+        for path in (ROOT / folder).rglob("*.py"):
+            module = ".".join(["zpipe", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+            assert module in listed, f"add {module} to docs/api/{folder}.rst"
+
+
+@pytest.mark.slow
+def test_the_reference_builds_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx")
+    line = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-q",
+        "-W",
+        "--keep-going",
+        "-E",
+        "-b",
+        "html",
+        ROOT / "docs" / "api",
+        tmp_path,
+    ]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
