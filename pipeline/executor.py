@@ -95,8 +95,9 @@ def _session(resources: Resources, threads: int) -> Iterator[Any]:
             )
     except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
         where = f"Ray at {address}" if address else "Ray on this machine"
+        token = " (and RAY_AUTH_TOKEN, when it asks for one)" if address else ""
         raise ZpipeError(
-            f"{where} could not be reached or started ({_first_line(error)}); check it, or use --executor local"
+            f"{where} could not be reached or started ({_first_line(error)}); check it{token}, or use --executor local"
         ) from error
     try:
         if on_main:

@@ -124,6 +124,8 @@ def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(fileobj=cast(BinaryIO, file), mode="r|") as tar:
             for member in tar:
+                if member.issparse():
+                    raise ZpipeError(f"{path}: {member.name} is a sparse member; make the shards again")
                 if member.isfile():
                     content = tar.extractfile(member)
                     assert content is not None  # isfile() said so

@@ -102,7 +102,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         value = json.loads(as_path(path).read_bytes())
     except FileNotFoundError as error:
         raise ZpipeError(f"{path}: no such file; expected {what}") from error
-    except storage_errors(ValueError) as error:
+    except storage_errors(ValueError, RecursionError) as error:
         raise ZpipeError(f"{path}: not readable as {what} ({error}); restore or delete the file") from error
     if not isinstance(value, dict):
         raise ZpipeError(f"{path}: not readable as {what} (not a JSON object); restore or delete the file")

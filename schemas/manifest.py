@@ -11,6 +11,7 @@ from typing import Any
 from zpipe.schemas.atomic import read_json, write_json
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.formats import check_format, header
+from zpipe.schemas.sample import shard_stem
 from zpipe.schemas.storage import as_path, check_reachable
 
 MANIFEST_NAME = "manifest.json"
@@ -128,6 +129,9 @@ def read_manifest(root: Path) -> StoreManifest:
     value = read_json(path, "a store manifest")
     check_format(path, value, FORMAT, STORE_VERSION, remedy="extract again")
     try:
+        odd = next((shard["stem"] for shard in value["shards"] if not _is_name(shard["stem"])), None)
+        if odd is not None:
+            raise ZpipeError(f"{path}: shard {odd!r} is no name of a file in this store; extract again")
         return StoreManifest(
             provenance=Provenance.from_json(value["provenance"], path),
             shards=tuple(MapShard(**shard) for shard in value["shards"]),
@@ -137,6 +141,11 @@ def read_manifest(root: Path) -> StoreManifest:
         )
     except (KeyError, TypeError) as error:
         raise ZpipeError(f"{path}: not a complete manifest ({error}); extract again") from error
+
+
+def _is_name(stem: Any) -> bool:
+    """Whether it names a file of the store and leads nowhere else."""
+    return isinstance(stem, str) and shard_stem(stem) == stem and stem not in ("", ".", "..") and "\0" not in stem
 
 
 def write_extraction(root: Path, provenance: Provenance) -> None:

@@ -15,6 +15,7 @@ float32 in the index. About 330-400 bytes a sample for 14 x 14 maps, index inclu
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,11 @@ from zpipe.schemas.storage import as_path, remove, storage_errors, storage_optio
 # What became of a sample. Only `ok` maps may be trained on: the others have no relevance to give.
 OK, UNDECODABLE, NONFINITE, ZERO = "ok", "undecodable", "nonfinite", "zero"
 STATUSES = (OK, UNDECODABLE, NONFINITE, ZERO)
+
+# What a shard may unpack to, far above any that extraction makes: a few kilobytes can claim to be terabytes.
+MAX_MAP_BYTES = 1 << 30
+MAX_ROWS = 4_000_000
+CODECS = ("BytesCodec", "BloscCodec")
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -179,6 +185,8 @@ class IndexFile:
         try:
             # One thread: callers read many shards side by side.
             with pq.ParquetFile(pa.BufferReader(self._data)) as file:
+                if file.metadata.num_rows > MAX_ROWS:
+                    raise KeyError(f"{file.metadata.num_rows} rows are more than {MAX_ROWS}")
                 missing = set(columns or ()) - set(file.schema_arrow.names)
                 if missing:
                     raise KeyError(f"no column {min(missing)}")
@@ -196,7 +204,13 @@ def read_stored(root: Path, stem: str) -> np.ndarray:
 
     path = maps_path(root, stem)
     try:
-        array = zarr.open_array(store=str(path), mode="r", storage_options=storage_options(path))
+        # Other formats and codecs are never ours, and some of Zarr's unpickle or call other libraries.
+        array = zarr.open_array(store=str(path), mode="r", storage_options=storage_options(path), zarr_format=3)
+        if odd := [type(codec).__name__ for codec in array.metadata.codecs if type(codec).__name__ not in CODECS]:
+            raise ValueError(f"its codec {odd[0]} is not one of a relevance store")
+        unpacked = max(array.size, math.prod(array.chunks)) * array.dtype.itemsize
+        if array.dtype != np.float16 or array.ndim != 3 or unpacked > MAX_MAP_BYTES:
+            raise ValueError(f"{array.dtype} {array.shape} is no shard of maps below {MAX_MAP_BYTES >> 20} MiB")
         if array.nchunks_initialized != array.nchunks:  # Zarr would read zeros where a chunk is gone
             raise ValueError("a chunk is missing")
         return np.asarray(array[:])

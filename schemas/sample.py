@@ -73,7 +73,7 @@ def _sample_from(key: str, parts: dict[str, bytes], source: str) -> Sample:
     if "json" in parts:
         try:
             meta = json.loads(parts["json"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ZpipeError(f"{source}: key {key}: its .json can't be read ({error}); rebuild this shard") from error
         if not isinstance(meta, dict):
             raise ZpipeError(f"{source}: key {key}: its .json is not an object; rebuild this shard")

@@ -1,7 +1,8 @@
 """Where files lie: on this machine, or behind an fsspec URL (s3://, gs://, ...). One path type for both.
 
 Local paths are `pathlib.Path`; others are `upath.UPath`, which has the same methods. Credentials and endpoints come from where
-each store's own library looks (AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, fsspec's configuration); URLs carry none.
+each store's own library looks (AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, fsspec's configuration). URLs that carry
+them are refused: a path is written into manifests, settings and messages.
 """
 
 from __future__ import annotations
@@ -16,12 +17,19 @@ from typing import Any, TypeVar
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 
+# Of the file systems that fsspec knows. Others read archives, caches or repositories, or fill in templates from a file.
+PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "http", "https", "memory")
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 def as_path(value: str | os.PathLike[str]) -> Path:
-    """A local path, or the UPath of a URL. A UPath comes back fresh: its connection doesn't survive a fork."""
+    """A local path, or the UPath of a URL. A UPath comes back fresh: its connection doesn't survive a fork.
+
+    Errors: :class:`UsageError` for a URL of another kind than `PROTOCOLS`, for one that leads through another (``::``), and
+    for one with a name, password or signature in it, which the message leaves out.
+    """
     if isinstance(value, Path):
         return value
     text = str(value)
@@ -30,6 +38,7 @@ def as_path(value: str | os.PathLike[str]) -> Path:
         return Path(rest)
     if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.:-]*", protocol):
         return Path(text)
+    _check_url(protocol, rest)
     from upath import UPath
 
     options = dict(getattr(value, "storage_options", {}))
@@ -39,6 +48,22 @@ def as_path(value: str | os.PathLike[str]) -> Path:
         return opened
     except (ImportError, ValueError) as error:
         raise UsageError(f"{text}: can't be opened ({str(error).splitlines()[0]}); give another path") from error
+
+
+def _check_url(protocol: str, rest: str) -> None:
+    host, slash, _ = rest.partition("/")
+    query = protocol in ("http", "https") and "?" in rest
+    if "@" in host or query:
+        bare = f"{protocol}://{host.rpartition('@')[2].partition('?')[0]}{slash}..."
+        raise UsageError(
+            f"{bare}: the URL carries credentials or a query, which would be written down; leave them out, and give them "
+            "by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3)"
+        )
+    if protocol not in PROTOCOLS or "::" in rest:
+        told = f"Unsupported filesystem: {protocol!r}" if protocol not in PROTOCOLS else "it leads through another URL"
+        raise UsageError(
+            f"{protocol}://{rest}: can't be opened ({told}); give a folder or one of {', '.join(PROTOCOLS)}"
+        )
 
 
 def is_remote(path: Path) -> bool:

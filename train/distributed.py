@@ -251,8 +251,9 @@ def _session(address: str | None, count: int) -> Iterator[Any]:
                 **quiet,
             )
     except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
+        token = " (and RAY_AUTH_TOKEN, when it asks for one)" if address else ""
         raise ZpipeError(
-            f"{where} could not be reached or started ({_last_line(error)}); check it, or leave out --num-workers"
+            f"{where} could not be reached or started ({_last_line(error)}); check it{token}, or leave out --num-workers"
         ) from error
     try:
         if on_main:

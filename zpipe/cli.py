@@ -18,13 +18,13 @@ from zpipe.console import (
     parse_budgets,
     parse_numbers,
     parse_settings,
+    path_or_url,
     print_rows,
     reporting,
     tell,
     warn,
 )
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.storage import as_path
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -135,13 +135,13 @@ def make_shards_command(
 @app.command("extract-teacher-maps")
 def extract_command(
     shards: Annotated[
-        Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of tar shards, or one tar.")
+        Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="Folder or URL of tar shards, or one tar.")
     ],
     output: Annotated[
         Path,
         typer.Option(
             "--out",
-            parser=as_path,
+            parser=path_or_url,
             metavar="PATH|URL",
             help="Folder of the relevance store; new, empty, or one to go on with.",
         ),
@@ -244,9 +244,9 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
 
 @app.command("train-zoomer")
 def train_zoomer_command(
-    shards: Annotated[Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of tar shards.")],
+    shards: Annotated[Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="Folder or URL of tar shards.")],
     maps: Annotated[
-        Path, typer.Option(parser=as_path, metavar="PATH|URL", help="Relevance store made from these shards.")
+        Path, typer.Option(parser=path_or_url, metavar="PATH|URL", help="Relevance store made from these shards.")
     ],
     output: Annotated[Path, typer.Option("--out", help="Folder of the run; new, empty, or one to go on with.")],
     num_blocks: Annotated[int, typer.Option(help="Residual blocks: 2, 4 or 6.")] = 4,
@@ -287,7 +287,7 @@ def train_zoomer_command(
 
 @app.command("train-vit")
 def train_vit_command(
-    shards: Annotated[Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of tar shards.")],
+    shards: Annotated[Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="Folder or URL of tar shards.")],
     output: Annotated[Path, typer.Option("--out", help="Folder of the run; new, empty, or one to go on with.")],
     model: Annotated[
         str,
@@ -301,7 +301,9 @@ def train_vit_command(
     maps: Annotated[
         Path | None,
         typer.Option(
-            parser=as_path, metavar="PATH|URL", help="Relevance store whose maps are the scores, instead of a zoomer."
+            parser=path_or_url,
+            metavar="PATH|URL",
+            help="Relevance store whose maps are the scores, instead of a zoomer.",
         ),
     ] = None,
     scores: Annotated[
@@ -326,11 +328,11 @@ def train_vit_command(
     val: Annotated[
         Path | None,
         typer.Option(
-            parser=as_path, metavar="SHARDS", help="Validate on these shards after every epoch; keep the best."
+            parser=path_or_url, metavar="SHARDS", help="Validate on these shards after every epoch; keep the best."
         ),
     ] = None,
     val_maps: Annotated[
-        Path | None, typer.Option(parser=as_path, metavar="PATH|URL", help="Their maps, where maps are the scores.")
+        Path | None, typer.Option(parser=path_or_url, metavar="PATH|URL", help="Their maps, where maps are the scores.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 300.")] = None,
     batch_size: Annotated[
@@ -381,7 +383,7 @@ def _main_columns(row: dict[str, Any]) -> dict[str, Any]:
 def evaluate_command(
     run: Annotated[Path, typer.Argument(help="Finished train-vit or train-zoomer run.")],
     shards: Annotated[
-        Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of validation shards.")
+        Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="Folder or URL of validation shards.")
     ],
     alphas: Annotated[
         str | None, typer.Option(help="Thresholds of a ZoomViT, comma-separated. Default 0,0.05,0.1,0.2,0.5,1.")
@@ -407,14 +409,18 @@ def evaluate_command(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(parser=as_path, metavar="SHARDS", help="Images to choose that threshold by; not the ones judged."),
+        typer.Option(
+            parser=path_or_url, metavar="SHARDS", help="Images to choose that threshold by; not the ones judged."
+        ),
     ] = None,
     calibration_maps: Annotated[
-        Path | None, typer.Option(parser=as_path, metavar="PATH|URL", help="Their maps, where maps are the scores.")
+        Path | None, typer.Option(parser=path_or_url, metavar="PATH|URL", help="Their maps, where maps are the scores.")
     ] = None,
     maps: Annotated[
         Path | None,
-        typer.Option(parser=as_path, metavar="PATH|URL", help="Relevance store of these shards (needed for a zoomer)."),
+        typer.Option(
+            parser=path_or_url, metavar="PATH|URL", help="Relevance store of these shards (needed for a zoomer)."
+        ),
     ] = None,
     scores: Annotated[
         str | None,
@@ -541,14 +547,14 @@ def predict_command(
 @app.command("calibrate")
 def calibrate_command(
     run: Annotated[Path, typer.Argument(help="Finished train-vit run of a zoomvit_*, cfvit_* or lfvit_* model.")],
-    shards: Annotated[Path, typer.Argument(parser=as_path, metavar="SHARDS", help="Folder or URL of shards.")],
+    shards: Annotated[Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="Folder or URL of shards.")],
     budget: Annotated[str, typer.Option(help="Mean cost of an image: '2.3 GMACs', '300 tokens', or zoomed cells.")],
     scores: Annotated[
         str | None, typer.Option(help="Source of the scores, as of evaluate; default as trained.")
     ] = None,
     maps: Annotated[
         Path | None,
-        typer.Option(parser=as_path, metavar="PATH|URL", help="Relevance store, for --scores maps."),
+        typer.Option(parser=path_or_url, metavar="PATH|URL", help="Relevance store, for --scores maps."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Images looked at.")] = 50_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 128,
@@ -587,11 +593,11 @@ def report_command(
     shards: Annotated[
         Path | None,
         typer.Option(
-            parser=as_path, metavar="SHARDS", help="Images of the gallery; default those of the first evaluation."
+            parser=path_or_url, metavar="SHARDS", help="Images of the gallery; default those of the first evaluation."
         ),
     ] = None,
     maps: Annotated[
-        Path | None, typer.Option(parser=as_path, metavar="PATH|URL", help="Relevance store of these shards.")
+        Path | None, typer.Option(parser=path_or_url, metavar="PATH|URL", help="Relevance store of these shards.")
     ] = None,
     gallery: Annotated[int, typer.Option(min=0, help="Entries of the gallery; 0 for none.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Seed of which images the gallery shows.")] = 0,

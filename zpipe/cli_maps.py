@@ -9,16 +9,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from zpipe.console import out, print_rows, reporting, tell
+from zpipe.console import out, path_or_url, print_rows, reporting, tell
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.storage import as_path
 
 maps_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into a relevance store.")
 
 
 @maps_app.command("info")
 def maps_info(
-    store: Annotated[Path, typer.Argument(parser=as_path, metavar="STORE", help="Relevance store.")],
+    store: Annotated[Path, typer.Argument(parser=path_or_url, metavar="STORE", help="Relevance store.")],
 ) -> None:
     """What a store holds and where it comes from."""
     with reporting():
@@ -50,10 +49,12 @@ def maps_info(
 
 @maps_app.command("verify")
 def maps_verify(
-    store: Annotated[Path, typer.Argument(parser=as_path, metavar="STORE", help="Relevance store.")],
+    store: Annotated[Path, typer.Argument(parser=path_or_url, metavar="STORE", help="Relevance store.")],
     shards: Annotated[
         Path | None,
-        typer.Option(parser=as_path, metavar="PATH|URL", help="The tars it was made from, to hold its keys against."),
+        typer.Option(
+            parser=path_or_url, metavar="PATH|URL", help="The tars it was made from, to hold its keys against."
+        ),
     ] = None,
 ) -> None:
     """Read every byte of a store and check it; exit code 1 and a line per problem when it isn't whole."""
@@ -68,12 +69,12 @@ def maps_verify(
 
 @maps_app.command("show")
 def maps_show(
-    store: Annotated[Path, typer.Argument(parser=as_path, metavar="STORE", help="Relevance store.")],
+    store: Annotated[Path, typer.Argument(parser=path_or_url, metavar="STORE", help="Relevance store.")],
     key: Annotated[str, typer.Argument(help="Key of a sample.")],
     shards: Annotated[
         Path | None,
         typer.Option(
-            parser=as_path, metavar="PATH|URL", help="The tars it was made from; default where the manifest says."
+            parser=path_or_url, metavar="PATH|URL", help="The tars it was made from; default where the manifest says."
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--out", help="PNG to write; default KEY.png here.")] = None,
@@ -88,7 +89,7 @@ def maps_show(
 
 @maps_app.command("export")
 def maps_export(
-    store: Annotated[Path, typer.Argument(parser=as_path, metavar="STORE", help="Relevance store.")],
+    store: Annotated[Path, typer.Argument(parser=path_or_url, metavar="STORE", help="Relevance store.")],
     output: Annotated[
         Path, typer.Argument(help="Parquet file, or folder with --per-shard or --numpy; must not exist.")
     ],
@@ -120,8 +121,8 @@ def maps_export(
 
 @maps_app.command("judge")
 def maps_judge(
-    store: Annotated[Path, typer.Argument(parser=as_path, metavar="STORE", help="Relevance store.")],
-    shards: Annotated[Path, typer.Argument(parser=as_path, metavar="SHARDS", help="The shards it was made from.")],
+    store: Annotated[Path, typer.Argument(parser=path_or_url, metavar="STORE", help="Relevance store.")],
+    shards: Annotated[Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="The shards it was made from.")],
     model: Annotated[Path, typer.Option(help="Finished train-vit run of a classifier to hold the maps against.")],
     steps: Annotated[int, typer.Option(min=1, help="Points of a curve.")] = 10,
     baseline: Annotated[str, typer.Option(help="What stands for a missing cell: blur or mean.")] = "blur",
@@ -141,8 +142,10 @@ def maps_judge(
 
 @maps_app.command("compare")
 def maps_compare(
-    first: Annotated[Path, typer.Argument(parser=as_path, metavar="FIRST", help="Relevance store.")],
-    second: Annotated[Path, typer.Argument(parser=as_path, metavar="SECOND", help="Another one of the same data set.")],
+    first: Annotated[Path, typer.Argument(parser=path_or_url, metavar="FIRST", help="Relevance store.")],
+    second: Annotated[
+        Path, typer.Argument(parser=path_or_url, metavar="SECOND", help="Another one of the same data set.")
+    ],
     top: Annotated[int, typer.Option(min=1, help="How many of the highest cells to hold against each other.")] = 20,
     worst: Annotated[int, typer.Option(min=0, help="How many of the samples that agree least to list.")] = 10,
 ) -> None:

@@ -9,7 +9,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from zpipe.progress import ProgressBars, ProgressLines, progress_for
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.storage import as_path
 
 # Off a terminal rich assumes 80 columns and cuts what is wider; a file has room.
 out = Console(width=None if sys.stdout.isatty() else 160)
@@ -82,7 +84,7 @@ def warn(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def fail(message: str, details: tuple[str, ...], code: int) -> None:
+def fail(message: str, details: tuple[str, ...], code: int) -> NoReturn:
     """Print `error: message` and its details to standard error, and exit."""
     print(f"error: {message}", file=sys.stderr)
     for line in details:
@@ -111,6 +113,14 @@ def parse_settings(pairs: list[str] | None, option: str) -> dict[str, Any]:
         except ValueError:
             settings[key] = value
     return settings
+
+
+def path_or_url(text: str) -> Path:
+    """A local path or that of a URL. One that is refused ends the program in one line, as everything else does."""
+    try:
+        return as_path(text)
+    except UsageError as error:
+        fail(str(error), (), error.exit_code)
 
 
 def parse_numbers(text: str, kind: type, option: str) -> tuple:

@@ -102,6 +102,8 @@ def _headers(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
+                if member.issparse():
+                    raise ZpipeError(f"{path}: {member.name} is a sparse member; make the shards again")
                 if member.isfile():
                     yield member
             # tarfile takes a damaged header for the end; a whole tar says so with two blocks of zeros.
