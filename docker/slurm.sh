@@ -23,7 +23,7 @@ shift 2
 
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 head=${nodes%%$'\n'*}
-address=$head:$((20000 + SLURM_JOB_ID % 20000))
+address=$head:$((20000 + SLURM_JOB_ID % 12000))
 # Only this job's processes may speak with this job's Ray; srun hands the environment on.
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token

@@ -319,6 +319,6 @@ def test_the_batch_script_extracts_on_two_nodes_and_leaves_nothing(tmp_path, sha
     assert done.returncode == 0, done.stdout + done.stderr
     assert "18 maps in 4 shards (4 extracted now)" in done.stdout
     assert contents(tmp_path / "store") == contents(store)
-    port = 20000 + os.getpid() % 20000
+    port = 20000 + os.getpid() % 12000
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((socket.gethostname(), port), 5).close()
