@@ -206,7 +206,8 @@ def read_stored(root: Path, stem: str) -> np.ndarray:
     try:
         # Other formats and codecs are never ours, and some of Zarr's unpickle or call other libraries.
         array = zarr.open_array(store=str(path), mode="r", storage_options=storage_options(path), zarr_format=3)
-        if odd := [type(codec).__name__ for codec in array.metadata.codecs if type(codec).__name__ not in CODECS]:
+        codecs = [*array.filters, array.serializer, *array.compressors]
+        if odd := [type(codec).__name__ for codec in codecs if type(codec).__name__ not in CODECS]:
             raise ValueError(f"its codec {odd[0]} is not one of a relevance store")
         unpacked = max(array.size, math.prod(array.chunks)) * array.dtype.itemsize
         if array.dtype != np.float16 or array.ndim != 3 or unpacked > MAX_MAP_BYTES:
