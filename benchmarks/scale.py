@@ -21,7 +21,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +35,15 @@ import pyarrow.parquet as pq
 from measure import status_bytes
 from store import made_up_shard, synthetic_provenance
 
+from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
+from zpipe.pipeline.make_shards import SceneSource, make_shards
+from zpipe.pipeline.scenes import SceneConfig
 from zpipe.pipeline.verify import verify_store
 from zpipe.schemas.manifest import MapShard, StoreManifest, read_manifest, write_extraction, write_manifest
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.relevance_store import index_path, maps_path, read_seal, write_shard
 from zpipe.schemas.shard_index import ShardEntry, ShardIndex, digest_file, digest_keys, read_index, write_index
+from zpipe.schemas.storage import as_path
 from zpipe.train.data.loader import RelevanceLoader
 
 DONORS = 16
@@ -244,6 +250,91 @@ def lists(shards: int, samples: int) -> None:
             print(f"{name}: {size / 1e6:,.0f} MB, {size / shards:.0f} bytes a shard")
 
 
+# -------------------------------------------------------------------------------------------------- requests of one shard
+
+
+def requests() -> dict[str, dict[str, float]]:
+    """Requests a shard by stage and method, of a real S3 server in this process: the difference of 12 shards and 4, over 8."""
+    few, many = _requests(4), _requests(12)
+    found = {}
+    for stage in few:
+        methods = sorted(few[stage] | many[stage])
+        found[stage] = {method: (many[stage][method] - few[stage][method]) / 8 for method in methods}
+        found[stage]["once"] = sum(few[stage].values()) - 4 * sum(found[stage].values())
+    return found
+
+
+def _requests(shards: int) -> dict[str, Counter[str]]:
+    from moto.server import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    counted: Counter[str] = Counter()
+    backend = DomainDispatcherApplication(create_backend_app)
+
+    def counting(environ: dict[str, Any], start_response: Any) -> Any:
+        listing = "list-type" in environ.get("QUERY_STRING", "")
+        counted["LIST" if listing else environ["REQUEST_METHOD"]] += 1
+        return backend(environ, start_response)
+
+    class Quiet(WSGIRequestHandler):
+        def log(self, *_: object) -> None:
+            pass
+
+    server = make_server("127.0.0.1", 0, counting, threaded=True, request_handler=Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    os.environ.update(
+        AWS_ACCESS_KEY_ID="a",
+        AWS_SECRET_ACCESS_KEY="b",
+        AWS_DEFAULT_REGION="us-east-1",
+        AWS_ENDPOINT_URL=f"http://127.0.0.1:{server.server_port}",
+    )
+    name = f"bucket{shards}"
+    bucket = as_path(f"s3://{name}")
+    type(bucket.fs).clear_instance_cache()  # or the second server's bucket would be looked for on the first
+    bucket = as_path(f"s3://{name}")
+    bucket.fs.mkdir(name)
+    with tempfile.TemporaryDirectory(prefix="zpipe-benchmark-") as scratch:
+        tars = Path(scratch) / "shards"
+        make_shards(SceneSource(count=4 * shards, split="train", seed=0, config=SceneConfig(), shard_size=4), tars)
+        for path in tars.iterdir():
+            bucket.fs.put_file(str(path), f"{name}/shards/{path.name}")
+    config = ExtractConfig(
+        teacher="deit_tiny_patch16_224",
+        weights="random",
+        num_classes=10,
+        teacher_args={"depth": 1, "embed_dim": 48, "num_heads": 3},
+        executor="local",
+        device="cpu",
+        threads=1,
+    )
+    tars_url, maps_url = f"s3://{name}/shards", f"s3://{name}/maps"
+    found = {}
+
+    def count(stage: str, run: Callable[[], Any]) -> None:
+        counted.clear()
+        run()
+        found[stage] = Counter(counted)
+
+    count("extract", lambda: extract_teacher_maps(tars_url, maps_url, config))
+    count("extract again, nothing to do", lambda: extract_teacher_maps(tars_url, maps_url, config))
+    count("verify against the tars' index", lambda: verify_store(as_path(maps_url), as_path(tars_url)))
+    count("open and find all keys", lambda: list(RelevanceMaps(maps_url)))
+    loader = RelevanceLoader(tars_url, maps_url, batch_size=4)
+    count("an epoch of training, one reader a shard", lambda: deque(loader, maxlen=0))
+    server.shutdown()
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- cost model
+
+# What a shard, a sample or a run costs, as measured by the commands above and by benchmarks/store.py: see docs/scale.md.
+TERMS = {
+    "sample_bytes": 395,  # benchmarks/store.py
+    "manifest_bytes": 250,  # a shard; scale.py lists
+    "index_bytes": 320,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["make", "measure", "one", "lists", "plan", "requests", "model"])
@@ -277,6 +368,9 @@ def main() -> None:
         print(json.dumps(_measured(lambda: MEASURES[args.name](setting))))
     elif args.what == "lists":
         lists(args.shards, args.samples)
+    elif args.what == "requests":
+        for stage, counts in requests().items():
+            print(f"{stage:44s} " + ", ".join(f"{method} {count:g}" for method, count in counts.items()))
     elif args.what == "plan":
         told(f"order of {args.shards * args.samples:,} samples", _measured(lambda: _planned_without_files(setting)))
 

@@ -108,7 +108,7 @@ def make_store(root: Path, shards: int, samples: int) -> None:
 
 
 def bare_index(path: Path, columns: list[str] | None = None) -> pa.Table:
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, pre_buffer=False) as file:
         return file.read(columns=columns, use_threads=False)
 
 
