@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import shutil
 import statistics
 import tempfile
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="images a shard")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     scratch = Path(tempfile.mkdtemp(prefix="zpipe-benchmark-"))
@@ -119,15 +121,19 @@ def main() -> None:
         rates["kernel"].append(kernel())
         for name, run in candidates.items():
             rates[name].append(run())
+    report: dict[str, list[float]] = {}
     for name, base in (("kernel", None), ("local", "kernel"), ("ray", "kernel"), ("ray", "local")):
         found = rates[name]
         line = f"{name:8s} {statistics.median(found):8.2f} images/s [{min(found):.2f}, {max(found):.2f}]"
         if base:
             ratios = [own / other for own, other in zip(found, rates[base], strict=True)]
+            report[f"{name} of {base}"] = ratios
             line += f"   {statistics.median(ratios):.1%} of {base} [{min(ratios):.1%}, {max(ratios):.1%}]"
         print(line)
     print(f"loading the teacher here: {load_s:.1f} s")
     print(f"Ray, start to first map, its teacher's loading included: {statistics.median(first_maps):.1f} s")
+    if args.json:
+        args.json.write_text(json.dumps({"ratios": report}, indent=2) + "\n")
     shutil.rmtree(scratch)
 
 

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--train-batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory-rounds", type=int, default=5)
     parser.add_argument("--zoomer", type=int, default=4, help="blocks of the zoomer")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -168,7 +169,7 @@ def main() -> None:
         whole = own_macs / own_time / (3 * deit_macs * args.rounds / plain_time)
         equal = {"budget": 0} if name == "eta=2" else {"budget": model.coarse_grid**2}  # 196 tokens, as the DeiT has
         memory = []
-        for _ in range(5):
+        for _ in range(args.memory_rounds):
             held_plain = peak_bytes(lambda: step(deit, plain), device)
             held = peak_bytes(lambda m=model, o=optimizer, z=equal: step(m, o, scores, **z), device)
             memory.append(held / held_plain)
@@ -178,6 +179,11 @@ def main() -> None:
               f"an epoch takes {epoch:.2f} of the plain ViT's; "
               f"memory at 196 tokens {told(memory)} of DeiT's {held_plain / 1e6:.0f} MB")  # fmt: skip
     if args.json:
+        ratios = {name: row["efficiency"] for name, row in report["inference"].items()}
+        for name, row in report["training"].items():
+            ratios[f"{name}, training, by step"] = row["by_step"]
+            ratios[f"{name}, training, memory of DeiT's"] = [1 / share for share in row["memory"]]  # higher is better
+        report["ratios"] = ratios
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -80,7 +80,7 @@ def main() -> None:
     if args.methods:
         for name, method in METHODS.items():
             candidates[name, batches[-1]] = lambda m=method: m(model, *inputs[batches[-1]])
-    rows = []
+    rows, speeds = [], {}
     for (name, batch), run in candidates.items():
         run()  # allocation and kernel choice
         ratios, rates = [], []
@@ -90,6 +90,7 @@ def main() -> None:
             ratios.append(own / yardstick)
             rates.append(1 / own)
         row = {"what": name, "batch": batch, "forwards": spread(ratios), "images_per_s": spread(rates)}
+        speeds[f"{name}, batch {batch}"] = [1 / ratio for ratio in ratios]
         row["peak_bytes_per_image"] = peak_bytes(run, args.device) / batch
         rows.append(row)
         told = row["forwards"]
@@ -100,6 +101,7 @@ def main() -> None:
     if args.json:
         report = {"model": args.model, "device": args.device, "torch": torch.__version__, "threads": args.threads}
         report |= {"multiply_adds": counts, "forward_images_per_s": forward_rates, "rows": rows}
+        report["ratios"] = speeds  # of the forward's images per second
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

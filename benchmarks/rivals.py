@@ -60,7 +60,7 @@ def main() -> None:
     deit_macs = count_macs(lambda: deit(images[:1]))
     print(f"{device}, {args.dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch {args.batch}; "
           f"DeiT-S {deit_macs / 1e9:.3f} GMACs")  # fmt: skip
-    report = {"device": device, "dtype": args.dtype, "torch": torch.__version__, "rivals": {}}
+    report = {"device": device, "dtype": args.dtype, "torch": torch.__version__, "rivals": {}, "ratios": {}}
     for title, (name, arguments, call, scored) in RIVALS.items():
         if args.only not in title:
             continue
@@ -79,6 +79,7 @@ def main() -> None:
                 own = seconds(lambda run=run: run(args.batch), device)
                 ratios.append(macs / own / (deit_macs / yardstick))
                 rates.append(args.batch / own)
+        report["ratios"][title] = ratios
         report["rivals"][title] = {"gmacs": macs / 1e9, "efficiency": ratios, "images_per_s": rates}
         print(f"  {title:34s}{macs / 1e9:6.2f} GMACs  efficiency {told(ratios)}  "
               f"{statistics.median(rates):8.1f} images/s")  # fmt: skip

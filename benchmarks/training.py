@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
@@ -96,6 +97,9 @@ def main() -> None:
     print(
         f"  loop: {statistics.median(rates):.1f} images/s, {told(ratios)} of the bare loop, one checkpoint an epoch included"
     )
+    if args.json:
+        report = {"ratios": {"of the bare loop": ratios}, "shares": shares}
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
     print("  " + ", ".join(f"{name.removeprefix('share_')} {share:.1%}" for name, share in shares.items()))
 
 

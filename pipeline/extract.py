@@ -282,16 +282,16 @@ def _execute(
         progress("extract-teacher-maps", total, total, shards_left=0)
         return []
     reports: list[ShardReport] = []
-    done, left = kept, len(todo)
+    done, left, failed = kept, len(todo), 0
     statuses: Counter[str] = Counter()
 
     def on_report(report: ShardReport) -> None:
-        nonlocal done, left
+        nonlocal done, left, failed
         left -= 1
         done += report.count
         statuses.update(report.statuses)
         reports.append(report)
-        failed = sum(bool(report.error) for report in reports)
+        failed += bool(report.error)  # not counted anew each time: that is the square of the shards
         bad = sum(count for status, count in statuses.items() if status != OK)
         progress("extract-teacher-maps", done, total, shards_left=left, failed=failed, bad_images=bad)
 

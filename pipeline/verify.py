@@ -41,7 +41,7 @@ def verify_store(root: Path, shards: Path | None = None, *, progress: Progress =
             for name in sorted(there[folder])
             if name.removesuffix(suffix) not in listed
         ]
-    owner: dict[str, str] = {}
+    hashes: list[np.ndarray] = []  # of keys: 8 bytes each, where the keys themselves would take more than 100
     key_digests: dict[str, str] = {}
 
     def check(shard: MapShard) -> tuple[list[str], list[str]]:
@@ -56,11 +56,9 @@ def verify_store(root: Path, shards: Path | None = None, *, progress: Progress =
     ):
         problems += found
         key_digests[shard.stem] = digest_keys(keys)
-        for key in keys:
-            if key in owner:
-                problems.append(f"{index_path(root, shard.stem)}: key {key} is in {owner[key]} too; extract again")
-            owner[key] = shard.stem
+        hashes.append(np.fromiter(map(hash, keys), np.int64, len(keys)))
         progress("verify", number + 1, len(manifest.shards), problems=len(problems))
+    problems += _doubled_keys(root, [shard.stem for shard in manifest.shards], hashes)
     if shards is not None:
         problems += _check_against(manifest, key_digests, shards)
     return problems
@@ -102,6 +100,23 @@ def _check_shard(
         for row in np.flatnonzero(wrong)
     ]
     return keys
+
+
+def _doubled_keys(root: Path, stems: list[str], hashes: list[np.ndarray]) -> list[str]:
+    """Keys that are there twice. Only shards where a hash is met again are read again, to compare the keys themselves."""
+    ordered = np.sort(np.concatenate([np.zeros(0, np.int64), *hashes]))
+    doubled = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    problems = []
+    owner: dict[str, str] = {}
+    for stem, own in zip(stems, hashes, strict=True):
+        rows = np.flatnonzero(np.isin(own, doubled)) if len(doubled) else doubled
+        if not len(rows):
+            continue
+        for key in IndexFile(index_path(root, stem)).table(["key"])["key"].take(rows).to_pylist():
+            if key in owner:
+                problems.append(f"{index_path(root, stem)}: key {key} is in {owner[key]} too; extract again")
+            owner[key] = stem
+    return problems
 
 
 def _check_against(manifest: StoreManifest, key_digests: dict[str, str], shards: Path) -> list[str]:

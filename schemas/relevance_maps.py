@@ -31,7 +31,7 @@ class RelevanceMaps:
     `maps[key]` is float32 [gh, gw]: raw relevance, or min-max per map with ``normalise="minmax"``, as the training loader
     reads them; `maps[10:20]` is float32 [10, gh, gw], in the order of `table()`; `maps[[key, key]]` is float32 [2, gh, gw].
     `path` is a folder or an fsspec URL. A shard's maps are read in one piece at the first look-up and kept; memory grows to
-    4 * gh * gw bytes a map read (0.8 KB at 14 x 14), and the key table to about 100 bytes a key.
+    4 * gh * gw bytes a map read (0.8 KB at 14 x 14), and the key table to about 200 bytes a key.
 
     Errors: :class:`ZpipeError` when `path` is no finished store; KeyError for an unknown key.
     """
@@ -77,10 +77,13 @@ class RelevanceMaps:
             maps = self._shards[stem] = self.read_shard(stem)
         return maps
 
-    def read_shard(self, stem: str) -> np.ndarray:
-        """All maps of one shard, float32 [n, gh, gw], read from disk and not kept: for passes over whole data sets."""
+    def read_shard(self, stem: str, index: pa.Table | None = None) -> np.ndarray:
+        """All maps of one shard, float32 [n, gh, gw], read from disk and not kept: for passes over whole data sets.
+
+        index: its index rows with column `scale`, from whoever has read them already.
+        """
         stored = read_stored(self.path, stem)
-        scale = read_index(self.path, stem, ["scale"])["scale"].to_numpy()
+        scale = (read_index(self.path, stem, ["scale"]) if index is None else index)["scale"].to_numpy()
         if len(stored) != len(scale):
             raise ZpipeError(f"{self.path}: shard {stem} has {len(stored)} maps for {len(scale)} rows; extract again")
         maps = decode_maps(stored, scale)

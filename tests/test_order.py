@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -16,6 +17,7 @@ from test_loader import CELLS, KEYS, copy_shards, data, holes, keys_of, load  # 
 from tiny import cut, write_shards
 
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.train.data import order as ordering
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.order import (
     deal,
@@ -296,6 +298,7 @@ import json, os, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from zpipe.train.data import order as ordering
 from zpipe.train.data.loader import RelevanceLoader
 shards, maps, folder, workers = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 loader = RelevanceLoader(shards, maps, batch_size=2, image_size=16, num_workers=workers, seed=5)
@@ -434,3 +437,37 @@ def test_a_mutated_tar_gives_its_samples_or_an_error(tmp_path_factory, draw):
         if indexed:
             assert [key for key, _ in found] == ["0", "1", "2"]
         assert all(isinstance(label, int) for _, label in found)
+
+
+# ----------------------------------------------------------------------------------------------------------- large data
+
+
+def test_the_order_of_a_large_epoch_takes_little_memory():
+    """Every worker of every rank makes it: what a sample costs here is paid tens of times on one machine."""
+    shards, size = 400, 1000
+    rows = [np.arange(size, dtype=np.int32)] * shards
+    order = shard_order(shards, 0, 0, shuffle=True).tolist()
+    tracemalloc.start()
+    try:
+        plan = plan_epoch(order, rows, 64, seed=0, epoch=0, shuffle=True)
+        held = tracemalloc.get_traced_memory()[0]
+        plan = whole_batches(plan, 1024, 1)
+        mine = plan[deal(plan, 1024, 8) == 0]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(mine) == shards * size // 1024 * 128
+    assert held < 15 * shards * size and peak < 50 * shards * size
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=20), st.integers(1, 4), st.integers(1, 8), st.integers(1, 3))
+def test_ranks_are_dealt_the_same_in_pieces_of_any_size(counts, world_size, part, repeats):
+    lanes, size = lane_count(world_size, train=True), part * world_size
+    plan = whole_batches(epoch_plan(counts, lanes), size, repeats)
+    whole = deal(plan, size, world_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ordering, "DEALT_AT_ONCE", 1)
+        assert np.array_equal(deal(plan, size, world_size), whole)
+    dealt = whole.reshape(-1, size)
+    assert all((np.bincount(own, minlength=world_size) == part).all() for own in dealt)

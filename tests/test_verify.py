@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from zpipe.pipeline import verify
 from zpipe.pipeline.verify import verify_store
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.relevance_maps import RelevanceMaps
@@ -154,6 +156,25 @@ def test_a_key_that_comes_twice_is_named(store_copy):
     rewrite(store_copy, "shard-00000", lambda maps, table: (maps, other))
     problems = verify_store(store_copy)
     assert len(problems) == 5 and all("is in shard-00000 too" in problem for problem in problems)
+
+
+def test_keys_of_one_hash_are_told_apart(store, store_copy, monkeypatch):
+    """Of keys only the hashes are kept: where these agree, the keys themselves decide."""
+    monkeypatch.setattr(verify, "hash", lambda key: 7, raising=False)
+    assert verify_store(store) == []
+    other = read_index(store_copy, "shard-00001")
+    rewrite(store_copy, "shard-00000", lambda maps, table: (maps, other))
+    assert len(verify_store(store_copy)) == 5
+
+
+def test_a_look_for_keys_that_come_twice_holds_a_few_bytes_a_key(tmp_path):
+    hashes = [np.random.default_rng(number).integers(-(2**62), 2**62, 10_000) for number in range(20)]
+    tracemalloc.start()
+    try:
+        assert verify._doubled_keys(tmp_path, [str(number) for number in range(20)], hashes) == []
+        assert tracemalloc.get_traced_memory()[1] < 20 * 200_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_other_tars_are_named(store, shards_copy, tmp_path, encode):

@@ -59,7 +59,8 @@ def check_store(maps: RelevanceMaps, shards: list[Shard], view: ViewConfig) -> N
 def usable_rows(maps: RelevanceMaps, shards: list[Shard]) -> list[np.ndarray]:
     """Rows of each shard whose sample has a usable map. Reads one index column a shard."""
     tables = map_files(maps.path, lambda shard: maps.index(shard.entry.stem, ["status"]), shards)
-    return [np.flatnonzero(table["status"].to_numpy(zero_copy_only=False) == OK) for table in tables]
+    usable = (table["status"].to_numpy(zero_copy_only=False) == OK for table in tables)
+    return [np.flatnonzero(rows).astype(np.int32) for rows in usable]
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,9 @@ class ShardJoin:
         if self._maps is None:
             return _Held(samples, None, [], {}, None)
         centre = self._maps.manifest.provenance.frame != "full"
-        table = self._maps.index(shard.entry.stem, ["key", "status", *(FRAME_COLUMNS if centre else ())])
+        table = self._maps.index(shard.entry.stem, ["key", "status", "scale", *(FRAME_COLUMNS if centre else ())])
         row_of = {key: row for row, key in enumerate(table["key"].to_pylist())}
         frames = np.stack([table[name].to_numpy() for name in FRAME_COLUMNS], axis=1) if centre else None
-        return _Held(samples, self._maps.read_shard(shard.entry.stem), table["status"].to_pylist(), row_of, frames)
+        return _Held(
+            samples, self._maps.read_shard(shard.entry.stem, table), table["status"].to_pylist(), row_of, frames
+        )

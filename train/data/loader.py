@@ -127,7 +127,9 @@ class RelevanceLoader:
         self._lanes = self._own_lanes()
         self._start = self._next = 0  # the batch that the next iteration begins with; the one behind the last yielded
         self.maps: RelevanceMaps | None = None
-        self._rows = [np.arange(shard.entry.count) for shard in self.shards]
+        # Shards of one size share their rows: of a million shards each array would cost more than what it says.
+        whole = {count: np.arange(count, dtype=np.int32) for count in {shard.entry.count for shard in self.shards}}
+        self._rows = [whole[shard.entry.count] for shard in self.shards]
         self._unusable = 0
         if maps is not None:
             path = maps.path if isinstance(maps, RelevanceMaps) else maps
@@ -136,7 +138,9 @@ class RelevanceLoader:
             if missing != "error":
                 usable = usable_rows(self.maps, self.shards)
                 self._unusable = self.sample_count - sum(map(len, usable))
-                self._rows = usable if missing == "skip" else self._rows
+                if missing == "skip":
+                    pairs = zip(usable, self._rows, strict=True)
+                    self._rows = [every if len(some) == len(every) else some for some, every in pairs]
 
     @property
     def sample_count(self) -> int:
@@ -342,11 +346,11 @@ class _Parts(torch.utils.data.IterableDataset):
         plan, batch, slot = plan[mine], mine // size, mine % size
         last = last_uses(plan)
         edges = np.searchsorted(batch, np.arange(len(self.batches) + 1))
-        spans = [slice(*edges[number : number + 2]) for number in range(len(self.batches))]
-        requests = [_Request(slot[span], plan[span], last[span]) for span in spans]
+        spans = (slice(*edges[number : number + 2]) for number in range(len(self.batches)))
+        requests = (_Request(slot[span], plan[span], last[span]) for span in spans)
         with ShardJoin(loader.shards, loader.maps, loader.missing, skip_damaged=loader.damaged == "skip") as join:
             join.expect(plan)
-            stages = [lambda: iter(requests), _taker(join), _viewer(loader, self.epoch), _stacker(loader, join)]
+            stages = [lambda: requests, _taker(join), _viewer(loader, self.epoch), _stacker(loader, join)]
             yield from wds.DataPipeline(*stages)
 
 
