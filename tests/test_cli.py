@@ -152,7 +152,7 @@ WRONG = {
     "vit: store of another grid": (vit(scores="--maps {other_grid}"), 2, "maps of 8 x 8, the model wants 4 x 4"),
     "vit: unfinished store": (vit(scores="--maps {unfinished_store}"), 1, "is not finished"),
     "vit: broken store": (vit(scores="--maps {broken_store}"), 1, "shard-00001.parquet: "),
-    "vit: plain with zoomer": (vit(model="deit_tiny_patch16_224"), 2, "this model doesn't zoom"),
+    "vit: plain with zoomer": (vit(model="deit_tiny_patch16_224"), 2, "this model takes no scores"),
     "vit: unknown model": (vit(model="vit_enormous"), 2, "model vit_enormous: "),
     "vit: unknown model argument": (vit(more="--model-arg depht=3"), 2, "depht"),
     "vit: model argument without value": (vit(more="--model-arg depth"), 2, "--model-arg depth: write it as"),
