@@ -203,7 +203,7 @@ def test_runs_start_others_with_other_heads_and_a_fused_model_from_its_backbone(
         ({"scores": "centre"}, ("zoomer",), "--scores centre: has no use for --zoomer"),
         ({"scores": "zoomer"}, ("zoomer", "maps"), "has no use for --maps"),
         ({}, (), "needs its scores from one source"),
-        ({"model": "deit_tiny_patch16_224", "scores": "centre"}, (), "doesn't zoom"),
+        ({"model": "deit_tiny_patch16_224", "scores": "centre"}, (), "takes no scores"),
         ({"token_label_weight": 0.5}, ("maps",), "needs an lvvit_"),
         ({"token_label_weight": -1.0}, (), "give a number >= 0"),
         ({"token_label_weight": 1.0, "label_smoothing": 0.1}, (), "without mixup, cutmix and label_smoothing"),
