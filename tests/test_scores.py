@@ -288,8 +288,8 @@ def test_what_cannot_be_calibrated(data, zoom, options, told):
     assert "\n" not in str(error.value)
 
 
-def test_only_zoomvits_are_calibrated(data):
-    with pytest.raises(UsageError, match="only a zoomvit_"):
+def test_models_without_a_threshold_are_not_calibrated(data):
+    with pytest.raises(UsageError, match=r"only zoomvit_\*, cfvit_"):
         calibrate(data / "zoomer", data / "shards", CalibrationConfig(budget="4", device="cpu"))
 
 
