@@ -63,7 +63,7 @@ BENCHMARKS = {
     ),
     "extraction": Benchmark(
         full=_words("--rounds 4 --shards 7"),
-        quick=_words("--teacher deit_tiny_patch16_224 --rounds 4 --shards 4 --samples 16"),
+        quick=_words("--teacher deit_tiny_patch16_224 --rounds 3 --shards 3 --samples 8"),
     ),
     "loader": Benchmark(
         full=("--copies", "8", "--images", "1280", "--rounds", "5", "--names", "zpipe with maps", "webdataset"),
