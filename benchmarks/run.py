@@ -268,7 +268,9 @@ def main() -> int:
     parser.add_argument("--note", action="append", default=[], help="to be kept with the ratios")
     args = parser.parse_args()
     if args.check and not args.check.is_file():
-        parser.error(f"--check {args.check}: no such file")
+        parser.error(
+            f"--check {args.check}: no such file; --json {args.check} writes one, on a machine that does nothing else"
+        )
     failed = []
     if args.measured:
         found = json.loads(args.measured.read_text())

@@ -332,11 +332,11 @@ def _requests(shards: int) -> dict[str, Counter[str]]:
 A_SAMPLE = {
     "tar, GB": (110e3, 1e9),
     "store with index, GB": (395, 1e9),
-    "verify, core hours": (5.7e-6, 3600),
-    "verify, GB of memory": (16, 1e9),
+    "verify, core hours": (6.9e-6, 3600),
+    "verify, GB of memory": (30, 1e9),
     "find all keys, s": (1.2e-6, 1),
     "find all keys, GB of memory": (205, 1e9),
-    "order of an epoch, s in each worker": (70e-9, 1),
+    "order of an epoch, s in each worker": (74e-9, 1),
     "order of an epoch, GB of memory in each worker": (18, 1e9),
     "skip images without a map: reading the index, s": (0.7e-6, 1),
 }
