@@ -1,7 +1,7 @@
 """Every benchmark against its yardstick, one after the other; and whether anything got worse since the last committed run.
 
-    python benchmarks/run.py                      # the settings of docs/benchmarks.md, an hour on two cores
-    python benchmarks/run.py --quick --check      # small settings, some minutes, compared with benchmarks/last.json
+    python benchmarks/run.py                      # settings near those of docs/benchmarks.md
+    python benchmarks/run.py --quick --check      # small settings, compared with benchmarks/last.json
     python benchmarks/run.py --only models --json models.json
     python benchmarks/run.py --measured new.json --check old.json   # compares two files, measures nothing
 
@@ -63,7 +63,7 @@ BENCHMARKS = {
     ),
     "extraction": Benchmark(
         full=_words("--rounds 4 --shards 7"),
-        quick=_words("--teacher deit_tiny_patch16_224 --rounds 4 --shards 4 --samples 16"),
+        quick=_words("--teacher deit_tiny_patch16_224 --rounds 3 --shards 3 --samples 8"),
     ),
     "loader": Benchmark(
         full=("--copies", "8", "--images", "1280", "--rounds", "5", "--names", "zpipe with maps", "webdataset"),
@@ -256,7 +256,7 @@ def check(old: dict[str, Any], new: dict[str, Any]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small models and few images: minutes on a CPU")
+    parser.add_argument("--quick", action="store_true", help="small models and few images")
     parser.add_argument("--only", action="append", choices=sorted(BENCHMARKS), help="may be given more than once")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -268,7 +268,9 @@ def main() -> int:
     parser.add_argument("--note", action="append", default=[], help="to be kept with the ratios")
     args = parser.parse_args()
     if args.check and not args.check.is_file():
-        parser.error(f"--check {args.check}: no such file")
+        parser.error(
+            f"--check {args.check}: no such file; --json {args.check} writes one, on a machine that does nothing else"
+        )
     failed = []
     if args.measured:
         found = json.loads(args.measured.read_text())

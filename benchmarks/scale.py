@@ -327,12 +327,50 @@ def _requests(shards: int) -> dict[str, Counter[str]]:
 
 # -------------------------------------------------------------------------------------------------------------- cost model
 
-# What a shard, a sample or a run costs, as measured by the commands above and by benchmarks/store.py: see docs/scale.md.
-TERMS = {
-    "sample_bytes": 395,  # benchmarks/store.py
-    "manifest_bytes": 250,  # a shard; scale.py lists
-    "index_bytes": 320,
+# Bytes, seconds of one core and requests, of a sample or of a shard, as the commands above and benchmarks/store.py printed them;
+# docs/scale.md says on which machine.
+A_SAMPLE = {
+    "tar, GB": (110e3, 1e9),
+    "store with index, GB": (395, 1e9),
+    "verify, core hours": (6.9e-6, 3600),
+    "verify, GB of memory": (30, 1e9),
+    "find all keys, s": (1.2e-6, 1),
+    "find all keys, GB of memory": (205, 1e9),
+    "order of an epoch, s in each worker": (74e-9, 1),
+    "order of an epoch, GB of memory in each worker": (18, 1e9),
+    "skip images without a map: reading the index, s": (0.7e-6, 1),
 }
+A_SHARD = {
+    "shards, Ray tasks": (1, 1),
+    "manifest.json, MB": (244, 1e6),
+    "shards.json, MB": (267, 1e6),
+    "open the store, s": (3.7e-6, 1),
+    "lists of shards in memory (driver, loader), MB": (673 + 750, 1e6),
+    "extract, requests": (11, 1),
+    "verify, requests": (11, 1),
+    "find all keys, requests": (2, 1),
+    "an epoch, requests, one reader a shard": (13, 1),
+}
+# Name, samples, samples a shard.
+SIZES = (
+    ("ImageNet-1k", 1_281_167, 1000),
+    ("ImageNet-21k", 14_197_122, 1000),
+    ("a billion", 10**9, 1000),
+    ("in larger shards", 10**9, 10_000),
+)
+
+
+def model() -> list[str]:
+    """The cost model as a Markdown table: every term is linear, in samples or in shards."""
+    lines = ["| | " + " | ".join(name for name, _, _ in SIZES) + " |", "|---" * (len(SIZES) + 1) + "|"]
+    for terms, of_shard in ((A_SHARD, True), (A_SAMPLE, False)):
+        for name, (each, unit) in terms.items():
+            cells = []
+            for _, samples, size in SIZES:
+                amount = each * (-(-samples // size) if of_shard else samples) / unit
+                cells.append(f"{amount:,.0f}" if amount >= 100 else f"{amount:.2g}")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def main() -> None:
@@ -371,6 +409,8 @@ def main() -> None:
     elif args.what == "requests":
         for stage, counts in requests().items():
             print(f"{stage:44s} " + ", ".join(f"{method} {count:g}" for method, count in counts.items()))
+    elif args.what == "model":
+        print("\n".join(model()))
     elif args.what == "plan":
         told(f"order of {args.shards * args.samples:,} samples", _measured(lambda: _planned_without_files(setting)))
 

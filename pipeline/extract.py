@@ -278,6 +278,7 @@ def _execute(
     kept: int,
     total: int,
 ) -> list[ShardReport]:
+    """Run what is to do; the reports of shards that failed or have something to note."""
     if not todo:
         progress("extract-teacher-maps", total, total, shards_left=0)
         return []
@@ -290,7 +291,8 @@ def _execute(
         left -= 1
         done += report.count
         statuses.update(report.statuses)
-        reports.append(report)
+        if report.error or report.notes:  # the others have said all: of a million shards they would stay in memory
+            reports.append(report)
         failed += bool(report.error)  # not counted anew each time: that is the square of the shards
         bad = sum(count for status, count in statuses.items() if status != OK)
         progress("extract-teacher-maps", done, total, shards_left=left, failed=failed, bad_images=bad)

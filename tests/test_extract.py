@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from zpipe.pipeline import extract as extraction
 from zpipe.pipeline.executor import Resources, run_ray
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
@@ -22,7 +23,7 @@ from zpipe.pipeline.relevance import transformer_attribution
 from zpipe.pipeline.shard_reader import frame_image, open_shards, read_samples
 from zpipe.pipeline.teacher import load_teacher
 from zpipe.pipeline.verify import verify_store
-from zpipe.pipeline.worker import ShardTask, WorkerSpec, frame_of
+from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec, frame_of
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import read_manifest
 from zpipe.schemas.relevance_maps import RelevanceMaps
@@ -549,3 +550,24 @@ def test_the_command_as_a_process(shards, store, tmp_path, process, teacher_flag
     assert contents(out) == contents(store)
     done = process("extract-teacher-maps", shards, "--out", out, *flags, "--seed", "1")
     assert done.code == 1 and done.stdout == "" and "teacher_digest" in done.error and done.details == []
+
+
+def test_reports_are_counted_as_they_come_and_those_that_say_nothing_are_let_go(monkeypatch):
+    def run(spec, tasks, resources, on_report, check):
+        for number, task in enumerate(tasks):
+            error = f"{task}: broken" if number % 2 else ""
+            on_report(ShardReport(stem=task, count=1, statuses={} if error else {"ok": 1}, error=error))
+
+    told = []
+    monkeypatch.setattr(extraction, "run_local", run)
+    reports = extraction._execute(
+        None,
+        [f"shard-{number}" for number in range(6)],
+        ExtractConfig(executor="local"),
+        lambda: None,
+        lambda stage, done, total, **facts: told.append((done, facts.get("failed"), facts["shards_left"])),
+        kept=10,
+        total=16,
+    )
+    assert [report.stem for report in reports] == ["shard-1", "shard-3", "shard-5"]
+    assert told == [(10, None, 6), (11, 0, 5), (12, 1, 4), (13, 1, 3), (14, 2, 2), (15, 2, 1), (16, 3, 0)]
