@@ -14,6 +14,7 @@ import timm
 import torch
 from tiny import BODY, SIDE, TEACHER, encode, scenes, store, write_shards
 
+from zpipe import open_maps
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.checkpoint import load_checkpoint, load_run, load_zoomer
 from zpipe.train.loop import TrainConfig
@@ -541,3 +542,11 @@ def test_maps_must_be_square_for_a_zoomer(data, tmp_path):
 def test_a_model_argument_of_the_teacher_is_a_plain_vits_too():
     model = build_vit(replace(config_of(PLAIN), image_size=TEACHER["img_size"]), 3)
     assert model.patch_embed.grid_size == (4, 4) and model.num_classes == 3
+
+
+@pytest.mark.parametrize("kind", [ZOOMER, MAPS, PLAIN])
+def test_a_run_says_which_maps_and_which_teacher_it_learned_from(data, finished, kind):
+    provenance = open_maps(data / "maps").manifest.provenance
+    settings = load_run(finished[kind]).settings
+    expected = (None, None) if kind == PLAIN else (provenance.fingerprint(), provenance.teacher_digest)
+    assert (settings["maps_fingerprint"], settings["maps_teacher"]) == expected

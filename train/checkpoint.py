@@ -45,7 +45,9 @@ VERSION = 1
 CHECKPOINT_FORMAT = "zpipe-checkpoint"
 CHECKPOINT_VERSION = 1
 # What may change in mid-run: how the work is shared out, not what is computed.
-FREE_SETTINGS = ("train.data_workers",)
+FREE_SETTINGS = ("train.data_workers", "maps_teacher")  # the fingerprint of the maps binds, their teacher within
+# What earlier runs don't say of themselves.
+RECORDED_LATER = ("maps_fingerprint",)
 
 Resume = Literal["auto", "never"]
 
@@ -114,6 +116,8 @@ def _claim(run: Path, kind: str, settings: dict[str, Any], resume: Resume, defau
         new = _dotted(settings)
         old = {name: value for name, value in _dotted(defaults).items() if name in new} | _dotted(found["settings"])
         for name in sorted(set(old) | set(new)):
+            if name in RECORDED_LATER and name not in old:
+                continue
             if name not in FREE_SETTINGS and old.get(name) != new.get(name):
                 raise ZpipeError(
                     f"{run}: was begun with {name} = {old.get(name)!r}, now it is {new.get(name)!r}; "

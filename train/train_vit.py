@@ -46,7 +46,7 @@ from zpipe.train.scoring import (
     takes_scores,
     zooms,
 )
-from zpipe.train.train_zoomer import to_json
+from zpipe.train.train_zoomer import maps_record, to_json
 
 ZoomDraw = Literal["alpha", "budget"]
 
@@ -298,6 +298,7 @@ def train_vit(
     settings = (
         asdict(config)
         | {"classes": list(loader.index.classes)}
+        | maps_record(store)
         | {"val": _text(val), "val_maps": _text(val_maps)}
         | {"shards": str(shards), "zoomer": _text(zoomer), "maps": _text(maps)}
     )

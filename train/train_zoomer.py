@@ -106,7 +106,7 @@ def train_zoomer(
     settings = asdict(config) | {
         "shards": str(shards),
         "maps": str(maps),
-        "maps_fingerprint": store.manifest.provenance.fingerprint(),
+        **maps_record(store),
     }
     if begin_run(out, "zoomer", to_json(settings), resume, defaults=to_json(asdict(ZoomerConfig()))):
         return {}
@@ -123,6 +123,14 @@ def train_zoomer(
     if team.first:
         save_model(Path(out), model.cpu(), preprocessing)
     return figures
+
+
+def maps_record(store: RelevanceMaps | None) -> dict[str, Any]:
+    """Which maps a run learns from, and whose: kept beside its settings."""
+    if store is None:
+        return {"maps_fingerprint": None, "maps_teacher": None}
+    provenance = store.manifest.provenance
+    return {"maps_fingerprint": provenance.fingerprint(), "maps_teacher": provenance.teacher_digest}
 
 
 def _zoomer(config: ZoomerConfig, grid: int) -> Zoomer:
