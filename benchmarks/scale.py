@@ -171,7 +171,7 @@ def _planned_without_files(setting: Setting) -> Callable[[], Any]:
     loader.batch_size, loader.num_workers = setting.batch, setting.workers
     loader.rank, loader.world_size = 0, setting.ranks
     entry = np.arange(setting.samples)
-    loader.shards = [None] * setting.shards  # type: ignore[list-item]
+    loader.shards = [None] * setting.shards
     loader._rows = [entry] * setting.shards
     loader._lanes = loader._own_lanes()
     return lambda: loader.plan(0)

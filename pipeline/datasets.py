@@ -11,6 +11,7 @@ import io
 import os
 import tarfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,7 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.shard_index import digest_keys
 
 
-class _Numbered:
+class _Numbered(ABC):
     """Images with numbers from 0, in that order or in one drawn by seed, dealt to parts of `shard_size`."""
 
     name: str
@@ -53,11 +54,11 @@ class _Numbered:
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             yield from pool.map(self._record, numbers)
 
-    def _digest(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _digest(self) -> str: ...
 
-    def _record(self, number: int) -> Record | Rejected:
-        raise NotImplementedError
+    @abstractmethod
+    def _record(self, number: int) -> Record | Rejected: ...
 
 
 class Cifar10Source(_Numbered):
