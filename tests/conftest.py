@@ -48,6 +48,17 @@ class Outcome:
         return [line.strip() for line in after]
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """torch computes on one thread, which is faster for models as small as these and sums in one order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def cli():
     """Run a `zpipe` command in this process: `cli("maps", "info", store) -> Outcome`. Exceptions are not swallowed."""

@@ -12,7 +12,6 @@ import time
 
 import numpy as np
 import pytest
-import torch
 import typer.main
 from PIL import Image
 from tiny import BODY, SIDE, TEACHER, cut, encode, scenes, store, write_shards
@@ -20,6 +19,8 @@ from typer.testing import CliRunner
 
 from zpipe import open_maps
 from zpipe.cli import app
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LOOP = f"--epochs 1 --batch-size 4 --image-size {SIDE} --data-workers 0 --device cpu"
 BODY_ARGS = " ".join(f"--model-arg {name}={value}" for name, value in BODY.items())
@@ -35,14 +36,6 @@ def vit(shards="{shards}", out="{out}", scores="--zoomer {zoomer}", model="zoomv
 
 def evaluate(run="{vit}", shards="{shards}", more=""):
     return f"evaluate {run} {shards} --device cpu --json {{out}} {more}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def call(line, places=None):

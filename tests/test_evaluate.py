@@ -20,17 +20,11 @@ from zpipe.train.loop import TrainConfig
 from zpipe.train.train_vit import VitConfig, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COUNT, CELLS, WIDTH, CLASSES = 50, GRID * GRID, BODY["embed_dim"], 10
 CONFIG = EvalConfig(alphas=(0.0, 1.0), budgets=(0, 3, CELLS), batch_size=16, device="cpu")
 LOOP = TrainConfig(epochs=3, batch_size=8, data_workers=0, device="cpu", lr=3e-3)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

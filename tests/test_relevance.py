@@ -26,15 +26,9 @@ from zpipe.pipeline.relevance import (
     transformer_attribution,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GOLDEN = Path(__file__).parent / "golden" / "relevance_small_vit.npz"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny_vit(seed=0, dtype=torch.float64, **kwargs):

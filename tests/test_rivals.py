@@ -22,6 +22,8 @@ from zpipe.train.studies import StudyConfig, run_study
 from zpipe.train.train_vit import ClassifyTask, VitConfig, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COUNT = 40
 BODY = {"embed_dim": 24, "depth": 4, "num_heads": 3, "patch_size": 4}
 PLAIN = {"backbone": "deit_tiny_patch16_224", "backbone_args": BODY}
@@ -38,14 +40,6 @@ RIVALS = {
     ),
 }
 CONFIG = EvalConfig(batch_size=16, device="cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config_of(name, **changes):

@@ -20,17 +20,11 @@ from zpipe.train.studies import STUDIES, StudyConfig, run_study, zooming_twin
 from zpipe.train.train_vit import VitConfig, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COUNT = 40
 LOOP = TrainConfig(epochs=0.5, batch_size=8, device="cpu", lr=3e-3)
 CONFIG = StudyConfig(evaluation=EvalConfig(alphas=(), batch_size=16, device="cpu"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -23,18 +23,12 @@ from zpipe.train.settings import with_settings
 from zpipe.train.train_vit import VitConfig, build_vit, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ZOOMER, ZOOM, MAPS, PLAIN = "zoomer", "zoomvit with zoomer", "zoomvit with maps", "plain vit"
 KINDS = (ZOOMER, ZOOM, MAPS, PLAIN)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 LOOP = TrainConfig(epochs=2, batch_size=4, data_workers=0, log_every=3, device="cpu", lr=1e-3, warmup_epochs=0.5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -256,15 +250,19 @@ def test_a_killed_run_ends_as_an_undisturbed_one(data, tmp_path, kind):
     if kind == ZOOM:
         options += ["--model", "zoomvit_tiny_patch16_224"]
         stage = ["train-vit", data / "shards", "--zoomer", data / "zoomer"]
-    out, whole = tmp_path / "run", tmp_path / "whole"
-    process = start(*stage, "--out", out, *options)
-    try:
-        wait_for(lambda: (out / "checkpoint.pt").is_file(), process)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.communicate(timeout=30)
-    assert not (out / "config.json").exists()
+    whole = tmp_path / "whole"
+    for i in range(5):  # on a busy machine a run may be done before it is killed
+        out = tmp_path / f"run{i}"
+        process = start(*stage, "--out", out, *options)
+        try:
+            wait_for(lambda out=out: (out / "checkpoint.pt").is_file(), process)
+        finally:
+            process.kill()
+            process.communicate(timeout=30)
+        if not (out / "config.json").exists():
+            break
+    else:
+        pytest.fail("no run could be killed before its end")
     settings = {"train__epochs": 8, "train__data_workers": 1}
     run(data, kind, out, **settings)
     run(data, kind, whole, **settings)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from zpipe.cli_options import BatchSize, Device, Store
 from zpipe.console import out, path_or_url, print_rows, reporting, tell
 from zpipe.schemas.errors import UsageError, ZpipeError
 
@@ -17,7 +18,7 @@ maps_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look i
 
 @maps_app.command("info")
 def maps_info(
-    store: Annotated[Path, typer.Argument(parser=path_or_url, metavar="STORE", help="Relevance store.")],
+    store: Store,
 ) -> None:
     """What a store holds and where it comes from."""
     with reporting():
@@ -49,7 +50,7 @@ def maps_info(
 
 @maps_app.command("verify")
 def maps_verify(
-    store: Annotated[Path, typer.Argument(parser=path_or_url, metavar="STORE", help="Relevance store.")],
+    store: Store,
     shards: Annotated[
         Path | None,
         typer.Option(
@@ -69,7 +70,7 @@ def maps_verify(
 
 @maps_app.command("show")
 def maps_show(
-    store: Annotated[Path, typer.Argument(parser=path_or_url, metavar="STORE", help="Relevance store.")],
+    store: Store,
     key: Annotated[str, typer.Argument(help="Key of a sample.")],
     shards: Annotated[
         Path | None,
@@ -89,7 +90,7 @@ def maps_show(
 
 @maps_app.command("export")
 def maps_export(
-    store: Annotated[Path, typer.Argument(parser=path_or_url, metavar="STORE", help="Relevance store.")],
+    store: Store,
     output: Annotated[
         Path, typer.Argument(help="Parquet file, or folder with --per-shard or --numpy; must not exist.")
     ],
@@ -121,14 +122,14 @@ def maps_export(
 
 @maps_app.command("judge")
 def maps_judge(
-    store: Annotated[Path, typer.Argument(parser=path_or_url, metavar="STORE", help="Relevance store.")],
+    store: Store,
     shards: Annotated[Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="The shards it was made from.")],
     model: Annotated[Path, typer.Option(help="Finished train-vit run of a classifier to hold the maps against.")],
     steps: Annotated[int, typer.Option(min=1, help="Points of a curve.")] = 10,
     baseline: Annotated[str, typer.Option(help="What stands for a missing cell: blur or mean.")] = "blur",
     limit: Annotated[int, typer.Option(min=1, help="Images looked at.")] = 5_000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file too.")] = None,
 ) -> None:
     """Whether maps are true to a model: deletion (lower is better) and insertion curves, the pointing game; two controls."""

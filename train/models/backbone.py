@@ -13,6 +13,32 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 
+class WrappedModel(nn.Module):
+    """A model around a timm model: what timm's optimizers and fine-tuning tools ask of it, passed on.
+
+    The one inside is `backbone`, and the state dict has it under `backbone.`.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.num_classes, self.num_features = backbone.num_classes, backbone.num_features
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        return {f"backbone.{name}" for name in names}
+
+    def get_classifier(self) -> nn.Module:
+        return self.backbone.get_classifier()
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a freshly initialised one."""
+        self.num_classes = num_classes
+        self.backbone.reset_classifier(num_classes)
+
+
 def create_backbone(
     name: str, img_size: int, num_classes: int, in_chans: int, backbone_args: dict[str, Any] | None, sized: bool = True
 ) -> nn.Module:

@@ -16,7 +16,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from zpipe.train.models import zoom_tokens
-from zpipe.train.models.backbone import create_backbone
+from zpipe.train.models.backbone import WrappedModel, create_backbone
 from zpipe.train.models.zoomvit import square_side, untrained_cfgs
 
 
@@ -30,7 +30,7 @@ def fuse(quarters: Tensor, scores: Tensor) -> Tensor:
     return F.avg_pool2d(quarters * share.to(quarters.dtype), 2)
 
 
-class FusedViT(nn.Module):
+class FusedViT(WrappedModel):
     """A timm model whose patches are score-fused where the scores say so.
 
     `model(images, scores, alpha=...)` or `budget=` as of `ZoomViT`; with scores=None, or with nothing zoomed, it is the
@@ -60,14 +60,11 @@ class FusedViT(nn.Module):
         in_chans: int = 3,
         backbone_args: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
         img_size = square_side(img_size)
         if isinstance(backbone, str):
             backbone = create_backbone(backbone, img_size, num_classes, in_chans, backbone_args)
-        self.backbone = backbone
+        super().__init__(backbone)
         self.img_size, self.patch_size = img_size, patch_size
-        self.num_classes = backbone.num_classes
-        self.num_features = backbone.num_features
         projection = _projection(backbone)
         if img_size % patch_size:
             raise ValueError(f"image size {img_size} doesn't divide into score cells of {patch_size} pixels")
@@ -133,21 +130,6 @@ class FusedViT(nn.Module):
         if isinstance(budget, str) or not 0 <= budget <= cells:
             raise ValueError(f"budget must lie between 0 and the {cells} score cells, got {budget!r}")
         return budget
-
-    # What timm's optimizers and fine-tuning tools ask of a model.
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-
-    def get_classifier(self) -> nn.Module:
-        return self.backbone.get_classifier()
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a freshly initialised one."""
-        self.num_classes = num_classes
-        self.backbone.reset_classifier(num_classes)
 
 
 def _projection(backbone: nn.Module) -> nn.Conv2d:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
 
-from zpipe.train.models.backbone import create_backbone, read_scores
+from zpipe.train.models.backbone import WrappedModel, create_backbone, read_scores
 from zpipe.train.models.zoomvit import square_side, untrained_cfgs
 
 COMBINE = ("zoom", "mean")
@@ -93,7 +93,7 @@ def crop(images: Tensor, boxes: Tensor) -> Tensor:
         return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).to(images.dtype)
 
 
-class ImageZoom(nn.Module):
+class ImageZoom(WrappedModel):
     """A timm classifier that looks at the box around what matters. `model(images, scores)`; with scores=None it is
     the backbone.
 
@@ -123,19 +123,18 @@ class ImageZoom(nn.Module):
         in_chans: int = 3,
         backbone_args: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        self.img_size = square_side(img_size)
+        img_size = square_side(img_size)
         if combine not in COMBINE:
             raise ValueError(f"combine must be one of {', '.join(COMBINE)}, got {combine!r}")
-        if self.img_size % patch_size:
-            raise ValueError(f"image size {self.img_size} doesn't divide into score cells of {patch_size} pixels")
-        zoom_boxes(torch.zeros(1, 1), self.img_size, area, min_side)  # checks them
+        if img_size % patch_size:
+            raise ValueError(f"image size {img_size} doesn't divide into score cells of {patch_size} pixels")
+        zoom_boxes(torch.zeros(1, 1), img_size, area, min_side)  # checks them
         if isinstance(backbone, str):
-            backbone = create_backbone(backbone, self.img_size, num_classes, in_chans, backbone_args, sized=False)
-        self.backbone = backbone
+            backbone = create_backbone(backbone, img_size, num_classes, in_chans, backbone_args, sized=False)
+        super().__init__(backbone)
+        self.img_size = img_size
         self.area, self.min_side, self.square, self.combine = area, min_side, square, combine
-        self.score_grid = self.img_size // patch_size
-        self.num_classes, self.num_features = backbone.num_classes, backbone.num_features
+        self.score_grid = img_size // patch_size
 
     def forward(self, images: Tensor, scores: Tensor | None = None, area: float | None = None) -> Tensor:
         """Logits of every image, [B, num_classes].
@@ -167,22 +166,6 @@ class ImageZoom(nn.Module):
     def passes(self) -> int:
         """How many passes of the backbone an image with scores costs; cropping and the scores' source aren't in it."""
         return 1 if self.combine == "zoom" else 2
-
-    # What timm's optimizers and fine-tuning tools ask of a model.
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
-        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
-        return {f"backbone.{name}" for name in names}
-
-    def get_classifier(self) -> nn.Module:
-        return self.backbone.get_classifier()
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a freshly initialised one."""
-        self.num_classes = num_classes
-        self.backbone.reset_classifier(num_classes)
 
 
 default_cfgs = untrained_cfgs("image_zoom")

@@ -14,6 +14,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from zpipe.train.models.backbone import (
+    WrappedModel,
     attend,
     block_macs,
     check_plain,
@@ -27,7 +28,7 @@ from zpipe.train.models.backbone import (
 from zpipe.train.models.zoomvit import square_side, untrained_cfgs
 
 
-class TokenPrunedViT(nn.Module):
+class TokenPrunedViT(WrappedModel):
     """A plain timm ViT that keeps only its most important patch tokens after one of its blocks.
 
     `model(images, scores, keep=0.3)` runs the first `prune_block` blocks on all tokens and the others on the class token
@@ -58,17 +59,15 @@ class TokenPrunedViT(nn.Module):
         in_chans: int = 3,
         backbone_args: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
         if isinstance(backbone, str):
             backbone = create_backbone(backbone, square_side(img_size), num_classes, in_chans, backbone_args)
+        super().__init__(backbone)
         self.score_grid = check_plain(backbone)  # cells a side of the patch grid; scores on another grid are resampled
         depth = len(backbone.blocks)
         if not 1 <= prune_block < depth:
             raise ValueError(f"prune_block must lie between 1 and {depth - 1} with {depth} blocks, got {prune_block!r}")
-        self.backbone = backbone
         self.prune_block = prune_block
         self.keep = check_keep(keep)
-        self.num_classes, self.num_features = backbone.num_classes, backbone.num_features
 
     def forward(
         self, images: Tensor, scores: Tensor | None = None, keep: float | None = None, keep_tokens: int | None = None
@@ -142,21 +141,6 @@ class TokenPrunedViT(nn.Module):
         total = embed_macs(vit) + head_macs(vit) + (0 if scored else length * vit.blocks[0].attn.attn_dim)
         lengths = [length if i < self.prune_block else kept for i in range(len(vit.blocks))]
         return total + sum(block_macs(block, n) for block, n in zip(vit.blocks, lengths, strict=True))
-
-    # What timm's optimizers and fine-tuning tools ask of a model.
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-
-    def get_classifier(self) -> nn.Module:
-        return self.backbone.get_classifier()
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a freshly initialised one."""
-        self.num_classes = num_classes
-        self.backbone.reset_classifier(num_classes)
 
 
 def check_keep(keep: float) -> float:

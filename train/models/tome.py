@@ -15,6 +15,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from zpipe.train.models.backbone import (
+    WrappedModel,
     attend,
     block_macs,
     check_plain,
@@ -93,7 +94,7 @@ def most_merged(length: int, prefix: int = 1) -> int:
     return max(length - prefix, 0) // 2
 
 
-class ToMeViT(nn.Module):
+class ToMeViT(WrappedModel):
     """A plain timm ViT that merges r tokens in every block. `model(images, r=13)`; with r=0 it is the backbone.
 
     As the paper: matching on keys, the class token protected, attention weighted by size (Eq. 1: log size is added to its
@@ -119,16 +120,14 @@ class ToMeViT(nn.Module):
         in_chans: int = 3,
         backbone_args: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
         if isinstance(backbone, str):
             backbone = create_backbone(backbone, square_side(img_size), num_classes, in_chans, backbone_args)
+        super().__init__(backbone)
         check_plain(backbone)
         if backbone.cls_token is None or backbone.global_pool != "token":
             raise ValueError(
                 f"merging needs a class token that is classified, got global_pool={backbone.global_pool!r}"
             )
-        self.backbone = backbone
-        self.num_classes, self.num_features = backbone.num_classes, backbone.num_features
         self.r = self.resolve_r(r)
 
     def forward(self, images: Tensor, r: int | None = None) -> Tensor:
@@ -175,21 +174,6 @@ class ToMeViT(nn.Module):
             total += block_macs(block, length, length - r) + matching
             length -= r
         return total
-
-    # What timm's optimizers and fine-tuning tools ask of a model.
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-
-    def get_classifier(self) -> nn.Module:
-        return self.backbone.get_classifier()
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a freshly initialised one."""
-        self.num_classes = num_classes
-        self.backbone.reset_classifier(num_classes)
 
 
 default_cfgs = untrained_cfgs("tome_vit")

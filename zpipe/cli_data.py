@@ -1,0 +1,177 @@
+"""The verbs that make data: shards of images, and a teacher's maps of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zpipe.cli_options import Address, Device, ModelArgs, Sets, Shards
+from zpipe.console import count_or_auto, parse_settings, path_or_url, reporting, tell, warn
+from zpipe.schemas.errors import UsageError, ZpipeError
+
+
+def make_shards_command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of images (a sub-folder a class, or a labels.csv); cifar10:PATH (cifar-10-binary.tar.gz or its folder); flowers102:FOLDER (with 102flowers.tgz or jpg/, imagelabels.mat, setid.mat); or 'scenes', the embedded data."
+        ),
+    ],
+    output: Annotated[Path | None, typer.Argument(help="Folder for the tars and their index; new or empty.")] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images per tar at most.")] = 1000,
+    keys: Annotated[
+        str, typer.Option(help="Key of an image: 'stem' (file name) or 'path' (with its folders).")
+    ] = "stem",
+    seed: Annotated[int, typer.Option(help="Seed of the order of images, and of scenes.")] = 0,
+    no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="Keep the order of folders and files.")] = False,
+    count: Annotated[int, typer.Option(help="Scenes to make.")] = 10000,
+    split: Annotated[
+        str,
+        typer.Option(help="Of scenes and cifar10: train or val; of flowers102: train, val, test or trainval."),
+    ] = "train",
+    image_size: Annotated[int | None, typer.Option(help="Pixels a side of a scene.")] = None,
+    settings: Sets = None,
+    index_only: Annotated[
+        bool, typer.Option("--index-only", help="SOURCE holds tars already: only write their shards.json.")
+    ] = False,
+) -> None:
+    """Images into WebDataset tars: key.jpg (original bytes), key.cls, key.json, and a shards.json.
+
+    Images that can't be decoded are listed in quarantine.csv; the rest is written, and the exit code is 1.
+    """
+    with reporting() as progress:
+        from zpipe.pipeline.datasets import DATASETS
+        from zpipe.pipeline.make_shards import FolderSource, SceneSource, index_shards, make_shards, scene_config
+
+        if index_only:
+            index = index_shards(Path(source), progress=progress)
+            tell(f"{source}: {index.count} images in {len(index.shards)} shards indexed")
+            return
+        if output is None:
+            raise UsageError("give an output folder: zpipe make-shards SOURCE OUTPUT")
+        if keys not in ("stem", "path"):
+            raise UsageError(f"--keys {keys}: choose stem or path")
+        if source == "scenes":
+            config = scene_config(image_size, parse_settings(settings, "--set"))
+            chosen = SceneSource(count=count, split=split, seed=seed, config=config, shard_size=shard_size)
+        else:
+            if settings or image_size:
+                raise UsageError("--image-size and --set belong to the embedded scenes; other sources have neither")
+            order = {"shard_size": shard_size, "shuffle_seed": None if no_shuffle else seed}
+            name, colon, path = source.partition(":")
+            if colon and name in DATASETS:
+                if keys != "stem":
+                    raise UsageError(f"--keys belongs to image folders; {name} has keys of its own")
+                # No shell expands a ~ behind a colon.
+                chosen = DATASETS[name](Path(path).expanduser(), split=split, **order)
+                if chosen.warning:
+                    warn(f"warning: {chosen.warning}")
+            else:
+                chosen = FolderSource(Path(source), key_rule=keys, **order)
+        report = make_shards(chosen, output, progress=progress)
+        tell(f"{output}: {report.count} images in {report.shards} shards ({report.written} written now)")
+        if report.quarantined:
+            raise ZpipeError(
+                f"{output / 'quarantine.csv'}: {len(report.quarantined)} unreadable images were put aside; mend or remove them, then make the shards in a new folder",
+                [f"{item.file}: {item.reason}" for item in report.quarantined[:20]],
+            )
+
+
+def extract_command(
+    shards: Shards,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            parser=path_or_url,
+            metavar="PATH|URL",
+            help="Folder of the relevance store; new, empty, or one to go on with.",
+        ),
+    ],
+    teacher: Annotated[
+        str | None, typer.Option(help="timm model; default deit_base_patch16_224, or what the weights folder says.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="Weights file, folder of a finished train-vit run, 'pretrained', or 'random'.")
+    ] = "pretrained",
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes of the teacher, where neither weights nor model tell.")
+    ] = None,
+    model_arg: ModelArgs = None,
+    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    method: Annotated[
+        str, typer.Option(help="transformer-attribution, gradient-attention, rollout or class-attention.")
+    ] = "transformer-attribution",
+    target: Annotated[
+        str, typer.Option(help="Class that a map explains: ground-truth, predicted, or class:K.")
+    ] = "ground-truth",
+    frame: Annotated[
+        str, typer.Option(help="'full' (the whole image, for training) or 'center' (the teacher's evaluation view).")
+    ] = "full",
+    symmetrise: Annotated[
+        bool, typer.Option("--symmetrise", help="Mean with the mirrored image's map; twice the price.")
+    ] = False,
+    precision: Annotated[
+        str,
+        typer.Option(
+            help="float32, float64, or FORWARD+SWEEP: float64+float32 (all but exact), float64+bfloat16, float32+bfloat16, float32+tf32."
+        ),
+    ] = "float32",
+    executor: Annotated[
+        str, typer.Option(help="'ray' (local when no cluster is given) or 'local' (this process).")
+    ] = "ray",
+    address: Address = None,
+    actors: Annotated[int, typer.Option(min=0, help="Worker processes; 0 chooses.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each worker; 0 chooses.")] = 0,
+    gpus_per_actor: Annotated[float, typer.Option(min=0, help="GPUs of each worker; 0 chooses.")] = 0.0,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            parser=count_or_auto,
+            metavar="N|auto",
+            help="Images at once; auto: 8 on CPU, 64 on GPU, fewer where memory ends.",
+        ),
+    ] = "auto",  # type: ignore[assignment]
+    device: Device = "auto",
+    replace: Annotated[bool, typer.Option("--replace", help="Remove what the store holds and start over.")] = False,
+) -> None:
+    """Run a frozen teacher over tar shards and store its relevance maps for each image's own label.
+
+    One tar gives one map shard. Shards that are done are kept, so the same command goes on after an interruption.
+    """
+    with reporting() as progress:
+        from zpipe.pipeline.explainer import ExplainConfig
+        from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
+
+        if executor not in ("ray", "local"):
+            raise UsageError(f"--executor {executor}: choose ray or local")
+        if weights == "random":
+            warn("warning: random weights were asked for: these maps mean nothing; the manifest says so")
+        config = ExtractConfig(
+            teacher=teacher,
+            weights=weights,
+            num_classes=num_classes,
+            teacher_args=parse_settings(model_arg, "--model-arg"),
+            seed=seed,
+            explain=ExplainConfig(method=method, target=target, symmetrise=symmetrise, precision=precision),
+            frame=frame,
+            executor=executor,
+            batch_size=batch_size,
+            actors=actors,
+            threads=threads,
+            gpus_per_actor=gpus_per_actor,
+            address=address,
+            device=device,
+            replace=replace,
+        )
+        report = extract_teacher_maps(shards, output, config, progress=progress)
+        tell(f"{output}: {report.count} maps in {report.shards} shards ({report.extracted} extracted now)")
+        for note in report.notes:
+            warn(f"note: {note}")
+        if report.problems:
+            raise ZpipeError(
+                f"{output}: {len(report.problems)} images have no usable map; the store is whole and says which",
+                report.problems[:20],
+            )

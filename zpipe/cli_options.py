@@ -1,0 +1,61 @@
+"""Options that several verbs have, with one meaning and one wording."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zpipe.console import path_or_url
+
+Shards = Annotated[
+    Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="Folder or URL of tar shards, or one tar.")
+]
+Store = Annotated[Path, typer.Argument(parser=path_or_url, metavar="STORE", help="Relevance store.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any other setting, dotted where nested: train.opt=muon, view.flip=0. Repeatable.",
+    ),
+]
+ModelArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        metavar="KEY=VALUE",
+        help="Argument of the model's constructor: patch_size=8, depth=6. Repeatable.",
+    ),
+]
+Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; default RAY_ADDRESS, else this machine.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+# Of the verbs that train.
+RunFolder = Annotated[Path, typer.Option("--out", help="Folder of the run; new, empty, or one to go on with.")]
+StepImages = Annotated[
+    int | None, typer.Option(min=1, help="Images a step, those of all training processes together. Default 128.")
+]
+DataWorkers = Annotated[int, typer.Option(min=0, help="Data-loading processes of each training process.")]
+NumWorkers = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Training processes, one for each GPU, on Ray when more than one; they share the batch evenly."
+    ),
+]
+Resume = Annotated[
+    str, typer.Option(help="What becomes of a run that is in the folder already: auto (go on with it) or never.")
+]
+Missing = Annotated[str, typer.Option(help="Samples without a usable map: error, skip or uniform.")]
+
+# Of those that only run a model.
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
+LoadingProcesses = Annotated[int, typer.Option(min=0, help="Data-loading processes.")]
+Scores = Annotated[
+    str | None,
+    typer.Option(
+        help="Source of the scores: zoomer, maps, attention, entropy, centre, random, own or none; default as trained."
+    ),
+]

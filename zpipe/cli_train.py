@@ -1,0 +1,150 @@
+"""The verbs that train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zpipe.cli_options import (
+    Address,
+    DataWorkers,
+    Device,
+    Missing,
+    ModelArgs,
+    NumWorkers,
+    Resume,
+    RunFolder,
+    Seed,
+    Sets,
+    Shards,
+    StepImages,
+)
+from zpipe.console import parse_settings, path_or_url, reporting, tell, warn
+
+
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    """Those that were given; the others are a recipe's to say."""
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def train_zoomer_command(
+    shards: Shards,
+    maps: Annotated[
+        Path, typer.Option(parser=path_or_url, metavar="PATH|URL", help="Relevance store made from these shards.")
+    ],
+    output: RunFolder,
+    num_blocks: Annotated[int, typer.Option(help="Residual blocks: 2, 4 or 6.")] = 4,
+    image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
+    recipe_name: Annotated[str | None, typer.Option("--recipe", help="zoomer (default) or zoomer-small.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 100.")] = None,
+    batch_size: StepImages = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default 0.01.")] = None,
+    data_workers: DataWorkers = 1,
+    num_workers: NumWorkers = 1,
+    address: Address = None,
+    resume: Resume = "auto",
+    missing: Missing = "error",
+    seed: Seed = 0,
+    device: Device = "auto",
+    settings: Sets = None,
+) -> None:
+    """Stage 1: teach a small convolutional Zoomer to predict the teacher's maps from the image alone."""
+    with reporting() as progress:
+        from zpipe.train.distributed import Workers, run_training
+        from zpipe.train.recipes import ZOOMER_RECIPES, recipe
+        from zpipe.train.settings import with_settings
+        from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
+
+        flags = {"num_blocks": num_blocks, "image_size": image_size, "missing": missing}
+        flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
+        flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
+        config = with_settings(
+            recipe(recipe_name, ZOOMER_RECIPES, ZoomerConfig()), flags | parse_settings(settings, "--set")
+        )
+        places = {"shards": shards, "maps": maps, "out": output}
+        workers = Workers(count=num_workers, address=address)
+        run_training(train_zoomer, places, config, workers, resume=resume, progress=progress, say=warn)
+        tell(f"{output}: zoomer ready; measure it with: zpipe evaluate {output} VAL_SHARDS --maps VAL_MAPS")
+
+
+def train_vit_command(
+    shards: Shards,
+    output: RunFolder,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="zoomvit_{tiny,small,base}_patch16_224, cfvit_small, lfvit_small, sparseformer_tiny, token_pruned_vit, "
+            "tome_vit, image_zoom, or any timm classifier."
+        ),
+    ] = "zoomvit_small_patch16_224",
+    model_arg: ModelArgs = None,
+    zoomer: Annotated[Path | None, typer.Option(help="Finished train-zoomer run that scores the image.")] = None,
+    maps: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path_or_url,
+            metavar="PATH|URL",
+            help="Relevance store whose maps are the scores, instead of a zoomer.",
+        ),
+    ] = None,
+    scores: Annotated[
+        str | None,
+        typer.Option(
+            help="Source of the scores: zoomer, maps, attention, entropy, centre, random, own or none; default the one given."
+        ),
+    ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(help="Run, checkpoint file or timm:NAME to start from (a plain ViT may start a ZoomViT)."),
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Classes; default those that the shards name.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels a side. Default 224.")] = None,
+    recipe_name: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="deit, deit3, finetune, cifar10 or flowers102, or their small twins such as deit-small; none by default.",
+        ),
+    ] = None,
+    val: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path_or_url, metavar="SHARDS", help="Validate on these shards after every epoch; keep the best."
+        ),
+    ] = None,
+    val_maps: Annotated[
+        Path | None, typer.Option(parser=path_or_url, metavar="PATH|URL", help="Their maps, where maps are the scores.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 300.")] = None,
+    batch_size: StepImages = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default 0.001.")] = None,
+    data_workers: DataWorkers = 1,
+    num_workers: NumWorkers = 1,
+    address: Address = None,
+    resume: Resume = "auto",
+    missing: Missing = "error",
+    seed: Seed = 0,
+    device: Device = "auto",
+    settings: Sets = None,
+) -> None:
+    """Stage 2: train a ZoomViT under a frozen zoomer (or cached maps), or a plain timm ViT without zoom."""
+    with reporting() as progress:
+        from zpipe.train.distributed import Workers, run_training
+        from zpipe.train.recipes import VIT_RECIPES, recipe
+        from zpipe.train.settings import with_settings
+        from zpipe.train.train_vit import VitConfig, train_vit
+
+        base = recipe(recipe_name, VIT_RECIPES, VitConfig())
+        model_args = base.model_args | parse_settings(model_arg, "--model-arg")
+        flags = {"model": model, "model_args": model_args, "num_classes": num_classes}
+        flags |= {"missing": missing, "init_from": init_from, "scores": scores}
+        flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
+        flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
+        flags |= _given({"image_size": image_size})
+        config = with_settings(base, flags | parse_settings(settings, "--set"))
+        places = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
+        workers = Workers(count=num_workers, address=address)
+        run_training(train_vit, places, config, workers, resume=resume, progress=progress, say=warn)
+        tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")
