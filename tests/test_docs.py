@@ -43,10 +43,12 @@ def here(tmp_path, monkeypatch, shards, store):
     torch.set_num_threads(threads)
 
 
-def run_blocks(name: str, cli) -> int:
+def run_blocks(name: str, cli, replacing: dict[str, str] | None = None) -> int:
     """Run the python blocks of a page, each on its own, and the commands of its sh blocks, in order."""
     count = 0
     for line, language, text in blocks(name):
+        for there, instead in (replacing or {}).items():
+            text = text.replace(there, instead)
         if language == "sh":
             for words in commands_in(text):
                 assert cli(*words[1:]).code == 0, words
@@ -55,6 +57,18 @@ def run_blocks(name: str, cli) -> int:
             exec(compile("\n" * (line - 1) + text, name, "exec"), {"__name__": "__main__"})
             count += 1
     return count
+
+
+def test_the_python_of_the_readme(here, cli):
+    """As it stands there, but for the size of the data set."""
+    smaller = {"n01440764_10026": next(iter(zpipe.open_maps("maps/train"))), "range(100)": "range(1)"}
+    smaller |= {"batch_size=128, num_workers=8": "batch_size=4, num_workers=1"}
+    assert all(there in (ROOT / "README.md").read_text() for there in smaller)
+    assert run_blocks("README.md", cli, smaller) == 2
+
+
+def test_models_in_python(cli):
+    assert run_blocks("docs/models.md", cli) == 1
 
 
 def test_the_cookbook(here, cli, monkeypatch):
