@@ -151,5 +151,18 @@ def test_importing_it_in_a_fresh_interpreter_is_cheap(module):
     assert done.stdout.split() == []
 
 
+def test_a_store_is_read_with_three_packages():
+    """numpy, pyarrow and zarr, and what they bring; none of the others that zpipe as a whole asks for."""
+    others = {"torch", "torchvision", "timm", "webdataset", "ray", "PIL", "typer", "rich", "safetensors", "matplotlib"}
+    others |= {"plotly", "upath"}
+    store = ROOT / "tests" / "golden" / "formats" / "v1" / "maps"
+    code = f"""import sys, zpipe
+maps = zpipe.open_maps({str(store)!r})
+assert maps.array().shape == (6, 4, 4) and maps[next(iter(maps))].any() and maps.table().num_rows == 6
+print(*(set(sys.modules) & {others!r}))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == []
+
+
 def test_no_file_is_named_after_nothing():
     assert [name for name in NAMES if Path(name).stem in ("utils", "helpers", "common", "misc")] == []
