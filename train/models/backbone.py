@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import timm
@@ -29,6 +30,19 @@ class WrappedModel(nn.Module):
         """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
         return {f"backbone.{name}" for name in names}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups of parameters from input to output, for layer-wise learning rates: those of the backbone."""
+
+        def inside(pattern: str) -> str:
+            unanchored = re.sub(r"(?<!\[)\^", "", pattern)  # a ^ behind a bracket is no anchor
+            return rf"^backbone\.(?:{unanchored})"
+
+        return {
+            name: inside(found) if isinstance(found, str) else [(inside(pattern), order) for pattern, order in found]
+            for name, found in self.backbone.group_matcher(coarse=coarse).items()
+        }
 
     def get_classifier(self) -> nn.Module:
         return self.backbone.get_classifier()
