@@ -301,7 +301,8 @@ def _interrupts_held() -> Iterator[None]:
     Inside a fork's hooks or a finaliser Python prints a KeyboardInterrupt and drops it. Processes started in the block
     inherit the deafness: a terminal sends Ctrl-C to all of them, and it is for the parent to end them.
     """
-    if threading.current_thread() is not threading.main_thread():
+    # While Python shuts down, there is no handler any more that could be put back.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
     held: list[int] = []
