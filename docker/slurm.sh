@@ -4,8 +4,8 @@
 #   sbatch --nodes=4 --cpus-per-task=16 --gpus-per-node=1 docker/slurm.sh shards/train maps/train \
 #       --teacher deit_base_patch16_224 --weights teacher.safetensors
 #
-# `ray` and `zpipe` must be on the PATH (activate the environment in ~/.bashrc, or before sbatch), and the folders must
-# be seen by all machines. The same command goes on after a time limit.
+# `ray` and `zpipe` must be on the PATH (activate the environment in ~/.bashrc, or before sbatch), and all machines must
+# reach the folders. After a time limit the same command resumes.
 #SBATCH --job-name=zpipe-maps
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
