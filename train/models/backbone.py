@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
+from timm.models import build_model_with_cfg, get_pretrained_cfg
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -51,6 +54,30 @@ class WrappedModel(nn.Module):
         """Replace the head by a freshly initialised one."""
         self.num_classes = num_classes
         self.backbone.reset_classifier(num_classes)
+
+
+def build_wrapped(kind: type[WrappedModel], name: str, pretrained: bool, **kwargs: Any) -> Any:
+    """timm's builder, for models of its registry. A model without a description of its own, as one that was saved has, gets its
+    backbone's: mean, standard deviation, crop, and where the first convolution and the classifier lie.
+    """
+    if kwargs.get("pretrained_cfg") is None:
+        inner = kwargs.get("backbone", inspect.signature(kind).parameters["backbone"].default)
+        kwargs["pretrained_cfg_overlay"] = _described(inner) | (kwargs.get("pretrained_cfg_overlay") or {})
+    return build_model_with_cfg(kind, name, pretrained, **kwargs)
+
+
+def _described(backbone: str | nn.Module) -> dict[str, Any]:
+    if isinstance(backbone, str):
+        found = get_pretrained_cfg(backbone, allow_unregistered=True)
+        cfg = found.to_dict() if found is not None else {}
+    else:
+        cfg = getattr(backbone, "pretrained_cfg", {})
+    same = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct") if key in cfg}
+    return same | {key: _inside(cfg[key]) for key in ("first_conv", "classifier") if cfg.get(key)}
+
+
+def _inside(names: str | Sequence[str]) -> str | tuple[str, ...]:
+    return f"backbone.{names}" if isinstance(names, str) else tuple(f"backbone.{name}" for name in names)
 
 
 def create_backbone(
@@ -152,7 +179,16 @@ def block_macs(block: Block, length: int, mlp_length: int | None = None) -> int:
     attn, mlp = (
         sum(x.weight.numel() for x in part.modules() if isinstance(x, nn.Linear)) for part in (block.attn, block.mlp)
     )
-    return length * attn + (length if mlp_length is None else mlp_length) * mlp + 2 * length**2 * block.attn.attn_dim
+    return (
+        length * attn
+        + (length if mlp_length is None else mlp_length) * mlp
+        + 2 * length**2 * attention_width(block.attn)
+    )
+
+
+def attention_width(attn: Attention) -> int:
+    """Channels of all heads together; timm has no name for it in all versions that we support."""
+    return attn.num_heads * attn.head_dim
 
 
 def head_macs(vit: VisionTransformer) -> int:

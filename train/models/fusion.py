@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
 
 from zpipe.train.models import zoom_tokens
-from zpipe.train.models.backbone import WrappedModel, create_backbone
+from zpipe.train.models.backbone import WrappedModel, build_wrapped, create_backbone
 from zpipe.train.models.zoomvit import square_side, untrained_cfgs
 
 
@@ -152,4 +151,4 @@ default_cfgs = untrained_cfgs("fused_vit")
 @register_model
 def fused_vit(pretrained: bool = False, **kwargs: Any) -> FusedViT:
     """`FusedViT`, on Swin-T unless `backbone` names another timm model. Takes its arguments."""
-    return timm.models.build_model_with_cfg(FusedViT, "fused_vit", pretrained, **kwargs)
+    return build_wrapped(FusedViT, "fused_vit", pretrained, **kwargs)

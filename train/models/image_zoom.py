@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
 
-from zpipe.train.models.backbone import WrappedModel, create_backbone, read_scores
+from zpipe.train.models.backbone import WrappedModel, build_wrapped, create_backbone, read_scores
 from zpipe.train.models.zoomvit import square_side, untrained_cfgs
 
 COMBINE = ("zoom", "mean")
@@ -174,4 +173,4 @@ default_cfgs = untrained_cfgs("image_zoom")
 @register_model
 def image_zoom(pretrained: bool = False, **kwargs: Any) -> ImageZoom:
     """`ImageZoom`, on DeiT-S unless `backbone` names another timm classifier. Takes its arguments."""
-    return timm.models.build_model_with_cfg(ImageZoom, "image_zoom", pretrained, **kwargs)
+    return build_wrapped(ImageZoom, "image_zoom", pretrained, **kwargs)

@@ -86,11 +86,7 @@ class LVViT(nn.Module):
         self.head, self.aux_head = self._heads()
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(_init)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> normalised tokens [B, 1 + N, E], the class token first."""
@@ -111,18 +107,33 @@ class LVViT(nn.Module):
         """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
         return {"pos_embed", "cls_token"}
 
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters belong to which layer, for layer-wise learning rates."""
+        return {
+            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
     def get_classifier(self) -> nn.Module:
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace both heads by freshly initialised ones."""
         self.num_classes = num_classes
-        self.head, self.aux_head = (head.to(self.cls_token) for head in self._heads())
+        self.head, self.aux_head = (head.apply(_init).to(self.cls_token) for head in self._heads())
 
     def _heads(self) -> tuple[nn.Module, nn.Module]:
         if not self.num_classes:
             return nn.Identity(), nn.Identity()
         return nn.Linear(self.embed_dim, self.num_classes), nn.Linear(self.embed_dim, self.num_classes)
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class _ScaledBlock(Block):
@@ -137,7 +148,7 @@ class _ScaledBlock(Block):
         return x + self.drop_path2(self.mlp(self.norm2(x))) / self.skip_lam
 
 
-default_cfgs = untrained_cfgs("lvvit_small", classifier=("head", "aux_head"))
+default_cfgs = untrained_cfgs("lvvit_small", first_conv="patch_embed.stem.0", classifier=("head", "aux_head"))
 
 
 @register_model

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 import torch
 from timm.models import register_model
 from torch import Tensor, nn
@@ -16,7 +15,9 @@ from torch import Tensor, nn
 from zpipe.train.models.backbone import (
     WrappedModel,
     attend,
+    attention_width,
     block_macs,
+    build_wrapped,
     check_plain,
     create_backbone,
     embed,
@@ -138,7 +139,7 @@ class TokenPrunedViT(WrappedModel):
         vit = self.backbone
         kept = vit.num_prefix_tokens + self.resolve_keep(keep, keep_tokens)
         length = vit.num_prefix_tokens + self.score_grid**2
-        total = embed_macs(vit) + head_macs(vit) + (0 if scored else length * vit.blocks[0].attn.attn_dim)
+        total = embed_macs(vit) + head_macs(vit) + (0 if scored else length * attention_width(vit.blocks[0].attn))
         lengths = [length if i < self.prune_block else kept for i in range(len(vit.blocks))]
         return total + sum(block_macs(block, n) for block, n in zip(vit.blocks, lengths, strict=True))
 
@@ -167,4 +168,4 @@ default_cfgs = untrained_cfgs("token_pruned_vit")
 @register_model
 def token_pruned_vit(pretrained: bool = False, **kwargs: Any) -> TokenPrunedViT:
     """`TokenPrunedViT`, on DeiT-S unless `backbone` names another plain timm ViT. Takes its arguments."""
-    return timm.models.build_model_with_cfg(TokenPrunedViT, "token_pruned_vit", pretrained, **kwargs)
+    return build_wrapped(TokenPrunedViT, "token_pruned_vit", pretrained, **kwargs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import timm
 import torch
 import torch.nn.functional as F
 from timm.models import register_model
@@ -18,6 +17,7 @@ from zpipe.train.models.backbone import (
     WrappedModel,
     attend,
     block_macs,
+    build_wrapped,
     check_plain,
     create_backbone,
     embed,
@@ -182,4 +182,4 @@ default_cfgs = untrained_cfgs("tome_vit")
 @register_model
 def tome_vit(pretrained: bool = False, **kwargs: Any) -> ToMeViT:
     """`ToMeViT`, on DeiT-S unless `backbone` names another plain timm ViT. Takes its arguments."""
-    return timm.models.build_model_with_cfg(ToMeViT, "tome_vit", pretrained, **kwargs)
+    return build_wrapped(ToMeViT, "tome_vit", pretrained, **kwargs)
