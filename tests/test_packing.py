@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from zpipe.train.models.packing import attend_jagged, attend_runs, packing, run_blocks
+from zpipe.train.models.packing import attend_jagged, attend_runs, packing, rows_of, run_blocks
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -80,3 +80,10 @@ def test_stochastic_depth_drops_whole_sequences():
 def test_empty_sequences_are_refused(lengths):
     with pytest.raises(ValueError, match="at least one token"):
         packing(lengths, CPU)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=8))
+def test_rows_know_their_sequence_and_place(lengths):
+    sequence, place = rows_of(torch.tensor(lengths), sum(lengths))
+    expected = [(i, j) for i, length in enumerate(lengths) for j in range(length)]
+    assert list(zip(sequence.tolist(), place.tolist(), strict=True)) == expected

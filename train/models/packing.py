@@ -37,6 +37,16 @@ def packing(lengths: Sequence[int], device: torch.device) -> Packing:
     return Packing(tuple(lengths), offsets)
 
 
+def rows_of(lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Which sequence each of `total` packed rows belongs to, and its place there. lengths [B] -> int64 [total] each.
+
+    total is the sum of lengths; known beforehand, nothing waits for an accelerator.
+    """
+    sequence = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=total)
+    begin = lengths.cumsum(0) - lengths
+    return sequence, torch.arange(total, device=lengths.device) - begin.index_select(0, sequence)
+
+
 def run_blocks(blocks: Iterable[Block], tokens: Tensor, packed: Packing) -> Tensor:
     """timm's pre-norm blocks over packed tokens [T, E] -> [T, E]; each sequence as if it were alone in the batch.
 

@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from zpipe.train.models import zoom_tokens
-from zpipe.train.models.packing import packing, run_blocks
+from zpipe.train.models.packing import packing, rows_of, run_blocks
 from zpipe.train.models.zoom_tokens import TokenOrder
 
 __all__ = ["TokenGroup", "Tokens", "ZoomViT"]
@@ -410,18 +410,25 @@ class ZoomViT(nn.Module):
         """Sequences of different lengths, shortest first."""
         order, fine_cells = choice.order, self.pos_fine.shape[1]
         index = order.counts.argsort(stable=True)  # [B]
-        counts = order.counts[index].tolist()
-        longest = counts[-1]
+        lengths = order.counts[index] + 1  # [B]; the class token is one more
+        fine = order.fine[index].minimum(lengths - 1)  # [B]; N_k, less what was pruned
+        # The one wait for an accelerator: from here on all shapes are known.
+        known_lengths, known_fine = torch.stack([lengths, fine]).tolist()
+        total, total_fine, longest = sum(known_lengths), sum(known_fine), known_lengths[-1]
         ids = F.pad(
-            order.ids[index, :longest], (1, 0), value=5 * self.coarse_grid**2
-        )  # [B, 1 + N], the class token first
-        present = torch.arange(longest + 1, device=ids.device) <= order.counts[index][:, None]
-        flat = ids[present]  # [T]
-        image = index[:, None].expand_as(ids)[present]  # [T]
+            order.ids[index, : longest - 1], (1, 0), value=5 * self.coarse_grid**2
+        )  # [B, N], the class token first
+        sequence, place = rows_of(lengths, total)  # [T] each
+        there = sequence * longest + place  # [T], in [B, N] laid out flat
+        flat, image = ids.flatten().index_select(0, there), index.index_select(0, sequence)  # [T] each
 
         # Embed the tokens that are present, all fine ones in one product and all coarse ones in another.
-        fine_rows = (flat < fine_cells).nonzero()[:, 0]
-        coarse_rows = ((flat >= fine_cells) & (flat < 5 * self.coarse_grid**2)).nonzero()[:, 0]
+        # In a sequence the class token comes first, then fine tokens, then coarse ones.
+        begin = lengths.cumsum(0) - lengths + 1  # [B]
+        owner, number = rows_of(fine, total_fine)
+        fine_rows = begin.index_select(0, owner) + number
+        owner, number = rows_of(lengths - 1 - fine, total - len(known_lengths) - total_fine)
+        coarse_rows = (begin + fine).index_select(0, owner) + number
         fine_patches, fine_kernel, coarse_patches, coarse_kernel = zoom_tokens.patches_and_kernels(
             images, self.patch_embed.weight, self.zoom_factor
         )
@@ -438,10 +445,11 @@ class ZoomViT(nn.Module):
         row[coarse_rows] = torch.arange(len(fine_rows), len(embedded) - 1, device=flat.device)
         tokens = embedded.index_select(0, row) + self._positions().index_select(0, flat)  # [T, E]
         if self.zfe != "none":
-            fine = order.fine[index]
-            added = zoom_tokens.zoom_factor_embedding(fine, longest, self.zfe, self.omega, tokens.dtype)
-            tokens = tokens + F.pad(added, (1, 0))[present][:, None]
-        return Tokens(tokens, flat, tuple(count + 1 for count in counts), index)
+            added = zoom_tokens.zoom_factor_embedding(
+                order.fine[index], longest - 1, self.zfe, self.omega, tokens.dtype
+            )
+            tokens = tokens + F.pad(added, (1, 0)).flatten().index_select(0, there)[:, None]
+        return Tokens(tokens, flat, tuple(known_lengths), index)
 
     # What timm's optimizers and fine-tuning tools ask of a model.
 
