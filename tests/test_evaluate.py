@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import BODY, GRID, SIDE, encode, rewrite_store, scenes, store, write_shards
 
 from zpipe import open_maps
@@ -305,3 +306,45 @@ def test_labels_beyond_the_models_classes(data, tmp_path):
     shards = write_shards(tmp_path / "s", [{"odd.png": image, "odd.cls": b"10"}])
     with pytest.raises(ZpipeError, match="key odd: label 10 is outside the model's 10 classes"):
         evaluate(tmp_path / "run", shards, CONFIG)
+
+
+# ------------------------------------------------------------------------------------------------- weights and precision
+
+
+def test_the_weights_of_the_best_epoch_and_of_a_kept_one(data, tmp_path):
+    run, loop = tmp_path / "run", replace(LOOP, epochs=3, keep=2)
+    config = VitConfig(model="deit_tiny_patch16_224", model_args=BODY, image_size=SIDE, train=loop)
+    train_vit(data / "shards", run, config, val=data / "shards")
+    best = json.loads((run / "best.json").read_text())
+    found = evaluate(run, data / "shards", replace(CONFIG, weights="best"))
+    assert found["weights"] == "best"
+    assert found["rows"][0]["top1"] == pytest.approx(best["val_top1"])
+    kept = sorted(path.stem for path in (run / "epochs").iterdir())
+    assert len(kept) == 2
+    for epoch in kept:
+        expected = load_file(run / "epochs" / f"{epoch}.safetensors")
+        state = load_run(run, weights=epoch).model.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert all(torch.equal(state[name], value) for name, value in load_run(run).model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "weights, told", [("best", "train with --val"), ("7", "train.keep"), ("first", "--weights first: choose")]
+)
+def test_weights_that_are_not_there(data, weights, told):
+    with pytest.raises(UsageError, match=told):
+        evaluate(data / "plain", data / "shards", replace(CONFIG, weights=weights))
+
+
+def test_in_half_precision_the_answers_are_nearly_the_same(data, by_hand):
+    _, images, _ = by_hand
+    opened = load_run(data / "zoom")
+    rows = rows_of(data, "zoom", replace(CONFIG, precision="bf16"))
+    assert {row["precision"] for row in rows.values()} == {"bf16"}
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        answers = opened.model(images, opened.zoomer(images), alpha=0.0).argmax(1)
+    labels = by_hand[2]
+    assert rows["alpha=0"]["top1"] == pytest.approx(float((answers == labels).float().mean()), abs=2 / COUNT)
+    assert {row["precision"] for row in rows_of(data, "plain").values()} == {"float32"}
+    with pytest.raises(UsageError, match="--precision int8: choose float32, bf16 or fp16"):
+        rows_of(data, "zoom", replace(CONFIG, precision="int8"))

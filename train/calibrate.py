@@ -27,11 +27,13 @@ from zpipe.train.scoring import ScoreSource
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
     """budget: mean cost of an image, such as "300 tokens", "2.3 GMACs" or a number of zoomed cells; the source of the
-    scores isn't counted. limit: images looked at; their scores are held in memory, 4 bytes a cell.
+    scores isn't counted. limit: images looked at; their scores are held in memory, 4 bytes a cell. weights: of the run, see
+    `checkpoint.load_run`.
     """
 
     budget: str
     scores: str | None = None
+    weights: str = "final"
     limit: int = 50_000
     batch_size: int = 128
     data_workers: int = 0
@@ -56,7 +58,7 @@ def calibrate(
     """
     if config.limit < 1:
         raise UsageError(f"limit {config.limit}: give a number >= 1")
-    opened = load_run(run)
+    opened = load_run(run, config.weights)
     model = opened.model
     if not isinstance(model, (ZoomViT, CFViT)):
         raise UsageError(f"{run}: only zoomvit_*, cfvit_* and lfvit_* models cost more or less by a threshold")

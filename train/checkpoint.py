@@ -242,8 +242,13 @@ def save_zoomer(run: Path, zoomer: Zoomer, preprocessing: Preprocessing) -> None
     save_model(folder, zoomer, preprocessing)
 
 
-def load_run(run: Path) -> Run:
-    """Open a finished run. Errors: :class:`UsageError` when it is none; :class:`ZpipeError` when a file is broken."""
+def load_run(run: Path, weights: str = "final") -> Run:
+    """Open a finished run.
+
+    weights: "final", those of the last step (of their average, when there is one); "best", those of the epoch that did best on
+    held-out data; or the number of an epoch that `train.keep` kept, counted from 1. Errors: :class:`UsageError` when it is no finished run,
+    or has no such weights; :class:`ZpipeError` when a file is broken.
+    """
     run = Path(run)
     if not (run / CONFIG_NAME).is_file():
         if (run / RUN_NAME).is_file():
@@ -251,6 +256,8 @@ def load_run(run: Path) -> Run:
         raise UsageError(f"{run}: not a training run (no {CONFIG_NAME}); train-zoomer and train-vit make them")
     config = read_json(run / CONFIG_NAME, "a model description")
     model, preprocessing = _load_model(run, config)
+    if weights != "final":
+        _load_weights(model, _weights_file(run, weights))
     # A folder that timm wrote is a model too; it knows no settings.
     settings = read_record(run)["settings"] if (run / RUN_NAME).is_file() else {}
     zoomer = None
@@ -265,6 +272,25 @@ def load_run(run: Path) -> Run:
         zoomer=zoomer,
         settings=settings,
     )
+
+
+def _weights_file(run: Path, weights: str) -> Path:
+    if weights == "best":
+        path, hint = run / "best.safetensors", "train with --val SHARDS"
+    elif weights.isdecimal():
+        path, hint = run / "epochs" / f"{int(weights):05d}.safetensors", "train with --set train.keep=N"
+    else:
+        raise UsageError(f"--weights {weights}: choose final, best, or the number of an epoch that was kept")
+    if not path.is_file():
+        raise UsageError(f"{path}: this run has no such weights; {hint}")
+    return path
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    try:
+        model.load_state_dict(safetensors.torch.load_file(path))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ZpipeError(f"{path}: weights can't be read ({_first_line(error)}); take --weights final") from error
 
 
 def load_zoomer(run: Path) -> tuple[Zoomer, Preprocessing]:

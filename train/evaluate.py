@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +41,9 @@ from zpipe.train.scoring import ScoreSource, check_grid
 __all__ = ["EvalConfig", "EvalRow", "answers_for", "evaluate", "measure", "measure_zoomer"]
 
 
+LOW_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalRow:
     """One setting's figures.
@@ -48,7 +53,7 @@ class EvalRow:
     (see `modes.Cost`); None for a model without patches. token_histogram: images by sequence length, where it varies.
     exited: share of images that the first of two stages answered. gmacs: 1e9 multiply-adds an image of the ViT; gmacs_zoomer: those of
     the zoomer (or another source of scores) beside it. images_per_s: median over batches, after a warm-up, of both together;
-    low and high are its quartiles. parameters: weights of the ViT.
+    low and high are its quartiles. parameters: weights of the ViT. precision: as of `EvalConfig`.
     """
 
     setting: str
@@ -72,6 +77,7 @@ class EvalRow:
     images_per_s_low: float
     images_per_s_high: float
     parameters: int
+    precision: str = "float32"
 
 
 def evaluate(
@@ -88,7 +94,7 @@ def evaluate(
     Every sample is counted once, on the centre crop that the run was made for. A ViT's rows are `EvalRow`s; a zoomer has
     one row with its distance to the teacher's maps (needs `maps`). Errors: :class:`UsageError`, :class:`ZpipeError`.
     """
-    opened = load_run(run)
+    opened = load_run(run, config.weights)
     missing = "skip" if opened.kind == "zoomer" else "uniform"
     loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.data_workers, missing)
     device = resolve_device(config.device)
@@ -105,9 +111,12 @@ def evaluate(
         source = choose_run_source(opened, config, loader.maps)
         modes = modes_asked(opened.model, source, config)
         answers = answers_for(opened, loader, config)
-        measured = measure(opened.model, opened.preprocessing, loader, source, modes, answers, device, progress)
+        measured = measure(
+            opened.model, opened.preprocessing, loader, source, modes, answers, device, progress, config.precision
+        )
         rows = [asdict(row) for row in measured]
     about = {"kind": opened.kind, "run": str(run), "model": opened.settings.get("model", opened.kind)}
+    about |= {} if config.weights == "final" else {"weights": config.weights}
     about["seed"] = opened.settings.get("train", {}).get("seed")
     result = about | {"shards": str(shards), "maps": None if maps is None else str(maps), "rows": rows}
     if out is not None:
@@ -122,6 +131,7 @@ def _calibrated(run: Path, config: EvalConfig, progress: Progress) -> EvalConfig
     wanted = CalibrationConfig(
         budget=f"{config.target_gmacs:g} GMACs",
         scores=config.scores,
+        weights=config.weights,
         batch_size=config.batch_size,
         data_workers=config.data_workers,
         device=config.device,
@@ -157,8 +167,10 @@ def measure(
     answers: Answers,
     device: torch.device,
     progress: Progress = silent,
+    precision: str = "float32",
 ) -> list[EvalRow]:
-    """A row for every mode, all of them judged on the same batches."""
+    """A row for every mode, all of them judged on the same batches. Errors: :class:`UsageError` for an unknown precision."""
+    lowered = autocast_of(precision, device)
     model = model.to(device)
     if source is not None and source.zoomer is not None:
         source.zoomer.to(device)
@@ -170,9 +182,10 @@ def measure(
         images = preprocessing.normalise(batch["image"].to(device))
         for place, mode in enumerate(modes):
             call = partial(forward, model, source, images, batch, mode)
-            if number == 0:
-                call()  # the first call of a shape pays for allocation and kernel choice
-            (answer, scores), seconds = _timed(call, device)
+            with lowered():
+                if number == 0:
+                    call()  # the first call of a shape pays for allocation and kernel choice
+                (answer, scores), seconds = _timed(call, device)
             ranks[place].append(answers.ranks(logits_of(answer), batch))
             rates[place].append(len(images) / seconds)
             costs[place].add(answer, scores)
@@ -181,11 +194,21 @@ def measure(
     told: dict[str, Any] = {"scores": None, "gmacs_zoomer": 0.0}
     if source is not None:
         told = {"scores": source.name, "gmacs_zoomer": source.macs(image) / 1e9}
+    told["precision"] = precision
     told["parameters"] = sum(weight.numel() for weight in model.parameters())
     return [
         EvalRow(**_figures(mode, torch.cat(found), speed, cost, image), **told)
         for mode, found, speed, cost in zip(modes, ranks, rates, costs, strict=True)
     ]
+
+
+def autocast_of(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """What to compute under, for each batch anew. Errors: :class:`UsageError` for an unknown precision."""
+    if precision == "float32":
+        return nullcontext
+    if precision not in LOW_PRECISIONS:
+        raise UsageError(f"--precision {precision}: choose float32, {' or '.join(LOW_PRECISIONS)}")
+    return partial(torch.autocast, device.type, dtype=LOW_PRECISIONS[precision])
 
 
 def _timed(forward, device: torch.device) -> tuple[Any, float]:

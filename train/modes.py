@@ -39,7 +39,8 @@ class EvalConfig:
     target_gmacs: instead of alphas or exits, the one at which an image of the shards `calibration` costs so many GMACs on
     average. scores: where the scores come from, one of `scoring.SOURCES`; None takes what it was trained with. classes:
     of data that knows fewer than the model, see `answers.read_classes`. labels: a file of labels in place of the data's,
-    several for an image, see `answers.read_several`.
+    several for an image, see `answers.read_several`. weights: of the run, see `checkpoint.load_run`. precision: what model and
+    scores are computed in: float32, or under autocast bf16 or fp16, as most GPUs are meant to be used.
     """
 
     alphas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -54,6 +55,8 @@ class EvalConfig:
     scores: str | None = None
     classes: str | None = None
     labels: Path | None = None
+    weights: str = "final"
+    precision: str = "float32"
     batch_size: int = 128
     data_workers: int = 0
     device: str = "auto"
