@@ -6,6 +6,7 @@ import json
 import tarfile
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.checkpoint import load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.loop import TrainConfig
+from zpipe.train.pictures import patches
 from zpipe.train.predict import Classifier, PredictConfig, predict
 from zpipe.train.train_vit import VitConfig, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
@@ -75,6 +77,30 @@ def test_zoom_and_pictures(data, tmp_path):
     assert row["tokens"] is None
     assert len(predict(data / "zoom", files[:1], replace(CPU, scores="none"))) == 1
     assert predict(data / "zoom", files[:1], replace(CPU, scores="centre", budget=2))[0]["tokens"] == GRID**2 + 6
+
+
+def test_scores_on_a_grid_that_is_not_the_models(data, tmp_path):
+    """A model that crops takes the zoomer's scores as they are; its own grid has 8 x 8 cells, the zoomer's 4 x 4."""
+    backbone = {"backbone": "deit_tiny_patch16_224", "backbone_args": BODY, "patch_size": 4}
+    config = VitConfig(model="image_zoom", model_args=backbone, image_size=SIDE, train=LOOP)
+    train_vit(data / "shards", tmp_path / "box", config, zoomer=data / "zoomer")
+    assert load_run(tmp_path / "box").model.score_grid == 8 == 2 * GRID
+    files = sorted((data / "images").iterdir())[:1]
+    assert predict(tmp_path / "box", files, CPU, out=tmp_path / "pictures")[0]["tokens"] is None
+    assert (tmp_path / "pictures" / f"{files[0].stem}.png").is_file()
+
+
+@pytest.mark.parametrize("zoomed", [0, 1, 4])
+def test_red_are_the_patches_of_zoomed_cells(zoomed):
+    """All of them, when all cells are zoomed: 2 x 2 cells of 16 pixels."""
+    corners = [(x, y) for y in (0, 16) for x in (0, 16)]
+    fine = [(x + i, y + j, x + i + 8, y + j + 8) for x, y in corners[:zoomed] for i in (0, 8) for j in (0, 8)]
+    coarse = [(x, y, x + 16, y + 16) for x, y in corners[zoomed:]]
+    axes = plt.figure().add_subplot()
+    patches(axes, torch.tensor(fine + coarse), cell=16)
+    red = [patch for patch in axes.patches if patch.get_edgecolor()[:3] == (1.0, 0.0, 0.0)]
+    plt.close()
+    assert len(axes.patches) == len(fine + coarse) and len(red) == len(fine)
 
 
 def test_the_command(data, tmp_path):

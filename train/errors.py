@@ -48,6 +48,7 @@ class _Pictured:
     verdict: Verdict
     image: np.ndarray  # uint8 [S, S, 3]
     boxes: Tensor  # int64 [n, 4]
+    cell: int  # pixels a side of a cell
     target: np.ndarray | None  # the object's box in pixels
 
 
@@ -95,7 +96,7 @@ def analyse_errors(
                 boxes = token_boxes(cells[row].cpu(), side, opened.preprocessing.image_size)
                 target = batch["object_box"][row].numpy() * images.shape[-1] if "object_box" in batch else None
                 pixels = batch["image"][row].permute(1, 2, 0).numpy()
-                pictured.append(_Pictured(verdict, pixels, boxes, target))
+                pictured.append(_Pictured(verdict, pixels, boxes, images.shape[-1] // side, target))
         progress("errors", number + 1, batches, wrong=sum(verdict.kind != "right" for verdict in verdicts))
     return verdicts, pictured
 
@@ -152,7 +153,7 @@ def write_errors(run: Path, verdicts: list[Verdict], pictured: list[_Pictured], 
         for panel, item in zip(line, chosen, strict=False):
             side = len(item.image)
             panel.imshow(item.image, extent=(0, side, side, 0), interpolation="nearest")
-            patches(panel, item.boxes)
+            patches(panel, item.boxes, item.cell)
             if item.target is not None:
                 x1, y1, x2, y2 = item.target.tolist()
                 panel.plot([x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1], color="lime", linewidth=1.2)

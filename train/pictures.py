@@ -81,15 +81,17 @@ def contact_sheet(
             axes[row, 0].add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=1.2))
         overlay(axes[row, 1], batch["relevance"][row].numpy(), side)
         overlay(axes[row, 2], scores[row].view(zoomer.grid, zoomer.grid).numpy(), side)
-        patches(axes[row, 3], token_boxes(tokens[row], model.coarse_grid, side))
+        patches(axes[row, 3], token_boxes(tokens[row], model.coarse_grid, side), side // model.coarse_grid)
     figure.tight_layout(pad=0.3)
     with commit(out) as tmp:
         figure.savefig(tmp, format="png", dpi=130)
     plt.close(figure)
 
 
-def picture(out: Path, image: np.ndarray, scores: np.ndarray | None, boxes: Tensor | None, title: str) -> None:
-    """Write a PNG of one image, uint8 [S, S, 3], beside its score map [gh, gw] and its patches [n, 4], where it has them."""
+def picture(
+    out: Path, image: np.ndarray, scores: np.ndarray | None, boxes: Tensor | None, cell: int, title: str
+) -> None:
+    """Write a PNG of one image, uint8 [S, S, 3], beside its score map [gh, gw] and its patches (see `patches`), where it has them."""
     panels = 1 + (scores is not None) + (boxes is not None)
     figure, axes = plt.subplots(1, panels, figsize=(3 * panels, 3.2), squeeze=False)
     side = len(image)
@@ -102,18 +104,17 @@ def picture(out: Path, image: np.ndarray, scores: np.ndarray | None, boxes: Tens
         overlay(axes[0, 1], scores, side)
     if boxes is not None:
         axes[0, -1].set_title(f"{len(boxes)} patches", fontsize=10)
-        patches(axes[0, -1], boxes)
+        patches(axes[0, -1], boxes, cell)
     figure.tight_layout(pad=0.3)
     with commit(out) as tmp:
         figure.savefig(tmp, format="png", dpi=130)
     plt.close(figure)
 
 
-def patches(axes: Axes, boxes: Tensor) -> None:
-    """Outline patches, int64 [n, 4] as (left, top, right, bottom): the smaller ones in red."""
-    largest = int((boxes[:, 2] - boxes[:, 0]).max())
+def patches(axes: Axes, boxes: Tensor, cell: int) -> None:
+    """Outline patches, int64 [n, 4] as (left, top, right, bottom): in red those of zoomed cells. cell: pixels a side of a cell."""
     for x1, y1, x2, y2 in boxes.tolist():
-        fine = x2 - x1 < largest
+        fine = x2 - x1 < cell
         color, width = ("red", 0.8) if fine else ("white", 0.4)
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,13 @@ from zpipe.train.scoring import ScoreSource, zooms
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
     """alpha or budget: the zoom of a model that zooms; with neither, alpha is 0.1. scores: where its scores come from, as of
-    evaluation. top: classes told.
+    evaluation. weights: of the run, see `checkpoint.load_run`. top: classes per image.
     """
 
     alpha: float | None = None
     budget: int | str | None = None
     scores: str | None = None
+    weights: str = "final"
     top: int = 5
     device: str = "auto"
 
@@ -115,7 +117,7 @@ def predict(
     The image is seen as in evaluation. out: a folder for one PNG an image: the image, its score map and its patches.
     Errors: :class:`UsageError`; :class:`ZpipeError` naming the file that can't be read.
     """
-    opened = load_run(run)
+    opened = load_run(run, config.weights)
     classifier = Classifier(opened, config)
     names = opened.settings.get("classes") or []
     view = ViewConfig(augment="eval", crop_pct=opened.preprocessing.crop_pct)
@@ -136,11 +138,13 @@ def predict(
         boxes = classifier.token_boxes(images, scores)[0] if _zoomed(classifier, scores) else None
         rows.append({"file": str(file), "classes": classes, "tokens": None if boxes is None else len(boxes)})
         if out is not None:
-            side = None if scores is None else opened.model.score_grid
+            # Not every model wants its scores on a grid of its own.
+            side = 0 if scores is None else math.isqrt(scores.shape[1])
             score_map = None if scores is None else scores[0].view(side, side).cpu().numpy()
+            cell = 0 if boxes is None else opened.preprocessing.image_size // opened.model.coarse_grid
             first = classes[0]
             title = f"{first['name'] or first['index']}, {first['probability']:.0%}"
-            picture(out / f"{file.stem}.png", images[0].permute(1, 2, 0).numpy(), score_map, boxes, title)
+            picture(out / f"{file.stem}.png", images[0].permute(1, 2, 0).numpy(), score_map, boxes, cell, title)
         progress("predict", number + 1, len(files))
     return rows
 

@@ -117,6 +117,10 @@ class ReleasedZoomViT(ZoomViT):
         fine = (zoom_tokens.fine_scores(scores, self.zoom_factor) > alpha).sum(1)
         return fine + (zoom_tokens.coarse_scores(scores, self.zoom_factor) < alpha).sum(1) + 2
 
+    def macs(self, zoomed: int, keep_tokens: int | None = None) -> int:
+        """Not known by the number of zoomed cells alone, so ValueError: places that no token covers make sequences shorter."""
+        raise ValueError("what the released ZoomViT costs depends on the scores; count it by train.macs.count_macs")
+
 
 default_cfgs = untrained_cfgs("zoomvit_released")
 
