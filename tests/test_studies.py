@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from tiny import BODY, GRID, SIDE, scenes, store
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.checkpoint import load_run
 from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.distributed import Workers
 from zpipe.train.evaluate import EvalConfig, evaluate
 from zpipe.train.loop import TrainConfig
 from zpipe.train.results import Result, read_results, wide, wilson, write_results
@@ -99,6 +101,19 @@ def test_seeds_are_runs_of_their_own(data):
     settings = load_run(data / "zoom" / "studies" / "zoom-in-training" / "fixed-4-seed-5").settings
     assert settings["fixed_zoom"] == 4 and settings["train"]["seed"] == 5 and settings["train"]["epochs"] == 0.25
     assert settings["zoomer"] == str(data / "zoomer")
+
+
+@pytest.mark.slow  # Ray starts and ends
+def test_two_processes_train_what_one_does(data, tmp_path):
+    found = []
+    for count in (1, 2):
+        run = tmp_path / str(count)
+        shutil.copytree(data / "zoom", run, ignore=shutil.ignore_patterns("studies", "results"))
+        wanted = replace(CONFIG, workers=Workers(count=count))
+        found.append(values(run_study("alpha-eta", run, data / "shards", wanted)[1], "top1", "eta", "budget"))
+    one, two = found
+    assert one.keys() == two.keys()
+    assert all(two[setting] == pytest.approx(top1, abs=2 / COUNT) for setting, top1 in one.items())
 
 
 def test_both_zoom_factors(data):

@@ -23,6 +23,7 @@ from zpipe.schemas.storage import as_path
 from zpipe.train.answers import Answers
 from zpipe.train.checkpoint import Run, load_run, load_zoomer
 from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.distributed import Workers, run_training
 from zpipe.train.errors import analyse_errors, error_results, write_errors
 from zpipe.train.evaluate import EvalRow, answers_for, measure, measure_zoomer
 from zpipe.train.loop import keep_freed_memory, resolve_device
@@ -57,12 +58,13 @@ class StudyConfig:
 
     evaluation: batch size and device; its alphas and budgets, when there are any, instead of the study's own. seeds: of the
     runs that are compared; none takes the seed of the run at hand. epochs: of what is trained for the study; None trains
-    as long as the run at hand was.
+    as long as the run at hand was. workers: the processes that train, as of the run at hand; they share its batch.
     """
 
     evaluation: EvalConfig = field(default_factory=lambda: EvalConfig(alphas=()))
     seeds: tuple[int, ...] = ()
     epochs: float | None = None
+    workers: Workers = field(default_factory=Workers)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Bench:
             sources["zoomer"] = None
         if config.scores not in (None, "maps"):
             sources["maps"] = None
-        train_vit(self.train_shards(self.opened), folder, config, **sources, progress=self.progress)
+        self._train(train_vit, {"shards": self.train_shards(self.opened), "out": folder} | sources, config)
         return load_run(folder)
 
     def zoomer_variant(self, label: str, seed: int | None, base: Run, **changes: Any) -> Run:
@@ -146,8 +148,14 @@ class Bench:
         if config == own:
             return base
         folder = self._folder(label, config.train.seed)
-        train_zoomer(self.train_shards(base), as_path(base.settings["maps"]), folder, config, progress=self.progress)
+        places = {"shards": self.train_shards(base), "maps": as_path(base.settings["maps"]), "out": folder}
+        self._train(train_zoomer, places, config)
         return load_run(folder)
+
+    def _train(
+        self, function: Callable[..., Any], places: dict[str, Path | None], config: VitConfig | ZoomerConfig
+    ) -> None:
+        run_training(function, places, config, self.config.workers, progress=self.progress, say=self.notes.append)
 
     def _common(self, own_seed: int, seed: int | None) -> dict[str, Any]:
         changes: dict[str, Any] = {"train.seed": own_seed if seed is None else seed}
@@ -189,7 +197,15 @@ class Bench:
         asked = list({zoom.name: zoom for zoom in itertools.chain.from_iterable(each)}.values())
         answers = answers_for(opened, loader, config)
         rows = measure(
-            opened.model, opened.preprocessing, loader, source, asked, answers, self.device, self._evaluating
+            opened.model,
+            opened.preprocessing,
+            loader,
+            source,
+            asked,
+            answers,
+            self.device,
+            self._evaluating,
+            config.precision,
         )
         return list(itertools.chain.from_iterable(self.tidy(opened, row, setting) for row in rows))
 
