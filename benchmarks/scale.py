@@ -8,7 +8,7 @@
     python benchmarks/scale.py model
 
 `make` writes every index with keys of its own. Arrays come from 16 shards of the store's own writer and are hard-linked under
-the others' names, tars are sparse files that nothing reads: so 14 million maps take minutes and 1.4 GB, and what is read of them
+the others' names, tars are sparse files that nothing reads: so 14 million maps take minutes and 1.0 GB, and what is read of them
 is read from the page cache. Each figure of `measure` comes from a process of its own; memory is what its peak adds to the
 imports.
 """
