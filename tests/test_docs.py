@@ -1,5 +1,7 @@
 """What the documents say is so: their snippets run, their commands parse, their links lead somewhere."""
 
+import itertools
+import json
 import re
 import shlex
 import shutil
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from PIL import Image
 
 import zpipe
 from zpipe.cli import app
@@ -65,6 +68,38 @@ def test_the_python_of_the_readme(here, cli):
     smaller |= {"batch_size=128, num_workers=8": "batch_size=4, num_workers=1"}
     assert all(there in (ROOT / "README.md").read_text() for there in smaller)
     assert run_blocks("README.md", cli, smaller) == 2
+
+
+SMALLER = {
+    "--teacher deit_base_patch16_224 --weights pretrained": "--teacher deit_tiny_patch16_224 --weights random --num-classes 3 --model-arg depth=1 --executor local",
+    "--maps maps/train --out zoomer": "--maps maps/train --out zoomer --num-blocks 2 --epochs 0.5 --batch-size 4",
+    "--model zoomvit_small_patch16_224": "--model zoomvit_tiny_patch16_224 --model-arg depth=1 --epochs 0.5 --batch-size 4",
+    "--model deit_base_patch16_224 --init-from timm:deit_base_patch16_224": "--model deit_tiny_patch16_224 --model-arg depth=1 --batch-size 4 --epochs 0.5",
+    "--out maps/train --weights teacher": "--out maps/of-teacher --weights teacher --executor local",
+}
+
+
+def test_the_commands_of_the_readme(tmp_path, monkeypatch, cli):
+    """As they stand there, on twelve images of three classes, with models and epochs as small."""
+    rng = np.random.default_rng(0)
+    for part, name, number in itertools.product(("train", "val"), ("ant", "bee", "cat"), range(4)):
+        path = tmp_path / "images" / part / name / f"{name}-{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(path)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "README.md").read_text()
+    page = page[page.index("## With your own images") : page.index("## The cache in ten lines")]
+    for there, instead in SMALLER.items():
+        assert there in page, there
+        page = page.replace(there, instead)
+    commands = commands_in(page)
+    assert [words[1] for words in commands].count("extract-teacher-maps") == 2
+    for words in commands:
+        told = cli(*words[1:])
+        assert told.code == 0, (words, told.stderr)
+    for store in ("train", "of-teacher"):
+        assert len(zpipe.open_maps(f"maps/{store}")) == 12
+    assert len(json.loads(Path("zoomvit/evaluation.json").read_text())["rows"]) == 5
 
 
 def test_models_in_python(cli):
