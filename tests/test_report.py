@@ -18,7 +18,7 @@ from tiny import BODY, GRID, SIDE, scenes, store
 from zpipe.schemas.atomic import read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.shard_index import INDEX_NAME
-from zpipe.train.checkpoint import load_run
+from zpipe.train.checkpoint import load_run, save_model
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.evaluate import EvalConfig, evaluate
 from zpipe.train.loop import TrainConfig
@@ -28,7 +28,7 @@ from zpipe.train.report.figures import base_name, curves, headline, histograms, 
 from zpipe.train.report.page import describe, embedded_json, render
 from zpipe.train.report.runs import gather
 from zpipe.train.results import Result, write_results
-from zpipe.train.train_vit import VitConfig, train_vit
+from zpipe.train.train_vit import VitConfig, build_vit, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
 torch.set_num_threads(1)
@@ -332,6 +332,32 @@ def test_without_maps_and_with_a_model_that_needs_them(data, tmp_path):
     html = report([tmp_path / "mapped"], tmp_path / "out", chosen).read_text()
     assert embedded(html, "gallery-data") is None
     assert any("give --maps" in note for note in embedded(html, "about-data")["notes"])
+
+
+def test_runs_of_another_data_set_are_left_out_with_a_note(data, tmp_path):
+    """With as many classes, more, and fewer than the gallery's labels need: the last would end the whole report."""
+    for name, classes in (("as-many", 10), ("more", 12), ("fewer", 2)):
+        other = shutil.copytree(data / "shards", tmp_path / f"{name}-shards")
+        index = read_json(other / INDEX_NAME, "a shard index")
+        index["classes"] = [f"{name} {n}" for n in range(classes)]
+        write_json(other / INDEX_NAME, index)
+        run = shutil.copytree(data / "plain", tmp_path / name)
+        record = read_json(run / "run.json", "a run")
+        record["settings"]["classes"] = index["classes"]
+        write_json(run / "run.json", record)
+    few = VitConfig(model="deit_tiny_patch16_224", model_args=BODY, image_size=SIDE, num_classes=2)
+    save_model(tmp_path / "fewer", build_vit(few, 2), load_run(data / "plain").preprocessing)
+    runs = [data / "plain", *(tmp_path / name for name in ("as-many", "more", "fewer"))]
+    html = report(runs, tmp_path / "out", replace(CONFIG, gallery=4)).read_text()
+    assert [model["name"] for model in embedded(html, "gallery-data")["models"]] == ["plain"]
+    notes = embedded(html, "about-data")["notes"]
+    for name, classes in (("as-many", 10), ("more", 12), ("fewer", 2)):
+        (note,) = [note for note in notes if note.startswith(f"{name}: ")]
+        assert f"its {classes} classes are not the 10 of {data / 'shards'}; give it a report of its own" in note
+    # Beside its own data the same run is shown.
+    chosen = replace(CONFIG, gallery=4, shards=tmp_path / "more-shards")
+    html = report([tmp_path / "more", data / "plain"], tmp_path / "out", chosen).read_text()
+    assert [model["name"] for model in embedded(html, "gallery-data")["models"]] == ["more"]
 
 
 # -- one safe file -----------------------------------------------------------------------------------------------------

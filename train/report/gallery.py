@@ -20,6 +20,8 @@ from torch import Tensor
 
 from zpipe.schemas.progress import Progress
 from zpipe.schemas.relevance_maps import RelevanceMaps
+from zpipe.schemas.shard_index import INDEX_NAME, find_shards, read_index
+from zpipe.schemas.storage import as_path
 from zpipe.train.checkpoint import Preprocessing, Run, load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
@@ -78,10 +80,13 @@ def build_gallery(
     """Run the finished classifiers among `records` on `count` samples of `shards`, drawn by seed.
 
     Every model takes the middle zoom of its evaluation. Returns the gallery, None when no model can be shown, and a line for
-    every run that was left out and why. Errors: :class:`UsageError`, :class:`ZpipeError` naming shards, store or key.
+    every run that was left out and why: one of other classes than the shards' would answer with names that aren't its own.
+    Errors: :class:`UsageError`, :class:`ZpipeError` naming shards, store or key.
     """
     store = None if maps is None else RelevanceMaps(maps, normalise="minmax")
-    shown, notes = _open(records, store)
+    fitting, notes = _of_these_classes(records, shards)
+    shown, more = _open(fitting, store)
+    notes += more
     if not shown:
         return None, notes
     target = resolve_device(device)
@@ -118,6 +123,24 @@ def build_gallery(
             done += len(batch["key"])
             progress("gallery", done, len(groups) * min(count, total))
     return _assemble(shown, views, keys, labels, classes, store, total, drawn_from, shards, seed), notes
+
+
+def _of_these_classes(records: Sequence[RunRecord], shards: Path) -> tuple[list[RunRecord], list[str]]:
+    """The records whose classes are those of the shards, or of which one side names none; a line for every other."""
+    folder, _ = find_shards(as_path(shards))
+    # Tars without an index name no classes; to list them takes long, and the loader does it anyway.
+    classes = read_index(folder).classes if (folder / INDEX_NAME).is_file() else ()
+    fitting, notes = [], []
+    for record in records:
+        own = tuple(record.settings.get("classes") or ())
+        if own and classes and own != classes:
+            notes.append(
+                f"{record.name}: not in the gallery, its {len(own)} classes are not the {len(classes)} of {shards}; "
+                "give it a report of its own"
+            )
+        else:
+            fitting.append(record)
+    return fitting, notes
 
 
 def _open(records: Sequence[RunRecord], store: RelevanceMaps | None) -> tuple[list[_Shown], list[str]]:
