@@ -571,6 +571,28 @@ def test_filters_filter_and_two_models_answer(data, page_file, open_page):
     assert page.locator(".entry .key").first.inner_text() == hardest
 
 
+def test_the_gallery_says_at_which_settings_the_models_answer(data, page_file, open_page, tmp_path):
+    about = open_page(page_file).locator("#gallery-about").inner_text()
+    assert "at the middle zoom of the evaluation: double (alpha 0.5), half (budget 1)." in about
+    assert "default zoom" not in about and "own settings" not in about
+    merging = VitConfig(
+        model="tome_vit",
+        model_args={"backbone": "deit_tiny_patch16_224", "backbone_args": BODY, "r": 2},
+        image_size=SIDE,
+        train=replace(LOOP, batch_size=COUNT),
+    )
+    train_vit(data / "shards", tmp_path / "merging", merging)
+    fresh = shutil.copytree(data / "double", tmp_path / "fresh")
+    for run in (fresh, shutil.copytree(data / "plain", tmp_path / "plain")):
+        (run / "evaluation.json").unlink()
+    runs = [fresh, tmp_path / "merging", tmp_path / "plain"]
+    about = open_page(report(runs, tmp_path / "out", replace(CONFIG, gallery=4, shards=data / "shards")))
+    about = about.locator("#gallery-about").inner_text()
+    assert "at a default zoom, as none was evaluated: fresh (alpha 0.1)." in about
+    assert "with the model's own settings, whichever were evaluated: merging." in about
+    assert "middle zoom" not in about
+
+
 def test_by_keyboard_alone(page_file, open_page):
     page = open_page(page_file)
     page.locator("#reset").focus()

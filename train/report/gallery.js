@@ -546,13 +546,15 @@ zpipe.gallery = (() => {
   }
 
   function about() {
-    const { entries, total, shards, shards_read: read, shard_count: all, seed, difficulty } = data;
+    const { entries, total, shards, shards_read: read, shard_count: all, seed, difficulty, settings } = data;
     const drawn = entries.length === total ? `all ${total}` : `${entries.length} of ${total} images`;
-    return (
-      `${drawn} of ${shards}, drawn by seed ${seed} from ${read} of its ${all} shards. Easy or hard: ${difficulty}, ` +
-      `easy from ${100 * EASY} % on. Each model's answer is that of the middle zoom of its evaluation; the slider redraws the ` +
-      "patches, not the answers. Arrow keys go from entry to entry, Enter enlarges, Esc closes."
-    );
+    return [
+      `${drawn} of ${shards}, drawn by seed ${seed} from ${read} of its ${all} shards.`,
+      `Easy or hard: ${difficulty}, easy from ${100 * EASY} % on.`,
+      ...settings,
+      state.patches === null ? "" : "The slider redraws the patches, not the answers.",
+      "Arrow keys go from entry to entry, Enter enlarges, Esc closes.",
+    ].filter(Boolean).join(" ");
   }
 
   function legend() {

@@ -26,10 +26,11 @@ from zpipe.train.checkpoint import Preprocessing, Run, load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.loop import resolve_device
+from zpipe.train.models.tome import ToMeViT
 from zpipe.train.models.zoomvit import ZoomViT
 from zpipe.train.modes import EvalConfig, choose_run_source, trained_with
 from zpipe.train.report.runs import RunRecord
-from zpipe.train.scoring import ScoreSource, zooms
+from zpipe.train.scoring import ScoreSource, takes_scores, zooms
 from zpipe.train.train_vit import check_labels
 
 THUMBNAIL = 224  # pixels a side at most
@@ -79,7 +80,7 @@ def build_gallery(
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Run the finished classifiers among `records` on `count` samples of `shards`, drawn by seed.
 
-    Every model takes the middle zoom of its evaluation. Returns the gallery, None when no model can be shown, and a line for
+    Every model takes the middle zoom of its evaluation, or FALLBACK_ZOOM; "settings" says which. Returns the gallery, None when no model can be shown, and a line for
     every run that was left out and why: one of other classes than the shards' would answer with names that aren't its own.
     Errors: :class:`UsageError`, :class:`ZpipeError` naming shards, store or key.
     """
@@ -266,6 +267,7 @@ def _assemble(
         "seed": seed,
         "classes": list(classes),
         "difficulty": said,
+        "settings": _settings(shown),
         "map_grid": list(views[0].grid) if views[0].grid else None,
         "pixels": [view.side for view in views],
         "models": [_model(model, place[number]) for number, model in enumerate(shown)],
@@ -297,6 +299,24 @@ def _model(model: _Shown, scores: int | None) -> dict[str, Any]:
         "evaluated": model.record.zooms,
     }
     return described
+
+
+def _settings(shown: list[_Shown]) -> list[str]:
+    """In words, at which settings the models answer. Of those that have none, such as a plain ViT, nothing is said."""
+    evaluated, fallback, usual = [], [], []
+    for model in shown:
+        net, name = model.opened.model, model.record.name
+        if model.zoom:
+            told = ", ".join(f"{kind} {value}" for kind, value in model.zoom.items())
+            (evaluated if model.record.zooms else fallback).append(f"{name} ({told})")
+        elif not zooms(net) and (takes_scores(net) or isinstance(net, ToMeViT)):
+            usual.append(name)
+    groups = (
+        ("Shown at the middle zoom of the evaluation", evaluated),
+        ("Shown at a default zoom, as none was evaluated", fallback),
+        ("Shown with the model's own settings, whichever were evaluated", usual),
+    )
+    return [f"{said}: {', '.join(names)}." for said, names in groups if names]
 
 
 def _distinct_scores(shown: list[_Shown]) -> tuple[list[_Shown], list[int | None]]:
