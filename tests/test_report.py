@@ -211,6 +211,36 @@ def test_the_headline_compares_at_no_higher_cost(data):
     assert "zoom at budget 1 is 10.0 points more accurate than plain" in said and "0.80 of its" in said
 
 
+def seeded(run, gmacs, values, *, budget=None):
+    """A run's top-1 for each seed, with its multiply-adds; one value is one run, with a 95 % interval."""
+    setting = {} if budget is None else {"budget": budget}
+    rows = []
+    for seed, value in enumerate(values):
+        about = {"run": f"seed-{seed}/{run}" if len(values) > 1 else run, "seed": seed, "setting": setting}
+        rows += [result(**about, value=value, low=value - 0.05, high=value + 0.05)]
+        rows += [result(**about, metric="gmacs", value=gmacs)]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("zoom", "plain", "tile", "said"),
+    [
+        ((0.90, 0.92, 0.94), (0.80, 0.93), "range of 3 seeds: 90.0 to 94.0", "; the ranges of their seeds overlap."),
+        ((0.92,), (0.90,), "95 % interval: 87.0 to 97.0", "included; the intervals overlap."),
+        ((0.92,), (0.80, 0.89), "95 % interval: 87.0 to 97.0",
+         "; the 95 % interval of the one and the range of 2 seeds of the other overlap."),
+        ((0.90, 0.94), (0.88,), "range of 2 seeds: 90.0 to 94.0",
+         "; the range of 2 seeds of the one and the 95 % interval of the other overlap."),
+        ((0.90, 0.94), (0.70, 0.89), "range of 2 seeds: 90.0 to 94.0", "the scores' source included."),
+    ],
+)  # fmt: skip
+def test_a_range_over_seeds_is_not_called_an_interval(zoom, plain, tile, said):
+    found = headline(points(seeded("zoom", 0.5, zoom, budget=4) + seeded("plain", 1.0, plain)))
+    assert found["tiles"][0]["interval"] == tile
+    (line,) = found["said"]
+    assert line.endswith(said)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [

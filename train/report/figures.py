@@ -502,7 +502,7 @@ def headline(found: Sequence[Point]) -> dict[str, Any]:
                 "value": f"{100 * top1.value:.1f} %",
                 "interval": ""
                 if top1.low is None or top1.high is None
-                else f"95 % interval: {100 * top1.low:.1f} to {100 * top1.high:.1f}",
+                else f"{_spread(top1)}: {100 * top1.low:.1f} to {100 * top1.high:.1f}",
                 "facts": facts,
                 "of": f"best of {len(members)} settings" if len(members) > 1 else "",
                 "rank": top1.value,
@@ -539,7 +539,18 @@ def _comparisons(series: dict[tuple[str, str], list[Point]]) -> list[str]:
     return said[:MOST_TILES]
 
 
+def _spread(measure: Measure) -> str:
+    """What low and high are: the range over a few seeds is no interval of confidence."""
+    return f"range of {measure.seeds} seeds" if measure.seeds > 1 else "95 % interval"
+
+
 def _overlap(mine: Measure, theirs: Measure) -> str:
     if None in (mine.low, mine.high, theirs.low, theirs.high):
         return ""
-    return "; the intervals overlap" if mine.low <= theirs.high and theirs.low <= mine.high else ""
+    if mine.low > theirs.high or theirs.low > mine.high:
+        return ""
+    if mine.seeds == theirs.seeds == 1:
+        return "; the intervals overlap"
+    if mine.seeds > 1 and theirs.seeds > 1:
+        return "; the ranges of their seeds overlap"
+    return f"; the {_spread(mine)} of the one and the {_spread(theirs)} of the other overlap"
