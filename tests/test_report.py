@@ -17,6 +17,7 @@ from tiny import BODY, GRID, SIDE, scenes, store
 
 from zpipe.schemas.atomic import read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.manifest import read_manifest, write_manifest
 from zpipe.schemas.shard_index import INDEX_NAME
 from zpipe.train.checkpoint import load_run, save_model
 from zpipe.train.data.loader import RelevanceLoader
@@ -28,6 +29,7 @@ from zpipe.train.report.figures import base_name, curves, headline, histograms, 
 from zpipe.train.report.page import describe, embedded_json, render
 from zpipe.train.report.runs import gather
 from zpipe.train.results import Result, write_results
+from zpipe.train.scoring import SOURCES
 from zpipe.train.train_vit import VitConfig, build_vit, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
@@ -599,6 +601,46 @@ def test_filters_filter_and_two_models_answer(data, page_file, open_page):
     page.select_option("#filter-order", "hard")
     hardest = min(entries, key=lambda entry: entry["ease"])["key"]
     assert page.locator(".entry .key").first.inner_text() == hardest
+
+
+def test_the_panel_of_the_scores_says_what_they_know(data, open_page, tmp_path):
+    said = {
+        "zoomer": "The Zoomer's map, from the image alone.",
+        "maps": "The teacher's maps as scores, made with knowledge of the true class.",
+        "attention": "The model's own class attention with nothing zoomed, from the image alone.",
+        "entropy": "The entropy of the grey values, from the image alone.",
+        "centre": "A Gaussian around the centre, the same for every image.",
+        "random": "Random scores, which know nothing of the image.",
+    }
+    assert said.keys() | {"own", "none"} == SOURCES.keys()
+    for source in said:
+        run = shutil.copytree(data / "double", tmp_path / source)
+        record = read_json(run / "run.json", "a run")
+        record["settings"]["scores"] = source
+        write_json(run / "run.json", record)
+    runs = [tmp_path / source for source in said]
+    page = open_page(report(runs, tmp_path / "out", replace(CONFIG, gallery=2, maps=data / "maps")))
+    for source, words in said.items():
+        page.select_option("#patch-model", label=source)
+        _, teacher, scores, _ = page.locator(".entry[data-at='0'] canvas").all()
+        assert scores.get_attribute("aria-label") == words
+        assert teacher.get_attribute("aria-label") == "The teacher's map, made with knowledge of the true class."
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("predicted", "made for the class that the teacher predicts"),
+        ("class:3", "made for class 3"),
+        ("none", "made for no class in particular"),
+    ],
+)
+def test_maps_that_do_not_know_the_true_class_are_not_said_to(data, tmp_path, target, words):
+    maps = shutil.copytree(data / "maps", tmp_path / "maps")
+    manifest = read_manifest(maps)
+    write_manifest(maps, replace(manifest, provenance=replace(manifest.provenance, target=target)))
+    html = report([data / "plain"], tmp_path / "out", replace(CONFIG, gallery=2, maps=maps)).read_text()
+    assert embedded(html, "gallery-data")["map_said"] == f"The teacher's map, {words}."
 
 
 def test_the_gallery_says_at_which_settings_the_models_answer(data, page_file, open_page, tmp_path):

@@ -163,11 +163,11 @@ zpipe.gallery = (() => {
 
   function kindsOfPanels() {
     const kinds = [["image", "image", "The image, with the object's box where it is known."]];
-    if (data.map_grid) kinds.push(["map", "teacher's map", "The teacher's relevance map of the true class."]);
+    if (data.map_grid) kinds.push(["map", "teacher's map", data.map_said]);
     if (state.patches !== null) {
-      const { source } = data.models[state.patches].zoom;
+      const { source, scores_said: said } = data.models[state.patches].zoom;
       const told = source === "zoomer" ? "Zoomer's map" : `scores: ${source}`;
-      kinds.push(["scores", told, `${told}, from the image alone.`], ["patches", "patches", "Patches."]);
+      kinds.push(["scores", told, said], ["patches", "patches", "Patches."]);
     }
     return kinds;
   }

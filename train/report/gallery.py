@@ -37,6 +37,15 @@ THUMBNAIL = 224  # pixels a side at most
 JPEG_QUALITY = 85
 TOP = 5
 SHARDS_READ = 16  # of a large data set; an ImageNet tar is 110 MB
+# What the panel of the scores shows, by source. "own" and "none" give a model no scores, so no panel.
+SCORES_SAID = {
+    "zoomer": "The Zoomer's map, from the image alone.",
+    "maps": "The teacher's maps as scores, {made_for}.",
+    "attention": "The model's own class attention with nothing zoomed, from the image alone.",
+    "entropy": "The entropy of the grey values, from the image alone.",
+    "centre": "A Gaussian around the centre, the same for every image.",
+    "random": "Random scores, which know nothing of the image.",
+}
 FALLBACK_ZOOM = {"alpha": 0.1}  # of a run that has not been evaluated
 
 
@@ -268,14 +277,27 @@ def _assemble(
         "classes": list(classes),
         "difficulty": said,
         "settings": _settings(shown),
+        "map_said": f"The teacher's map, {_made_for(store)}.",
         "map_grid": list(views[0].grid) if views[0].grid else None,
         "pixels": [view.side for view in views],
-        "models": [_model(model, place[number]) for number, model in enumerate(shown)],
+        "models": [_model(model, place[number], store) for number, model in enumerate(shown)],
         "entries": entries,
     }
 
 
-def _model(model: _Shown, scores: int | None) -> dict[str, Any]:
+def _made_for(store: RelevanceMaps | None) -> str:
+    """What the maps of a store were made for, as words behind "maps, ..."; of no store, nothing."""
+    target = "" if store is None else store.manifest.provenance.target
+    known = {
+        "": "",
+        "ground-truth": "made with knowledge of the true class",
+        "predicted": "made for the class that the teacher predicts",
+        "none": "made for no class in particular",
+    }
+    return known.get(target, f"made for {target.replace(':', ' ')}")
+
+
+def _model(model: _Shown, scores: int | None, store: RelevanceMaps | None) -> dict[str, Any]:
     net = model.opened.model
     described: dict[str, Any] = {
         "name": model.record.name,
@@ -292,6 +314,7 @@ def _model(model: _Shown, scores: int | None) -> dict[str, Any]:
     described["zoom"] = {
         "scores": scores,
         "source": model.source.name,
+        "scores_said": SCORES_SAID[model.source.name].format(made_for=_made_for(store)),
         "factor": net.zoom_factor if isinstance(net, ZoomViT) else 2.0,
         "side": net.coarse_grid,
         "fixed_tokens": None if isinstance(net, ZoomViT) else net.num_patches(),
