@@ -689,12 +689,52 @@ def test_by_keyboard_alone(page_file, open_page):
     page.keyboard.press("ArrowRight")
     assert dialog.locator(".key").inner_text() != key and "3 of 20" in dialog.locator(".key").inner_text()
     page.keyboard.press("Escape")
-    assert dialog.is_hidden() and page.evaluate(at) == "2"
+    assert dialog.is_hidden()
+    page.wait_for_function(f"{at} === '2'")  # a dialog tells that it was closed a moment later
     unnamed = """() => [...document.querySelectorAll("canvas, select, input, button, article, dialog, [role=img]")].filter(
         (node) => !(node.getAttribute("aria-label") || node.getAttribute("aria-labelledby") || node.labels?.length
         || node.textContent.trim())).map((node) => node.outerHTML)"""
     assert page.evaluate(unnamed) == []
     assert page.locator("table").count() == page.locator("table caption").count() > 2
+
+
+def test_focus_stays_at_the_ends_of_the_enlarged_view(page_file, open_page):
+    page = open_page(page_file)
+    page.locator(".entry[data-at='0']").focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    focused, shown = "document.activeElement.id", page.locator("#enlarged .key")
+    for button, back, last, beside in (("before", "ArrowRight", "1 of 20", "2 of 20"), ("after", "ArrowLeft", "20 of 20", "19 of 20")):  # fmt: skip
+        page.locator(f"#{button}").focus()
+        while last not in (before := shown.inner_text()):
+            page.keyboard.press("Enter")
+            assert shown.inner_text() != before
+        assert page.evaluate(focused) == button
+        assert page.locator(f"#{button}").get_attribute("aria-disabled") == "true"
+        page.keyboard.press("Enter")  # one that is off does nothing
+        assert last in shown.inner_text() and page.evaluate(focused) == button
+        page.keyboard.press(back)
+        assert beside in shown.inner_text() and page.locator("#enlarged [aria-disabled='true']").count() == 0
+
+
+def test_focus_stays_when_the_window_changes(page_file, open_page):
+    page = open_page(page_file)
+    height = "document.querySelector('.entries').offsetHeight"
+    page.locator(".entry[data-at='0']").focus()
+    page.keyboard.press("ArrowDown")
+    for width in (900, 1300):
+        before = page.evaluate(height)
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_function(f"{height} !== {before}")
+        assert page.evaluate("document.activeElement.dataset.at") == "1"
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement.dataset.at") == "2"
+    # Focus elsewhere stays there.
+    page.locator("#reset").focus()
+    before = page.evaluate(height)
+    page.set_viewport_size({"width": 900, "height": 900})
+    page.wait_for_function(f"{height} !== {before}")
+    assert page.evaluate("document.activeElement.id") == "reset"
 
 
 def test_hostile_names_stay_names(data, page_file, open_page):

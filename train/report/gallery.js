@@ -336,11 +336,13 @@ zpipe.gallery = (() => {
   }
 
   function rebuild() {
+    const focused = list.contains(document.activeElement); // its element is about to go
     measure();
     const none = document.getElementById("no-match");
     none.hidden = order.length > 0;
     if (!order.length) list.style.height = "0";
     update();
+    if (focused) cards.get(active)?.focus({ preventScroll: true });
     tellStatus();
   }
 
@@ -512,8 +514,9 @@ zpipe.gallery = (() => {
     const entry = data.entries[order[at]];
     dialog.querySelector("h2").replaceChildren(make("span", {}, "class "), className(entry.label));
     dialog.querySelector(".key").textContent = [entry.key, ease(entry), `${at + 1} of ${order.length}`].filter(Boolean).join(" · ");
-    document.getElementById("before").disabled = at === 0;
-    document.getElementById("after").disabled = at === order.length - 1;
+    // Not `disabled`: a button that is loses the focus, and with it the arrow keys.
+    document.getElementById("before").setAttribute("aria-disabled", at === 0);
+    document.getElementById("after").setAttribute("aria-disabled", at === order.length - 1);
     document.getElementById("enlarged-body").replaceChildren(body(order[at]));
     if (!dialog.open) {
       dialog.showModal();
