@@ -698,6 +698,22 @@ def test_by_keyboard_alone(page_file, open_page):
     assert page.locator("table").count() == page.locator("table caption").count() > 2
 
 
+def test_a_plot_hides_no_button_and_points_to_its_table(page_file, open_page):
+    page = open_page(page_file)
+    plot = page.locator("#figure-gmacs .plot")
+    plot.locator("svg").first.wait_for()
+    focusable = "node => [...node.querySelectorAll('*')].filter((one) => one.tabIndex >= 0).length"
+    assert plot.evaluate(focusable) > 0
+    assert page.locator("[role=img] *").count() == 0
+    assert plot.get_attribute("role") == "group" and "Accuracy and multiply-adds" in plot.get_attribute("aria-label")
+    captions = {}
+    for plot in page.locator(".plot").all():
+        name = plot.evaluate("node => node.closest('figure').id")
+        captions[name] = page.locator("#" + plot.get_attribute("aria-details")).locator("caption").inner_text()
+    assert captions["figure-gmacs"].startswith("Evaluation")
+    assert captions["figure-train-lr"].startswith("Training")
+
+
 def test_focus_stays_at_the_ends_of_the_enlarged_view(page_file, open_page):
     page = open_page(page_file)
     page.locator(".entry[data-at='0']").focus()

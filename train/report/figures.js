@@ -9,6 +9,7 @@ zpipe.figures = (() => {
   const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
   const described = new Map(); // plot's element -> its figure
   const drawn = new Set();
+  const tables = new Map(); // a table's name, which may be anything -> its element's id
 
   /** An element with its attributes and children; strings among the children become text. */
   function make(tag, attributes = {}, ...children) {
@@ -20,6 +21,11 @@ zpipe.figures = (() => {
     }
     node.append(...children.filter((child) => child !== null && child !== undefined));
     return node;
+  }
+
+  function tableId(name) {
+    if (!tables.has(name)) tables.set(name, `table-${tables.size}`);
+    return tables.get(name);
   }
 
   function colour(name) {
@@ -64,7 +70,9 @@ zpipe.figures = (() => {
   }
 
   function figure(told) {
-    const plot = make("div", { class: "plot", role: "img", "aria-label": `${told.title}. Its figures are in the table below.` });
+    // A group, not an image: what is within an image is hidden from screen readers, and the plot's buttons can be focused.
+    const label = `${told.title}. Its figures are in the table below.`;
+    const plot = make("div", { class: "plot", role: "group", "aria-label": label, "aria-details": tableId(told.table) });
     const caption = make("figcaption", {}, make("h3", {}, told.title), told.note ? make("p", {}, told.note) : null);
     described.set(plot, told);
     watch.observe(plot);
@@ -95,7 +103,7 @@ zpipe.figures = (() => {
     const rows = told.rows.map((row) =>
       make("tr", {}, ...row.map((text, i) => (i === 0 ? make("th", { scope: "row" }, text) : make("td", {}, text)))),
     );
-    const whole = make("table", {}, caption, make("thead", {}, head), make("tbody", {}, ...rows));
+    const whole = make("table", { id: tableId(told.id) }, caption, make("thead", {}, head), make("tbody", {}, ...rows));
     // Wide tables scroll; what scrolls must be reachable by keyboard.
     return make("div", { class: "table", tabindex: "0", role: "region", "aria-label": told.caption }, whole);
   }
