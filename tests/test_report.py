@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -429,6 +432,15 @@ def test_the_page_reaches_for_nothing_and_runs_only_its_own_scripts(page_file):
     ours = render({}, None).replace(reader.scripts[0], "")
     assert not re.search(r"https?://|innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", ours)
     assert HOSTILE not in html and "<img src=x" not in html
+
+
+def test_the_page_is_made_where_the_locale_knows_only_ascii():
+    """Its files hold arrows and Greek; Python reads text as the locale says unless told otherwise."""
+    command = "from zpipe.train.report.page import render; print(ascii(render({}, None)))"
+    settings = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", command], env=settings, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.strip() == ascii(render({}, None))
 
 
 def test_embedded_json_ends_no_script():

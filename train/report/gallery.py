@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch import Tensor
@@ -363,6 +365,8 @@ def _difficulty(shown: list[_Shown], keys: list[str], store: RelevanceMaps | Non
     """How easy each sample is, in [0, 1], and the words for it."""
     if store is not None and store.manifest.provenance.target == "ground-truth":
         table = store.table(["key", "target_probability"])
+        # Rows of Python objects are made of the few that are shown: a store may hold millions.
+        table = table.filter(pc.is_in(table["key"], value_set=pa.array(keys, table["key"].type)))
         known = dict(zip(table["key"].to_pylist(), table["target_probability"].to_pylist(), strict=True))
         said = "the probability that the teacher of the maps gives to the true class"
         return said, [None if not np.isfinite(known[key]) else round(known[key], 4) for key in keys]

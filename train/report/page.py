@@ -17,7 +17,7 @@ from zpipe.schemas.atomic import write_bytes
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.report import figures
-from zpipe.train.report.runs import EVALUATION, Gathered, RunRecord, gather
+from zpipe.train.report.runs import Gathered, RunRecord, gather
 
 PAGE_NAME = "index.html"
 SCRIPTS = ("patches.js", "figures.js", "gallery.js", "main.js")
@@ -117,7 +117,6 @@ def describe(found: Gathered, missing: Sequence[str] = ()) -> dict[str, Any]:
             "accuracy": figures.tables(known, found.titles) + figures.token_table(known),
             "training": figures.training_table(found.runs),
         },
-        "main_study": EVALUATION,
     }
 
 
@@ -131,7 +130,7 @@ def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
     from plotly.offline import get_plotlyjs
 
     plotly = get_plotlyjs()
-    ours = "\n".join(source.joinpath(name).read_text() for name in SCRIPTS)
+    ours = "\n".join(source.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in (plotly, ours))
     policy = (
         # Plotly sizes and colours its SVG with style attributes, which have no digest.
@@ -140,14 +139,16 @@ def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
     )
     parts = {
         "policy": policy,
-        "style": source.joinpath("page.css").read_text(),
+        "style": source.joinpath("page.css").read_text(encoding="utf-8"),
         "about": embedded_json(about),
         "gallery": embedded_json(gallery),
         "plotly": plotly,
         "script": ours,
     }
     # One pass, so that nothing in what is filled in is taken for a place to fill.
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], source.joinpath("page.html").read_text())
+    return re.sub(
+        r"\{\{(\w+)\}\}", lambda found: parts[found[1]], source.joinpath("page.html").read_text(encoding="utf-8")
+    )
 
 
 def embedded_json(value: Any) -> str:
