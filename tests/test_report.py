@@ -726,6 +726,45 @@ def test_a_plot_hides_no_button_and_points_to_its_table(page_file, open_page):
     assert captions["figure-train-lr"].startswith("Training")
 
 
+def test_tables_are_sorted_by_their_headers(data, open_page, tmp_path):
+    about = describe(gather([data]))
+    rows = [
+        ["b", "alpha 0.1", "9.5 % (3.0 to 99.0)", "1,200", "1e-05", ""],
+        ["run-10", "alpha 0.05", "80.0 % (70.1 to 88.2)", "900", "0.001", "yes"],
+        ["run-2", "budget 9", "9.5 % (2.0 to 12.0)", "", "-3", "no"],
+        ["a", "budget 12", "100.0 %", "1,000,000", "2", ""],
+    ]
+    columns = ["run", "setting", "top-1", "images/s", "lr", "finished"]
+    made = {"id": "made", "caption": "Made", "note": "", "columns": columns, "rows": rows}
+    about["tables"]["accuracy"] = [made, made | {"id": "other", "caption": "Other"}]
+    (tmp_path / "index.html").write_text(render(about, None))
+    page = open_page(tmp_path / "index.html")
+    first, other = page.locator("#accuracy table").all()
+    runs = first.locator("tbody th")
+    assert runs.all_inner_texts() == ["b", "run-10", "run-2", "a"] and first.locator("[aria-sort]").count() == 0
+    for column, key, direction, expected in (
+        ("run", "Enter", "ascending", ["a", "b", "run-2", "run-10"]),
+        ("run", "Space", "descending", ["run-10", "run-2", "b", "a"]),
+        ("top-1", "Enter", "ascending", ["run-2", "b", "run-10", "a"]),  # equal ones stay as they were
+        ("top-1", "Enter", "descending", ["a", "run-10", "run-2", "b"]),
+        ("images/s", "Enter", "ascending", ["run-10", "b", "a", "run-2"]),
+        ("images/s", "Enter", "descending", ["a", "b", "run-10", "run-2"]),  # nothing to compare: last
+        ("lr", "Space", "ascending", ["run-2", "b", "run-10", "a"]),
+        ("setting", "Enter", "ascending", ["run-10", "b", "run-2", "a"]),
+        ("finished", "Enter", "ascending", ["run-2", "run-10", "b", "a"]),
+    ):
+        head = first.locator("thead th").nth(columns.index(column))
+        head.get_by_role("button", name=column, exact=True).focus()
+        page.keyboard.press(key)
+        assert runs.all_inner_texts() == expected, (column, direction)
+        assert head.get_attribute("aria-sort") == direction and first.locator("[aria-sort]").count() == 1
+        assert page.evaluate("document.activeElement.textContent") == column
+    values = [row.locator("td").all_inner_texts() for row in first.locator("tbody tr").all()]
+    assert values == [{row[0]: row[1:] for row in rows}[run] for run in expected]
+    assert other.locator("tbody th").all_inner_texts() == ["b", "run-10", "run-2", "a"]
+    assert other.locator("[aria-sort]").count() == 0
+
+
 def test_focus_stays_at_the_ends_of_the_enlarged_view(page_file, open_page):
     page = open_page(page_file)
     page.locator(".entry[data-at='0']").focus()
