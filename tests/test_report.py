@@ -236,7 +236,7 @@ def seeded(run, gmacs, values, *, budget=None):
          "; the 95 % interval of the one and the range of 2 seeds of the other overlap."),
         ((0.90, 0.94), (0.88,), "range of 2 seeds: 90.0 to 94.0",
          "; the range of 2 seeds of the one and the 95 % interval of the other overlap."),
-        ((0.90, 0.94), (0.70, 0.89), "range of 2 seeds: 90.0 to 94.0", "the scores' source included."),
+        ((0.90, 0.94), (0.70, 0.89), "range of 2 seeds: 90.0 to 94.0", "the source of the scores included."),
     ],
 )  # fmt: skip
 def test_a_range_over_seeds_is_not_called_an_interval(zoom, plain, tile, said):
@@ -388,7 +388,7 @@ def test_runs_of_another_data_set_are_left_out_with_a_note(data, tmp_path):
     notes = embedded(html, "about-data")["notes"]
     for name, classes in (("as-many", 10), ("more", 12), ("fewer", 2)):
         (note,) = [note for note in notes if note.startswith(f"{name}: ")]
-        assert f"its {classes} classes are not the 10 of {data / 'shards'}; give it a report of its own" in note
+        assert f"its {classes} classes are not the 10 of {data / 'shards'}; report it separately" in note
     # Beside its own data the same run is shown.
     chosen = replace(CONFIG, gallery=4, shards=tmp_path / "more-shards")
     html = report([tmp_path / "more", data / "plain"], tmp_path / "out", chosen).read_text()

@@ -71,7 +71,7 @@ zpipe.figures = (() => {
 
   function figure(told) {
     // A group, not an image: what is within an image is hidden from screen readers, and the plot's buttons can be focused.
-    const label = `${told.title}. Its figures are in the table below.`;
+    const label = `${told.title}. Its numbers are in a table below.`;
     const plot = make("div", { class: "plot", role: "group", "aria-label": label, "aria-details": tableId(told.table) });
     const caption = make("figcaption", {}, make("h3", {}, told.title), told.note ? make("p", {}, told.note) : null);
     described.set(plot, told);

@@ -353,7 +353,7 @@ zpipe.gallery = (() => {
 
   function tellTokens() {
     if (state.patches === null) return;
-    const text = order.length ? `${meanTokens().toFixed(1)} tokens an image, over the ${order.length} that match` : "";
+    const text = order.length ? `${meanTokens().toFixed(1)} tokens per image, mean of the ${order.length} that match` : "";
     for (const control of zoomControls) control.told.textContent = text;
   }
 
@@ -468,7 +468,7 @@ zpipe.gallery = (() => {
     const single = [["", "all"], ["left-right", "A right"], ["left-wrong", "A wrong"]];
     const double = [["right-right", "B right"], ["right-wrong", "B wrong"], ["both", "both right"], ["neither", "both wrong"], ["only-left", "only A right"], ["only-right", "only B right"]];
     row.append(select("filter-outcome", "Right or wrong", names.length > 1 ? [...single, ...double] : single, refilter));
-    row.append(select("filter-ease", "Ease", [["", "all"], ["easy", "easy"], ["hard", "hard"]], refilter));
+    row.append(select("filter-ease", "Difficulty", [["", "all"], ["easy", "easy"], ["hard", "hard"]], refilter));
     if (kinds.length) row.append(select("filter-kind", "Error kind", [["", "all"], ...kinds.map((kind) => [kind, kind])], refilter));
     row.append(select("filter-order", "Order", [["", "as drawn"], ["hard", "hardest first"], ["easy", "easiest first"]], refilter));
     row.append(make("button", { type: "button", id: "reset" }, "Reset filters"));
@@ -491,8 +491,8 @@ zpipe.gallery = (() => {
     const buttons = make(
       "div",
       { class: "buttons" },
-      button("before", "← Before", () => enlarge(opened - 1)),
-      button("after", "After →", () => enlarge(opened + 1)),
+      button("before", "← Previous", () => enlarge(opened - 1)),
+      button("after", "Next →", () => enlarge(opened + 1)),
       button("close", "Close", () => dialog.close()),
     );
     const head = make("div", { class: "enlarged-head" }, make("h2", { id: "enlarged-title" }), make("span", { class: "key" }), buttons);
@@ -550,10 +550,10 @@ zpipe.gallery = (() => {
 
   function about() {
     const { entries, total, shards, shards_read: read, shard_count: all, seed, difficulty, settings } = data;
-    const drawn = entries.length === total ? `all ${total}` : `${entries.length} of ${total} images`;
+    const drawn = entries.length === total ? `All ${total} images` : `${entries.length} of ${total} images`;
     return [
-      `${drawn} of ${shards}, drawn by seed ${seed} from ${read} of its ${all} shards.`,
-      `Easy or hard: ${difficulty}, easy from ${100 * EASY} % on.`,
+      `${drawn} of ${shards}, drawn with seed ${seed} from ${read} of its ${all} shards.`,
+      `Easy: ${difficulty} is at least ${100 * EASY} %; hard: it is less.`,
       ...settings,
       state.patches === null ? "" : "The slider redraws the patches, not the answers.",
       "Arrow keys go from entry to entry, Enter enlarges, Esc closes.",
@@ -562,7 +562,7 @@ zpipe.gallery = (() => {
 
   function legend() {
     const item = (kind, told) => make("span", {}, make("i", { class: kind }), told);
-    const items = [item("heat", "maps: 0 to the image's highest")];
+    const items = [item("heat", "maps: 0 to the highest value in the image")];
     if (data.entries.some((entry) => entry.views.some((view) => view.box))) items.push(item("box", "object's box"));
     if (state.patches !== null) items.push(item("fine", "small patch"), item("coarse", "large patch"));
     return make("p", { class: "legend" }, ...items);

@@ -148,7 +148,7 @@ def _of_these_classes(records: Sequence[RunRecord], shards: Path) -> tuple[list[
         if own and classes and own != classes:
             notes.append(
                 f"{record.name}: not in the gallery, its {len(own)} classes are not the {len(classes)} of {shards}; "
-                "give it a report of its own"
+                "report it separately"
             )
         else:
             fitting.append(record)
