@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -17,8 +20,9 @@ from tiny import BODY, GRID, SIDE, scenes, store
 
 from zpipe.schemas.atomic import read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.manifest import read_manifest, write_manifest
 from zpipe.schemas.shard_index import INDEX_NAME
-from zpipe.train.checkpoint import load_run
+from zpipe.train.checkpoint import load_run, save_model
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.evaluate import EvalConfig, evaluate
 from zpipe.train.loop import TrainConfig
@@ -28,7 +32,8 @@ from zpipe.train.report.figures import base_name, curves, headline, histograms, 
 from zpipe.train.report.page import describe, embedded_json, render
 from zpipe.train.report.runs import gather
 from zpipe.train.results import Result, write_results
-from zpipe.train.train_vit import VitConfig, train_vit
+from zpipe.train.scoring import SOURCES
+from zpipe.train.train_vit import VitConfig, build_vit, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
 torch.set_num_threads(1)
@@ -211,6 +216,36 @@ def test_the_headline_compares_at_no_higher_cost(data):
     assert "zoom at budget 1 is 10.0 points more accurate than plain" in said and "0.80 of its" in said
 
 
+def seeded(run, gmacs, values, *, budget=None):
+    """A run's top-1 for each seed, with its multiply-adds; one value is one run, with a 95 % interval."""
+    setting = {} if budget is None else {"budget": budget}
+    rows = []
+    for seed, value in enumerate(values):
+        about = {"run": f"seed-{seed}/{run}" if len(values) > 1 else run, "seed": seed, "setting": setting}
+        rows += [result(**about, value=value, low=value - 0.05, high=value + 0.05)]
+        rows += [result(**about, metric="gmacs", value=gmacs)]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("zoom", "plain", "tile", "said"),
+    [
+        ((0.90, 0.92, 0.94), (0.80, 0.93), "range of 3 seeds: 90.0 to 94.0", "; the ranges of their seeds overlap."),
+        ((0.92,), (0.90,), "95 % interval: 87.0 to 97.0", "included; the intervals overlap."),
+        ((0.92,), (0.80, 0.89), "95 % interval: 87.0 to 97.0",
+         "; the 95 % interval of the one and the range of 2 seeds of the other overlap."),
+        ((0.90, 0.94), (0.88,), "range of 2 seeds: 90.0 to 94.0",
+         "; the range of 2 seeds of the one and the 95 % interval of the other overlap."),
+        ((0.90, 0.94), (0.70, 0.89), "range of 2 seeds: 90.0 to 94.0", "the source of the scores included."),
+    ],
+)  # fmt: skip
+def test_a_range_over_seeds_is_not_called_an_interval(zoom, plain, tile, said):
+    found = headline(points(seeded("zoom", 0.5, zoom, budget=4) + seeded("plain", 1.0, plain)))
+    assert found["tiles"][0]["interval"] == tile
+    (line,) = found["said"]
+    assert line.endswith(said)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "told"),
     [
@@ -334,6 +369,32 @@ def test_without_maps_and_with_a_model_that_needs_them(data, tmp_path):
     assert any("give --maps" in note for note in embedded(html, "about-data")["notes"])
 
 
+def test_runs_of_another_data_set_are_left_out_with_a_note(data, tmp_path):
+    """With as many classes, more, and fewer than the gallery's labels need: the last would end the whole report."""
+    for name, classes in (("as-many", 10), ("more", 12), ("fewer", 2)):
+        other = shutil.copytree(data / "shards", tmp_path / f"{name}-shards")
+        index = read_json(other / INDEX_NAME, "a shard index")
+        index["classes"] = [f"{name} {n}" for n in range(classes)]
+        write_json(other / INDEX_NAME, index)
+        run = shutil.copytree(data / "plain", tmp_path / name)
+        record = read_json(run / "run.json", "a run")
+        record["settings"]["classes"] = index["classes"]
+        write_json(run / "run.json", record)
+    few = VitConfig(model="deit_tiny_patch16_224", model_args=BODY, image_size=SIDE, num_classes=2)
+    save_model(tmp_path / "fewer", build_vit(few, 2), load_run(data / "plain").preprocessing)
+    runs = [data / "plain", *(tmp_path / name for name in ("as-many", "more", "fewer"))]
+    html = report(runs, tmp_path / "out", replace(CONFIG, gallery=4)).read_text()
+    assert [model["name"] for model in embedded(html, "gallery-data")["models"]] == ["plain"]
+    notes = embedded(html, "about-data")["notes"]
+    for name, classes in (("as-many", 10), ("more", 12), ("fewer", 2)):
+        (note,) = [note for note in notes if note.startswith(f"{name}: ")]
+        assert f"its {classes} classes are not the 10 of {data / 'shards'}; report it separately" in note
+    # Beside its own data the same run is shown.
+    chosen = replace(CONFIG, gallery=4, shards=tmp_path / "more-shards")
+    html = report([tmp_path / "more", data / "plain"], tmp_path / "out", chosen).read_text()
+    assert [model["name"] for model in embedded(html, "gallery-data")["models"]] == ["more"]
+
+
 # -- one safe file -----------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +432,15 @@ def test_the_page_reaches_for_nothing_and_runs_only_its_own_scripts(page_file):
     ours = render({}, None).replace(reader.scripts[0], "")
     assert not re.search(r"https?://|innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", ours)
     assert HOSTILE not in html and "<img src=x" not in html
+
+
+def test_the_page_is_made_where_the_locale_knows_only_ascii():
+    """Its files hold arrows and Greek; Python reads text as the locale says unless told otherwise."""
+    command = "from zpipe.train.report.page import render; print(ascii(render({}, None)))"
+    settings = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", command], env=settings, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.strip() == ascii(render({}, None))
 
 
 def test_embedded_json_ends_no_script():
@@ -545,6 +615,68 @@ def test_filters_filter_and_two_models_answer(data, page_file, open_page):
     assert page.locator(".entry .key").first.inner_text() == hardest
 
 
+def test_the_panel_of_the_scores_says_what_they_know(data, open_page, tmp_path):
+    said = {
+        "zoomer": "The Zoomer's map, from the image alone.",
+        "maps": "The teacher's maps as scores, made with knowledge of the true class.",
+        "attention": "The model's own class attention with nothing zoomed, from the image alone.",
+        "entropy": "The entropy of the grey values, from the image alone.",
+        "centre": "A Gaussian around the centre, the same for every image.",
+        "random": "Random scores, which know nothing of the image.",
+    }
+    assert said.keys() | {"own", "none"} == SOURCES.keys()
+    for source in said:
+        run = shutil.copytree(data / "double", tmp_path / source)
+        record = read_json(run / "run.json", "a run")
+        record["settings"]["scores"] = source
+        write_json(run / "run.json", record)
+    runs = [tmp_path / source for source in said]
+    page = open_page(report(runs, tmp_path / "out", replace(CONFIG, gallery=2, maps=data / "maps")))
+    for source, words in said.items():
+        page.select_option("#patch-model", label=source)
+        _, teacher, scores, _ = page.locator(".entry[data-at='0'] canvas").all()
+        assert scores.get_attribute("aria-label") == words
+        assert teacher.get_attribute("aria-label") == "The teacher's map, made with knowledge of the true class."
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("predicted", "made for the class that the teacher predicts"),
+        ("class:3", "made for class 3"),
+        ("none", "made for no class in particular"),
+    ],
+)
+def test_maps_that_do_not_know_the_true_class_are_not_said_to(data, tmp_path, target, words):
+    maps = shutil.copytree(data / "maps", tmp_path / "maps")
+    manifest = read_manifest(maps)
+    write_manifest(maps, replace(manifest, provenance=replace(manifest.provenance, target=target)))
+    html = report([data / "plain"], tmp_path / "out", replace(CONFIG, gallery=2, maps=maps)).read_text()
+    assert embedded(html, "gallery-data")["map_said"] == f"The teacher's map, {words}."
+
+
+def test_the_gallery_says_at_which_settings_the_models_answer(data, page_file, open_page, tmp_path):
+    about = open_page(page_file).locator("#gallery-about").inner_text()
+    assert "at the middle zoom of the evaluation: double (alpha 0.5), half (budget 1)." in about
+    assert "default zoom" not in about and "own settings" not in about
+    merging = VitConfig(
+        model="tome_vit",
+        model_args={"backbone": "deit_tiny_patch16_224", "backbone_args": BODY, "r": 2},
+        image_size=SIDE,
+        train=replace(LOOP, batch_size=COUNT),
+    )
+    train_vit(data / "shards", tmp_path / "merging", merging)
+    fresh = shutil.copytree(data / "double", tmp_path / "fresh")
+    for run in (fresh, shutil.copytree(data / "plain", tmp_path / "plain")):
+        (run / "evaluation.json").unlink()
+    runs = [fresh, tmp_path / "merging", tmp_path / "plain"]
+    about = open_page(report(runs, tmp_path / "out", replace(CONFIG, gallery=4, shards=data / "shards")))
+    about = about.locator("#gallery-about").inner_text()
+    assert "at a default zoom, as none was evaluated: fresh (alpha 0.1)." in about
+    assert "with the model's own settings, whichever were evaluated: merging." in about
+    assert "middle zoom" not in about
+
+
 def test_by_keyboard_alone(page_file, open_page):
     page = open_page(page_file)
     page.locator("#reset").focus()
@@ -569,12 +701,107 @@ def test_by_keyboard_alone(page_file, open_page):
     page.keyboard.press("ArrowRight")
     assert dialog.locator(".key").inner_text() != key and "3 of 20" in dialog.locator(".key").inner_text()
     page.keyboard.press("Escape")
-    assert dialog.is_hidden() and page.evaluate(at) == "2"
+    assert dialog.is_hidden()
+    page.wait_for_function(f"{at} === '2'")  # a dialog tells that it was closed a moment later
     unnamed = """() => [...document.querySelectorAll("canvas, select, input, button, article, dialog, [role=img]")].filter(
         (node) => !(node.getAttribute("aria-label") || node.getAttribute("aria-labelledby") || node.labels?.length
         || node.textContent.trim())).map((node) => node.outerHTML)"""
     assert page.evaluate(unnamed) == []
     assert page.locator("table").count() == page.locator("table caption").count() > 2
+
+
+def test_a_plot_hides_no_button_and_points_to_its_table(page_file, open_page):
+    page = open_page(page_file)
+    plot = page.locator("#figure-gmacs .plot")
+    plot.locator("svg").first.wait_for()
+    focusable = "node => [...node.querySelectorAll('*')].filter((one) => one.tabIndex >= 0).length"
+    assert plot.evaluate(focusable) > 0
+    assert page.locator("[role=img] *").count() == 0
+    assert plot.get_attribute("role") == "group" and "Accuracy and multiply-adds" in plot.get_attribute("aria-label")
+    captions = {}
+    for plot in page.locator(".plot").all():
+        name = plot.evaluate("node => node.closest('figure').id")
+        captions[name] = page.locator("#" + plot.get_attribute("aria-details")).locator("caption").inner_text()
+    assert captions["figure-gmacs"].startswith("Evaluation")
+    assert captions["figure-train-lr"].startswith("Training")
+
+
+def test_tables_are_sorted_by_their_headers(data, open_page, tmp_path):
+    about = describe(gather([data]))
+    rows = [
+        ["b", "alpha 0.1", "9.5 % (3.0 to 99.0)", "1,200", "1e-05", ""],
+        ["run-10", "alpha 0.05", "80.0 % (70.1 to 88.2)", "900", "0.001", "yes"],
+        ["run-2", "budget 9", "9.5 % (2.0 to 12.0)", "", "-3", "no"],
+        ["a", "budget 12", "100.0 %", "1,000,000", "2", ""],
+    ]
+    columns = ["run", "setting", "top-1", "images/s", "lr", "finished"]
+    made = {"id": "made", "caption": "Made", "note": "", "columns": columns, "rows": rows}
+    about["tables"]["accuracy"] = [made, made | {"id": "other", "caption": "Other"}]
+    (tmp_path / "index.html").write_text(render(about, None))
+    page = open_page(tmp_path / "index.html")
+    first, other = page.locator("#accuracy table").all()
+    runs = first.locator("tbody th")
+    assert runs.all_inner_texts() == ["b", "run-10", "run-2", "a"] and first.locator("[aria-sort]").count() == 0
+    for column, key, direction, expected in (
+        ("run", "Enter", "ascending", ["a", "b", "run-2", "run-10"]),
+        ("run", "Space", "descending", ["run-10", "run-2", "b", "a"]),
+        ("top-1", "Enter", "ascending", ["run-2", "b", "run-10", "a"]),  # equal ones stay as they were
+        ("top-1", "Enter", "descending", ["a", "run-10", "run-2", "b"]),
+        ("images/s", "Enter", "ascending", ["run-10", "b", "a", "run-2"]),
+        ("images/s", "Enter", "descending", ["a", "b", "run-10", "run-2"]),  # nothing to compare: last
+        ("lr", "Space", "ascending", ["run-2", "b", "run-10", "a"]),
+        ("setting", "Enter", "ascending", ["run-10", "b", "run-2", "a"]),
+        ("finished", "Enter", "ascending", ["run-2", "run-10", "b", "a"]),
+    ):
+        head = first.locator("thead th").nth(columns.index(column))
+        head.get_by_role("button", name=column, exact=True).focus()
+        page.keyboard.press(key)
+        assert runs.all_inner_texts() == expected, (column, direction)
+        assert head.get_attribute("aria-sort") == direction and first.locator("[aria-sort]").count() == 1
+        assert page.evaluate("document.activeElement.textContent") == column
+    values = [row.locator("td").all_inner_texts() for row in first.locator("tbody tr").all()]
+    assert values == [{row[0]: row[1:] for row in rows}[run] for run in expected]
+    assert other.locator("tbody th").all_inner_texts() == ["b", "run-10", "run-2", "a"]
+    assert other.locator("[aria-sort]").count() == 0
+
+
+def test_focus_stays_at_the_ends_of_the_enlarged_view(page_file, open_page):
+    page = open_page(page_file)
+    page.locator(".entry[data-at='0']").focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    focused, shown = "document.activeElement.id", page.locator("#enlarged .key")
+    for button, back, last, beside in (("before", "ArrowRight", "1 of 20", "2 of 20"), ("after", "ArrowLeft", "20 of 20", "19 of 20")):  # fmt: skip
+        page.locator(f"#{button}").focus()
+        while last not in (before := shown.inner_text()):
+            page.keyboard.press("Enter")
+            assert shown.inner_text() != before
+        assert page.evaluate(focused) == button
+        assert page.locator(f"#{button}").get_attribute("aria-disabled") == "true"
+        page.keyboard.press("Enter")  # one that is off does nothing
+        assert last in shown.inner_text() and page.evaluate(focused) == button
+        page.keyboard.press(back)
+        assert beside in shown.inner_text() and page.locator("#enlarged [aria-disabled='true']").count() == 0
+
+
+def test_focus_stays_when_the_window_changes(page_file, open_page):
+    page = open_page(page_file)
+    height = "document.querySelector('.entries').offsetHeight"
+    page.locator(".entry[data-at='0']").focus()
+    page.keyboard.press("ArrowDown")
+    for width in (900, 1300):
+        before = page.evaluate(height)
+        page.set_viewport_size({"width": width, "height": 900})
+        page.wait_for_function(f"{height} !== {before}")
+        assert page.evaluate("document.activeElement.dataset.at") == "1"
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate("document.activeElement.dataset.at") == "2"
+    # Focus elsewhere stays there.
+    page.locator("#reset").focus()
+    before = page.evaluate(height)
+    page.set_viewport_size({"width": 900, "height": 900})
+    page.wait_for_function(f"{height} !== {before}")
+    assert page.evaluate("document.activeElement.id") == "reset"
 
 
 def test_hostile_names_stay_names(data, page_file, open_page):

@@ -9,6 +9,7 @@ zpipe.figures = (() => {
   const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
   const described = new Map(); // plot's element -> its figure
   const drawn = new Set();
+  const tables = new Map(); // a table's name, which may be anything -> its element's id
 
   /** An element with its attributes and children; strings among the children become text. */
   function make(tag, attributes = {}, ...children) {
@@ -20,6 +21,11 @@ zpipe.figures = (() => {
     }
     node.append(...children.filter((child) => child !== null && child !== undefined));
     return node;
+  }
+
+  function tableId(name) {
+    if (!tables.has(name)) tables.set(name, `table-${tables.size}`);
+    return tables.get(name);
   }
 
   function colour(name) {
@@ -64,7 +70,9 @@ zpipe.figures = (() => {
   }
 
   function figure(told) {
-    const plot = make("div", { class: "plot", role: "img", "aria-label": `${told.title}. Its figures are in the table below.` });
+    // A group, not an image: what is within an image is hidden from screen readers, and the plot's buttons can be focused.
+    const label = `${told.title}. Its numbers are in a table below.`;
+    const plot = make("div", { class: "plot", role: "group", "aria-label": label, "aria-details": tableId(told.table) });
     const caption = make("figcaption", {}, make("h3", {}, told.title), told.note ? make("p", {}, told.note) : null);
     described.set(plot, told);
     watch.observe(plot);
@@ -89,13 +97,51 @@ zpipe.figures = (() => {
   );
   addEventListener("beforeprint", () => described.forEach((_, plot) => draw(plot)));
 
+  const NUMBER = /^[-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?(?= |$)/i; // of a cell; an interval or a unit may follow
+  const PARTS = /(\d+(?:\.\d+)?(?:e[-+]?\d+)?)/i; // "alpha 0.05" comes before "alpha 0.1", "seed-2" before "seed-10"
+  const letters = new Intl.Collator("en");
+
+  const number = (text) => Number(NUMBER.exec(text)[0].replaceAll(",", ""));
+
+  function compareTexts(one, other) {
+    const [mine, theirs] = [one.split(PARTS), other.split(PARTS)];
+    for (let i = 0; i < Math.min(mine.length, theirs.length); i += 1) {
+      const apart = i % 2 ? Number(mine[i]) - Number(theirs[i]) : letters.compare(mine[i], theirs[i]);
+      if (apart) return apart;
+    }
+    return mine.length - theirs.length;
+  }
+
+  /** Put a table's rows in the order of a column. Equal ones stay as they are; cells without a figure come last either way. */
+  function sortRows(body, column, falling) {
+    const text = (row) => row.cells[column].textContent;
+    const [empty, full] = [[], []];
+    for (const row of body.rows) (text(row) === "" ? empty : full).push(row);
+    const numeric = full.every((row) => NUMBER.test(text(row)));
+    const compare = numeric ? (a, b) => number(text(a)) - number(text(b)) : (a, b) => compareTexts(text(a), text(b));
+    full.sort(falling ? (a, b) => compare(b, a) : compare);
+    body.append(...full, ...empty);
+  }
+
+  function header(name, column) {
+    const button = make("button", { type: "button", title: `Sort by ${name}` }, name, make("span", { "aria-hidden": "true" }));
+    const head = make("th", { scope: "col" }, button);
+    button.addEventListener("click", () => {
+      const falling = head.getAttribute("aria-sort") === "ascending";
+      for (const other of head.parentNode.cells) other.removeAttribute("aria-sort"); // only one column says it is sorted
+      head.setAttribute("aria-sort", falling ? "descending" : "ascending");
+      sortRows(head.closest("table").tBodies[0], column, falling);
+    });
+    return head;
+  }
+
   function table(told) {
     const caption = make("caption", {}, told.caption, told.note ? make("span", {}, told.note) : null);
-    const head = make("tr", {}, ...told.columns.map((name) => make("th", { scope: "col" }, name)));
+    const head = make("tr", {}, ...told.columns.map(header));
     const rows = told.rows.map((row) =>
       make("tr", {}, ...row.map((text, i) => (i === 0 ? make("th", { scope: "row" }, text) : make("td", {}, text)))),
     );
-    const whole = make("table", {}, caption, make("thead", {}, head), make("tbody", {}, ...rows));
+    const whole = make("table", { id: tableId(told.id) }, caption, make("thead", {}, head), make("tbody", {}, ...rows));
     // Wide tables scroll; what scrolls must be reachable by keyboard.
     return make("div", { class: "table", tabindex: "0", role: "region", "aria-label": told.caption }, whole);
   }

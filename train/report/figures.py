@@ -36,7 +36,7 @@ HEADINGS = {
     "teacher_pointing_game": "teacher's peak in the box",
     "top10_overlap": "top-10 % overlap",
     "rank_correlation": "rank correlation",
-    "box_share": "box, of the image",
+    "box_share": "box, share of the image",
 }
 SEED_MARK = re.compile(r"(?:^|[-_./])seed[-_]?\d+(?=$|[-_./])")
 
@@ -173,12 +173,12 @@ def curves(found: Sequence[Point], titles: dict[str, str], runs: Sequence[RunRec
     if any(measure.seeds > 1 for point in wanted for measure in point.measures.values()):
         bars = "Bars: 95 % interval; where several seeds were trained, the mean and the range of the seeds."
     whole = (
-        ("gmacs", "total_gmacs", "Accuracy and multiply-adds", "GMACs an image, source of the scores included"),
+        ("gmacs", "total_gmacs", "Accuracy and multiply-adds", "GMACs per image, source of the scores included"),
         ("throughput", "images_per_s", "Accuracy and throughput", "images/s"),
     )
     notes = {
         "gmacs": "Up and to the left is better.",
-        "throughput": "Up and to the right is better. Speeds compare only where they were measured on the same machine.",
+        "throughput": "Up and to the right is better. Compare speeds only where they were measured on the same machine.",
     }
     figures = []
     for name, metric, title, axis in whole:
@@ -280,7 +280,7 @@ def histograms(found: Sequence[Point]) -> list[Figure]:
     return [
         {
             "id": "tokens",
-            "title": "Tokens an image",
+            "title": "Tokens per image",
             "note": "How many images got how many tokens. Click a name in the legend to show or hide it.",
             "table": "token table",
             "data": data,
@@ -365,7 +365,7 @@ def tables(found: Sequence[Point], titles: dict[str, str]) -> list[Table]:
                 "id": study,
                 "caption": captions.get(study, study),
                 "note": "In brackets: the 95 % interval"
-                + ("; of several seeds, their mean and range." if repeated else "."),
+                + ("; where several seeds were trained, the mean and the range of the seeds." if repeated else "."),
                 "columns": heads + (["seeds"] if repeated else []),
                 "rows": rows,
             }
@@ -387,7 +387,7 @@ def token_table(found: Sequence[Point]) -> list[Table]:
     if not rows:
         return []
     heads = ["run", "setting", "mean", "5 % have at most", "half have at most", "95 % have at most"]
-    return [{"id": "token table", "caption": "Tokens an image", "note": "", "columns": heads, "rows": rows}]
+    return [{"id": "token table", "caption": "Tokens per image", "note": "", "columns": heads, "rows": rows}]
 
 
 def _quantile(histogram: dict[int, float], share: float) -> int:
@@ -422,7 +422,7 @@ def training_table(runs: Sequence[RunRecord]) -> list[Table]:
         )
     heads = ["run", "model", "steps", "epochs", "optimizer", "highest lr", "last loss", "last train top-1, %"]
     heads += ["best validation top-1, %", "images/s, median", "finished"]
-    note = "The last loss and accuracy are of one logging interval, not of the whole training set."
+    note = "The last loss and accuracy are those of one logging interval, not of the whole training set."
     return [{"id": "training", "caption": "Training", "note": note, "columns": heads, "rows": rows}] if rows else []
 
 
@@ -502,7 +502,7 @@ def headline(found: Sequence[Point]) -> dict[str, Any]:
                 "value": f"{100 * top1.value:.1f} %",
                 "interval": ""
                 if top1.low is None or top1.high is None
-                else f"95 % interval: {100 * top1.low:.1f} to {100 * top1.high:.1f}",
+                else f"{_spread(top1)}: {100 * top1.low:.1f} to {100 * top1.high:.1f}",
                 "facts": facts,
                 "of": f"best of {len(members)} settings" if len(members) > 1 else "",
                 "rank": top1.value,
@@ -532,14 +532,25 @@ def _comparisons(series: dict[tuple[str, str], list[Point]]) -> list[str]:
             way = f"{abs(gain):.1f} points {'more' if gain >= 0 else 'less'} accurate than"
             said.append(
                 f"{best.series} at {best.told} is {way} {other.series} ({100 * mine.value:.1f} % against "
-                f"{100 * theirs.value:.1f} %) for {cost:.2f} of its multiply-adds, the scores' source included"
+                f"{100 * theirs.value:.1f} %) for {cost:.2f} of its multiply-adds, the source of the scores included"
                 + _overlap(mine, theirs)
                 + "."
             )
     return said[:MOST_TILES]
 
 
+def _spread(measure: Measure) -> str:
+    """What low and high are: the range over a few seeds is no interval of confidence."""
+    return f"range of {measure.seeds} seeds" if measure.seeds > 1 else "95 % interval"
+
+
 def _overlap(mine: Measure, theirs: Measure) -> str:
     if None in (mine.low, mine.high, theirs.low, theirs.high):
         return ""
-    return "; the intervals overlap" if mine.low <= theirs.high and theirs.low <= mine.high else ""
+    if mine.low > theirs.high or theirs.low > mine.high:
+        return ""
+    if mine.seeds == theirs.seeds == 1:
+        return "; the intervals overlap"
+    if mine.seeds > 1 and theirs.seeds > 1:
+        return "; the ranges of their seeds overlap"
+    return f"; the {_spread(mine)} of the one and the {_spread(theirs)} of the other overlap"

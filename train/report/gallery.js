@@ -163,11 +163,11 @@ zpipe.gallery = (() => {
 
   function kindsOfPanels() {
     const kinds = [["image", "image", "The image, with the object's box where it is known."]];
-    if (data.map_grid) kinds.push(["map", "teacher's map", "The teacher's relevance map of the true class."]);
+    if (data.map_grid) kinds.push(["map", "teacher's map", data.map_said]);
     if (state.patches !== null) {
-      const { source } = data.models[state.patches].zoom;
+      const { source, scores_said: said } = data.models[state.patches].zoom;
       const told = source === "zoomer" ? "Zoomer's map" : `scores: ${source}`;
-      kinds.push(["scores", told, `${told}, from the image alone.`], ["patches", "patches", "Patches."]);
+      kinds.push(["scores", told, said], ["patches", "patches", "Patches."]);
     }
     return kinds;
   }
@@ -336,11 +336,13 @@ zpipe.gallery = (() => {
   }
 
   function rebuild() {
+    const focused = list.contains(document.activeElement); // its element is about to go
     measure();
     const none = document.getElementById("no-match");
     none.hidden = order.length > 0;
     if (!order.length) list.style.height = "0";
     update();
+    if (focused) cards.get(active)?.focus({ preventScroll: true });
     tellStatus();
   }
 
@@ -351,7 +353,7 @@ zpipe.gallery = (() => {
 
   function tellTokens() {
     if (state.patches === null) return;
-    const text = order.length ? `${meanTokens().toFixed(1)} tokens an image, over the ${order.length} that match` : "";
+    const text = order.length ? `${meanTokens().toFixed(1)} tokens per image, mean of the ${order.length} that match` : "";
     for (const control of zoomControls) control.told.textContent = text;
   }
 
@@ -466,7 +468,7 @@ zpipe.gallery = (() => {
     const single = [["", "all"], ["left-right", "A right"], ["left-wrong", "A wrong"]];
     const double = [["right-right", "B right"], ["right-wrong", "B wrong"], ["both", "both right"], ["neither", "both wrong"], ["only-left", "only A right"], ["only-right", "only B right"]];
     row.append(select("filter-outcome", "Right or wrong", names.length > 1 ? [...single, ...double] : single, refilter));
-    row.append(select("filter-ease", "Ease", [["", "all"], ["easy", "easy"], ["hard", "hard"]], refilter));
+    row.append(select("filter-ease", "Difficulty", [["", "all"], ["easy", "easy"], ["hard", "hard"]], refilter));
     if (kinds.length) row.append(select("filter-kind", "Error kind", [["", "all"], ...kinds.map((kind) => [kind, kind])], refilter));
     row.append(select("filter-order", "Order", [["", "as drawn"], ["hard", "hardest first"], ["easy", "easiest first"]], refilter));
     row.append(make("button", { type: "button", id: "reset" }, "Reset filters"));
@@ -489,8 +491,8 @@ zpipe.gallery = (() => {
     const buttons = make(
       "div",
       { class: "buttons" },
-      button("before", "← Before", () => enlarge(opened - 1)),
-      button("after", "After →", () => enlarge(opened + 1)),
+      button("before", "← Previous", () => enlarge(opened - 1)),
+      button("after", "Next →", () => enlarge(opened + 1)),
       button("close", "Close", () => dialog.close()),
     );
     const head = make("div", { class: "enlarged-head" }, make("h2", { id: "enlarged-title" }), make("span", { class: "key" }), buttons);
@@ -512,8 +514,9 @@ zpipe.gallery = (() => {
     const entry = data.entries[order[at]];
     dialog.querySelector("h2").replaceChildren(make("span", {}, "class "), className(entry.label));
     dialog.querySelector(".key").textContent = [entry.key, ease(entry), `${at + 1} of ${order.length}`].filter(Boolean).join(" · ");
-    document.getElementById("before").disabled = at === 0;
-    document.getElementById("after").disabled = at === order.length - 1;
+    // Not `disabled`: a button that is loses the focus, and with it the arrow keys.
+    document.getElementById("before").setAttribute("aria-disabled", at === 0);
+    document.getElementById("after").setAttribute("aria-disabled", at === order.length - 1);
     document.getElementById("enlarged-body").replaceChildren(body(order[at]));
     if (!dialog.open) {
       dialog.showModal();
@@ -546,18 +549,20 @@ zpipe.gallery = (() => {
   }
 
   function about() {
-    const { entries, total, shards, shards_read: read, shard_count: all, seed, difficulty } = data;
-    const drawn = entries.length === total ? `all ${total}` : `${entries.length} of ${total} images`;
-    return (
-      `${drawn} of ${shards}, drawn by seed ${seed} from ${read} of its ${all} shards. Easy or hard: ${difficulty}, ` +
-      `easy from ${100 * EASY} % on. Each model's answer is that of the middle zoom of its evaluation; the slider redraws the ` +
-      "patches, not the answers. Arrow keys go from entry to entry, Enter enlarges, Esc closes."
-    );
+    const { entries, total, shards, shards_read: read, shard_count: all, seed, difficulty, settings } = data;
+    const drawn = entries.length === total ? `All ${total} images` : `${entries.length} of ${total} images`;
+    return [
+      `${drawn} of ${shards}, drawn with seed ${seed} from ${read} of its ${all} shards.`,
+      `Easy: ${difficulty} is at least ${100 * EASY} %; hard: it is less.`,
+      ...settings,
+      state.patches === null ? "" : "The slider redraws the patches, not the answers.",
+      "Arrow keys go from entry to entry, Enter enlarges, Esc closes.",
+    ].filter(Boolean).join(" ");
   }
 
   function legend() {
     const item = (kind, told) => make("span", {}, make("i", { class: kind }), told);
-    const items = [item("heat", "maps: 0 to the image's highest")];
+    const items = [item("heat", "maps: 0 to the highest value in the image")];
     if (data.entries.some((entry) => entry.views.some((view) => view.box))) items.push(item("box", "object's box"));
     if (state.patches !== null) items.push(item("fine", "small patch"), item("coarse", "large patch"));
     return make("p", { class: "legend" }, ...items);

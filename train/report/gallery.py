@@ -14,26 +14,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch import Tensor
 
 from zpipe.schemas.progress import Progress
 from zpipe.schemas.relevance_maps import RelevanceMaps
+from zpipe.schemas.shard_index import INDEX_NAME, find_shards, read_index
+from zpipe.schemas.storage import as_path
 from zpipe.train.checkpoint import Preprocessing, Run, load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.loop import resolve_device
+from zpipe.train.models.tome import ToMeViT
 from zpipe.train.models.zoomvit import ZoomViT
 from zpipe.train.modes import EvalConfig, choose_run_source, trained_with
 from zpipe.train.report.runs import RunRecord
-from zpipe.train.scoring import ScoreSource, zooms
+from zpipe.train.scoring import ScoreSource, takes_scores, zooms
 from zpipe.train.train_vit import check_labels
 
 THUMBNAIL = 224  # pixels a side at most
 JPEG_QUALITY = 85
 TOP = 5
 SHARDS_READ = 16  # of a large data set; an ImageNet tar is 110 MB
+# What the panel of the scores shows, by source. "own" and "none" give a model no scores, so no panel.
+SCORES_SAID = {
+    "zoomer": "The Zoomer's map, from the image alone.",
+    "maps": "The teacher's maps as scores, {made_for}.",
+    "attention": "The model's own class attention with nothing zoomed, from the image alone.",
+    "entropy": "The entropy of the grey values, from the image alone.",
+    "centre": "A Gaussian around the centre, the same for every image.",
+    "random": "Random scores, which know nothing of the image.",
+}
 FALLBACK_ZOOM = {"alpha": 0.1}  # of a run that has not been evaluated
 
 
@@ -77,11 +91,14 @@ def build_gallery(
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Run the finished classifiers among `records` on `count` samples of `shards`, drawn by seed.
 
-    Every model takes the middle zoom of its evaluation. Returns the gallery, None when no model can be shown, and a line for
-    every run that was left out and why. Errors: :class:`UsageError`, :class:`ZpipeError` naming shards, store or key.
+    Every model takes the middle zoom of its evaluation, or FALLBACK_ZOOM; "settings" says which. Returns the gallery, None when no model can be shown, and a line for
+    every run that was left out and why: one of other classes than the shards' would answer with names that aren't its own.
+    Errors: :class:`UsageError`, :class:`ZpipeError` naming shards, store or key.
     """
     store = None if maps is None else RelevanceMaps(maps, normalise="minmax")
-    shown, notes = _open(records, store)
+    fitting, notes = _of_these_classes(records, shards)
+    shown, more = _open(fitting, store)
+    notes += more
     if not shown:
         return None, notes
     target = resolve_device(device)
@@ -118,6 +135,24 @@ def build_gallery(
             done += len(batch["key"])
             progress("gallery", done, len(groups) * min(count, total))
     return _assemble(shown, views, keys, labels, classes, store, total, drawn_from, shards, seed), notes
+
+
+def _of_these_classes(records: Sequence[RunRecord], shards: Path) -> tuple[list[RunRecord], list[str]]:
+    """The records whose classes are those of the shards, or of which one side names none; a line for every other."""
+    folder, _ = find_shards(as_path(shards))
+    # Tars without an index name no classes; to list them takes long, and the loader does it anyway.
+    classes = read_index(folder).classes if (folder / INDEX_NAME).is_file() else ()
+    fitting, notes = [], []
+    for record in records:
+        own = tuple(record.settings.get("classes") or ())
+        if own and classes and own != classes:
+            notes.append(
+                f"{record.name}: not in the gallery, its {len(own)} classes are not the {len(classes)} of {shards}; "
+                "report it separately"
+            )
+        else:
+            fitting.append(record)
+    return fitting, notes
 
 
 def _open(records: Sequence[RunRecord], store: RelevanceMaps | None) -> tuple[list[_Shown], list[str]]:
@@ -243,14 +278,28 @@ def _assemble(
         "seed": seed,
         "classes": list(classes),
         "difficulty": said,
+        "settings": _settings(shown),
+        "map_said": f"The teacher's map, {_made_for(store)}.",
         "map_grid": list(views[0].grid) if views[0].grid else None,
         "pixels": [view.side for view in views],
-        "models": [_model(model, place[number]) for number, model in enumerate(shown)],
+        "models": [_model(model, place[number], store) for number, model in enumerate(shown)],
         "entries": entries,
     }
 
 
-def _model(model: _Shown, scores: int | None) -> dict[str, Any]:
+def _made_for(store: RelevanceMaps | None) -> str:
+    """What the maps of a store were made for, as words behind "maps, ..."; of no store, nothing."""
+    target = "" if store is None else store.manifest.provenance.target
+    known = {
+        "": "",
+        "ground-truth": "made with knowledge of the true class",
+        "predicted": "made for the class that the teacher predicts",
+        "none": "made for no class in particular",
+    }
+    return known.get(target, f"made for {target.replace(':', ' ')}")
+
+
+def _model(model: _Shown, scores: int | None, store: RelevanceMaps | None) -> dict[str, Any]:
     net = model.opened.model
     described: dict[str, Any] = {
         "name": model.record.name,
@@ -267,6 +316,7 @@ def _model(model: _Shown, scores: int | None) -> dict[str, Any]:
     described["zoom"] = {
         "scores": scores,
         "source": model.source.name,
+        "scores_said": SCORES_SAID[model.source.name].format(made_for=_made_for(store)),
         "factor": net.zoom_factor if isinstance(net, ZoomViT) else 2.0,
         "side": net.coarse_grid,
         "fixed_tokens": None if isinstance(net, ZoomViT) else net.num_patches(),
@@ -274,6 +324,24 @@ def _model(model: _Shown, scores: int | None) -> dict[str, Any]:
         "evaluated": model.record.zooms,
     }
     return described
+
+
+def _settings(shown: list[_Shown]) -> list[str]:
+    """In words, at which settings the models answer. Of those that have none, such as a plain ViT, nothing is said."""
+    evaluated, fallback, usual = [], [], []
+    for model in shown:
+        net, name = model.opened.model, model.record.name
+        if model.zoom:
+            told = ", ".join(f"{kind} {value}" for kind, value in model.zoom.items())
+            (evaluated if model.record.zooms else fallback).append(f"{name} ({told})")
+        elif not zooms(net) and (takes_scores(net) or isinstance(net, ToMeViT)):
+            usual.append(name)
+    groups = (
+        ("Shown at the middle zoom of the evaluation", evaluated),
+        ("Shown at a default zoom, as none was evaluated", fallback),
+        ("Shown with the model's own settings, whichever were evaluated", usual),
+    )
+    return [f"{said}: {', '.join(names)}." for said, names in groups if names]
 
 
 def _distinct_scores(shown: list[_Shown]) -> tuple[list[_Shown], list[int | None]]:
@@ -297,6 +365,8 @@ def _difficulty(shown: list[_Shown], keys: list[str], store: RelevanceMaps | Non
     """How easy each sample is, in [0, 1], and the words for it."""
     if store is not None and store.manifest.provenance.target == "ground-truth":
         table = store.table(["key", "target_probability"])
+        # Rows of Python objects are made of the few that are shown: a store may hold millions.
+        table = table.filter(pc.is_in(table["key"], value_set=pa.array(keys, table["key"].type)))
         known = dict(zip(table["key"].to_pylist(), table["target_probability"].to_pylist(), strict=True))
         said = "the probability that the teacher of the maps gives to the true class"
         return said, [None if not np.isfinite(known[key]) else round(known[key], 4) for key in keys]

@@ -17,7 +17,7 @@ from zpipe.schemas.atomic import write_bytes
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.report import figures
-from zpipe.train.report.runs import EVALUATION, Gathered, RunRecord, gather
+from zpipe.train.report.runs import Gathered, RunRecord, gather
 
 PAGE_NAME = "index.html"
 SCRIPTS = ("patches.js", "figures.js", "gallery.js", "main.js")
@@ -72,7 +72,9 @@ def _gallery(
             return None, ["No gallery: no run was evaluated, so no shards are known. Give --shards VAL_SHARDS."]
         shards = Path(named)
         if "://" not in named and not shards.exists():
-            return None, [f"No gallery: {named}, which the evaluation names, is not there. Give --shards VAL_SHARDS."]
+            return None, [
+                f"No gallery: the evaluation was on {named}, which does not exist here. Give --shards VAL_SHARDS."
+            ]
     from zpipe.train.report.gallery import build_gallery  # torch and the models, which figures alone don't need
 
     gallery, notes = build_gallery(
@@ -96,14 +98,14 @@ def describe(found: Gathered, missing: Sequence[str] = ()) -> dict[str, Any]:
     vits = [run for run in found.runs if run.kind == "vit"]
     notes = []
     if not any("top1" in point.measures for point in known):
-        notes.append("Nothing has been evaluated. Accuracy comes with: zpipe evaluate RUN VAL_SHARDS")
+        notes.append("Nothing has been evaluated. To get accuracies: zpipe evaluate RUN VAL_SHARDS")
     elif not any(point.histogram for point in known) and any(point.zooms for point in known):
-        notes.append("The evaluations hold no token histograms. They come with evaluating again: zpipe evaluate RUN VAL_SHARDS")  # fmt: skip
+        notes.append("The evaluations hold no token histograms. To get them, evaluate again: zpipe evaluate RUN VAL_SHARDS")  # fmt: skip
     for run in vits:
         if not run.finished:
-            notes.append(f"{run.name} is not finished; the command it was begun with goes on.")
+            notes.append(f"{run.name} is not finished. To continue it, run its command again.")
     if not any(run.curve for run in found.runs) and found.runs:
-        notes.append("No run has a metrics.jsonl, hence no training curves.")
+        notes.append("No training curves: no run has a metrics.jsonl.")
     return {
         "zpipe": version("zpipe"),
         "runs": [run.name for run in found.runs],
@@ -117,7 +119,6 @@ def describe(found: Gathered, missing: Sequence[str] = ()) -> dict[str, Any]:
             "accuracy": figures.tables(known, found.titles) + figures.token_table(known),
             "training": figures.training_table(found.runs),
         },
-        "main_study": EVALUATION,
     }
 
 
@@ -131,7 +132,7 @@ def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
     from plotly.offline import get_plotlyjs
 
     plotly = get_plotlyjs()
-    ours = "\n".join(source.joinpath(name).read_text() for name in SCRIPTS)
+    ours = "\n".join(source.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in (plotly, ours))
     policy = (
         # Plotly sizes and colours its SVG with style attributes, which have no digest.
@@ -140,14 +141,16 @@ def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
     )
     parts = {
         "policy": policy,
-        "style": source.joinpath("page.css").read_text(),
+        "style": source.joinpath("page.css").read_text(encoding="utf-8"),
         "about": embedded_json(about),
         "gallery": embedded_json(gallery),
         "plotly": plotly,
         "script": ours,
     }
     # One pass, so that nothing in what is filled in is taken for a place to fill.
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], source.joinpath("page.html").read_text())
+    return re.sub(
+        r"\{\{(\w+)\}\}", lambda found: parts[found[1]], source.joinpath("page.html").read_text(encoding="utf-8")
+    )
 
 
 def embedded_json(value: Any) -> str:
