@@ -27,7 +27,7 @@ from zpipe.schemas.atomic import claim_folder, commit, write_bytes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import check_format, header
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.sample import IMAGE_SUFFIXES, key_for_file
+from zpipe.schemas.sample import DECODE_ERRORS, IMAGE_SUFFIXES, key_for_file
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -269,7 +269,9 @@ def inspect_image(data: bytes) -> tuple[str, int, int]:
         with open_image(data) as image:
             image.load()
             return SUFFIX_OF_FORMAT[image.format or ""], image.width, image.height
-    except (SyntaxError, EOFError) as error:  # what PIL raises for some broken PNG chunks
+    except (OSError, ValueError):
+        raise
+    except DECODE_ERRORS as error:
         raise ValueError(f"broken image: {error}") from error
 
 

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.geometry import Box
-from zpipe.schemas.sample import IMAGE_FORMATS, Sample, group_samples
+from zpipe.schemas.sample import DECODE_ERRORS, IMAGE_FORMATS, Sample, group_samples
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -53,7 +53,8 @@ def open_image(data: bytes) -> Image.Image:
     """Open image bytes, not yet decoded, whatever their name says.
 
     Errors: OSError, ValueError or SyntaxError when PIL can't open them, they are of another format than shards carry
-    (PIL knows formats that start programs), or they unpack to more pixels than PIL takes for harmless.
+    (PIL knows formats that start programs), or they unpack to more pixels than PIL takes for harmless. Decoding the image
+    then raises any of `DECODE_ERRORS`.
     """
     if not data:
         raise ValueError("zero bytes")
@@ -205,8 +206,8 @@ def frame_image(sample: Sample, frame: Frame) -> FramedImage:
         with open_image(sample.image) as image:
             width, height = image.size
             rgb = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        problem = str(error).split("\n")[0]
+    except DECODE_ERRORS as error:
+        problem = str(error).split("\n")[0] or type(error).__name__
         unit = Box(0.0, 0.0, 1.0, 1.0)
         return FramedImage(
             key=sample.key, label=sample.label, pixels=None, width=0, height=0, frame=unit, problem=problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,9 @@ from zpipe.schemas.errors import ZpipeError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # what PIL calls them; it knows others, some of which start programs
+# What PIL raises for damaged images beside its own: what its parsers run into. It turns these into one kind where it opens an
+# image, but not where it decodes one (a chunk behind a PNG's pixels).
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error)
 LABEL_SUFFIXES = ("cls", "json")
 ALLOWED_SUFFIXES = IMAGE_SUFFIXES + LABEL_SUFFIXES
 

@@ -14,7 +14,10 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import late_profile, write_tar
 
+from zpipe.pipeline.explainer import ExplainConfig
+from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.make_shards import FolderSource, SceneSource, index_shards, inspect_image, make_shards, scene_config
 from zpipe.pipeline.shard_reader import Frame, frame_image, open_shards, read_samples, scan_shard
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -197,6 +200,24 @@ def test_no_damage_to_an_image_is_more_than_a_rejection(encode, form, mode):
         assert (framed.pixels is not None) == readable and bool(framed.problem) != readable
         rejected += not readable
     assert 0 < rejected
+
+
+def test_an_image_that_breaks_the_decoder_is_put_aside(tmp_path, encode, cli):
+    """Pillow opens it and raises IndexError, which it has for no other damage, only when the pixels are read."""
+    broken = late_profile(encode("PNG", 30, 20))
+    source = put(tmp_path / "in", {"a/good.png": encode("PNG", 30, 20), "a/profile.png": broken})
+    done = cli("make-shards", source, tmp_path / "out")
+    assert done.code == 1 and "1 unreadable images were put aside" in done.error
+    assert [line.partition(":")[0] for line in done.details] == ["a/profile.png"]
+    assert [sample.key for sample in samples_of(tmp_path / "out")] == ["good"]
+
+
+def test_an_image_that_breaks_the_decoder_does_not_keep_its_shard_from_extraction(tmp_path, encode, teacher_settings):
+    members = {"good.png": encode("PNG", 30, 20), "profile.png": late_profile(encode("PNG", 30, 20))}
+    write_tar(tmp_path / "in" / "x.tar", members)
+    config = ExtractConfig(**teacher_settings, executor="local", explain=ExplainConfig(target="predicted"))
+    report = extract_teacher_maps(tmp_path / "in", tmp_path / "out", config)
+    assert report.statuses == {"ok": 1, "undecodable": 1} and report.problems == ("x.tar: key profile: undecodable",)
 
 
 def test_formats_that_shards_do_not_carry_are_never_decoded():

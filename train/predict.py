@@ -14,6 +14,7 @@ from torch import Tensor
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
+from zpipe.schemas.sample import DECODE_ERRORS
 from zpipe.train.checkpoint import Run, load_run
 from zpipe.train.data.transforms import ViewConfig, decode, draw_view, view_image
 from zpipe.train.loop import resolve_device
@@ -157,5 +158,5 @@ def read_image(file: Path, size: int, view: ViewConfig) -> np.ndarray:
         return np.ascontiguousarray(view_image(image, chosen, size, source))
     except UnidentifiedImageError as error:
         raise ZpipeError(f"{file}: can't be read as a JPEG, PNG or WEBP image; give an image file") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise ZpipeError(f"{file}: can't be read as a JPEG, PNG or WEBP image ({error})") from error
