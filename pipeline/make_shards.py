@@ -38,6 +38,7 @@ from zpipe.schemas.shard_index import (
     read_index,
     write_index,
 )
+from zpipe.schemas.storage import as_local
 
 PROGRESS_NAME = "make-shards.jsonl"
 FORMAT = "zpipe-make-shards"
@@ -103,7 +104,7 @@ class FolderSource:
     """
 
     def __init__(self, root: Path, *, shard_size: int, shuffle_seed: int | None, key_rule: str) -> None:
-        self.root = Path(root)
+        self.root = as_local(root)
         if not self.root.is_dir():
             raise UsageError(
                 f"{root}: no such folder; give a folder of images, cifar10:PATH, flowers102:PATH, or 'scenes' for the embedded data"
@@ -280,10 +281,11 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
 
     A folder that this source has begun is gone on with; one that is finished is left as it is. Unreadable images are
     listed in `quarantine.csv` and in the report; the rest is written.
-    Errors: :class:`UsageError` when `out` holds something else; :class:`ZpipeError` when it was made from another source or
+    Errors: :class:`UsageError` when `out` holds something else or is a URL; :class:`ZpipeError` when it was made from another source or
     settings, or can't be written.
     """
-    out = Path(out)
+    # What is done is noted line by line, and object stores can't append.
+    out = as_local(out)
     claim_folder(out, PROGRESS_NAME, "shards")
     first = header(FORMAT, VERSION) | source.describe()
     done = _read_progress(out, first)
@@ -326,7 +328,7 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
 
 
 def index_shards(folder: Path, *, progress: Progress = silent) -> ShardIndex:
-    """Write `shards.json` for tars that somebody else made, by reading each of them once.
+    """Write `shards.json` for tars that somebody else made, by reading each of them once. `folder` may be a URL.
 
     Errors: :class:`ZpipeError` naming a tar that is broken; nothing is written then.
     """

@@ -50,6 +50,15 @@ def as_path(value: str | os.PathLike[str]) -> Path:
         raise UsageError(f"{text}: can't be opened ({str(error).splitlines()[0]}); give another path") from error
 
 
+def as_local(value: str | os.PathLike[str]) -> Path:
+    """A path on this machine, for what can't lie elsewhere. Errors: :class:`UsageError` for a URL, which `Path` alone would take
+    for a folder named `s3:`."""
+    path = as_path(value)
+    if is_remote(path):
+        raise UsageError(f"{path}: a URL is not supported here; give a local path, and copy the files")
+    return path
+
+
 def _check_url(protocol: str, rest: str) -> None:
     host, slash, _ = rest.partition("/")
     query = protocol in ("http", "https") and "?" in rest

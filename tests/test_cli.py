@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from zpipe import open_maps
 from zpipe.cli import app
+from zpipe.console import local_path, path_or_url
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -223,6 +225,38 @@ def test_an_incomplete_line_shows_how_to_go_on(places, tmp_path, line):
     assert "Usage: zpipe" in result.output and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make-shards photos s3://bucket/out",
+        "make-shards scenes s3://bucket/out --count 2",
+        "make-shards s3://bucket/photos out",
+        "make-shards cifar10:s3://bucket/photos out",
+        zoomer(out="s3://bucket/run"),
+        vit(out="gs://bucket/run"),
+        vit(scores="--zoomer s3://bucket/run"),
+        evaluate("s3://bucket/run"),
+        evaluate(more="--labels s3://bucket/real.json"),
+        "calibrate s3://bucket/run {shards} --budget 3",
+        "predict s3://bucket/a.jpg --checkpoint {vit}",
+        "predict a.jpg --checkpoint s3://bucket/run",
+        "predict a.jpg --checkpoint {vit} --out s3://bucket/pictures",
+        "report s3://bucket/run --out out",
+        "report {vit} --out s3://bucket/report",
+        "maps judge {maps} {shards} --model s3://bucket/run",
+        "maps export {maps} s3://bucket/maps.parquet",
+        "demo s3://bucket/demo --quick",
+    ],
+)
+def test_a_url_where_only_this_machine_will_do_is_refused(places, tmp_path, monkeypatch, line):
+    """It isn't taken for a folder named `s3:` below the working folder."""
+    monkeypatch.chdir(tmp_path)
+    result = call(line, places | {"out": tmp_path / "out"})
+    (told,) = errors_of(result.stderr)
+    assert result.exit_code == 2 and "://bucket" in told and "give a local path" in told
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---------------------------------------------------------------------------------------------------- what is printed
 
 
@@ -261,6 +295,14 @@ def test_help_of_a_verb_explains_every_option(path):
         else:
             assert parameter.name in told.lower()
         assert parameter.name == "help" or parameter.help, f"{parameter.name} has no help"
+
+
+@pytest.mark.parametrize("path", [path for path in VERBS if VERBS[path].callback], ids=" ".join)
+def test_every_path_is_looked_at_for_a_url(path):
+    """`Path` alone would take one for a folder of that name."""
+    hints = typing.get_type_hints(VERBS[path].callback, include_extras=True)
+    paths = {name: hint.__metadata__[0] for name, hint in hints.items() if "pathlib.Path" in str(hint)}
+    assert [name for name, option in paths.items() if option.parser not in (local_path, path_or_url)] == []
 
 
 def test_what_commands_say_on_success(places, tmp_path):

@@ -23,6 +23,7 @@ from zpipe.pipeline.shard_reader import Frame, frame_image, open_shards, read_sa
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.sample import Sample
 from zpipe.schemas.shard_index import digest_file, read_index
+from zpipe.schemas.storage import as_path
 
 
 def folder(root, **changes):
@@ -502,6 +503,26 @@ def test_tars_of_other_people_can_be_indexed(public, cli, tmp_path):
     (tmp_path / "empty").mkdir()
     done = cli("make-shards", tmp_path / "empty", "--index-only")
     assert done.code == 2 and "holds no .tar file" in done.error
+
+
+def test_tars_behind_a_url_can_be_indexed(public, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = as_path("memory://test-make-shards/public")
+    for tar in public.glob("*.tar"):
+        (url / tar.name).write_bytes(tar.read_bytes())
+    done = cli("make-shards", url, "--index-only")
+    assert done.code == 0 and "6 images in 2 shards indexed" in done.stdout
+    assert read_index(url).shards == index_shards(public).shards
+    assert [path.name for path in tmp_path.iterdir()] == ["public"]
+
+
+def test_shards_are_made_on_this_machine_alone(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="s3://bucket/out: a URL is not supported here"):
+        make_shards(folder(photos), "s3://bucket/out")
+    with pytest.raises(UsageError, match="s3://bucket/in: a URL is not supported here"):
+        folder("s3://bucket/in")
+    assert list(tmp_path.iterdir()) == []
 
 
 def header_of(tar, name):

@@ -13,7 +13,7 @@ from zpipe.cli_maps import maps_app
 from zpipe.cli_options import Seed
 from zpipe.cli_results import calibrate_command, evaluate_command, predict_command, report_command
 from zpipe.cli_train import train_vit_command, train_zoomer_command
-from zpipe.console import fail, out, print_rows, reporting, tell, warn
+from zpipe.console import fail, local_path, out, print_rows, reporting, tell, warn
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,7 +36,12 @@ app.add_typer(maps_app, name="maps")
 @app.command("demo")
 def demo_command(
     output: Annotated[
-        Path, typer.Argument(help="Folder for everything the demo makes; new, empty, or one to go on with.")
+        Path,
+        typer.Argument(
+            parser=local_path,
+            metavar="OUTPUT",
+            help="Folder for everything the demo makes; new, empty, or one to go on with.",
+        ),
     ] = Path("demo-run"),
     seed: Seed = 0,
     seeds: Annotated[

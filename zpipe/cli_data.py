@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from zpipe.cli_options import Address, Device, ModelArgs, Sets, Shards
-from zpipe.console import count_or_auto, parse_settings, path_or_url, reporting, tell, warn
+from zpipe.console import count_or_auto, local_path, parse_settings, path_or_url, reporting, tell, warn
 from zpipe.schemas.errors import UsageError, ZpipeError
 
 
@@ -19,7 +19,14 @@ def make_shards_command(
             help="Folder of images (a sub-folder a class, or a labels.csv); cifar10:PATH (cifar-10-binary.tar.gz or its folder); flowers102:FOLDER (with 102flowers.tgz or jpg/, imagelabels.mat, setid.mat); or 'scenes', the embedded data."
         ),
     ],
-    output: Annotated[Path | None, typer.Argument(help="Folder for the tars and their index; new or empty.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Argument(
+            parser=local_path,
+            metavar="OUTPUT",
+            help="Folder for the tars and their index, on this machine; new or empty.",
+        ),
+    ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Images per tar at most.")] = 1000,
     keys: Annotated[
         str, typer.Option(help="Key of an image: 'stem' (file name) or 'path' (with its folders).")
@@ -46,7 +53,7 @@ def make_shards_command(
         from zpipe.pipeline.make_shards import FolderSource, SceneSource, index_shards, make_shards, scene_config
 
         if index_only:
-            index = index_shards(Path(source), progress=progress)
+            index = index_shards(path_or_url(source), progress=progress)
             tell(f"{source}: {index.count} images in {len(index.shards)} shards indexed")
             return
         if output is None:
@@ -65,11 +72,11 @@ def make_shards_command(
                 if keys != "stem":
                     raise UsageError(f"--keys belongs to image folders; {name} has keys of its own")
                 # No shell expands a ~ behind a colon.
-                chosen = DATASETS[name](Path(path).expanduser(), split=split, **order)
+                chosen = DATASETS[name](local_path(path).expanduser(), split=split, **order)
                 if chosen.warning:
                     warn(f"warning: {chosen.warning}")
             else:
-                chosen = FolderSource(Path(source), key_rule=keys, **order)
+                chosen = FolderSource(local_path(source), key_rule=keys, **order)
         report = make_shards(chosen, output, progress=progress)
         tell(f"{output}: {report.count} images in {report.shards} shards ({report.written} written now)")
         if report.quarantined:

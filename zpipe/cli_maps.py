@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from zpipe.cli_options import BatchSize, Device, Store
-from zpipe.console import out, path_or_url, print_rows, reporting, tell
+from zpipe.console import local_path, out, path_or_url, print_rows, reporting, tell
 from zpipe.schemas.errors import UsageError, ZpipeError
 
 maps_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into a relevance store.")
@@ -78,7 +78,10 @@ def maps_show(
             parser=path_or_url, metavar="PATH|URL", help="The tars it was made from; default where the manifest says."
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--out", help="PNG to write; default KEY.png here.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--out", parser=path_or_url, metavar="PATH|URL", help="PNG to write; default KEY.png here."),
+    ] = None,
 ) -> None:
     """Image, map and overlay of one sample as a PNG."""
     with reporting():
@@ -92,7 +95,12 @@ def maps_show(
 def maps_export(
     store: Store,
     output: Annotated[
-        Path, typer.Argument(help="Parquet file, or folder with --per-shard or --numpy; must not exist.")
+        Path,
+        typer.Argument(
+            parser=path_or_url,  # the export itself says what it can't do
+            metavar="OUTPUT",
+            help="Parquet file, or folder with --per-shard or --numpy; must not exist.",
+        ),
     ],
     parquet: Annotated[bool, typer.Option("--parquet", help="Index and maps as Parquet (the default).")] = False,
     numpy: Annotated[
@@ -124,13 +132,21 @@ def maps_export(
 def maps_judge(
     store: Store,
     shards: Annotated[Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="The shards it was made from.")],
-    model: Annotated[Path, typer.Option(help="Finished train-vit run of a classifier to hold the maps against.")],
+    model: Annotated[
+        Path,
+        typer.Option(
+            parser=local_path, metavar="RUN", help="Finished train-vit run of a classifier to hold the maps against."
+        ),
+    ],
     steps: Annotated[int, typer.Option(min=1, help="Points of a curve.")] = 10,
     baseline: Annotated[str, typer.Option(help="What stands for a missing cell: blur or mean.")] = "blur",
     limit: Annotated[int, typer.Option(min=1, help="Images looked at.")] = 5_000,
     batch_size: BatchSize = 64,
     device: Device = "auto",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file too.")] = None,
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", parser=path_or_url, metavar="PATH|URL", help="Write the rows to this file too."),
+    ] = None,
 ) -> None:
     """Whether maps are true to a model: deletion (lower is better) and insertion curves, the pointing game; two controls."""
     with reporting() as progress:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from zpipe.console import path_or_url
+from zpipe.console import local_path, path_or_url
 
 Shards = Annotated[
     Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="Folder or URL of tar shards, or one tar.")
@@ -34,7 +34,12 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at ran
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 # Of the verbs that train.
-RunFolder = Annotated[Path, typer.Option("--out", help="Folder of the run; new, empty, or one to go on with.")]
+RunFolder = Annotated[
+    Path,
+    typer.Option(
+        "--out", parser=local_path, metavar="FOLDER", help="Folder of the run; new, empty, or one to go on with."
+    ),
+]
 StepImages = Annotated[
     int | None, typer.Option(min=1, help="Images a step, those of all training processes together. Default 128.")
 ]

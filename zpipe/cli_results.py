@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from zpipe.cli_options import BatchSize, Device, LoadingProcesses, Scores, Shards
-from zpipe.console import parse_budgets, parse_numbers, path_or_url, print_rows, reporting, tell
+from zpipe.console import local_path, parse_budgets, parse_numbers, path_or_url, print_rows, reporting, tell
 from zpipe.schemas.errors import UsageError
 
 _HIDDEN = ("scores", "alpha", "budget", "keep", "prune", "exit", "merge", "token_histogram")
@@ -23,7 +23,9 @@ def _main_columns(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluate_command(
-    run: Annotated[Path, typer.Argument(help="Finished train-vit or train-zoomer run.")],
+    run: Annotated[
+        Path, typer.Argument(parser=local_path, metavar="RUN", help="Finished train-vit or train-zoomer run.")
+    ],
     shards: Shards,
     alphas: Annotated[
         str | None, typer.Option(help="Thresholds of a ZoomViT, comma-separated. Default 0,0.05,0.1,0.2,0.5,1.")
@@ -72,13 +74,20 @@ def evaluate_command(
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="JSON of right classes by key, several for an image (ImageNet-ReaL's real.json)."),
+        typer.Option(
+            parser=local_path,
+            metavar="FILE",
+            help="JSON of right classes by key, several for an image (ImageNet-ReaL's real.json).",
+        ),
     ] = None,
     batch_size: BatchSize = 128,
     data_workers: LoadingProcesses = 0,
     device: Device = "auto",
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Results file; default evaluation.json in the run.")
+        Path | None,
+        typer.Option(
+            "--json", parser=path_or_url, metavar="PATH|URL", help="Results file; default evaluation.json in the run."
+        ),
     ] = None,
     study: Annotated[
         str | None,
@@ -91,7 +100,10 @@ def evaluate_command(
     epochs: Annotated[
         float | None, typer.Option(help="Of a study: epochs of what it trains; default the run's.")
     ] = None,
-    zoomer: Annotated[Path | None, typer.Option(help="Of test-time-zoom: the train-zoomer run to zoom by.")] = None,
+    zoomer: Annotated[
+        Path | None,
+        typer.Option(parser=local_path, metavar="RUN", help="Of test-time-zoom: the train-zoomer run to zoom by."),
+    ] = None,
 ) -> None:
     """Top-1, mean tokens, GMACs and images/s of a ViT, for each alpha; or a zoomer's distance to its teacher.
 
@@ -142,8 +154,10 @@ def evaluate_command(
 
 
 def predict_command(
-    images: Annotated[list[Path], typer.Argument(help="JPEG, PNG or WEBP files.")],
-    checkpoint: Annotated[Path, typer.Option(help="Finished train-vit run; its zoomer is in it.")],
+    images: Annotated[list[Path], typer.Argument(parser=local_path, metavar="IMAGES", help="JPEG, PNG or WEBP files.")],
+    checkpoint: Annotated[
+        Path, typer.Option(parser=local_path, metavar="RUN", help="Finished train-vit run; its zoomer is in it.")
+    ],
     alpha: Annotated[
         float | None, typer.Option(help="Threshold of a zooming model; 0.1 unless a budget is given.")
     ] = None,
@@ -151,9 +165,18 @@ def predict_command(
     scores: Scores = None,
     top: Annotated[int, typer.Option(min=1, help="Classes told.")] = 5,
     output: Annotated[
-        Path | None, typer.Option("--out", help="Folder for a PNG an image: scores and patches laid over it.")
+        Path | None,
+        typer.Option(
+            "--out",
+            parser=local_path,
+            metavar="FOLDER",
+            help="Folder for a PNG an image: scores and patches laid over it.",
+        ),
     ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the predictions to this file too.")] = None,
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", parser=path_or_url, metavar="PATH|URL", help="Write the predictions to this file too."),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """The most probable classes of image files, and pictures of what a ZoomViT looked at."""
@@ -177,7 +200,12 @@ def predict_command(
 
 
 def calibrate_command(
-    run: Annotated[Path, typer.Argument(help="Finished train-vit run of a zoomvit_*, cfvit_* or lfvit_* model.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            parser=local_path, metavar="RUN", help="Finished train-vit run of a zoomvit_*, cfvit_* or lfvit_* model."
+        ),
+    ],
     shards: Shards,
     budget: Annotated[str, typer.Option(help="Mean cost of an image: '2.3 GMACs', '300 tokens', or zoomed cells.")],
     scores: Scores = None,
@@ -190,7 +218,10 @@ def calibrate_command(
     data_workers: LoadingProcesses = 0,
     device: Device = "auto",
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Results file; default calibration.json in the run.")
+        Path | None,
+        typer.Option(
+            "--json", parser=path_or_url, metavar="PATH|URL", help="Results file; default calibration.json in the run."
+        ),
     ] = None,
 ) -> None:
     """Find the threshold (alpha, or that of early exit) at which a model costs a given budget per image on average."""
@@ -213,10 +244,18 @@ def calibrate_command(
 
 def report_command(
     runs: Annotated[
-        list[Path], typer.Argument(help="Training runs, folders with results/*.json, or folders of these.")
+        list[Path],
+        typer.Argument(
+            parser=local_path,
+            metavar="RUNS",
+            help="Training runs, folders with results/*.json, or folders of these.",
+        ),
     ],
     output: Annotated[
-        Path, typer.Option("--out", help="Folder for index.html, one file that holds everything.")
+        Path,
+        typer.Option(
+            "--out", parser=local_path, metavar="FOLDER", help="Folder for index.html, one file that holds everything."
+        ),
     ] = Path("report"),
     shards: Annotated[
         Path | None,

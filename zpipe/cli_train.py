@@ -21,7 +21,7 @@ from zpipe.cli_options import (
     Shards,
     StepImages,
 )
-from zpipe.console import parse_settings, path_or_url, reporting, tell, warn
+from zpipe.console import local_path, parse_settings, path_or_url, reporting, tell, warn
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -80,7 +80,10 @@ def train_vit_command(
         ),
     ] = "zoomvit_small_patch16_224",
     model_arg: ModelArgs = None,
-    zoomer: Annotated[Path | None, typer.Option(help="Finished train-zoomer run that scores the image.")] = None,
+    zoomer: Annotated[
+        Path | None,
+        typer.Option(parser=local_path, metavar="RUN", help="Finished train-zoomer run that scores the image."),
+    ] = None,
     maps: Annotated[
         Path | None,
         typer.Option(

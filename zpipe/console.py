@@ -18,7 +18,7 @@ from rich.table import Table
 
 from zpipe.progress import ProgressBars, ProgressLines, progress_for
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.storage import as_path
+from zpipe.schemas.storage import as_local, as_path
 
 # Off a terminal rich assumes 80 columns and cuts what is wider; a file has room.
 out = Console(width=None if sys.stdout.isatty() else 160)
@@ -119,6 +119,14 @@ def path_or_url(text: str) -> Path:
     """A local path or that of a URL. One that is refused ends the program in one line, as everything else does."""
     try:
         return as_path(text)
+    except UsageError as error:
+        fail(str(error), (), error.exit_code)
+
+
+def local_path(text: str) -> Path:
+    """A path on this machine. A URL ends the program in one line."""
+    try:
+        return as_local(text)
     except UsageError as error:
         fail(str(error), (), error.exit_code)
 
