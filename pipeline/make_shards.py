@@ -22,7 +22,7 @@ import webdataset as wds
 from PIL import Image
 
 from zpipe.pipeline.scenes import SceneConfig, Split, make_scenes
-from zpipe.pipeline.shard_reader import open_image, scan_shard
+from zpipe.pipeline.shard_reader import open_image, scan_shards
 from zpipe.schemas.atomic import claim_folder, commit, write_bytes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import check_format, header
@@ -330,16 +330,12 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
 def index_shards(folder: Path, *, progress: Progress = silent) -> ShardIndex:
     """Write `shards.json` for tars that somebody else made, by reading each of them once. `folder` may be a URL.
 
-    Errors: :class:`ZpipeError` naming a tar that is broken; nothing is written then.
+    Errors: :class:`ZpipeError` naming a tar that is broken, or two that hold the same key; nothing is written then.
     """
     folder, tars = find_shards(folder)
     if (folder / INDEX_NAME).is_file():
         raise UsageError(f"{folder / INDEX_NAME}: is there already; delete it to index the folder again")
-    entries = []
-    for number, tar in enumerate(tars):
-        entries.append(scan_shard(tar))
-        progress("index-shards", number + 1, len(tars), images=sum(entry.count for entry in entries))
-    index = ShardIndex(shards=tuple(entries), source=str(folder))
+    index = ShardIndex(shards=tuple(scan_shards(tars, progress=progress)), source=str(folder))
     write_index(folder, index)
     return index
 

@@ -525,6 +525,47 @@ def test_shards_are_made_on_this_machine_alone(photos, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_key_in_two_tars_is_noticed_before_anything_is_computed(public, cli):
+    write_tar(public / "imagenet-0002.tar", {"other.png": b"A", "n0144/n0144_11.png": b"B"})
+    told = (
+        f"{public / 'imagenet-0002.tar'}: key n0144/n0144_11: is in imagenet-0001.tar too, and maps are found by key; "
+        "make the shards again with unique keys"
+    )
+    done = cli("make-shards", public, "--index-only")
+    assert (done.code, done.error) == (1, f"error: {told}") and not (public / "shards.json").exists()
+    with pytest.raises(ZpipeError) as error:
+        open_shards(public)
+    assert str(error.value) == told
+
+
+def test_reading_tars_without_an_index_is_told_as_it_goes_on(public):
+    told = []
+    open_shards(public, progress=lambda *call, **facts: told.append((call, facts)))
+    hint = {"hint": f"zpipe make-shards --index-only {public} spares this"}
+    assert told == [
+        (("index-shards", 1, 2), {"images": 3} | hint),
+        (("index-shards", 2, 2), {"images": 6} | hint),
+    ]
+    index_shards(public)
+    told.clear()
+    open_shards(public, progress=lambda *call, **facts: told.append((call, facts)))
+    assert told == []
+
+
+@pytest.mark.parametrize("whole_folder", [True, False])
+def test_one_picture_is_found_without_reading_the_other_tars(shards_copy, store, tmp_path, cli, whole_folder):
+    (shards_copy / "shards.json").unlink()
+    for name in ("shard-00000.tar", "shard-00002.tar"):
+        (shards_copy / name).write_bytes(b"no tar")
+    with tarfile.open(shards_copy / "shard-00001.tar") as tar:
+        key = tar.getnames()[-1].partition(".")[0]
+    given = shards_copy if whole_folder else shards_copy / "shard-00001.tar"
+    done = cli("maps", "show", store, key, "--shards", given, "--out", tmp_path / "map.png")
+    assert done.code == 0, done.stderr
+    with Image.open(tmp_path / "map.png") as picture:
+        assert picture.width > 300
+
+
 def header_of(tar, name):
     """Where the header of a member lies, in bytes."""
     with tarfile.open(tar) as file:
