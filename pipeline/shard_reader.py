@@ -141,6 +141,11 @@ def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
             # tarfile takes a cut or damaged header for the end; a whole tar says so with a second block of zeros.
             if tar.fileobj is None or tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise ZpipeError(f"{path}: has no end mark: truncated or altered; restore it or make the shards again")
+            while rest := tar.fileobj.read(1 << 20):
+                if rest.strip(b"\0"):
+                    raise ZpipeError(
+                        f"{path}: goes on behind its end mark, as two tars in one file do; make the shards again"
+                    )
     except storage_errors(tarfile.TarError, EOFError) as error:
         raise ZpipeError(f"{path}: not a whole tar ({error}); restore it or make the shards again") from error
 

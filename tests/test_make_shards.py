@@ -1,6 +1,7 @@
 """Images into tars: the bytes stay, what can't be read is listed, and a killed run goes on where it was."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.sample import Sample
 from zpipe.schemas.shard_index import digest_file, read_index
 from zpipe.schemas.storage import as_path
+from zpipe.train.data.stream import list_shards
 
 
 def folder(root, **changes):
@@ -469,8 +471,6 @@ def test_a_full_disk(photos, small_disk, tmp_path, cli, contents, encode):
 @pytest.fixture
 def public(tmp_path, encode):
     """Two tars as public data sets have them: folders in names, .JPEG, labels as .cls or in .json, files that aren't ours."""
-    import io
-
     root = tmp_path / "public"
     root.mkdir()
     for number in range(2):
@@ -566,6 +566,49 @@ def test_one_picture_is_found_without_reading_the_other_tars(shards_copy, store,
         assert picture.width > 300
 
 
+LISTED = {"extraction": open_shards, "training": list_shards}
+
+
+@pytest.mark.parametrize("by", LISTED)
+def test_two_tars_in_one_file_are_not_taken_for_the_first(public, by):
+    """tarfile ends at the first end mark, and so half of the samples would be missing unnoticed."""
+    first, second = (public / f"imagenet-{number:04d}.tar" for number in range(2))
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    second.unlink()
+    with pytest.raises(ZpipeError, match="imagenet-0000.tar: goes on behind its end mark"):
+        LISTED[by](public)
+
+
+@pytest.mark.parametrize("by", LISTED)
+def test_zeros_behind_the_end_mark_are_padding(public, by):
+    path = public / "imagenet-0000.tar"
+    path.write_bytes(path.read_bytes() + bytes(3 << 20))
+    assert [entry.count for entry in index_shards(public).shards] == [3, 3]
+    (public / "shards.json").unlink()
+    LISTED[by](public)
+
+
+@pytest.mark.parametrize("by", LISTED)
+def test_a_name_in_another_encoding_is_one_line(public, encode, by):
+    with tarfile.open(public / "imagenet-0002.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        data = encode("JPEG", 30, 20)
+        info = tarfile.TarInfo("caf\u00e9.jpg")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(ZpipeError, match="imagenet-0002.tar: member 'caf.udce9': its name is not UTF-8") as error:
+        LISTED[by](public)
+    assert str(error.value).isprintable()
+
+
+def test_a_label_that_a_store_can_not_keep_is_named(public, tmp_path, encode, teacher_settings):
+    for tar in public.glob("*.tar"):
+        tar.unlink()
+    write_tar(public / "x.tar", {"big.png": encode("PNG", 30, 20), "big.cls": str(2**40).encode()})
+    config = ExtractConfig(**teacher_settings, executor="local", explain=ExplainConfig(target="predicted"))
+    with pytest.raises(ZpipeError, match="x.tar: key big: its label 1099511627776 is no class index"):
+        extract_teacher_maps(public, tmp_path / "out", config)
+
+
 def header_of(tar, name):
     """Where the header of a member lies, in bytes."""
     with tarfile.open(tar) as file:
@@ -621,8 +664,6 @@ def test_a_tar_that_is_gone_or_a_folder(tmp_path):
 
 
 def test_links_and_devices_in_a_tar_are_not_followed(tmp_path, encode):
-    import io
-
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:
         for name, kind in (("a.cls", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE), ("c.png", tarfile.CHRTYPE)):
