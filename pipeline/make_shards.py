@@ -1,8 +1,9 @@
 """Images into WebDataset tar shards with an index: `key.jpg` (original bytes), `key.cls`, `key.json`.
 
 Sources: an ImageFolder tree (one folder a class), a flat folder with a `labels.csv`, and the embedded scenes; published
-data sets are in `zpipe.pipeline.datasets`. Shards are independent of each other: a killed run goes on with the first one that is missing. Memory holds one shard's file list and
-the images in decoding; `shards.json` grows by about 250 bytes a shard.
+data sets are in `zpipe.pipeline.datasets`. Shards are independent of each other: a killed run goes on with the first one that
+is missing. Memory holds the list of all files, some 170 bytes each, and up to one shard's images, where reading them is faster
+than writing the tar; `shards.json` grows by about 250 bytes a shard.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ FORMAT = "zpipe-make-shards"
 VERSION = 1
 QUARANTINE_NAME = "quarantine.csv"
 LABELS_NAME = "labels.csv"
+MOST_CLASSES = 1_000_000  # that have names: each index up to the highest takes a place in the list of them
 # What PIL calls a format -> the suffix its bytes get in the tar. MPO is a JPEG with further pictures behind the first.
 SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -141,8 +143,14 @@ class FolderSource:
             raise ZpipeError(f"{path}: not readable as a UTF-8 CSV file ({error}); save it as one") from error
         if not rows:
             raise UsageError(f"{path}: lists no images; add a line per image")
+        highest = max(label for _, label in rows)
+        if names and highest >= MOST_CLASSES:
+            raise ZpipeError(
+                f"{path}: class_index {highest} with a column class_name: names are kept up to index {MOST_CLASSES - 1}; "
+                "number the classes from 0, or remove the column"
+            )
         # Names are known only for classes that occur; an index of a larger label set keeps its place.
-        self.classes = tuple(names.get(i, "") for i in range(max(label for _, label in rows) + 1)) if names else ()
+        self.classes = tuple(names.get(i, "") for i in range(highest + 1)) if names else ()
         return rows
 
     def _checked(self, row: dict[str, str | None], where: str) -> tuple[str, int]:
@@ -294,7 +302,7 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
     rejected: list[Rejected] = []
     log = [first, *done.values()]
     _write_progress(out, log)
-    written = 0
+    written = images = 0
     for part in range(parts):
         line = done.get(part)
         if line is not None and _is_whole(out, line):
@@ -308,8 +316,9 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
             )
         if entry:
             entries.append(entry)
+            images += entry.count
         rejected += bad
-        progress("make-shards", part + 1, parts, images=sum(e.count for e in entries), quarantined=len(rejected))
+        progress("make-shards", part + 1, parts, images=images, quarantined=len(rejected))
     if not entries:
         raise ZpipeError(
             f"{out}: not one readable image, {rejected[0].file}: {rejected[0].reason}; check the source folder"

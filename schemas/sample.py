@@ -48,9 +48,9 @@ def key_for_file(relative_path: str, rule: str = "stem") -> str:
     Dots become underscores, because readers cut names at the first dot.
     """
     path = relative_path.replace("\\", "/")
-    base = path if rule == "path" else path.rpartition("/")[2]
+    folder, slash, base = path.rpartition("/")
     stem = base.rpartition(".")[0] or base
-    return stem.replace("/", "__").replace(".", "_")
+    return (folder + slash + stem if rule == "path" else stem).replace("/", "__").replace(".", "_")
 
 
 def check_key(key: str, source: str) -> None:

@@ -295,6 +295,10 @@ def test_names_are_not_needed(flat, tmp_path):
         ("file,class_index\na.JPEG,1.5\n", "class_index '1.5'"),
         ("file,class_index\na.JPEG\n", "class_index ''"),
         ("file,class_index\na.JPEG,99999999999\n", "class_index '99999999999'"),
+        (
+            "file,class_index,class_name\na.JPEG,1000000,ant\n",
+            "class_index 1000000 with a column class_name: names are kept up to index 999999",
+        ),
         ("file,class_index\nz.JPEG,1\n", "line 2: no file 'z.JPEG' in this folder"),
         ("file,class_index\n../in/a.JPEG,1\n", "no file '../in/a.JPEG'"),
         ("file,class_index\n/etc/hostname,1\n", "no file '/etc/hostname'"),
@@ -338,6 +342,13 @@ def test_two_files_of_one_key(tmp_path, encode, cli):
     put(source, {"a/x.png": encode("PNG", 30, 20)})
     done = cli("make-shards", source, tmp_path / "out2", "--keys", "path")
     assert done.code == 1 and done.error.endswith("rename one")
+
+
+def test_folders_with_dots_keep_files_without_suffix_apart(tmp_path, encode):
+    source = put(tmp_path / "in", {f"v1.0/img{number}": encode("PNG", 30, 20) for number in range(2)})
+    (source / "labels.csv").write_text("file,class_index\nv1.0/img0,0\nv1.0/img1,1\n")
+    make_shards(folder(source, key_rule="path", shuffle_seed=None), tmp_path / "out")
+    assert [s.key for s in samples_of(tmp_path / "out")] == ["v1_0__img0", "v1_0__img1"]
 
 
 def test_a_file_name_that_is_not_text(tmp_path, encode, cli):

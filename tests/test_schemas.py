@@ -106,6 +106,8 @@ def test_labels_go_as_far_as_a_store_keeps_them():
         ("ant/v1.2/a.b.JPEG", "a_b", "ant__v1_2__a_b"),
         ("a.jpg", "a", "a"),
         ("noend", "noend", "noend"),
+        ("v1.0/img1", "img1", "v1_0__img1"),
+        ("v1.0/.img", "_img", "v1_0___img"),
     ],
 )
 def test_keys_of_files_hold_no_dot(path, stem, whole):

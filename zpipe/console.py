@@ -152,7 +152,9 @@ def _cell(value: Any) -> str:
 
 
 def print_rows(rows: list[dict[str, Any]], title: str) -> None:
-    """Rows with the same columns as a table on standard output."""
+    """Rows with the same columns as a table on standard output; nothing when there are none."""
+    if not rows:
+        return
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if name in ("setting", "model") else "right")
