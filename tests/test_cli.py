@@ -184,6 +184,11 @@ WRONG = {
     "evaluate: no zoomer": (evaluate("{with_maps}"), 2, "needs a relevance store; give --maps"),
     "evaluate: label": (evaluate(shards="{odd_label}"), 1, "key odd: label 77 is outside the model's 10 classes"),
     "evaluate: results below a file": ("evaluate {vit} {shards} --json {file}/x.json", 1, "file/x.json: could not be"),
+    "predict: scores maps": (
+        "predict {file} --checkpoint {vit} --scores maps --device cpu",
+        2,
+        "--scores maps: single images have no maps in a store; choose zoomer, ",
+    ),
     # maps
     "info: nothing": ("maps info {missing}", 1, "missing: not a relevance store"),
     "info: shards": ("maps info {shards}", 1, "shards: not a relevance store"),
@@ -295,6 +300,12 @@ def test_help_of_a_verb_explains_every_option(path):
         else:
             assert parameter.name in told.lower()
         assert parameter.name == "help" or parameter.help, f"{parameter.name} has no help"
+
+
+def test_help_offers_only_what_a_verb_takes():
+    help_of = {path[0]: {option.name: option.help for option in VERBS[path].params} for path in VERBS if len(path) == 1}
+    assert "maps" in help_of["evaluate"]["scores"] and "maps" not in help_of["predict"]["scores"]
+    assert "train.opt" in help_of["train-vit"]["settings"] and "train.opt" not in help_of["make-shards"]["settings"]
 
 
 @pytest.mark.parametrize("path", [path for path in VERBS if VERBS[path].callback], ids=" ".join)

@@ -93,7 +93,8 @@ def test_the_command(data, tmp_path):
     ("run", "options", "kind", "told"),
     [
         ("zoomer", {}, UsageError, "holds a zoomer, no classifier"),
-        ("with-maps", {}, UsageError, "needs a relevance store"),
+        ("with-maps", {}, UsageError, "with-maps: was trained with maps as scores, .*: single images have no maps"),
+        ("zoom", {"scores": "maps"}, UsageError, "--scores maps: single images have no maps in a store; choose zoomer"),
         ("zoom", {"alpha": 0.1, "budget": 3}, UsageError, "not both"),
         ("zoom", {"alpha": 1.5}, UsageError, "alpha must lie in"),
         ("zoom", {"budget": 99}, UsageError, "budget must lie between"),

@@ -20,7 +20,7 @@ from zpipe.train.data.transforms import ViewConfig, decode, draw_view, view_imag
 from zpipe.train.loop import resolve_device
 from zpipe.train.models.zoom_tokens import token_boxes
 from zpipe.train.models.zoomvit import ZoomViT
-from zpipe.train.modes import EvalConfig, choose_run_source
+from zpipe.train.modes import EvalConfig, choose_run_source, trained_with
 from zpipe.train.pictures import picture
 from zpipe.train.scoring import ScoreSource, zooms
 
@@ -60,6 +60,15 @@ class Classifier:
         config = config or PredictConfig()
         if run.kind != "vit":
             raise UsageError(f"{run.path}: holds a {run.kind}, no classifier")
+        if (config.scores or trained_with(run)) == "maps":
+            asked = (
+                "--scores maps"
+                if config.scores
+                else f"{run.path}: was trained with maps as scores, as if by --scores maps"
+            )
+            raise UsageError(
+                f"{asked}: single images have no maps in a store; choose zoomer, attention, entropy, centre, random, own or none"
+            )
         self.device = resolve_device(config.device)
         self.run, self.model = run, run.model.to(self.device)
         self.source: ScoreSource | None = choose_run_source(run, EvalConfig(scores=config.scores), None)
