@@ -41,7 +41,9 @@ def evaluate_command(
     ] = "",
     prune: Annotated[
         str,
-        typer.Option(help="Which tokens --keep keeps: backward or forward, or either with -zoomed or -rest."),
+        typer.Option(
+            help="Which tokens --keep drops: backward (the lowest-ranked) or forward (the highest), or either with -zoomed or -rest."
+        ),
     ] = "backward",
     exits: Annotated[
         str, typer.Option(help="Thresholds of early exit of a cfvit_* or lfvit_*. Default 0,0.3,0.5,0.7,0.9,1.")
