@@ -71,10 +71,10 @@ def export_numpy(maps: RelevanceMaps, out: Path, *, values: Values = "raw", prog
 
 
 def _check_free(out: Path) -> None:
-    if out.exists():
-        raise UsageError(f"{out}: exists already; remove it, or give another path")
     if is_remote(out):
         raise UsageError(f"{out}: exports are written to this machine; give a local path, then copy it")
+    if out.exists():
+        raise UsageError(f"{out}: exists already; remove it, or give another path")
 
 
 def _schema(maps: RelevanceMaps) -> pa.Schema:

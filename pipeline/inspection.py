@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from zpipe.pipeline.shard_reader import open_shards, read_samples
+from zpipe.pipeline.shard_reader import open_image, read_samples
 from zpipe.schemas.atomic import commit
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import StoreManifest
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.relevance_store import OK
-from zpipe.schemas.storage import as_path, folder_bytes
+from zpipe.schemas.sample import DECODE_ERRORS, Sample
+from zpipe.schemas.shard_index import find_shards
+from zpipe.schemas.storage import as_path, check_reachable, folder_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +120,22 @@ def show_map(root: Path, key: str, out: Path, shards: Path | None = None) -> Pat
 
 
 def _find_image(shards: Path, stem: str, key: str) -> Image.Image:
-    for path, entry in open_shards(shards)[0]:
-        if entry.stem != stem:
-            continue
-        for sample in read_samples(path):
+    check_reachable(shards)
+    # Its name is known: neither the index nor, where there is none, all other tars need be read.
+    tar = shards if shards.name == f"{stem}.tar" else shards / f"{stem}.tar"
+    if tar.is_file():
+        for sample in read_samples(tar):
             if sample.key == key:
-                return Image.open(io.BytesIO(sample.image)).convert("RGB")
+                return _decoded(sample, tar)
+    find_shards(shards)  # has more to say about a folder that isn't there or holds no tar
     raise ZpipeError(f"{shards}: has no tar {stem}.tar with key {key}; give the shards of this store with --shards")
+
+
+def _decoded(sample: Sample, tar: Path) -> Image.Image:
+    try:
+        with open_image(sample.image) as image:
+            return image.convert("RGB")
+    except DECODE_ERRORS as error:
+        raise ZpipeError(
+            f"{tar}: key {sample.key}: can't be decoded ({error}); give the shards of this store with --shards"
+        ) from error

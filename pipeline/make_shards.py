@@ -1,8 +1,9 @@
 """Images into WebDataset tar shards with an index: `key.jpg` (original bytes), `key.cls`, `key.json`.
 
 Sources: an ImageFolder tree (one folder a class), a flat folder with a `labels.csv`, and the embedded scenes; published
-data sets are in `zpipe.pipeline.datasets`. Shards are independent of each other: a killed run goes on with the first one that is missing. Memory holds one shard's file list and
-the images in decoding; `shards.json` grows by about 250 bytes a shard.
+data sets are in `zpipe.pipeline.datasets`. Shards are independent of each other: a killed run goes on with the first one that
+is missing. Memory holds the list of all files, some 170 bytes each, and up to one shard's images, where reading them is faster
+than writing the tar; `shards.json` grows by about 250 bytes a shard.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import webdataset as wds
 from PIL import Image
 
 from zpipe.pipeline.scenes import SceneConfig, Split, make_scenes
-from zpipe.pipeline.shard_reader import open_image, scan_shard
+from zpipe.pipeline.shard_reader import open_image, scan_shards
 from zpipe.schemas.atomic import claim_folder, commit, write_bytes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import check_format, header
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.sample import IMAGE_SUFFIXES, key_for_file
+from zpipe.schemas.sample import DECODE_ERRORS, IMAGE_SUFFIXES, key_for_file
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -38,12 +39,14 @@ from zpipe.schemas.shard_index import (
     read_index,
     write_index,
 )
+from zpipe.schemas.storage import as_local
 
 PROGRESS_NAME = "make-shards.jsonl"
 FORMAT = "zpipe-make-shards"
 VERSION = 1
 QUARANTINE_NAME = "quarantine.csv"
 LABELS_NAME = "labels.csv"
+MOST_CLASSES = 1_000_000  # that have names: each index up to the highest takes a place in the list of them
 # What PIL calls a format -> the suffix its bytes get in the tar. MPO is a JPEG with further pictures behind the first.
 SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -103,7 +106,7 @@ class FolderSource:
     """
 
     def __init__(self, root: Path, *, shard_size: int, shuffle_seed: int | None, key_rule: str) -> None:
-        self.root = Path(root)
+        self.root = as_local(root)
         if not self.root.is_dir():
             raise UsageError(
                 f"{root}: no such folder; give a folder of images, cifar10:PATH, flowers102:PATH, or 'scenes' for the embedded data"
@@ -140,8 +143,14 @@ class FolderSource:
             raise ZpipeError(f"{path}: not readable as a UTF-8 CSV file ({error}); save it as one") from error
         if not rows:
             raise UsageError(f"{path}: lists no images; add a line per image")
+        highest = max(label for _, label in rows)
+        if names and highest >= MOST_CLASSES:
+            raise ZpipeError(
+                f"{path}: class_index {highest} with a column class_name: names are kept up to index {MOST_CLASSES - 1}; "
+                "number the classes from 0, or remove the column"
+            )
         # Names are known only for classes that occur; an index of a larger label set keeps its place.
-        self.classes = tuple(names.get(i, "") for i in range(max(label for _, label in rows) + 1)) if names else ()
+        self.classes = tuple(names.get(i, "") for i in range(highest + 1)) if names else ()
         return rows
 
     def _checked(self, row: dict[str, str | None], where: str) -> tuple[str, int]:
@@ -269,7 +278,9 @@ def inspect_image(data: bytes) -> tuple[str, int, int]:
         with open_image(data) as image:
             image.load()
             return SUFFIX_OF_FORMAT[image.format or ""], image.width, image.height
-    except (SyntaxError, EOFError) as error:  # what PIL raises for some broken PNG chunks
+    except (OSError, ValueError):
+        raise
+    except DECODE_ERRORS as error:
         raise ValueError(f"broken image: {error}") from error
 
 
@@ -278,10 +289,11 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
 
     A folder that this source has begun is gone on with; one that is finished is left as it is. Unreadable images are
     listed in `quarantine.csv` and in the report; the rest is written.
-    Errors: :class:`UsageError` when `out` holds something else; :class:`ZpipeError` when it was made from another source or
+    Errors: :class:`UsageError` when `out` holds something else or is a URL; :class:`ZpipeError` when it was made from another source or
     settings, or can't be written.
     """
-    out = Path(out)
+    # What is done is noted line by line, and object stores can't append.
+    out = as_local(out)
     claim_folder(out, PROGRESS_NAME, "shards")
     first = header(FORMAT, VERSION) | source.describe()
     done = _read_progress(out, first)
@@ -290,7 +302,7 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
     rejected: list[Rejected] = []
     log = [first, *done.values()]
     _write_progress(out, log)
-    written = 0
+    written = images = 0
     for part in range(parts):
         line = done.get(part)
         if line is not None and _is_whole(out, line):
@@ -304,8 +316,9 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
             )
         if entry:
             entries.append(entry)
+            images += entry.count
         rejected += bad
-        progress("make-shards", part + 1, parts, images=sum(e.count for e in entries), quarantined=len(rejected))
+        progress("make-shards", part + 1, parts, images=images, quarantined=len(rejected))
     if not entries:
         raise ZpipeError(
             f"{out}: not one readable image, {rejected[0].file}: {rejected[0].reason}; check the source folder"
@@ -324,18 +337,14 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
 
 
 def index_shards(folder: Path, *, progress: Progress = silent) -> ShardIndex:
-    """Write `shards.json` for tars that somebody else made, by reading each of them once.
+    """Write `shards.json` for tars that somebody else made, by reading each of them once. `folder` may be a URL.
 
-    Errors: :class:`ZpipeError` naming a tar that is broken; nothing is written then.
+    Errors: :class:`ZpipeError` naming a tar that is broken, or two that hold the same key; nothing is written then.
     """
     folder, tars = find_shards(folder)
     if (folder / INDEX_NAME).is_file():
         raise UsageError(f"{folder / INDEX_NAME}: is there already; delete it to index the folder again")
-    entries = []
-    for number, tar in enumerate(tars):
-        entries.append(scan_shard(tar))
-        progress("index-shards", number + 1, len(tars), images=sum(entry.count for entry in entries))
-    index = ShardIndex(shards=tuple(entries), source=str(folder))
+    index = ShardIndex(shards=tuple(scan_shards(tars, progress=progress)), source=str(folder))
     write_index(folder, index)
     return index
 

@@ -6,7 +6,7 @@ import hashlib
 import io
 import tarfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.geometry import Box
-from zpipe.schemas.sample import IMAGE_FORMATS, Sample, group_samples
+from zpipe.schemas.progress import Progress, silent
+from zpipe.schemas.sample import DECODE_ERRORS, IMAGE_FORMATS, Sample, group_samples
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -29,6 +30,7 @@ from zpipe.schemas.shard_index import (
 )
 from zpipe.schemas.storage import as_path, storage_errors
 
+SCANNED_AT_ONCE = 8
 PIL_FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -53,7 +55,8 @@ def open_image(data: bytes) -> Image.Image:
     """Open image bytes, not yet decoded, whatever their name says.
 
     Errors: OSError, ValueError or SyntaxError when PIL can't open them, they are of another format than shards carry
-    (PIL knows formats that start programs), or they unpack to more pixels than PIL takes for harmless.
+    (PIL knows formats that start programs), or they unpack to more pixels than PIL takes for harmless. Decoding the image
+    then raises any of `DECODE_ERRORS`.
     """
     if not data:
         raise ValueError("zero bytes")
@@ -138,15 +141,21 @@ def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
             # tarfile takes a cut or damaged header for the end; a whole tar says so with a second block of zeros.
             if tar.fileobj is None or tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise ZpipeError(f"{path}: has no end mark: truncated or altered; restore it or make the shards again")
+            while rest := tar.fileobj.read(1 << 20):
+                if rest.strip(b"\0"):
+                    raise ZpipeError(
+                        f"{path}: goes on behind its end mark, as two tars in one file do; make the shards again"
+                    )
     except storage_errors(tarfile.TarError, EOFError) as error:
         raise ZpipeError(f"{path}: not a whole tar ({error}); restore it or make the shards again") from error
 
 
-def open_shards(path: Path) -> tuple[list[tuple[Path, ShardEntry]], ShardIndex | None]:
+def open_shards(path: Path, *, progress: Progress = silent) -> tuple[list[tuple[Path, ShardEntry]], ShardIndex | None]:
     """The tars under `path` with their index entries.
 
     Folders that `make-shards` made carry `shards.json`; for others (public shards) every tar is read once to know its
-    count and digests, which takes as long as reading the data. Errors: :class:`UsageError`, :class:`ZpipeError`.
+    count and digests, which takes as long as reading the data, at every start. Errors: :class:`UsageError`,
+    :class:`ZpipeError`.
     """
     path = as_path(path)
     folder, tars = find_shards(path)
@@ -154,18 +163,72 @@ def open_shards(path: Path) -> tuple[list[tuple[Path, ShardEntry]], ShardIndex |
         index = read_index(folder)
         entries = check_listed(folder, tars, index, whole_folder=path.is_dir())
         return list(zip(tars, entries, strict=True)), index
-    return [(tar, scan_shard(tar)) for tar in tars], None
+    entries = scan_shards(tars, progress=progress, remedy=f"zpipe make-shards --index-only {folder} spares this")
+    return list(zip(tars, entries, strict=True)), None
+
+
+def scan_shards(tars: Sequence[Path], *, progress: Progress = silent, remedy: str = "") -> list[ShardEntry]:
+    """The index entries of tars that have none, by reading them, several at a time. 8 bytes a sample are held.
+
+    remedy: what progress says of how to do without. Errors: :class:`ZpipeError` naming a tar that is broken or empty, or
+    two tars that hold the same key.
+    """
+    entries: list[ShardEntry] = []
+    hashes: list[np.ndarray] = []  # of keys
+    facts = {"hint": remedy} if remedy else {}
+
+    def scan(tar: Path) -> tuple[ShardEntry, np.ndarray]:
+        keys, size, digest = _read_keys(tar)
+        entry = ShardEntry(name=tar.name, count=len(keys), bytes=size, sha256=digest, keys_sha256=digest_keys(keys))
+        return entry, np.fromiter(map(hash, keys), np.int64, len(keys))
+
+    images = 0
+    # Reading and hashing work outside the interpreter lock; a remote store answers several at once.
+    with ThreadPoolExecutor(max_workers=SCANNED_AT_ONCE) as pool:
+        try:
+            for entry, own in pool.map(scan, tars):
+                entries.append(entry)
+                hashes.append(own)
+                images += entry.count
+                progress("index-shards", len(entries), len(tars), images=images, **facts)
+        finally:
+            pool.shutdown(cancel_futures=True)  # an error needn't wait for tars that nobody asks about any more
+    _check_unique(tars, hashes)
+    return entries
+
+
+def _check_unique(tars: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:
+    """Only tars where a hash is met again are read again, to compare the keys themselves."""
+    ordered = np.sort(np.concatenate([np.zeros(0, np.int64), *hashes]))
+    doubled = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    owner: dict[str, Path] = {}
+    for tar, own in zip(tars, hashes, strict=True):
+        rows = np.flatnonzero(np.isin(own, doubled)) if len(doubled) else doubled
+        if not len(rows):
+            continue
+        keys = _read_keys(tar)[0]
+        for key in (keys[row] for row in rows):
+            if key in owner:
+                raise ZpipeError(
+                    f"{tar}: key {key}: is in {owner[key].name} too, and maps are found by key; make the shards again with unique keys"
+                )
+            owner[key] = tar
 
 
 def scan_shard(path: Path) -> ShardEntry:
-    """The index entry of a tar that has none, by reading it."""
+    """The index entry of a tar that has none, by reading it. Errors: as :func:`scan_shards`."""
+    return scan_shards([path])[0]
+
+
+def _read_keys(path: Path) -> tuple[list[str], int, str]:
+    """The keys of a whole tar, its bytes, and its SHA-256."""
     with _open_tar(path) as raw:
         file = _HashingFile(raw)
         keys = [sample.key for sample in group_samples(_members(path, file), str(path))]
         digest = file.hexdigest()
     if not keys:
         raise ZpipeError(f"{path}: holds no samples; remove it")
-    return ShardEntry(name=path.name, count=len(keys), bytes=file.count, sha256=digest, keys_sha256=digest_keys(keys))
+    return keys, file.count, digest
 
 
 FRAMES = ("full", "center")
@@ -205,8 +268,8 @@ def frame_image(sample: Sample, frame: Frame) -> FramedImage:
         with open_image(sample.image) as image:
             width, height = image.size
             rgb = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        problem = str(error).split("\n")[0]
+    except DECODE_ERRORS as error:
+        problem = str(error).split("\n")[0] or type(error).__name__
         unit = Box(0.0, 0.0, 1.0, 1.0)
         return FramedImage(
             key=sample.key, label=sample.label, pixels=None, width=0, height=0, frame=unit, problem=problem

@@ -60,7 +60,7 @@ def verify_store(root: Path, shards: Path | None = None, *, progress: Progress =
         progress("verify", number + 1, len(manifest.shards), problems=len(problems))
     problems += _doubled_keys(root, [shard.stem for shard in manifest.shards], hashes)
     if shards is not None:
-        problems += _check_against(manifest, key_digests, shards)
+        problems += _check_against(manifest, key_digests, shards, progress)
     return problems
 
 
@@ -119,9 +119,9 @@ def _doubled_keys(root: Path, stems: list[str], hashes: list[np.ndarray]) -> lis
     return problems
 
 
-def _check_against(manifest: StoreManifest, key_digests: dict[str, str], shards: Path) -> list[str]:
+def _check_against(manifest: StoreManifest, key_digests: dict[str, str], shards: Path, progress: Progress) -> list[str]:
     problems = []
-    entries = {entry.stem: (path, entry) for path, entry in open_shards(shards)[0]}
+    entries = {entry.stem: (path, entry) for path, entry in open_shards(shards, progress=progress)[0]}
     for shard in manifest.shards:
         if shard.stem not in entries:
             problems.append(f"{shards}: no tar for map shard {shard.stem}; restore it or extract again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,9 @@ from zpipe.schemas.errors import ZpipeError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # what PIL calls them; it knows others, some of which start programs
+# What PIL raises for damaged images beside its own: what its parsers run into. It turns these into one kind where it opens an
+# image, but not where it decodes one (a chunk behind a PNG's pixels).
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error)
 LABEL_SUFFIXES = ("cls", "json")
 ALLOWED_SUFFIXES = IMAGE_SUFFIXES + LABEL_SUFFIXES
 
@@ -44,23 +48,43 @@ def key_for_file(relative_path: str, rule: str = "stem") -> str:
     Dots become underscores, because readers cut names at the first dot.
     """
     path = relative_path.replace("\\", "/")
-    base = path if rule == "path" else path.rpartition("/")[2]
+    folder, slash, base = path.rpartition("/")
     stem = base.rpartition(".")[0] or base
-    return stem.replace("/", "__").replace(".", "_")
+    return (folder + slash + stem if rule == "path" else stem).replace("/", "__").replace(".", "_")
+
+
+def check_key(key: str, source: str) -> None:
+    """Errors: :class:`ZpipeError` naming `source` for a key that is no text: tars may hold names in any encoding."""
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise ZpipeError(
+            f"{source}: member {ascii(key)}: its name is not UTF-8; rebuild this shard with other names"
+        ) from error
 
 
 def _label_from(key: str, parts: dict[str, bytes], meta: dict[str, Any], source: str) -> int | None:
     if "cls" in parts:
         text = parts["cls"]
         try:
-            return int(text)
+            return _checked(int(text), key, source)
         except ValueError as error:
             raise ZpipeError(
                 f"{source}: key {key}: its .cls holds {text[:20]!r}, not a class index; rebuild this shard"
             ) from error
     label = meta.get("label")
-    if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
+    if label is None:
+        return None
+    if isinstance(label, bool) or not isinstance(label, int):
         raise ZpipeError(f"{source}: key {key}: its .json has label {label!r}, not a class index; rebuild this shard")
+    return _checked(label, key, source)
+
+
+def _checked(label: int, key: str, source: str) -> int:
+    if not -(2**31) <= label < 2**31:
+        raise ZpipeError(
+            f"{source}: key {key}: its label {str(label)[:20]} is no class index, which has 32 bits; rebuild this shard"
+        )
     return label
 
 
@@ -84,7 +108,8 @@ def group_samples(members: Iterable[tuple[str, bytes]], source: str) -> Iterator
     """Group the members of one tar, in order, into samples.
 
     Members of one sample stand next to each other. Members whose suffix is not in `ALLOWED_SUFFIXES` are not looked at.
-    Errors: :class:`ZpipeError` naming `source` and key for a sample without image, a bad label, a key that comes twice.
+    Errors: :class:`ZpipeError` naming `source` and key for a sample without image, a bad label, a key that comes twice or is
+    not UTF-8.
     """
     seen: set[str] = set()
     key: str | None = None
@@ -98,6 +123,7 @@ def group_samples(members: Iterable[tuple[str, bytes]], source: str) -> Iterator
                 yield _sample_from(key, parts, source)
             if member_key in seen:
                 raise ZpipeError(f"{source}: key {member_key}: comes twice; rebuild this shard with unique keys")
+            check_key(member_key, source)
             seen.add(member_key)
             key, parts = member_key, {}
         if suffix in parts:

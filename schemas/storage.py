@@ -19,6 +19,8 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 
 # Of the file systems that fsspec knows. Others read archives, caches or repositories, or fill in templates from a file.
 PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "http", "https", "memory")
+# Of these, whose ordinary URLs have a container (container@account.dfs.core.windows.net) or a user's name before an @.
+AT_PROTOCOLS = ("az", "abfs", "abfss", "hdfs")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -50,10 +52,20 @@ def as_path(value: str | os.PathLike[str]) -> Path:
         raise UsageError(f"{text}: can't be opened ({str(error).splitlines()[0]}); give another path") from error
 
 
+def as_local(value: str | os.PathLike[str]) -> Path:
+    """A path on this machine, for what can't lie elsewhere. Errors: :class:`UsageError` for a URL, which `Path` alone would take
+    for a folder named `s3:`."""
+    path = as_path(value)
+    if is_remote(path):
+        raise UsageError(f"{path}: a URL is not supported here; give a local path, and copy the files")
+    return path
+
+
 def _check_url(protocol: str, rest: str) -> None:
     host, slash, _ = rest.partition("/")
     query = protocol in ("http", "https") and "?" in rest
-    if "@" in host or query:
+    user, at, _ = host.rpartition("@")
+    if (at and (protocol not in AT_PROTOCOLS or ":" in user)) or query:
         bare = f"{protocol}://{host.rpartition('@')[2].partition('?')[0]}{slash}..."
         raise UsageError(
             f"{bare}: the URL carries credentials or a query, which would be written down; leave them out, and give them "

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from zpipe import open_maps
 from zpipe.cli import app
+from zpipe.console import local_path, path_or_url
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -182,6 +184,11 @@ WRONG = {
     "evaluate: no zoomer": (evaluate("{with_maps}"), 2, "needs a relevance store; give --maps"),
     "evaluate: label": (evaluate(shards="{odd_label}"), 1, "key odd: label 77 is outside the model's 10 classes"),
     "evaluate: results below a file": ("evaluate {vit} {shards} --json {file}/x.json", 1, "file/x.json: could not be"),
+    "predict: scores maps": (
+        "predict {file} --checkpoint {vit} --scores maps --device cpu",
+        2,
+        "--scores maps: single images have no maps in a store; choose zoomer, ",
+    ),
     # maps
     "info: nothing": ("maps info {missing}", 1, "missing: not a relevance store"),
     "info: shards": ("maps info {shards}", 1, "shards: not a relevance store"),
@@ -223,6 +230,38 @@ def test_an_incomplete_line_shows_how_to_go_on(places, tmp_path, line):
     assert "Usage: zpipe" in result.output and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make-shards photos s3://bucket/out",
+        "make-shards scenes s3://bucket/out --count 2",
+        "make-shards s3://bucket/photos out",
+        "make-shards cifar10:s3://bucket/photos out",
+        zoomer(out="s3://bucket/run"),
+        vit(out="gs://bucket/run"),
+        vit(scores="--zoomer s3://bucket/run"),
+        evaluate("s3://bucket/run"),
+        evaluate(more="--labels s3://bucket/real.json"),
+        "calibrate s3://bucket/run {shards} --budget 3",
+        "predict s3://bucket/a.jpg --checkpoint {vit}",
+        "predict a.jpg --checkpoint s3://bucket/run",
+        "predict a.jpg --checkpoint {vit} --out s3://bucket/pictures",
+        "report s3://bucket/run --out out",
+        "report {vit} --out s3://bucket/report",
+        "maps judge {maps} {shards} --model s3://bucket/run",
+        "maps export {maps} s3://bucket/maps.parquet",
+        "demo s3://bucket/demo --quick",
+    ],
+)
+def test_a_url_where_only_this_machine_will_do_is_refused(places, tmp_path, monkeypatch, line):
+    """It isn't taken for a folder named `s3:` below the working folder."""
+    monkeypatch.chdir(tmp_path)
+    result = call(line, places | {"out": tmp_path / "out"})
+    (told,) = errors_of(result.stderr)
+    assert result.exit_code == 2 and "://bucket" in told and "give a local path" in told
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---------------------------------------------------------------------------------------------------- what is printed
 
 
@@ -261,6 +300,20 @@ def test_help_of_a_verb_explains_every_option(path):
         else:
             assert parameter.name in told.lower()
         assert parameter.name == "help" or parameter.help, f"{parameter.name} has no help"
+
+
+def test_help_offers_only_what_a_verb_takes():
+    help_of = {path[0]: {option.name: option.help for option in VERBS[path].params} for path in VERBS if len(path) == 1}
+    assert "maps" in help_of["evaluate"]["scores"] and "maps" not in help_of["predict"]["scores"]
+    assert "train.opt" in help_of["train-vit"]["settings"] and "train.opt" not in help_of["make-shards"]["settings"]
+
+
+@pytest.mark.parametrize("path", [path for path in VERBS if VERBS[path].callback], ids=" ".join)
+def test_every_path_is_looked_at_for_a_url(path):
+    """`Path` alone would take one for a folder of that name."""
+    hints = typing.get_type_hints(VERBS[path].callback, include_extras=True)
+    paths = {name: hint.__metadata__[0] for name, hint in hints.items() if "pathlib.Path" in str(hint)}
+    assert [name for name, option in paths.items() if option.parser not in (local_path, path_or_url)] == []
 
 
 def test_what_commands_say_on_success(places, tmp_path):

@@ -180,7 +180,9 @@ def test_other_places_can_not_be_compared(store, shards, teacher_settings, tmp_p
 def test_compare_prints_a_table(store, rollout, cli):
     done = cli("maps", "compare", store, rollout, "--top", "5", "--worst", "2")
     assert done.code == 0 and "18 compared" in done.stdout and "rollout" in done.stdout
-    assert "top 5 shared" in done.stdout
+    assert "top 5 shared" in done.stdout and "agree least" in done.stdout
+    done = cli("maps", "compare", store, rollout, "--worst", "0")
+    assert done.code == 0 and "18 compared" in done.stdout and "agree least" not in done.stdout
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 30), st.booleans())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import cut, encode, rewrite_store, store, write_shards, write_tar
+from tiny import cut, encode, late_profile, rewrite_store, store, write_shards, write_tar
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import read_manifest, write_manifest
@@ -365,6 +365,7 @@ GOOD = encode(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
 BAD_SAMPLES = {
     "cut": ({"k.png": GOOD[: len(GOOD) // 2], "k.cls": b"1"}, "key k: can't be decoded"),
     "not an image": ({"k.jpg": b"hello", "k.cls": b"1"}, "key k: can't be decoded"),
+    "profile behind the pixels": ({"k.png": late_profile(GOOD), "k.cls": b"1"}, "key k: can't be decoded"),
     "bomb": ({"k.png": bomb(), "k.cls": b"1"}, "key k: can't be decoded"),
     "no label": ({"k.png": GOOD}, "key k: has no label"),
     "json without label": ({"k.png": GOOD, "k.json": b'{"width": 8}'}, "key k: has no label"),

@@ -1,6 +1,7 @@
 """Images into tars: the bytes stay, what can't be read is listed, and a killed run goes on where it was."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -14,12 +15,17 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import late_profile, write_tar
 
+from zpipe.pipeline.explainer import ExplainConfig
+from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.make_shards import FolderSource, SceneSource, index_shards, inspect_image, make_shards, scene_config
 from zpipe.pipeline.shard_reader import Frame, frame_image, open_shards, read_samples, scan_shard
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.sample import Sample
 from zpipe.schemas.shard_index import digest_file, read_index
+from zpipe.schemas.storage import as_path
+from zpipe.train.data.stream import list_shards
 
 
 def folder(root, **changes):
@@ -199,6 +205,24 @@ def test_no_damage_to_an_image_is_more_than_a_rejection(encode, form, mode):
     assert 0 < rejected
 
 
+def test_an_image_that_breaks_the_decoder_is_put_aside(tmp_path, encode, cli):
+    """Pillow opens it and raises IndexError, which it has for no other damage, only when the pixels are read."""
+    broken = late_profile(encode("PNG", 30, 20))
+    source = put(tmp_path / "in", {"a/good.png": encode("PNG", 30, 20), "a/profile.png": broken})
+    done = cli("make-shards", source, tmp_path / "out")
+    assert done.code == 1 and "1 unreadable images were put aside" in done.error
+    assert [line.partition(":")[0] for line in done.details] == ["a/profile.png"]
+    assert [sample.key for sample in samples_of(tmp_path / "out")] == ["good"]
+
+
+def test_an_image_that_breaks_the_decoder_does_not_keep_its_shard_from_extraction(tmp_path, encode, teacher_settings):
+    members = {"good.png": encode("PNG", 30, 20), "profile.png": late_profile(encode("PNG", 30, 20))}
+    write_tar(tmp_path / "in" / "x.tar", members)
+    config = ExtractConfig(**teacher_settings, executor="local", explain=ExplainConfig(target="predicted"))
+    report = extract_teacher_maps(tmp_path / "in", tmp_path / "out", config)
+    assert report.statuses == {"ok": 1, "undecodable": 1} and report.problems == ("x.tar: key profile: undecodable",)
+
+
 def test_formats_that_shards_do_not_carry_are_never_decoded():
     """PIL hands PostScript to a program of its own."""
     data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
@@ -271,6 +295,10 @@ def test_names_are_not_needed(flat, tmp_path):
         ("file,class_index\na.JPEG,1.5\n", "class_index '1.5'"),
         ("file,class_index\na.JPEG\n", "class_index ''"),
         ("file,class_index\na.JPEG,99999999999\n", "class_index '99999999999'"),
+        (
+            "file,class_index,class_name\na.JPEG,1000000,ant\n",
+            "class_index 1000000 with a column class_name: names are kept up to index 999999",
+        ),
         ("file,class_index\nz.JPEG,1\n", "line 2: no file 'z.JPEG' in this folder"),
         ("file,class_index\n../in/a.JPEG,1\n", "no file '../in/a.JPEG'"),
         ("file,class_index\n/etc/hostname,1\n", "no file '/etc/hostname'"),
@@ -314,6 +342,13 @@ def test_two_files_of_one_key(tmp_path, encode, cli):
     put(source, {"a/x.png": encode("PNG", 30, 20)})
     done = cli("make-shards", source, tmp_path / "out2", "--keys", "path")
     assert done.code == 1 and done.error.endswith("rename one")
+
+
+def test_folders_with_dots_keep_files_without_suffix_apart(tmp_path, encode):
+    source = put(tmp_path / "in", {f"v1.0/img{number}": encode("PNG", 30, 20) for number in range(2)})
+    (source / "labels.csv").write_text("file,class_index\nv1.0/img0,0\nv1.0/img1,1\n")
+    make_shards(folder(source, key_rule="path", shuffle_seed=None), tmp_path / "out")
+    assert [s.key for s in samples_of(tmp_path / "out")] == ["v1_0__img0", "v1_0__img1"]
 
 
 def test_a_file_name_that_is_not_text(tmp_path, encode, cli):
@@ -447,8 +482,6 @@ def test_a_full_disk(photos, small_disk, tmp_path, cli, contents, encode):
 @pytest.fixture
 def public(tmp_path, encode):
     """Two tars as public data sets have them: folders in names, .JPEG, labels as .cls or in .json, files that aren't ours."""
-    import io
-
     root = tmp_path / "public"
     root.mkdir()
     for number in range(2):
@@ -481,6 +514,110 @@ def test_tars_of_other_people_can_be_indexed(public, cli, tmp_path):
     (tmp_path / "empty").mkdir()
     done = cli("make-shards", tmp_path / "empty", "--index-only")
     assert done.code == 2 and "holds no .tar file" in done.error
+
+
+def test_tars_behind_a_url_can_be_indexed(public, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = as_path("memory://test-make-shards/public")
+    for tar in public.glob("*.tar"):
+        (url / tar.name).write_bytes(tar.read_bytes())
+    done = cli("make-shards", url, "--index-only")
+    assert done.code == 0 and "6 images in 2 shards indexed" in done.stdout
+    assert read_index(url).shards == index_shards(public).shards
+    assert [path.name for path in tmp_path.iterdir()] == ["public"]
+
+
+def test_shards_are_made_on_this_machine_alone(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="s3://bucket/out: a URL is not supported here"):
+        make_shards(folder(photos), "s3://bucket/out")
+    with pytest.raises(UsageError, match="s3://bucket/in: a URL is not supported here"):
+        folder("s3://bucket/in")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_in_two_tars_is_noticed_before_anything_is_computed(public, cli):
+    write_tar(public / "imagenet-0002.tar", {"other.png": b"A", "n0144/n0144_11.png": b"B"})
+    told = (
+        f"{public / 'imagenet-0002.tar'}: key n0144/n0144_11: is in imagenet-0001.tar too, and maps are found by key; "
+        "make the shards again with unique keys"
+    )
+    done = cli("make-shards", public, "--index-only")
+    assert (done.code, done.error) == (1, f"error: {told}") and not (public / "shards.json").exists()
+    with pytest.raises(ZpipeError) as error:
+        open_shards(public)
+    assert str(error.value) == told
+
+
+def test_reading_tars_without_an_index_is_told_as_it_goes_on(public):
+    told = []
+    open_shards(public, progress=lambda *call, **facts: told.append((call, facts)))
+    hint = {"hint": f"zpipe make-shards --index-only {public} spares this"}
+    assert told == [
+        (("index-shards", 1, 2), {"images": 3} | hint),
+        (("index-shards", 2, 2), {"images": 6} | hint),
+    ]
+    index_shards(public)
+    told.clear()
+    open_shards(public, progress=lambda *call, **facts: told.append((call, facts)))
+    assert told == []
+
+
+@pytest.mark.parametrize("whole_folder", [True, False])
+def test_one_picture_is_found_without_reading_the_other_tars(shards_copy, store, tmp_path, cli, whole_folder):
+    (shards_copy / "shards.json").unlink()
+    for name in ("shard-00000.tar", "shard-00002.tar"):
+        (shards_copy / name).write_bytes(b"no tar")
+    with tarfile.open(shards_copy / "shard-00001.tar") as tar:
+        key = tar.getnames()[-1].partition(".")[0]
+    given = shards_copy if whole_folder else shards_copy / "shard-00001.tar"
+    done = cli("maps", "show", store, key, "--shards", given, "--out", tmp_path / "map.png")
+    assert done.code == 0, done.stderr
+    with Image.open(tmp_path / "map.png") as picture:
+        assert picture.width > 300
+
+
+LISTED = {"extraction": open_shards, "training": list_shards}
+
+
+@pytest.mark.parametrize("by", LISTED)
+def test_two_tars_in_one_file_are_not_taken_for_the_first(public, by):
+    """tarfile ends at the first end mark, and so half of the samples would be missing unnoticed."""
+    first, second = (public / f"imagenet-{number:04d}.tar" for number in range(2))
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    second.unlink()
+    with pytest.raises(ZpipeError, match="imagenet-0000.tar: goes on behind its end mark"):
+        LISTED[by](public)
+
+
+@pytest.mark.parametrize("by", LISTED)
+def test_zeros_behind_the_end_mark_are_padding(public, by):
+    path = public / "imagenet-0000.tar"
+    path.write_bytes(path.read_bytes() + bytes(3 << 20))
+    assert [entry.count for entry in index_shards(public).shards] == [3, 3]
+    (public / "shards.json").unlink()
+    LISTED[by](public)
+
+
+@pytest.mark.parametrize("by", LISTED)
+def test_a_name_in_another_encoding_is_one_line(public, encode, by):
+    with tarfile.open(public / "imagenet-0002.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        data = encode("JPEG", 30, 20)
+        info = tarfile.TarInfo("caf\u00e9.jpg")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    with pytest.raises(ZpipeError, match="imagenet-0002.tar: member 'caf.udce9': its name is not UTF-8") as error:
+        LISTED[by](public)
+    assert str(error.value).isprintable()
+
+
+def test_a_label_that_a_store_can_not_keep_is_named(public, tmp_path, encode, teacher_settings):
+    for tar in public.glob("*.tar"):
+        tar.unlink()
+    write_tar(public / "x.tar", {"big.png": encode("PNG", 30, 20), "big.cls": str(2**40).encode()})
+    config = ExtractConfig(**teacher_settings, executor="local", explain=ExplainConfig(target="predicted"))
+    with pytest.raises(ZpipeError, match="x.tar: key big: its label 1099511627776 is no class index"):
+        extract_teacher_maps(public, tmp_path / "out", config)
 
 
 def header_of(tar, name):
@@ -538,8 +675,6 @@ def test_a_tar_that_is_gone_or_a_folder(tmp_path):
 
 
 def test_links_and_devices_in_a_tar_are_not_followed(tmp_path, encode):
-    import io
-
     path = tmp_path / "x.tar"
     with tarfile.open(path, "w") as tar:
         for name, kind in (("a.cls", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE), ("c.png", tarfile.CHRTYPE)):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import BODY, GRID, SIDE, scenes, store
+from tiny import BODY, GRID, SIDE, encode, late_profile, scenes, store
 from typer.testing import CliRunner
 
 from zpipe.cli import app
@@ -119,7 +119,8 @@ def test_the_command(data, tmp_path):
     ("run", "options", "kind", "told"),
     [
         ("zoomer", {}, UsageError, "holds a zoomer, no classifier"),
-        ("with-maps", {}, UsageError, "needs a relevance store"),
+        ("with-maps", {}, UsageError, "with-maps: was trained with maps as scores, .*: single images have no maps"),
+        ("zoom", {"scores": "maps"}, UsageError, "--scores maps: single images have no maps in a store; choose zoomer"),
         ("zoom", {"alpha": 0.1, "budget": 3}, UsageError, "not both"),
         ("zoom", {"alpha": 1.5}, UsageError, "alpha must lie in"),
         ("zoom", {"budget": 99}, UsageError, "budget must lie between"),
@@ -137,7 +138,9 @@ def test_what_is_no_image(data, tmp_path):
     text.write_text("not an image")
     cut = tmp_path / "cut.jpg"
     cut.write_bytes(whole.read_bytes()[:300])
-    for file in (text, cut, tmp_path / "missing.jpg"):
+    profile = tmp_path / "profile.png"
+    profile.write_bytes(late_profile(encode(np.zeros((8, 8, 3), np.uint8))))
+    for file in (text, cut, profile, tmp_path / "missing.jpg"):
         with pytest.raises(ZpipeError, match=f"{file.name}: can't be read as a JPEG, PNG or WEBP image"):
             predict(data / "zoom", [file], CPU)
     with pytest.raises(UsageError, match="two images have the same name"):

@@ -82,6 +82,8 @@ def test_members_of_other_kinds_are_not_looked_at(name):
         ([("k.jpg", b"A"), ("k.json", b"[1]")], ".json is not an object"),
         ([("k.jpg", b"A"), ("k.json", b'{"label": "3"}')], "label '3', not a class index"),
         ([("k.jpg", b"A"), ("k.json", b'{"label": true}')], "label True, not a class index"),
+        ([("k.jpg", b"A"), ("k.cls", b"1099511627776")], "label 1099511627776 is no class index, which has 32 bits"),
+        ([("k.jpg", b"A"), ("k.json", b'{"label": -2147483649}')], "label -2147483649 is no class index"),
         ([("k.jpg", b"A"), ("l.jpg", b"B"), ("k.cls", b"1")], "comes twice"),
     ],
 )
@@ -92,6 +94,11 @@ def test_a_broken_sample_is_named_in_one_line(members, told):
     assert told in text and text.startswith("x.tar: key k: ") and "\n" not in text
 
 
+def test_labels_go_as_far_as_a_store_keeps_them():
+    found = group(("a.jpg", b"A"), ("a.cls", b"2147483647"), ("b.jpg", b"B"), ("b.cls", b"-2147483648"))
+    assert [sample.label for sample in found] == [2**31 - 1, -(2**31)]
+
+
 @pytest.mark.parametrize(
     "path, stem, whole",
     [
@@ -99,6 +106,8 @@ def test_a_broken_sample_is_named_in_one_line(members, told):
         ("ant/v1.2/a.b.JPEG", "a_b", "ant__v1_2__a_b"),
         ("a.jpg", "a", "a"),
         ("noend", "noend", "noend"),
+        ("v1.0/img1", "img1", "v1_0__img1"),
+        ("v1.0/.img", "_img", "v1_0___img"),
     ],
 )
 def test_keys_of_files_hold_no_dot(path, stem, whole):

@@ -291,6 +291,8 @@ def test_json_nested_without_end_is_one_line(tmp_path, members):
         f"https://user:{CANARY}@h/x",
         f"gs://{CANARY}@b/x",
         f"https://h/x?Signature={CANARY}",
+        f"abfss://account:{CANARY}@account.dfs.core.windows.net/x",
+        f"hdfs://user:{CANARY}@namenode:8020/x",
     ],
 )
 def test_urls_with_credentials_are_refused_and_not_repeated(shards, tmp_path, cli, teacher_flags, url):
@@ -305,6 +307,19 @@ def test_urls_with_credentials_are_refused_and_not_repeated(shards, tmp_path, cl
         done = cli(*line)
         assert done.code == 2 and CANARY not in done.stdout + done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "abfss://container@account.dfs.core.windows.net/x",
+        "abfs://container@account.dfs.core.windows.net/x",
+        "az://container@account.blob.core.windows.net/x",
+        "hdfs://user@namenode:8020/x",
+    ],
+)
+def test_a_container_or_a_user_before_an_at_is_no_credential(url):
+    assert as_path(url).name == "x"
 
 
 @pytest.fixture

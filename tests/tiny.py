@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,12 @@ def encode(pixels: np.ndarray, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
+
+
+def late_profile(image: bytes) -> bytes:
+    """A PNG with an empty colour profile chunk behind its pixels: Pillow 13 opens it, then raises IndexError on decoding it."""
+    end = image.rindex(b"IEND") - 4
+    return image[:end] + bytes(4) + b"iCCP" + zlib.crc32(b"iCCP").to_bytes(4, "big") + image[end:]
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
+from zpipe.schemas.sample import DECODE_ERRORS
 from zpipe.train.checkpoint import Run, load_run
 from zpipe.train.data.transforms import ViewConfig, decode, draw_view, view_image
 from zpipe.train.loop import resolve_device
 from zpipe.train.models.zoom_tokens import token_boxes
 from zpipe.train.models.zoomvit import ZoomViT
-from zpipe.train.modes import EvalConfig, choose_run_source
+from zpipe.train.modes import EvalConfig, choose_run_source, trained_with
 from zpipe.train.pictures import picture
 from zpipe.train.scoring import ScoreSource, zooms
 
@@ -61,6 +62,15 @@ class Classifier:
         config = config or PredictConfig()
         if run.kind != "vit":
             raise UsageError(f"{run.path}: holds a {run.kind}, no classifier")
+        if (config.scores or trained_with(run)) == "maps":
+            asked = (
+                "--scores maps"
+                if config.scores
+                else f"{run.path}: was trained with maps as scores, as if by --scores maps"
+            )
+            raise UsageError(
+                f"{asked}: single images have no maps in a store; choose zoomer, attention, entropy, centre, random, own or none"
+            )
         self.device = resolve_device(config.device)
         self.run, self.model = run, run.model.to(self.device)
         self.source: ScoreSource | None = choose_run_source(run, EvalConfig(scores=config.scores), None)
@@ -161,5 +171,5 @@ def read_image(file: Path, size: int, view: ViewConfig) -> np.ndarray:
         return np.ascontiguousarray(view_image(image, chosen, size, source))
     except UnidentifiedImageError as error:
         raise ZpipeError(f"{file}: can't be read as a JPEG, PNG or WEBP image; give an image file") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise ZpipeError(f"{file}: can't be read as a JPEG, PNG or WEBP image ({error})") from error

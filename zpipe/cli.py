@@ -13,7 +13,7 @@ from zpipe.cli_maps import maps_app
 from zpipe.cli_options import Seed
 from zpipe.cli_results import calibrate_command, evaluate_command, predict_command, report_command
 from zpipe.cli_train import train_vit_command, train_zoomer_command
-from zpipe.console import fail, out, print_rows, reporting, tell, warn
+from zpipe.console import fail, local_path, out, print_rows, reporting, tell, warn
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,20 +36,26 @@ app.add_typer(maps_app, name="maps")
 @app.command("demo")
 def demo_command(
     output: Annotated[
-        Path, typer.Argument(help="Folder for everything the demo makes; new, empty, or one to go on with.")
+        Path,
+        typer.Argument(
+            parser=local_path,
+            metavar="OUTPUT",
+            help="Folder for everything the demo makes: new, empty, or that of a demo to resume.",
+        ),
     ] = Path("demo-run"),
     seed: Seed = 0,
     seeds: Annotated[
         int,
         typer.Option(
-            min=0, help="Instead: the demo for so many seeds, with further score sources and all rivals, as one table."
+            min=0,
+            help="Instead of the single demo, run it for N seeds, 0 to N-1, with more score sources and all rival models, and print one table.",
         ),
     ] = 0,
     quick: Annotated[
-        bool, typer.Option("--quick", help="The same line in a minute, with too little data to learn anything.")
+        bool, typer.Option("--quick", help="Run the same steps in a minute, on too little data to learn anything.")
     ] = False,
 ) -> None:
-    """The whole line on embedded data in minutes: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, report."""
+    """Run the whole pipeline on embedded data in minutes: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, report."""
     with reporting() as progress:
         from zpipe.demo import run_demo, run_seeds
 
@@ -69,7 +75,7 @@ def demo_command(
 
 @app.command("doctor")
 def doctor_command() -> None:
-    """Versions, PIL build, devices, Ray, shared memory, temp: exit code 1 on what would fail later."""
+    """Check versions, PIL build, devices, Ray, shared memory and temporary folder; exit code 1 for what would fail later."""
     from zpipe.doctor import examine
 
     findings = examine()

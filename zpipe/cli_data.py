@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from zpipe.cli_options import Address, Device, ModelArgs, Sets, Shards
-from zpipe.console import count_or_auto, parse_settings, path_or_url, reporting, tell, warn
+from zpipe.cli_options import Address, Device, ModelArgs, Shards
+from zpipe.console import count_or_auto, local_path, parse_settings, path_or_url, reporting, tell, warn
 from zpipe.schemas.errors import UsageError, ZpipeError
 
 
@@ -16,37 +16,57 @@ def make_shards_command(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder of images (a sub-folder a class, or a labels.csv); cifar10:PATH (cifar-10-binary.tar.gz or its folder); flowers102:FOLDER (with 102flowers.tgz or jpg/, imagelabels.mat, setid.mat); or 'scenes', the embedded data."
+            help="Folder of images (one sub-folder per class, or a labels.csv); cifar10:PATH (cifar-10-binary.tar.gz or its folder); flowers102:FOLDER (with 102flowers.tgz or jpg/, imagelabels.mat, setid.mat); or 'scenes', the embedded data."
         ),
     ],
-    output: Annotated[Path | None, typer.Argument(help="Folder for the tars and their index; new or empty.")] = None,
-    shard_size: Annotated[int, typer.Option(min=1, help="Images per tar at most.")] = 1000,
+    output: Annotated[
+        Path | None,
+        typer.Argument(
+            parser=local_path,
+            metavar="OUTPUT",
+            help="Local folder for the tars and their index: new, empty, or that of a run to resume.",
+        ),
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Most images in one tar.")] = 1000,
     keys: Annotated[
-        str, typer.Option(help="Key of an image: 'stem' (file name) or 'path' (with its folders).")
+        str, typer.Option(help="(image folders only) Key of an image: 'stem' (file name) or 'path' (with its folders).")
     ] = "stem",
-    seed: Annotated[int, typer.Option(help="Seed of the order of images, and of scenes.")] = 0,
-    no_shuffle: Annotated[bool, typer.Option("--no-shuffle", help="Keep the order of folders and files.")] = False,
-    count: Annotated[int, typer.Option(help="Scenes to make.")] = 10000,
+    seed: Annotated[int, typer.Option(help="Seed of the order of images, or of the embedded scenes.")] = 0,
+    no_shuffle: Annotated[
+        bool, typer.Option("--no-shuffle", help="(not for embedded scenes) Keep the images in the order of the source.")
+    ] = False,
+    count: Annotated[int, typer.Option(help="(embedded scenes only) Number of scenes.")] = 10000,
     split: Annotated[
         str,
-        typer.Option(help="Of scenes and cifar10: train or val; of flowers102: train, val, test or trainval."),
+        typer.Option(
+            help="(not for image folders) train or val of scenes and cifar10; train, val, test or trainval of flowers102."
+        ),
     ] = "train",
-    image_size: Annotated[int | None, typer.Option(help="Pixels a side of a scene.")] = None,
-    settings: Sets = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="(embedded scenes only) Width and height of a scene in pixels.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="(embedded scenes only) Any other setting of a scene, such as pieces=[1,2] or digit_size=[9,10]. Repeatable.",
+        ),
+    ] = None,
     index_only: Annotated[
-        bool, typer.Option("--index-only", help="SOURCE holds tars already: only write their shards.json.")
+        bool, typer.Option("--index-only", help="SOURCE is a folder or URL of tars: only write their shards.json.")
     ] = False,
 ) -> None:
-    """Images into WebDataset tars: key.jpg (original bytes), key.cls, key.json, and a shards.json.
+    """Pack images into WebDataset tars: key.jpg (original bytes), key.cls, key.json, and a shards.json.
 
-    Images that can't be decoded are listed in quarantine.csv; the rest is written, and the exit code is 1.
+    Images that can't be decoded are listed in quarantine.csv and left out; the exit code is then 1.
     """
     with reporting() as progress:
         from zpipe.pipeline.datasets import DATASETS
         from zpipe.pipeline.make_shards import FolderSource, SceneSource, index_shards, make_shards, scene_config
 
         if index_only:
-            index = index_shards(Path(source), progress=progress)
+            index = index_shards(path_or_url(source), progress=progress)
             tell(f"{source}: {index.count} images in {len(index.shards)} shards indexed")
             return
         if output is None:
@@ -65,11 +85,11 @@ def make_shards_command(
                 if keys != "stem":
                     raise UsageError(f"--keys belongs to image folders; {name} has keys of its own")
                 # No shell expands a ~ behind a colon.
-                chosen = DATASETS[name](Path(path).expanduser(), split=split, **order)
+                chosen = DATASETS[name](local_path(path).expanduser(), split=split, **order)
                 if chosen.warning:
                     warn(f"warning: {chosen.warning}")
             else:
-                chosen = FolderSource(Path(source), key_rule=keys, **order)
+                chosen = FolderSource(local_path(source), key_rule=keys, **order)
         report = make_shards(chosen, output, progress=progress)
         tell(f"{output}: {report.count} images in {report.shards} shards ({report.written} written now)")
         if report.quarantined:
@@ -87,7 +107,7 @@ def extract_command(
             "--out",
             parser=path_or_url,
             metavar="PATH|URL",
-            help="Folder of the relevance store; new, empty, or one to go on with.",
+            help="Folder of the relevance store: new, empty, or that of an extraction to resume.",
         ),
     ],
     teacher: Annotated[
@@ -97,7 +117,7 @@ def extract_command(
         str, typer.Option(help="Weights file, folder of a finished train-vit run, 'pretrained', or 'random'.")
     ] = "pretrained",
     num_classes: Annotated[
-        int | None, typer.Option(help="Classes of the teacher, where neither weights nor model tell.")
+        int | None, typer.Option(help="Number of the teacher's classes, where neither weights nor model say it.")
     ] = None,
     model_arg: ModelArgs = None,
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
@@ -111,35 +131,35 @@ def extract_command(
         str, typer.Option(help="'full' (the whole image, for training) or 'center' (the teacher's evaluation view).")
     ] = "full",
     symmetrise: Annotated[
-        bool, typer.Option("--symmetrise", help="Mean with the mirrored image's map; twice the price.")
+        bool, typer.Option("--symmetrise", help="Average with the map of the mirrored image; takes twice the time.")
     ] = False,
     precision: Annotated[
         str,
         typer.Option(
-            help="float32, float64, or FORWARD+SWEEP: float64+float32 (all but exact), float64+bfloat16, float32+bfloat16, float32+tf32."
+            help="float32, float64, or FORWARD+SWEEP: float64+float32 (almost exact), float64+bfloat16, float32+bfloat16, float32+tf32."
         ),
     ] = "float32",
     executor: Annotated[
         str, typer.Option(help="'ray' (local when no cluster is given) or 'local' (this process).")
     ] = "ray",
     address: Address = None,
-    actors: Annotated[int, typer.Option(min=0, help="Worker processes; 0 chooses.")] = 0,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each worker; 0 chooses.")] = 0,
-    gpus_per_actor: Annotated[float, typer.Option(min=0, help="GPUs of each worker; 0 chooses.")] = 0.0,
+    actors: Annotated[int, typer.Option(min=0, help="Worker processes; 0: chosen automatically.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each worker; 0: chosen automatically.")] = 0,
+    gpus_per_actor: Annotated[float, typer.Option(min=0, help="GPUs of each worker; 0: chosen automatically.")] = 0.0,
     batch_size: Annotated[
         int,
         typer.Option(
             parser=count_or_auto,
             metavar="N|auto",
-            help="Images at once; auto: 8 on CPU, 64 on GPU, fewer where memory ends.",
+            help="Images per batch; auto: 8 on CPU, 64 on GPU, fewer when memory is short.",
         ),
     ] = "auto",  # type: ignore[assignment]
     device: Device = "auto",
-    replace: Annotated[bool, typer.Option("--replace", help="Remove what the store holds and start over.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Delete what the store holds and start over.")] = False,
 ) -> None:
     """Run a frozen teacher over tar shards and store its relevance maps for each image's own label.
 
-    One tar gives one map shard. Shards that are done are kept, so the same command goes on after an interruption.
+    One tar gives one map shard. Finished shards are kept, so the same command resumes an interrupted extraction.
     """
     with reporting() as progress:
         from zpipe.pipeline.explainer import ExplainConfig

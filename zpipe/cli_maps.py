@@ -10,17 +10,19 @@ import typer
 from rich.table import Table
 
 from zpipe.cli_options import BatchSize, Device, Store
-from zpipe.console import out, path_or_url, print_rows, reporting, tell
+from zpipe.console import local_path, out, path_or_url, print_rows, reporting, tell
 from zpipe.schemas.errors import UsageError, ZpipeError
 
-maps_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look into a relevance store.")
+maps_app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Inspect, check, export and compare relevance stores."
+)
 
 
 @maps_app.command("info")
 def maps_info(
     store: Store,
 ) -> None:
-    """What a store holds and where it comes from."""
+    """Show what a store holds and where it comes from."""
     with reporting():
         from zpipe.pipeline.inspection import store_figures
 
@@ -54,11 +56,13 @@ def maps_verify(
     shards: Annotated[
         Path | None,
         typer.Option(
-            parser=path_or_url, metavar="PATH|URL", help="The tars it was made from, to hold its keys against."
+            parser=path_or_url,
+            metavar="PATH|URL",
+            help="The tars it was made from; its keys and digests are compared with theirs.",
         ),
     ] = None,
 ) -> None:
-    """Read every byte of a store and check it; exit code 1 and a line per problem when it isn't whole."""
+    """Read every byte of a store and check it; exit code 1 and one line per problem if it is damaged or incomplete."""
     with reporting() as progress:
         from zpipe.pipeline.verify import verify_store
 
@@ -75,12 +79,19 @@ def maps_show(
     shards: Annotated[
         Path | None,
         typer.Option(
-            parser=path_or_url, metavar="PATH|URL", help="The tars it was made from; default where the manifest says."
+            parser=path_or_url,
+            metavar="PATH|URL",
+            help="The tars it was made from; default: those named in the manifest.",
         ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--out", help="PNG to write; default KEY.png here.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", parser=path_or_url, metavar="PATH|URL", help="PNG to write; default KEY.png in the current folder."
+        ),
+    ] = None,
 ) -> None:
-    """Image, map and overlay of one sample as a PNG."""
+    """Draw image, map and overlay of one sample as a PNG."""
     with reporting():
         from zpipe.pipeline.inspection import show_map
 
@@ -92,18 +103,23 @@ def maps_show(
 def maps_export(
     store: Store,
     output: Annotated[
-        Path, typer.Argument(help="Parquet file, or folder with --per-shard or --numpy; must not exist.")
+        Path,
+        typer.Argument(
+            parser=path_or_url,  # the export itself says what it can't do
+            metavar="OUTPUT",
+            help="Parquet file, or folder with --per-shard or --numpy; must not exist.",
+        ),
     ],
     parquet: Annotated[bool, typer.Option("--parquet", help="Index and maps as Parquet (the default).")] = False,
     numpy: Annotated[
         bool, typer.Option("--numpy", help="A folder of maps.npy (float32), keys.txt, index.parquet.")
     ] = False,
-    per_shard: Annotated[bool, typer.Option("--per-shard", help="One Parquet file a shard.")] = False,
+    per_shard: Annotated[bool, typer.Option("--per-shard", help="One Parquet file per shard.")] = False,
     values: Annotated[
         str, typer.Option(help="'raw' (in Parquet: map * scale is the relevance) or 'minmax' (each map in [0, 1]).")
     ] = "raw",
 ) -> None:
-    """A store for pandas, polars, duckdb, Hugging Face datasets, or plain NumPy."""
+    """Convert a store for pandas, polars, duckdb, Hugging Face datasets, or plain NumPy."""
     with reporting() as progress:
         from zpipe import open_maps
         from zpipe.pipeline.export import export_numpy, export_parquet
@@ -124,15 +140,25 @@ def maps_export(
 def maps_judge(
     store: Store,
     shards: Annotated[Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="The shards it was made from.")],
-    model: Annotated[Path, typer.Option(help="Finished train-vit run of a classifier to hold the maps against.")],
-    steps: Annotated[int, typer.Option(min=1, help="Points of a curve.")] = 10,
-    baseline: Annotated[str, typer.Option(help="What stands for a missing cell: blur or mean.")] = "blur",
-    limit: Annotated[int, typer.Option(min=1, help="Images looked at.")] = 5_000,
+    model: Annotated[
+        Path,
+        typer.Option(
+            parser=local_path,
+            metavar="RUN",
+            help="Finished train-vit run of the classifier that the maps are tested on.",
+        ),
+    ],
+    steps: Annotated[int, typer.Option(min=1, help="Points per curve.")] = 10,
+    baseline: Annotated[str, typer.Option(help="What replaces a removed cell: blur or mean.")] = "blur",
+    limit: Annotated[int, typer.Option(min=1, help="Most images to use.")] = 5_000,
     batch_size: BatchSize = 64,
     device: Device = "auto",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file too.")] = None,
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", parser=path_or_url, metavar="PATH|URL", help="Also write the rows to this file."),
+    ] = None,
 ) -> None:
-    """Whether maps are true to a model: deletion (lower is better) and insertion curves, the pointing game; two controls."""
+    """Test how faithful maps are to a model: deletion (lower is better) and insertion curves, pointing game, two controls."""
     with reporting() as progress:
         from zpipe.train.judge import JudgeConfig, judge_maps
 
@@ -145,12 +171,14 @@ def maps_judge(
 def maps_compare(
     first: Annotated[Path, typer.Argument(parser=path_or_url, metavar="FIRST", help="Relevance store.")],
     second: Annotated[
-        Path, typer.Argument(parser=path_or_url, metavar="SECOND", help="Another one of the same data set.")
+        Path, typer.Argument(parser=path_or_url, metavar="SECOND", help="Another relevance store of the same data set.")
     ],
-    top: Annotated[int, typer.Option(min=1, help="How many of the highest cells to hold against each other.")] = 20,
-    worst: Annotated[int, typer.Option(min=0, help="How many of the samples that agree least to list.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="How many of the highest cells to compare.")] = 20,
+    worst: Annotated[
+        int, typer.Option(min=0, help="How many of the samples that agree least to list; 0 for none.")
+    ] = 10,
 ) -> None:
-    """How far the maps of two stores agree: rank correlation, overlap of the highest cells, the worst samples."""
+    """Show how far the maps of two stores agree: rank correlation, overlap of the highest cells, the worst samples."""
     with reporting() as progress:
         from zpipe import open_maps
         from zpipe.pipeline.compare import compare_stores

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from zpipe.console import path_or_url
+from zpipe.console import local_path, path_or_url
 
 Shards = Annotated[
     Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="Folder or URL of tar shards, or one tar.")
@@ -30,32 +30,41 @@ ModelArgs = Annotated[
     ),
 ]
 Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; default RAY_ADDRESS, else this machine.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of all that is drawn at random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is random.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 # Of the verbs that train.
-RunFolder = Annotated[Path, typer.Option("--out", help="Folder of the run; new, empty, or one to go on with.")]
+RunFolder = Annotated[
+    Path,
+    typer.Option(
+        "--out", parser=local_path, metavar="FOLDER", help="Folder of the run: new, empty, or that of a run to resume."
+    ),
+]
 StepImages = Annotated[
-    int | None, typer.Option(min=1, help="Images a step, those of all training processes together. Default 128.")
+    int | None, typer.Option(min=1, help="Images per step, over all training processes together. Default 128.")
 ]
 DataWorkers = Annotated[int, typer.Option(min=0, help="Data-loading processes of each training process.")]
 NumWorkers = Annotated[
     int,
-    typer.Option(
-        min=0, help="Training processes, one for each GPU, on Ray when more than one; they share the batch evenly."
-    ),
+    typer.Option(min=0, help="Training processes, one per GPU; more than one run on Ray and share the batch evenly."),
 ]
-Resume = Annotated[
-    str, typer.Option(help="What becomes of a run that is in the folder already: auto (go on with it) or never.")
-]
-Missing = Annotated[str, typer.Option(help="Samples without a usable map: error, skip or uniform.")]
+Resume = Annotated[str, typer.Option(help="If the folder already holds a run: auto (resume it) or never (stop).")]
+Missing = Annotated[str, typer.Option(help="What to do with samples without a usable map: error, skip or uniform.")]
 
 # Of those that only run a model.
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
 LoadingProcesses = Annotated[int, typer.Option(min=0, help="Data-loading processes.")]
 Scores = Annotated[
     str | None,
     typer.Option(
         help="Source of the scores: zoomer, maps, attention, entropy, centre, random, own or none; default as trained."
+    ),
+]
+# Single images have no maps in a store.
+ScoresOfImages = Annotated[
+    str | None,
+    typer.Option(
+        "--scores",
+        help="Source of the scores: zoomer, attention, entropy, centre, random, own or none; default as trained.",
     ),
 ]

@@ -1,4 +1,4 @@
-"""The verbs that tell what a trained model is worth."""
+"""The verbs that measure and show what a trained model can do."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from zpipe.cli_options import BatchSize, Device, LoadingProcesses, Scores, Shards
-from zpipe.console import parse_budgets, parse_numbers, path_or_url, print_rows, reporting, tell
+from zpipe.cli_options import BatchSize, Device, LoadingProcesses, Scores, ScoresOfImages, Shards
+from zpipe.console import local_path, parse_budgets, parse_numbers, path_or_url, print_rows, reporting, tell
 from zpipe.schemas.errors import UsageError
 
 _HIDDEN = ("scores", "alpha", "budget", "keep", "prune", "exit", "merge", "token_histogram")
@@ -23,7 +23,9 @@ def _main_columns(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def evaluate_command(
-    run: Annotated[Path, typer.Argument(help="Finished train-vit or train-zoomer run.")],
+    run: Annotated[
+        Path, typer.Argument(parser=local_path, metavar="RUN", help="Finished train-vit or train-zoomer run.")
+    ],
     shards: Shards,
     alphas: Annotated[
         str | None, typer.Option(help="Thresholds of a ZoomViT, comma-separated. Default 0,0.05,0.1,0.2,0.5,1.")
@@ -31,13 +33,17 @@ def evaluate_command(
     budgets: Annotated[
         str,
         typer.Option(
-            help="Beside the thresholds: zoomed cells per image, or '300 tokens' or '2.3 GMACs', comma-separated."
+            help="Budgets to evaluate as well: zoomed cells per image, '300 tokens' or '2.3 GMACs', comma-separated."
         ),
     ] = "",
-    keep: Annotated[str, typer.Option(help="Each of these also pruned to so many tokens, comma-separated.")] = "",
+    keep: Annotated[
+        str, typer.Option(help="Also evaluate each setting pruned to so many tokens, comma-separated.")
+    ] = "",
     prune: Annotated[
         str,
-        typer.Option(help="Which tokens --keep takes: backward or forward, or either of them with -zoomed or -rest."),
+        typer.Option(
+            help="Which tokens --keep drops: backward (the lowest-ranked) or forward (the highest), or either with -zoomed or -rest."
+        ),
     ] = "backward",
     exits: Annotated[
         str, typer.Option(help="Thresholds of early exit of a cfvit_* or lfvit_*. Default 0,0.3,0.5,0.7,0.9,1.")
@@ -45,16 +51,23 @@ def evaluate_command(
     merge: Annotated[str, typer.Option(help="Tokens that a tome_vit merges in each block, comma-separated.")] = "",
     target_gmacs: Annotated[
         float | None,
-        typer.Option(help="Instead of --alphas or --exits: the threshold at which an image costs this on average."),
+        typer.Option(help="Instead of --alphas or --exits: use the threshold whose mean cost per image is this."),
     ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            parser=path_or_url, metavar="SHARDS", help="Images to choose that threshold by; not the ones judged."
+            parser=path_or_url,
+            metavar="SHARDS",
+            help="(with --target-gmacs) Images to choose the threshold on; not those of SHARDS.",
         ),
     ] = None,
     calibration_maps: Annotated[
-        Path | None, typer.Option(parser=path_or_url, metavar="PATH|URL", help="Their maps, where maps are the scores.")
+        Path | None,
+        typer.Option(
+            parser=path_or_url,
+            metavar="PATH|URL",
+            help="Relevance store of the calibration shards, if the scores are maps.",
+        ),
     ] = None,
     maps: Annotated[
         Path | None,
@@ -67,35 +80,49 @@ def evaluate_command(
         str | None,
         typer.Option(
             metavar="by-name|FILE",
-            help="The model's class for each label of shards that know fewer (ImageNet-A); the others are no answers.",
+            help="For shards with a part of the model's classes (ImageNet-A): which class each label is; the others don't count as answers.",
         ),
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="JSON of right classes by key, several for an image (ImageNet-ReaL's real.json)."),
+        typer.Option(
+            parser=local_path,
+            metavar="FILE",
+            help="JSON file with the right classes of each key, possibly several (ImageNet-ReaL's real.json).",
+        ),
     ] = None,
     batch_size: BatchSize = 128,
     data_workers: LoadingProcesses = 0,
     device: Device = "auto",
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Results file; default evaluation.json in the run.")
+        Path | None,
+        typer.Option(
+            "--json", parser=path_or_url, metavar="PATH|URL", help="Results file; default evaluation.json in the run."
+        ),
     ] = None,
     study: Annotated[
         str | None,
         typer.Option(
-            help="Instead, one of the paper's experiments around this run: alpha-eta, pruning, zfe, zoom-in-training, "
+            help="Instead of evaluating, run a study, one of the paper's experiments around this run: alpha-eta, pruning, zfe, zoom-in-training, "
             "zoomer-depth, score-sources, test-time-zoom, nine-crops, backbone-size, selection or errors."
         ),
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Of a study: seeds of what it trains, comma-separated.")] = "",
+    seeds: Annotated[str, typer.Option(help="(with --study) Seeds of what it trains, comma-separated.")] = "",
     epochs: Annotated[
-        float | None, typer.Option(help="Of a study: epochs of what it trains; default the run's.")
+        float | None, typer.Option(help="(with --study) Epochs of what it trains; default: those of the run.")
     ] = None,
-    zoomer: Annotated[Path | None, typer.Option(help="Of test-time-zoom: the train-zoomer run to zoom by.")] = None,
+    zoomer: Annotated[
+        Path | None,
+        typer.Option(
+            parser=local_path,
+            metavar="RUN",
+            help="(with --study test-time-zoom) Train-zoomer run whose scores decide where to zoom.",
+        ),
+    ] = None,
 ) -> None:
-    """Top-1, mean tokens, GMACs and images/s of a ViT, for each alpha; or a zoomer's distance to its teacher.
+    """Measure top-1, mean tokens, GMACs and images/s of a ViT, for each alpha; or a zoomer's distance to its teacher.
 
-    With --study a whole experiment: what it compares is trained under the run's own settings, into RUN/studies, and its
+    With --study, run a whole experiment: the models it compares are trained under the run's own settings into RUN/studies, and its
     figures go to RUN/results/STUDY.json and .parquet.
     """
     with reporting() as progress:
@@ -142,21 +169,34 @@ def evaluate_command(
 
 
 def predict_command(
-    images: Annotated[list[Path], typer.Argument(help="JPEG, PNG or WEBP files.")],
-    checkpoint: Annotated[Path, typer.Option(help="Finished train-vit run; its zoomer is in it.")],
+    images: Annotated[list[Path], typer.Argument(parser=local_path, metavar="IMAGES", help="JPEG, PNG or WEBP files.")],
+    checkpoint: Annotated[
+        Path, typer.Option(parser=local_path, metavar="RUN", help="Finished train-vit run; its zoomer is in it.")
+    ],
     alpha: Annotated[
-        float | None, typer.Option(help="Threshold of a zooming model; 0.1 unless a budget is given.")
+        float | None, typer.Option(help="Threshold of a model that zooms; default 0.1, unless --budget is given.")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="Instead: zoomed cells, '300 tokens' or '2.3 GMACs'.")] = None,
-    scores: Scores = None,
-    top: Annotated[int, typer.Option(min=1, help="Classes told.")] = 5,
+    budget: Annotated[
+        str | None, typer.Option(help="Instead of --alpha: zoomed cells per image, '300 tokens' or '2.3 GMACs'.")
+    ] = None,
+    scores: ScoresOfImages = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to print.")] = 5,
     output: Annotated[
-        Path | None, typer.Option("--out", help="Folder for a PNG an image: scores and patches laid over it.")
+        Path | None,
+        typer.Option(
+            "--out",
+            parser=local_path,
+            metavar="FOLDER",
+            help="Folder for one PNG per image, with scores and patches drawn over it.",
+        ),
     ] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the predictions to this file too.")] = None,
+    json_path: Annotated[
+        Path | None,
+        typer.Option("--json", parser=path_or_url, metavar="PATH|URL", help="Also write the predictions to this file."),
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """The most probable classes of image files, and pictures of what a ZoomViT looked at."""
+    """Print the most probable classes of image files, and draw what a ZoomViT looked at."""
     with reporting() as progress:
         from zpipe.schemas.atomic import write_json
         from zpipe.train.predict import PredictConfig, predict
@@ -177,20 +217,30 @@ def predict_command(
 
 
 def calibrate_command(
-    run: Annotated[Path, typer.Argument(help="Finished train-vit run of a zoomvit_*, cfvit_* or lfvit_* model.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            parser=local_path, metavar="RUN", help="Finished train-vit run of a zoomvit_*, cfvit_* or lfvit_* model."
+        ),
+    ],
     shards: Shards,
-    budget: Annotated[str, typer.Option(help="Mean cost of an image: '2.3 GMACs', '300 tokens', or zoomed cells.")],
+    budget: Annotated[
+        str, typer.Option(help="Mean cost per image: '2.3 GMACs', '300 tokens', or a number of zoomed cells.")
+    ],
     scores: Scores = None,
     maps: Annotated[
         Path | None,
         typer.Option(parser=path_or_url, metavar="PATH|URL", help="Relevance store, for --scores maps."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Images looked at.")] = 50_000,
+    limit: Annotated[int, typer.Option(min=1, help="Most images to use.")] = 50_000,
     batch_size: BatchSize = 128,
     data_workers: LoadingProcesses = 0,
     device: Device = "auto",
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Results file; default calibration.json in the run.")
+        Path | None,
+        typer.Option(
+            "--json", parser=path_or_url, metavar="PATH|URL", help="Results file; default calibration.json in the run."
+        ),
     ] = None,
 ) -> None:
     """Find the threshold (alpha, or that of early exit) at which a model costs a given budget per image on average."""
@@ -205,7 +255,7 @@ def calibrate_command(
     name = next(name for name in ("alpha", "exit_threshold") if name in found)
     unit = found["unit"]
     tell(
-        f"{name} {found[name]!r}: {found['mean']:.4g} {unit} an image, standard deviation {found['std']:.3g}, "
+        f"{name} {found[name]!r}: {found['mean']:.4g} {unit} per image, standard deviation {found['std']:.3g}, "
         f"over {found['images']:,} images"
     )
     tell(f"written to {target}")
@@ -213,28 +263,36 @@ def calibrate_command(
 
 def report_command(
     runs: Annotated[
-        list[Path], typer.Argument(help="Training runs, folders with results/*.json, or folders of these.")
+        list[Path],
+        typer.Argument(
+            parser=local_path,
+            metavar="RUNS",
+            help="Training runs, folders with results/*.json, or folders of these.",
+        ),
     ],
     output: Annotated[
-        Path, typer.Option("--out", help="Folder for index.html, one file that holds everything.")
+        Path,
+        typer.Option(
+            "--out", parser=local_path, metavar="FOLDER", help="Folder for index.html, which holds everything."
+        ),
     ] = Path("report"),
     shards: Annotated[
         Path | None,
         typer.Option(
-            parser=path_or_url, metavar="SHARDS", help="Images of the gallery; default those of the first evaluation."
+            parser=path_or_url, metavar="SHARDS", help="Images of the gallery; default: those of the first evaluation."
         ),
     ] = None,
     maps: Annotated[
         Path | None, typer.Option(parser=path_or_url, metavar="PATH|URL", help="Relevance store of these shards.")
     ] = None,
-    gallery: Annotated[int, typer.Option(min=0, help="Entries of the gallery; 0 for none.")] = 200,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of which images the gallery shows.")] = 0,
+    gallery: Annotated[int, typer.Option(min=0, help="Number of images in the gallery; 0 for none.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of images in the gallery.")] = 0,
     batch_size: BatchSize = 64,
     device: Device = "auto",
 ) -> None:
-    """One HTML page about runs: accuracy against cost, tables with intervals, training curves, and a gallery of images.
+    """Write one HTML page about runs: accuracy against cost, tables with intervals, training curves, and a gallery of images.
 
-    It needs no network and no other file. What runs lack, it leaves out, and says which command gives it.
+    The page needs no network and no other file. Where a run lacks results, it names the command that makes them.
     """
     with reporting() as progress:
         from zpipe.train.report import ReportConfig, report

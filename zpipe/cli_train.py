@@ -21,7 +21,7 @@ from zpipe.cli_options import (
     Shards,
     StepImages,
 )
-from zpipe.console import parse_settings, path_or_url, reporting, tell, warn
+from zpipe.console import local_path, parse_settings, path_or_url, reporting, tell, warn
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def train_zoomer_command(
     ],
     output: RunFolder,
     num_blocks: Annotated[int, typer.Option(help="Residual blocks: 2, 4 or 6.")] = 4,
-    image_size: Annotated[int, typer.Option(help="Pixels a side.")] = 224,
+    image_size: Annotated[int, typer.Option(help="Width and height of the input in pixels.")] = 224,
     recipe_name: Annotated[str | None, typer.Option("--recipe", help="zoomer (default) or zoomer-small.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 100.")] = None,
     batch_size: StepImages = None,
@@ -80,42 +80,56 @@ def train_vit_command(
         ),
     ] = "zoomvit_small_patch16_224",
     model_arg: ModelArgs = None,
-    zoomer: Annotated[Path | None, typer.Option(help="Finished train-zoomer run that scores the image.")] = None,
+    zoomer: Annotated[
+        Path | None,
+        typer.Option(parser=local_path, metavar="RUN", help="Finished train-zoomer run that scores the images."),
+    ] = None,
     maps: Annotated[
         Path | None,
         typer.Option(
             parser=path_or_url,
             metavar="PATH|URL",
-            help="Relevance store whose maps are the scores, instead of a zoomer.",
+            help="Instead of --zoomer: relevance store whose maps are the scores.",
         ),
     ] = None,
     scores: Annotated[
         str | None,
         typer.Option(
-            help="Source of the scores: zoomer, maps, attention, entropy, centre, random, own or none; default the one given."
+            help="Source of the scores: zoomer, maps, attention, entropy, centre, random, own or none; default: that of --zoomer or --maps."
         ),
     ] = None,
     init_from: Annotated[
         str | None,
         typer.Option(help="Run, checkpoint file or timm:NAME to start from (a plain ViT may start a ZoomViT)."),
     ] = None,
-    num_classes: Annotated[int | None, typer.Option(help="Classes; default those that the shards name.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels a side. Default 224.")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Number of classes; default: as many as the shards name.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Width and height of the input in pixels. Default 224.")
+    ] = None,
     recipe_name: Annotated[
         str | None,
         typer.Option(
             "--recipe",
-            help="deit, deit3, finetune, cifar10 or flowers102, or their small twins such as deit-small; none by default.",
+            help="deit, deit3, finetune, cifar10 or flowers102, or a small variant such as deit-small; none by default.",
         ),
     ] = None,
     val: Annotated[
         Path | None,
         typer.Option(
-            parser=path_or_url, metavar="SHARDS", help="Validate on these shards after every epoch; keep the best."
+            parser=path_or_url,
+            metavar="SHARDS",
+            help="Validate on these shards after every epoch, and keep the best weights.",
         ),
     ] = None,
     val_maps: Annotated[
-        Path | None, typer.Option(parser=path_or_url, metavar="PATH|URL", help="Their maps, where maps are the scores.")
+        Path | None,
+        typer.Option(
+            parser=path_or_url,
+            metavar="PATH|URL",
+            help="Relevance store of the validation shards, if the scores are maps.",
+        ),
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 300.")] = None,
     batch_size: StepImages = None,

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from zpipe.progress import ProgressBars, ProgressLines, progress_for
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.storage import as_path
+from zpipe.schemas.storage import as_local, as_path
 
 # Off a terminal rich assumes 80 columns and cuts what is wider; a file has room.
 out = Console(width=None if sys.stdout.isatty() else 160)
@@ -123,6 +123,14 @@ def path_or_url(text: str) -> Path:
         fail(str(error), (), error.exit_code)
 
 
+def local_path(text: str) -> Path:
+    """A path on this machine. A URL ends the program in one line."""
+    try:
+        return as_local(text)
+    except UsageError as error:
+        fail(str(error), (), error.exit_code)
+
+
 def parse_numbers(text: str, kind: type, option: str) -> tuple:
     """A comma-separated list of numbers."""
     try:
@@ -144,7 +152,9 @@ def _cell(value: Any) -> str:
 
 
 def print_rows(rows: list[dict[str, Any]], title: str) -> None:
-    """Rows with the same columns as a table on standard output."""
+    """Rows with the same columns as a table on standard output; nothing when there are none."""
+    if not rows:
+        return
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
         table.add_column(name, justify="left" if name in ("setting", "model") else "right")

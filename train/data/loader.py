@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.geometry import Box
 from zpipe.schemas.relevance_maps import RelevanceMaps
+from zpipe.schemas.sample import DECODE_ERRORS
 from zpipe.schemas.storage import as_path
 from zpipe.train.data.join import MISSING_POLICIES, Joined, Missing, ShardJoin, check_store, usable_rows
 from zpipe.train.data.order import (
@@ -391,7 +392,7 @@ def _viewed(loader: RelevanceLoader, epoch: int, copy: int, item: Joined) -> dic
     rng = np.random.default_rng([loader.seed, epoch, item.shard_number, item.row, *([copy] if copy else [])])
     try:
         image, view, source = decode(sample.image, lambda size: draw_view(rng, *size, loader.view), loader.image_size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise ZpipeError(f"{where}: can't be decoded ({error}); make the shards again, which puts it aside") from error
     pixels = view_image(image, view, loader.image_size, source)
     erased = None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.sample import ALLOWED_SUFFIXES, Sample, group_samples, split_name
+from zpipe.schemas.sample import ALLOWED_SUFFIXES, Sample, check_key, group_samples, split_name
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -68,6 +68,8 @@ def _scan_headers(path: Path) -> ShardEntry:
         raise _unreadable(path, error) from error
     if not keys:
         raise ZpipeError(f"{path}: holds no samples; remove it")
+    for key in keys:
+        check_key(key, str(path))
     return ShardEntry(
         name=path.name, count=len(keys), bytes=path.stat().st_size, sha256="", keys_sha256=digest_keys(keys)
     )
@@ -110,6 +112,11 @@ def _headers(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
             file.seek(tar.offset)
             if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
                 raise ZpipeError(f"{path}: has no end mark: truncated or altered; restore it or make the shards again")
+            while rest := file.read(1 << 20):
+                if rest.strip(b"\0"):
+                    raise ZpipeError(
+                        f"{path}: goes on behind its end mark, as two tars in one file do; make the shards again"
+                    )
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise ZpipeError(f"{path}: not a whole tar ({error}); restore it or make the shards again") from error
 

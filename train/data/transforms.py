@@ -92,8 +92,8 @@ def decode(
 
     A JPEG whose view is shrunk to half or less is decoded at half, a quarter or an eighth, which the format offers at a
     fraction of the work; the image is then smaller than the source, the view stays in source pixels. EXIF orientation is
-    ignored, as boxes are in the stored pixel matrix. Errors: OSError, ValueError or SyntaxError for what PIL can't decode,
-    formats that shards don't carry, and images of more pixels than PIL takes for harmless.
+    ignored, as boxes are in the stored pixel matrix. Errors: `DECODE_ERRORS` and PIL's DecompressionBombError for what PIL
+    can't decode, formats that shards don't carry, and images of more pixels than PIL takes for harmless.
     """
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         width, height = image.size
