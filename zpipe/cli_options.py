@@ -60,6 +60,10 @@ Scores = Annotated[
         help="Source of the scores: zoomer, maps, attention, entropy, centre, random, own or none; default as trained."
     ),
 ]
+Weights = Annotated[
+    str,
+    typer.Option(help="Which weights of the run: final, best (with --val in training), or the number of a kept epoch."),
+]
 # Single images have no maps in a store.
 ScoresOfImages = Annotated[
     str | None,

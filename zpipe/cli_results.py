@@ -8,12 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from zpipe.cli_options import BatchSize, Device, LoadingProcesses, Scores, ScoresOfImages, Shards
+from zpipe.cli_options import (
+    Address,
+    BatchSize,
+    Device,
+    LoadingProcesses,
+    Scores,
+    ScoresOfImages,
+    Shards,
+    Weights,
+)
 from zpipe.console import local_path, parse_budgets, parse_numbers, path_or_url, print_rows, reporting, tell
 from zpipe.schemas.errors import UsageError
 
 _HIDDEN = ("scores", "alpha", "budget", "keep", "prune", "exit", "merge", "token_histogram")
-_HIDDEN += ("images_per_s_low", "images_per_s_high", "parameters")
+_HIDDEN += ("images_per_s_low", "images_per_s_high", "parameters", "precision")
 
 
 def _main_columns(row: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +100,8 @@ def evaluate_command(
             help="JSON file with the right classes of each key, possibly several (ImageNet-ReaL's real.json).",
         ),
     ] = None,
+    weights: Weights = "final",
+    precision: Annotated[str, typer.Option(help="float32, or under autocast bf16 or fp16.")] = "float32",
     batch_size: BatchSize = 128,
     data_workers: LoadingProcesses = 0,
     device: Device = "auto",
@@ -119,6 +130,10 @@ def evaluate_command(
             help="(with --study test-time-zoom) Train-zoomer run whose scores decide where to zoom.",
         ),
     ] = None,
+    num_workers: Annotated[
+        int, typer.Option(min=0, help="(with --study) Training processes, as of train-vit; they share the run's batch.")
+    ] = 1,
+    address: Address = None,
 ) -> None:
     """Measure top-1, mean tokens, GMACs and images/s of a ViT, for each alpha; or a zoomer's distance to its teacher.
 
@@ -126,6 +141,7 @@ def evaluate_command(
     figures go to RUN/results/STUDY.json and .parquet.
     """
     with reporting() as progress:
+        from zpipe.train.distributed import Workers
         from zpipe.train.evaluate import EvalConfig, evaluate
         from zpipe.train.results import wide
         from zpipe.train.studies import STUDIES, StudyConfig, run_study
@@ -143,16 +159,19 @@ def evaluate_command(
             scores=scores,
             classes=classes,
             labels=labels,
+            weights=weights,
+            precision=precision,
             batch_size=batch_size,
             data_workers=data_workers,
             device=device,
         )
         if study is not None:
-            if chosen := [
-                name for name, value in (("--scores", scores), ("--json", json_path), ("--keep", keep)) if value
-            ]:
+            told = (("--scores", scores), ("--weights", weights if weights != "final" else None))
+            if chosen := [name for name, value in (*told, ("--json", json_path), ("--keep", keep)) if value]:
                 raise UsageError(f"{chosen[0]}: a study chooses it itself")
-            wanted = StudyConfig(evaluation=config, seeds=parse_numbers(seeds, int, "--seeds"), epochs=epochs)
+            workers = Workers(count=num_workers, address=address)
+            trained = parse_numbers(seeds, int, "--seeds")
+            wanted = StudyConfig(evaluation=config, seeds=trained, epochs=epochs, workers=workers)
             path, rows, notes = run_study(study, run, shards, wanted, maps=maps, zoomer=zoomer, progress=progress)
         else:
             target = json_path or run / "evaluation.json"
@@ -194,6 +213,7 @@ def predict_command(
         Path | None,
         typer.Option("--json", parser=path_or_url, metavar="PATH|URL", help="Also write the predictions to this file."),
     ] = None,
+    weights: Weights = "final",
     device: Device = "auto",
 ) -> None:
     """Print the most probable classes of image files, and draw what a ZoomViT looked at."""
@@ -205,7 +225,7 @@ def predict_command(
         if len(budgets) > 1:
             raise UsageError(f"--budget {budget}: give one budget")
         config = PredictConfig(
-            alpha=alpha, budget=budgets[0] if budgets else None, scores=scores, top=top, device=device
+            alpha=alpha, budget=budgets[0] if budgets else None, scores=scores, weights=weights, top=top, device=device
         )
         rows = predict(checkpoint, images, config, out=output, progress=progress)
         if json_path is not None:
@@ -235,6 +255,7 @@ def calibrate_command(
     limit: Annotated[int, typer.Option(min=1, help="Most images to use.")] = 50_000,
     batch_size: BatchSize = 128,
     data_workers: LoadingProcesses = 0,
+    weights: Weights = "final",
     device: Device = "auto",
     json_path: Annotated[
         Path | None,
@@ -248,7 +269,13 @@ def calibrate_command(
         from zpipe.train.calibrate import CalibrationConfig, calibrate
 
         config = CalibrationConfig(
-            budget=budget, scores=scores, limit=limit, batch_size=batch_size, data_workers=data_workers, device=device
+            budget=budget,
+            scores=scores,
+            weights=weights,
+            limit=limit,
+            batch_size=batch_size,
+            data_workers=data_workers,
+            device=device,
         )
         target = json_path or run / "calibration.json"
         found = calibrate(run, shards, config, maps=maps, out=target, progress=progress)
