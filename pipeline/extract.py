@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from zpipe.pipeline.executor import Resources, run_local, run_ray
-from zpipe.pipeline.explainer import ExplainConfig
+from zpipe.pipeline.explainer import NO_CLASS, ExplainConfig
 from zpipe.pipeline.lease import LEASE_NAME, Lease, held_lease
 from zpipe.pipeline.shard_reader import FRAMES, open_shards
 from zpipe.pipeline.teacher import Teacher, load_teacher
@@ -36,6 +36,9 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_store import OK, IndexFile, index_path, read_index, read_seal
 from zpipe.schemas.shard_index import ShardEntry
 from zpipe.schemas.storage import as_path, is_remote, map_files, names_in, remove
+
+# A teacher that names fewer of the labels than this (0 to 1) was most likely trained for other classes of the same numbers.
+FOREIGN_LABELS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,8 @@ class ExtractConfig:
 @dataclass(frozen=True, kw_only=True)
 class ExtractReport:
     """What an extraction did: samples in the store, shards in it, shards made by this run, samples per status,
-    images without a usable map, and what had to be changed on the way (a batch size lowered)."""
+    images without a usable map, how often the teacher's best class is an image's label (0 to 1, of the usable images that have a
+    label; None where there is none), and what there is to note (a batch size lowered, labels that aren't the teacher's)."""
 
     count: int
     shards: int
@@ -79,6 +83,7 @@ class ExtractReport:
     statuses: dict[str, int]
     provenance: Provenance
     problems: tuple[str, ...]
+    top1: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -153,7 +158,12 @@ def _extract(
             f"{out}: {len(failed)} of {len(entries)} shards failed, the others are committed; mend them and run again to go on",
             [report.error for report in failed],
         )
-    manifest = _audit(out, [entry for _, entry in entries], provenance, shards)
+    manifest, top1 = _audit(out, [entry for _, entry in entries], provenance, shards)
+    if top1 is not None and top1 < FOREIGN_LABELS and config.explain.asks_label and config.weights != "random":
+        notes.append(
+            f"the teacher names only {100 * top1:.1f} % of these labels: are they its classes? A teacher for yours: "
+            "zpipe train-vit ... --recipe finetune, then --weights RUN"
+        )
     return ExtractReport(
         count=manifest.count,
         shards=len(manifest.shards),
@@ -161,6 +171,7 @@ def _extract(
         statuses=manifest.statuses,
         provenance=provenance,
         problems=_problems(out, manifest),
+        top1=top1,
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -304,19 +315,31 @@ def _execute(
     return reports
 
 
-def _audit(out: Path, entries: list[ShardEntry], provenance: Provenance, source: Path) -> StoreManifest:
-    """Look at what lies on disk, not at what workers said, and write the manifest unless it says so already."""
+def _audit(
+    out: Path, entries: list[ShardEntry], provenance: Provenance, source: Path
+) -> tuple[StoreManifest, float | None]:
+    """Look at what lies on disk, not at what workers said, and write the manifest unless it says so already.
+
+    Returns it and the share of usable, labelled images whose label the teacher names; None where there are none.
+    """
     statuses: Counter[str] = Counter()
     map_shards = []
+    named = labelled = 0
     files = map_files(out, lambda entry: IndexFile(index_path(out, entry.stem)), entries)
     for entry, file in zip(entries, files, strict=True):
-        found = file.table(["status"])["status"].to_pylist()
-        if len(found) != entry.count:
-            raise ZpipeError(f"{file.path}: {len(found)} rows for {entry.count} samples; delete it and run again")
-        statuses.update(found)
+        table = file.table(["label", "predicted", "status"])
+        if len(table) != entry.count:
+            raise ZpipeError(f"{file.path}: {len(table)} rows for {entry.count} samples; delete it and run again")
+        status = table["status"].to_numpy(zero_copy_only=False)
+        label, predicted = table["label"].to_numpy(), table["predicted"].to_numpy()  # int32 [n] each
+        usable = (status == OK) & (label != NO_CLASS)
+        labelled += int(usable.sum())
+        named += int((label == predicted)[usable].sum())
+        statuses.update(status.tolist())
         map_shards.append(
             MapShard(stem=entry.stem, count=entry.count, input_sha256=entry.sha256, index_sha256=file.sha256)
         )
+    top1 = named / labelled if labelled else None
     manifest = StoreManifest(
         provenance=provenance,
         shards=tuple(map_shards),
@@ -327,9 +350,9 @@ def _audit(out: Path, entries: list[ShardEntry], provenance: Provenance, source:
     if (out / MANIFEST_NAME).is_file():
         before = read_manifest(out)
         if before.shards == manifest.shards and before.provenance.fingerprint() == provenance.fingerprint():
-            return before
+            return before, top1
     write_manifest(out, manifest)
-    return manifest
+    return manifest, top1
 
 
 def _problems(out: Path, manifest: StoreManifest) -> tuple[str, ...]:

@@ -146,6 +146,48 @@ def test_tars_without_an_index_are_read_too(shards_copy, store, tmp_path, extrac
     assert found == expected
 
 
+@pytest.fixture(scope="module")
+def sure(tmp_path_factory, teacher_settings):
+    """Weights of the tiny teacher that name class 4 whatever they see, which none of the photos' labels is."""
+    settings = teacher_settings
+    teacher = load_teacher(settings["teacher"], "random", num_classes=5, seed=0, model_args=settings["teacher_args"])
+    with torch.no_grad():
+        teacher.model.head.bias[4] = 1e3
+    path = tmp_path_factory.mktemp("sure") / "teacher.pt"
+    torch.save(teacher.model.state_dict(), path)
+    return path
+
+
+def test_labels_that_the_teacher_never_names_are_noted(sure, shards, tmp_path, extract, cli, teacher_flags):
+    told = "the teacher names only 0.0 % of these labels: are they its classes?"
+    report = extract(shards, tmp_path / "out", weights=str(sure))
+    assert report.top1 == 0 and [note.startswith(told) for note in report.notes] == [True]
+    flags = [*teacher_flags, "--weights", sure, "--executor", "local"]
+    done = cli("extract-teacher-maps", shards, "--out", tmp_path / "out", *flags)
+    assert done.code == 0 and "(0 extracted now); the teacher names 0.0 % of these labels" in done.stdout
+    (note,) = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert told in note and note.endswith("zpipe train-vit ... --recipe finetune, then --weights RUN")
+    # Maps of another class than the label, or of none, don't ask for the teacher's word on labels.
+    report = extract(shards, tmp_path / "predicted", weights=str(sure), explain=ExplainConfig(target="predicted"))
+    assert report.top1 == 0 and report.notes == ()
+
+
+def test_images_without_a_label_or_a_map_do_not_count_as_missed(sure, odd, tmp_path, extract, encode):
+    predicted = ExplainConfig(target="predicted")
+    root = odd({"a.cls": b"4", "b.cls": None, "c.jpg": b""})
+    report = extract(root, tmp_path / "some", weights=str(sure), explain=predicted)
+    assert (report.top1, report.statuses) == (1.0, {"ok": 2, "undecodable": 1})
+    root = odd({"a.cls": None, "b.cls": None, "c.cls": None})
+    assert extract(root, tmp_path / "none", weights=str(sure), explain=predicted).top1 is None
+
+
+def test_a_random_teacher_is_not_held_against_the_labels(odd, tmp_path, extract):
+    extract(odd({}), tmp_path / "first")
+    unseen = min(set(range(5)) - set(RelevanceMaps(tmp_path / "first").table()["predicted"].to_pylist()))
+    report = extract(odd({f"{key}.cls": str(unseen).encode() for key in "abc"}), tmp_path / "out")
+    assert (report.top1, report.notes) == (0.0, ())
+
+
 # ----------------------------------------------------------------------------------------------------- interruptions
 
 # Slow enough for a signal to arrive between the first shard and the last.
@@ -544,7 +586,10 @@ def test_the_command_as_a_process(shards, store, tmp_path, process, teacher_flag
     out = tmp_path / "out"
     flags = [*teacher_flags, "--executor", "local"]
     done = process("extract-teacher-maps", shards, "--out", out, *flags)
-    assert (done.code, done.stdout) == (0, f"{out}: 18 maps in 4 shards (4 extracted now)\n")
+    table = RelevanceMaps(store).table()
+    share = 100 * np.mean(table["label"].to_numpy() == table["predicted"].to_numpy())
+    told = f"18 maps in 4 shards (4 extracted now); the teacher names {share:.1f} % of these labels"
+    assert (done.code, done.stdout) == (0, f"{out}: {told}\n")
     first, *lines = done.stderr.splitlines()
     assert first.startswith("warning: random weights") and json.loads(lines[-1])["done"] == 18
     assert contents(out) == contents(store)

@@ -167,7 +167,8 @@ def extract_command(
             replace=replace,
         )
         report = extract_teacher_maps(shards, output, config, progress=progress)
-        tell(f"{output}: {report.count} maps in {report.shards} shards ({report.extracted} extracted now)")
+        named = "" if report.top1 is None else f"; the teacher names {100 * report.top1:.1f} % of these labels"
+        tell(f"{output}: {report.count} maps in {report.shards} shards ({report.extracted} extracted now){named}")
         for note in report.notes:
             warn(f"note: {note}")
         if report.problems:
