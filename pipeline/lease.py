@@ -1,8 +1,9 @@
 """One writer at a time: a lease on a store that a dead run does not hold for ever.
 
 `lease.json` in the store names its holder and is renewed every `BEAT_S` seconds. A second run is refused while it is; a
-lease whose process is gone (on this machine), or that nobody renews for `EXPIRY_S`, is taken over. Creating the file is decided
-by the file system or the object store, so of two runs that begin together one gets it.
+lease whose process is gone, where its number can be looked up (same boot, same PID namespace), or that nobody renews for
+`EXPIRY_S`, is taken over. Creating the file is decided by the file system or the object store, so of two runs that begin
+together one gets it.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def held_lease(root: Path) -> Iterator[Lease]:
         "token": uuid.uuid4().hex,
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "namespace": _namespace(),
         "process": _process(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
@@ -110,9 +112,13 @@ def _take(path: Path, holder: dict[str, Any]) -> None:
 
 
 def _is_dead(path: Path, found: dict[str, Any]) -> bool:
-    if found["host"] == socket.gethostname():
-        return _process(found["pid"]) != found["process"]
-    # The clocks of two machines differ: only whether the file goes on being renewed tells.
+    ours, namespace = _process(os.getpid()), _namespace()
+    # Containers and machines may share a name. A process number means the same to both only under one boot, in one namespace.
+    if ours and namespace and found["process"]:
+        boots = [process.partition(":")[0] for process in (ours, found["process"])]
+        if (found["host"], found.get("namespace"), boots[1]) == (socket.gethostname(), namespace, boots[0]):
+            return _process(found["pid"]) != found["process"]
+    # Elsewhere: the clocks of two machines differ, so only whether the file goes on being renewed tells.
     if time.time() - found["beat"] < EXPIRY_S:
         return False
     time.sleep(EXPIRY_S)
@@ -121,21 +127,22 @@ def _is_dead(path: Path, found: dict[str, Any]) -> bool:
 
 
 def _process(pid: int) -> str | None:
-    """What tells a process from a later one of the same number: boot and start time. None when there is none."""
+    """What tells a process from a later one of the same number: boot and start time. None when there is none, or no /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         if fields[0] in "ZX":
             return None  # ended, its parent just hasn't looked
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + ":" + fields[19]
     except OSError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
         return None
-    except PermissionError:
-        return "alive"
-    return "alive"
+
+
+def _namespace() -> str | None:
+    """The PID namespace in which our own number counts. None where /proc is absent, or is that of another namespace."""
+    try:
+        return os.readlink("/proc/self/ns/pid") if os.readlink("/proc/self") == str(os.getpid()) else None
+    except OSError:
+        return None
 
 
 def _name(found: dict[str, Any]) -> str:

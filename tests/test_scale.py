@@ -105,11 +105,23 @@ def test_a_dead_run_holds_nothing(tmp_path, start):  # noqa: F811
     assert not (out / LEASE_NAME).exists()
 
 
+def holder_of(folder, **changes):
+    """Write the lease that a run in this very place would write, but for `changes`."""
+    holder = {
+        "token": "t",
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "namespace": leases._namespace(),
+        "process": leases._process(os.getpid()),
+        "since": "noon",
+        "beat": time.time(),
+    }
+    (folder / LEASE_NAME).write_text(json.dumps(holder | changes))
+
+
 def foreign(folder, age):
     """A lease of a process on another machine, renewed `age` seconds ago."""
-    holder = {"token": "t", "host": "elsewhere", "pid": 1, "process": "p", "since": "noon", "beat": time.time() - age}
-    (folder / LEASE_NAME).write_text(json.dumps(holder))
-    return holder
+    holder_of(folder, host="elsewhere", pid=1, process="p", beat=time.time() - age)
 
 
 def test_a_run_on_another_machine_is_believed_while_it_renews(tmp_path, monkeypatch):
@@ -140,13 +152,56 @@ import json, os, sys, time
 beat = time.time() - 1000
 while True:
     beat += 0.1
-    holder = {"token": "t", "host": "elsewhere", "pid": 1, "process": "p", "since": "noon", "beat": beat}
+    holder = json.load(open(sys.argv[1])) | {"beat": beat}
     with open(sys.argv[1] + ".new", "w") as file:
         json.dump(holder, file)
     os.replace(sys.argv[1] + ".new", sys.argv[1])
     print("renewed", flush=True)
     time.sleep(0.1)
 """
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from zpipe.pipeline.lease import held_lease
+from zpipe.schemas.errors import ZpipeError
+try:
+    with held_lease(Path(sys.argv[1])):
+        print("holds", flush=True)
+except ZpipeError as error:
+    print(error, flush=True)
+"""
+
+
+def test_containers_of_one_name_do_not_take_each_other_for_dead(tmp_path):
+    """In a PID namespace of its own a run has the same host name, and finds no process of the holder's number."""
+    apart = ["unshare", "--user", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("a PID namespace can't be made here")
+    with held_lease(tmp_path) as lease:
+        line = [*apart, sys.executable, "-c", HOLD, str(tmp_path)]
+        second = subprocess.run(line, capture_output=True, text=True, timeout=120)
+        assert f"process {os.getpid()} on {socket.gethostname()} has been writing" in second.stdout, second
+        lease.check()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"namespace": "pid:[1]"}, {"namespace": None}, {"process": "another-boot:7"}, {"process": None}],
+    ids=["namespace", "no namespace", "boot", "no process"],
+)
+def test_of_another_boot_or_namespace_only_the_beat_counts(tmp_path, monkeypatch, change):
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait(30)
+    monkeypatch.setattr(leases, "EXPIRY_S", 0.5)
+    holder_of(tmp_path, pid=dead.pid, **change)
+    with pytest.raises(ZpipeError, match=f"process {dead.pid} on"):
+        with held_lease(tmp_path):
+            pytest.fail("both hold it")
+    holder_of(tmp_path, pid=dead.pid, beat=time.time() - 100, **change)
+    with held_lease(tmp_path) as lease:
+        lease.check()
 
 
 def test_who_loses_the_lease_stops(tmp_path, monkeypatch):
@@ -172,8 +227,7 @@ def test_of_many_that_begin_together_one_works(tmp_path):
     """Real processes at a dead run's lease: never do two hold it at once."""
     dead = subprocess.Popen([sys.executable, "-c", "pass"])
     dead.wait(30)
-    holder = {"token": "t", "host": socket.gethostname(), "pid": dead.pid, "process": "p", "since": "noon", "beat": 0}
-    (tmp_path / LEASE_NAME).write_text(json.dumps(holder))
+    holder_of(tmp_path, pid=dead.pid, process=leases._process(os.getpid()).partition(":")[0] + ":1", beat=0)
     racers = [
         subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for _ in range(6)
