@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -18,11 +19,14 @@ from zpipe.pipeline.lease import LEASE_NAME, Lease, held_lease
 from zpipe.pipeline.shard_reader import FRAMES, open_shards
 from zpipe.pipeline.teacher import Teacher, load_teacher
 from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec, frame_of
-from zpipe.schemas.atomic import claim_folder, clear_temporaries
+from zpipe.schemas.atomic import claim_folder, clear_temporaries, read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.formats import check_format, header
 from zpipe.schemas.manifest import (
     EXTRACTION_NAME,
+    FORMAT,
     MANIFEST_NAME,
+    STORE_VERSION,
     MapShard,
     Provenance,
     StoreManifest,
@@ -36,6 +40,8 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_store import OK, IndexFile, index_path, read_index, read_seal
 from zpipe.schemas.shard_index import ShardEntry
 from zpipe.schemas.storage import as_path, is_remote, map_files, names_in, remove
+
+REPLACING_NAME = "replacing.json"  # there while a replacement is at work
 
 # A teacher that names fewer of the labels than this (0 to 1) was most likely trained for other classes of the same numbers.
 FOREIGN_LABELS = 0.1
@@ -51,7 +57,7 @@ class ExtractConfig:
     `center` (the teacher's own evaluation view).
     batch_size, actors, threads: 0 chooses. threads are those of each worker; equal threads give equal bytes.
     device: `auto` takes CUDA devices when there are any, on a Ray cluster when the cluster has any.
-    replace: remove what the store holds and start over.
+    replace: remove what the store holds and start over; a replacement that was interrupted goes on where it was.
     """
 
     teacher: str | None = None
@@ -125,7 +131,7 @@ def _extract(
     progress: Progress,
 ) -> ExtractReport:
     if config.replace:
-        _wipe(out)
+        _start_over(out, [entry for _, entry in entries], provenance)
     _begin(out, provenance)
     _clear_temporaries(out)
     todo, kept = _plan(out, entries, provenance)
@@ -159,6 +165,7 @@ def _extract(
             [report.error for report in failed],
         )
     manifest, top1 = _audit(out, [entry for _, entry in entries], provenance, shards)
+    remove(out / REPLACING_NAME)
     if top1 is not None and top1 < FOREIGN_LABELS and config.explain.asks_label and config.weights != "random":
         notes.append(
             f"the teacher names only {100 * top1:.1f} % of these labels: are they its classes? A teacher for yours: "
@@ -230,10 +237,26 @@ def _begin(out: Path, provenance: Provenance) -> None:
         check_compatible(found, provenance, out)
 
 
-def _wipe(out: Path) -> None:
-    """Remove a store's content. The manifest goes first and the mark of a store last: in between it is an unfinished store."""
-    for name in (MANIFEST_NAME, "index", "maps", EXTRACTION_NAME):
+def _start_over(out: Path, entries: list[ShardEntry], provenance: Provenance) -> None:
+    """Remove what the store holds, unless this same replacement did so before and was interrupted: that one goes on.
+
+    A mark says what is being replaced by what. It is written behind the removal and taken away behind the manifest, so neither
+    an interrupted removal nor a finished store is gone on with.
+    """
+    asked = hashlib.sha256(provenance.fingerprint().encode())
+    for entry in entries:
+        asked.update(f"\n{entry.stem} {entry.sha256}".encode())
+    mark = out / REPLACING_NAME
+    if mark.is_file() and not (out / MANIFEST_NAME).is_file():
+        found = read_json(mark, "the mark of an interrupted --replace")
+        check_format(mark, found, FORMAT, STORE_VERSION, remedy="delete it")
+        if found.get("replacement") == asked.hexdigest():
+            return
+    # The manifest goes before what it lists and the mark of a store last: in between it is an unfinished store.
+    for name in (REPLACING_NAME, MANIFEST_NAME, "index", "maps", EXTRACTION_NAME):
         remove(out / name)
+    write_extraction(out, provenance)
+    write_json(mark, header(FORMAT, STORE_VERSION) | {"replacement": asked.hexdigest()})
 
 
 def _clear_temporaries(out: Path) -> None:

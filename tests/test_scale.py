@@ -20,10 +20,13 @@ from test_extract import (  # noqa: F401 (fixtures)
     wait_for,
 )
 
+from zpipe.pipeline import extract as extraction
 from zpipe.pipeline import lease as leases
+from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.lease import LEASE_NAME, held_lease
 from zpipe.pipeline.verify import verify_store
 from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.relevance_store import maps_path
 
 RAY = ("--executor", "ray", "--actors", "2")
 LOCAL = ("--executor", "local")
@@ -271,6 +274,74 @@ def test_replace_starts_over(store_copy, store, shards, extract, contents):  # n
     assert contents(store_copy) != contents(store) and verify_store(store_copy, shards) == []
     assert extract(shards, store_copy, replace=True).extracted == 4
     assert contents(store_copy) == contents(store)
+
+
+@pytest.fixture
+def interrupted(teacher_settings):
+    """Begin a replacement and interrupt it, as Ctrl-C would, when two shards are committed."""
+
+    def run(shards, out, **changes):
+        def progress(stage, done, total, **facts):
+            if facts["shards_left"] == 2:
+                raise KeyboardInterrupt
+
+        settings = teacher_settings | {"executor": "local", "replace": True} | changes
+        with pytest.raises(KeyboardInterrupt):
+            extract_teacher_maps(shards, out, ExtractConfig(**settings), progress=progress)
+        assert committed(out) == 2 and not (out / LEASE_NAME).exists()
+
+    return run
+
+
+def test_an_interrupted_replacement_goes_on_a_finished_one_starts_over(
+    store_copy,
+    store,
+    shards,
+    extract,  # noqa: F811
+    interrupted,
+    contents,
+):
+    interrupted(shards, store_copy, seed=1)
+    made = state(store_copy / "index")
+    assert extract(shards, store_copy, seed=1, replace=True).extracted == 2
+    assert made.items() <= state(store_copy / "index").items() and verify_store(store_copy, shards) == []
+    assert extract(shards, store_copy, seed=1, replace=True).extracted == 4
+    interrupted(shards, store_copy, seed=1)
+    assert extract(shards, store_copy, replace=True).extracted == 4  # by another teacher
+    assert contents(store_copy) == contents(store)
+
+
+def test_an_interrupted_replacement_goes_on_without_the_flag_too(
+    store_copy, store, shards, extract, interrupted, contents
+):  # noqa: F811
+    interrupted(shards, store_copy)
+    assert extract(shards, store_copy).extracted == 2 and contents(store_copy) == contents(store)
+    assert extract(shards, store_copy, replace=True).extracted == 4
+
+
+def test_a_replacement_from_other_tars_starts_over(store_copy, shards, shards_copy, extract, interrupted):  # noqa: F811
+    interrupted(shards, store_copy)
+    for name in ("shards.json", "make-shards.jsonl", "shard-00000.tar"):
+        (shards_copy / name).unlink()
+    report = extract(shards_copy, store_copy, replace=True)
+    assert (report.extracted, report.shards) == (3, 3) and verify_store(store_copy, shards_copy) == []
+
+
+def test_an_interrupted_removal_is_done_again(store_copy, store, shards, extract, contents, monkeypatch):  # noqa: F811
+    """What it left is what was to be removed, not what the replacement made."""
+
+    def remove(path):
+        if path.name == "maps":
+            raise KeyboardInterrupt
+        really(path)
+
+    really = extraction.remove
+    with monkeypatch.context() as patched:
+        patched.setattr(extraction, "remove", remove)
+        with pytest.raises(KeyboardInterrupt):
+            extract(shards, store_copy, replace=True)
+    assert maps_path(store_copy, "shard-00000").is_dir() and not (store_copy / "manifest.json").exists()
+    assert extract(shards, store_copy, replace=True).extracted == 4 and contents(store_copy) == contents(store)
 
 
 def test_replace_removes_nothing_that_is_not_a_store(shards, tmp_path, cli, teacher_flags):
