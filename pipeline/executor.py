@@ -117,7 +117,10 @@ class _Job:
 
 
 class _Fleet:
-    """Actors that are starting (no task yet, so that none waits for a worker that never comes), running one task, or idle."""
+    """Actors that are starting (no task yet, so that none waits for a worker that never comes) or running one task.
+
+    One that finds nothing to do is ended: kept, it would hold what a new one needs, and die unseen with its node.
+    """
 
     def __init__(
         self, ray: Any, spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, on_report: OnReport
@@ -139,7 +142,6 @@ class _Fleet:
         self._tries: dict[str, int] = {}
         self._starting: dict[Any, Any] = {}  # reference of ready() -> actor
         self._running: dict[Any, _Job] = {}  # reference of process() -> job
-        self._idle: list[Any] = []
         self._failed_starts = 0
         self._working_since = time.monotonic()  # when a worker last was at work
 
@@ -170,11 +172,11 @@ class _Fleet:
             limit = 600 + self._image_timeout_s * task.entry.count
             self._running[actor.process.remote(task)] = _Job(actor, task, time.monotonic() + limit)
         else:
-            self._idle.append(actor)
+            self._ray.kill(actor)
 
     def _replace_actor(self) -> None:
-        # An idle one holds what a new one might wait for in vain.
-        if not self._idle:
+        # One that is starting takes a shard from the queue, too.
+        if len(self._queue) > len(self._starting):
             self._start_actor()
 
     def _on_started(self, reference: Any) -> None:
@@ -191,7 +193,7 @@ class _Fleet:
             if not self._starting and not self._running and not _is_death(error):
                 raise ZpipeError(f"a worker could not begin: {_last_line(error)}") from error
             if _is_death(error):
-                self._start_actor()
+                self._replace_actor()
             return
         self._assign(actor)
 
@@ -204,8 +206,8 @@ class _Fleet:
         except RayActorError as error:
             # The worker died: killed, out of memory, node lost. A new actor, not a restart: Ray refuses calls to an actor
             # while it restarts, and counts restarts over the whole run, so that one bad shard would use up the others'.
-            self._replace_actor()
             self._retry(job.task, f"worker failed: {_last_line(error)}")
+            self._replace_actor()
         except RayError as error:
             # It lives, but raised what no worker should: a defect of ours, the same on every try.
             self._on_report(ShardReport(stem=job.task.entry.stem, error=f"{job.task.path}: {_last_line(error)}"))
@@ -218,8 +220,6 @@ class _Fleet:
         self._tries[stem] = self._tries.get(stem, 0) + 1
         if self._tries[stem] <= MAX_RETRIES:
             self._queue.append(task)
-            if self._idle:
-                self._assign(self._idle.pop())
         else:
             self._on_report(ShardReport(stem=stem, error=f"{task.path}: {why}"))
 
@@ -229,8 +229,8 @@ class _Fleet:
             if now > job.deadline:
                 del self._running[reference]
                 self._ray.kill(job.actor)
-                self._replace_actor()
                 self._retry(job.task, "worker gave no answer in time")
+                self._replace_actor()
         if self._running:
             self._working_since = now
         elif now - self._working_since > READY_TIMEOUT_S:

@@ -6,20 +6,25 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from test_extract import (  # noqa: F401 (fixtures)
     SLOWER,
     committed,
+    descendants,
     extract,
     many,
+    name_of,
     start,
     state,
     undisturbed,
     wait_for,
+    write_tar,
 )
 
+from zpipe.pipeline import executor
 from zpipe.pipeline import extract as extraction
 from zpipe.pipeline import lease as leases
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
@@ -312,8 +317,13 @@ def test_an_interrupted_replacement_goes_on_a_finished_one_starts_over(
 
 
 def test_an_interrupted_replacement_goes_on_without_the_flag_too(
-    store_copy, store, shards, extract, interrupted, contents
-):  # noqa: F811
+    store_copy,
+    store,
+    shards,
+    extract,
+    interrupted,
+    contents,  # noqa: F811
+):
     interrupted(shards, store_copy)
     assert extract(shards, store_copy).extracted == 2 and contents(store_copy) == contents(store)
     assert extract(shards, store_copy, replace=True).extracted == 4
@@ -360,6 +370,51 @@ def test_batch_size_is_a_number_or_auto(shards, tmp_path, process, teacher_flags
         "extract-teacher-maps", shards, "--out", tmp_path / "o", *teacher_flags, *LOCAL, "--batch-size", "auto"
     )
     assert done.code == 0
+
+
+# --------------------------------------------------------------------------------------------------- workers that die
+
+
+@pytest.fixture
+def uneven(tmp_path, encode):
+    """Two tars, one of a single image and one of 8 that keeps a worker busy for a while."""
+    for name, count in (("a", 1), ("b", 8)):
+        images = [(f"{name}{i}.jpg", encode("JPEG", 60, 40, seed=i)) for i in range(count)]
+        members = [member for file, data in images for member in ((file, data), (file.replace("jpg", "cls"), b"0"))]
+        write_tar(tmp_path / "uneven" / f"{name}.tar", members)
+    return tmp_path / "uneven"
+
+
+def workers():
+    """Ray's workers of this process: process id -> what it is at."""
+    names = {pid: name_of(pid) for pid in descendants(os.getpid())}
+    return {pid: name for pid, name in names.items() if "ray::ShardWorker" in name}
+
+
+def test_a_shard_is_not_handed_to_workers_that_died_while_idle(uneven, tmp_path, extract, monkeypatch):  # noqa: F811
+    """One worker ends for want of work and dies; then the other one dies at work. Its shard has one more try, which has to do."""
+    monkeypatch.setattr(executor, "MAX_RETRIES", 1)
+    out, killed = tmp_path / "out", []
+
+    def at_work():
+        return [pid for pid, name in workers().items() if ".process" in name]
+
+    def kill_both():
+        # The short shard is done and its worker has seen so: who is still at work has the long one.
+        wait_for(lambda: list(out.glob("index/a.parquet")) and len(at_work()) == 1, 90)
+        busy = at_work()[0]
+        os.kill(busy, signal.SIGSTOP)  # keeps it there
+        wait_for(lambda: len(workers()) == 1, 3)
+        for pid in [*(workers().keys() - {busy}), busy]:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    killer = threading.Thread(target=kill_both)
+    killer.start()
+    changes = {"executor": "ray", "actors": 2, "batch_size": 1, "teacher_args": SLOWER}
+    report = extract(uneven, out, **changes)
+    killer.join()
+    assert killed and (report.count, report.extracted) == (9, 2) and verify_store(out, uneven) == []
 
 
 # ------------------------------------------------------------------------------------------------------ several machines
