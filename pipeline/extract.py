@@ -37,7 +37,7 @@ from zpipe.schemas.manifest import (
     write_manifest,
 )
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.relevance_store import OK, IndexFile, index_path, read_index, read_seal
+from zpipe.schemas.relevance_store import OK, IndexFile, index_path, maps_path, read_index
 from zpipe.schemas.shard_index import ShardEntry
 from zpipe.schemas.storage import as_path, is_remote, map_files, names_in, remove
 
@@ -164,7 +164,9 @@ def _extract(
             f"{out}: {len(failed)} of {len(entries)} shards failed, the others are committed; mend them and run again to go on",
             [report.error for report in failed],
         )
-    manifest, top1 = _audit(out, [entry for _, entry in entries], provenance, shards)
+    manifest, top1 = _audit(
+        out, [entry for _, entry in entries], provenance, shards, made={task.entry.stem for task in todo}
+    )
     remove(out / REPLACING_NAME)
     if top1 is not None and top1 < FOREIGN_LABELS and config.explain.asks_label and config.weights != "random":
         notes.append(
@@ -277,21 +279,11 @@ def _plan(out: Path, entries: list[tuple[Path, ShardEntry]], provenance: Provena
             f"{index_path(out, foreign[0])}: its input tar is not among these shards; give another --out folder, or --replace"
         )
     done = [(path, entry) for path, entry in entries if entry.stem in indexed & mapped]
-    seals = map_files(out, lambda item: read_seal(out, item[1].stem), done)
     wanted, kept = provenance.fingerprint(), 0
-    for (path, entry), seal in zip(done, seals, strict=True):
-        assert seal is not None  # it was listed, and nobody else writes here
-        where = index_path(out, entry.stem)
-        if seal.input_sha256 != entry.sha256:
-            raise ZpipeError(
-                f"{where}: made from a tar with SHA-256 {seal.input_sha256[:12]}, {path} now has {entry.sha256[:12]}; "
-                "give another --out folder, or --replace to start over"
-            )
-        if seal.fingerprint != wanted:
-            raise ZpipeError(
-                f"{where}: made under fingerprint {seal.fingerprint[:12]}, this run has {wanted[:12]}; "
-                "give another --out folder, or --replace to start over"
-            )
+    _, listed = _earlier(out)
+    files = map_files(out, lambda item: IndexFile(index_path(out, item[1].stem)), done)
+    for (path, entry), file in zip(done, files, strict=True):
+        _check_index(file, entry, wanted, listed.get(entry.stem), path)
         kept += entry.count
     skipped = {entry.stem for _, entry in done}
     todo = [
@@ -300,6 +292,34 @@ def _plan(out: Path, entries: list[tuple[Path, ShardEntry]], provenance: Provena
         if entry.stem not in skipped
     ]
     return todo, kept
+
+
+def _earlier(out: Path) -> tuple[StoreManifest | None, dict[str, str]]:
+    """The manifest that is there already, if any, and stem -> SHA-256 of the index as it says."""
+    if not (out / MANIFEST_NAME).is_file():
+        return None, {}
+    manifest = read_manifest(out)
+    return manifest, {shard.stem: shard.index_sha256 for shard in manifest.shards}
+
+
+def _check_index(file: IndexFile, entry: ShardEntry, fingerprint: str, listed: str | None, tar: Path | str) -> None:
+    """Whether an index is of this tar and this provenance, and still the one that a manifest has `listed`.
+
+    A manifest that is written anew would vouch for what lies there now. Errors: :class:`ZpipeError` naming the file.
+    """
+    seal = file.seal
+    if seal.input_sha256 != entry.sha256:
+        raise ZpipeError(
+            f"{file.path}: made from a tar with SHA-256 {seal.input_sha256[:12]}, {tar} now has {entry.sha256[:12]}; "
+            "give another --out folder, or --replace to start over"
+        )
+    if seal.fingerprint != fingerprint:
+        raise ZpipeError(
+            f"{file.path}: made under fingerprint {seal.fingerprint[:12]}, this run has {fingerprint[:12]}; "
+            "give another --out folder, or --replace to start over"
+        )
+    if listed is not None and file.sha256 != listed:
+        raise ZpipeError(f"{file.path}: its digest is not the manifest's: altered; delete it and run again")
 
 
 def _execute(
@@ -339,17 +359,24 @@ def _execute(
 
 
 def _audit(
-    out: Path, entries: list[ShardEntry], provenance: Provenance, source: Path
+    out: Path, entries: list[ShardEntry], provenance: Provenance, source: Path, *, made: set[str]
 ) -> tuple[StoreManifest, float | None]:
     """Look at what lies on disk, not at what workers said, and write the manifest unless it says so already.
 
-    Returns it and the share of usable, labelled images whose label the teacher names; None where there are none.
+    made: the stems of this run's shards; the others must be as an earlier manifest has them. Returns the manifest and the
+    share of usable, labelled images whose label the teacher names; None where there are none. Errors: :class:`ZpipeError`
+    naming the file that isn't what it should be.
     """
     statuses: Counter[str] = Counter()
     map_shards = []
     named = labelled = 0
+    fingerprint, mapped = provenance.fingerprint(), set(names_in(out / "maps"))
+    before, listed = _earlier(out)
     files = map_files(out, lambda entry: IndexFile(index_path(out, entry.stem)), entries)
     for entry, file in zip(entries, files, strict=True):
+        _check_index(file, entry, fingerprint, None if entry.stem in made else listed.get(entry.stem), entry.name)
+        if maps_path(out, entry.stem).name not in mapped:
+            raise ZpipeError(f"{maps_path(out, entry.stem)}: missing; run again to make it")
         table = file.table(["label", "predicted", "status"])
         if len(table) != entry.count:
             raise ZpipeError(f"{file.path}: {len(table)} rows for {entry.count} samples; delete it and run again")
@@ -370,10 +397,8 @@ def _audit(
         source=str(source),
         zpipe_version=version("zpipe"),
     )
-    if (out / MANIFEST_NAME).is_file():
-        before = read_manifest(out)
-        if before.shards == manifest.shards and before.provenance.fingerprint() == provenance.fingerprint():
-            return before, top1
+    if before and before.shards == manifest.shards and before.provenance.fingerprint() == fingerprint:
+        return before, top1
     write_manifest(out, manifest)
     return manifest, top1
 

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec, frame_of
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import read_manifest
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.schemas.relevance_store import index_path, maps_path
+from zpipe.schemas.relevance_store import index_path, maps_path, read_index, read_stored, write_shard
 
 
 @pytest.fixture
@@ -130,6 +132,60 @@ def test_what_was_lost_is_made_again_and_the_rest_is_left(store_copy, store, sha
         if name.startswith(("index/shard-00000", "maps/shard-00000"))
     }
     assert kept and all(before[name] == time for name, time in kept.items())
+
+
+def altered(path):
+    """Rewrite an index with other scales and the seal it had."""
+    table = pq.read_table(path, partitioning=None)
+    scale = table["scale"].to_numpy() * 2
+    pq.write_table(
+        table.set_column(table.column_names.index("scale"), table.schema.field("scale"), pa.array(scale)), path
+    )
+
+
+@pytest.mark.parametrize("also", [None, "manifest's shard"])
+def test_damage_is_not_signed_anew(store_copy, shards, extract, contents, also):
+    path = index_path(store_copy, "shard-00001")
+    altered(path)
+    if also:  # there is something to do, and the manifest is written again
+        index_path(store_copy, "shard-00002").unlink()
+    before = contents(store_copy)
+    with pytest.raises(
+        ZpipeError, match="shard-00001.parquet: its digest is not the manifest's.*delete it and run again"
+    ):
+        extract(shards, store_copy)
+    assert contents(store_copy) == before and any(str(path) in problem for problem in verify_store(store_copy))
+    path.unlink()
+    assert extract(shards, store_copy).extracted == 1 + bool(also) and verify_store(store_copy, shards) == []
+
+
+def other_seal(root):
+    table = read_index(root, "shard-00001")
+    write_shard(root, "shard-00001", read_stored(root, "shard-00001"), table, input_sha256="0", fingerprint="0")
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (lambda root: shutil.rmtree(maps_path(root, "shard-00001")), "shard-00001.zarr: missing; run again"),
+        (lambda root: altered(index_path(root, "shard-00001")), "its digest is not the manifest's"),
+        (other_seal, "made from a tar with SHA-256 0, shard-00001.tar now has"),
+    ],
+    ids=["maps lost", "index altered", "other seal"],
+)
+def test_what_is_damaged_during_the_run_is_not_signed(store_copy, shards, teacher_settings, damage, told):
+    """It was in order when the run began, which made another shard."""
+    index_path(store_copy, "shard-00003").unlink()
+    manifest = (store_copy / "manifest.json").read_bytes()
+
+    def progress(stage, done, total, **facts):
+        if done == total:
+            damage(store_copy)
+
+    config = ExtractConfig(**(teacher_settings | {"executor": "local"}))
+    with pytest.raises(ZpipeError, match=told):
+        extract_teacher_maps(shards, store_copy, config, progress=progress)
+    assert (store_copy / "manifest.json").read_bytes() == manifest and verify_store(store_copy)
 
 
 def test_one_tar_is_enough(shards, tmp_path, extract):

@@ -320,9 +320,9 @@ def test_an_interrupted_replacement_goes_on_without_the_flag_too(
     store_copy,
     store,
     shards,
-    extract,
+    extract,  # noqa: F811
     interrupted,
-    contents,  # noqa: F811
+    contents,
 ):
     interrupted(shards, store_copy)
     assert extract(shards, store_copy).extracted == 2 and contents(store_copy) == contents(store)
