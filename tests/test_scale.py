@@ -116,6 +116,8 @@ def test_a_dead_run_holds_nothing(tmp_path, start):  # noqa: F811
 def holder_of(folder, **changes):
     """Write the lease that a run in this very place would write, but for `changes`."""
     holder = {
+        "format": "zpipe-lease",
+        "version": 1,
         "token": "t",
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -262,11 +264,105 @@ except ZpipeError:
 """
 
 
-def test_a_lease_that_is_no_lease_is_one_line(tmp_path):
-    (tmp_path / LEASE_NAME).write_text("not json")
-    with pytest.raises(ZpipeError, match="not a lease .*delete it when no run is writing here"):
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("not json", "not a lease"),
+        ("[]", "no JSON object"),
+        ("{}", "expected 'zpipe-lease' version 1"),
+        ('{"format": "zpipe-lease", "version": 2}', "upgrade zpipe"),
+        ('{"format": "zpipe-lease", "version": 1}', "token missing or wrong"),
+    ],
+)
+def test_a_lease_that_is_no_lease_is_one_line(tmp_path, text, told):
+    (tmp_path / LEASE_NAME).write_text(text)
+    with pytest.raises(ZpipeError, match=told) as error:
         with held_lease(tmp_path):
             pass
+    assert "\n" not in str(error.value) and ("upgrade" in told or "delete it when no run" in str(error.value))
+
+
+def test_a_lease_without_one_of_its_fields_is_one_line(tmp_path):
+    for field in leases.FIELDS:
+        holder_of(tmp_path)
+        lease = json.loads((tmp_path / LEASE_NAME).read_text())
+        del lease[field]
+        (tmp_path / LEASE_NAME).write_text(json.dumps(lease))
+        with pytest.raises(ZpipeError, match=f"not a lease .{field} missing or wrong.; delete it when"):
+            with held_lease(tmp_path):
+                pass
+
+
+def test_the_lease_of_an_heir_is_not_removed(tmp_path):
+    """It came between two renewals, so that we haven't learnt of it."""
+    with held_lease(tmp_path):
+        foreign(tmp_path, age=0)
+    assert json.loads((tmp_path / LEASE_NAME).read_text())["host"] == "elsewhere"
+
+
+@pytest.fixture
+def stuck(tmp_path):
+    """Writing to the store hangs: the lease's thread opens a pipe that nobody reads. `free()` reads from it."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def write(path, data):
+        with open(pipe, "wb") as file:
+            file.write(data)
+
+    def free():
+        with open(pipe, "rb") as file:
+            file.read()
+
+    return write, free
+
+
+def test_a_lease_whose_renewal_hangs_is_not_held(tmp_path, monkeypatch, stuck):
+    write, free = stuck
+    monkeypatch.setattr(leases, "BEAT_S", 0.05)
+    monkeypatch.setattr(leases, "EXPIRY_S", 1.0)
+    monkeypatch.setattr(leases, "write_bytes", write)
+    with held_lease(tmp_path) as lease:
+        lease.check()
+        time.sleep(1.3)
+        with pytest.raises(ZpipeError, match=r"last renewed \d+ s ago, .* another run may have it; run again to go on"):
+            lease.check()
+    assert (tmp_path / LEASE_NAME).exists()  # giving it back would hang too: it expires
+    free()
+
+
+def test_a_run_that_was_stopped_for_long_renews_and_goes_on(tmp_path):
+    """Stopped, as by Ctrl-Z, until its lease would have expired."""
+    code = "import sys; from zpipe.pipeline import lease; lease.EXPIRY_S, lease.BEAT_S = 1.5, 0.5; exec(sys.argv[1])"
+    held = subprocess.Popen(
+        [sys.executable, "-c", code, CHECKING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert held.stdout.readline() == "holds\n"
+        held.send_signal(signal.SIGSTOP)
+        time.sleep(2)
+        held.send_signal(signal.SIGCONT)
+        assert held.communicate("\n", timeout=60)[0] == "still\n"
+    finally:
+        held.kill()
+        held.wait(30)
+
+
+CHECKING = """
+from pathlib import Path
+with lease.held_lease(Path(sys.argv[2])) as held:
+    print("holds", flush=True)
+    sys.stdin.readline()
+    held.check()
+    print("still", flush=True)
+"""
+
+
+def test_a_dead_run_whose_clock_was_ahead_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "EXPIRY_S", 0.5)
+    foreign(tmp_path, age=-3600)
+    with held_lease(tmp_path) as lease:
+        lease.check()
 
 
 # -------------------------------------------------------------------------------------------------------- starting over
