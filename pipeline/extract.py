@@ -37,7 +37,7 @@ from zpipe.schemas.manifest import (
     write_manifest,
 )
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.relevance_store import OK, IndexFile, index_path, maps_path, read_index
+from zpipe.schemas.relevance_store import OK, IndexFile, index_path, maps_path, max_rows, read_index
 from zpipe.schemas.shard_index import ShardEntry
 from zpipe.schemas.storage import as_path, is_remote, map_files, names_in, remove
 
@@ -113,6 +113,7 @@ def extract_teacher_maps(
         config.teacher, config.weights, num_classes=config.num_classes, seed=config.seed, model_args=config.teacher_args
     )
     provenance = provenance_of(teacher, config)
+    _check_sizes(entries, provenance)
     claim_folder(out, EXTRACTION_NAME, "relevance store", lease=LEASE_NAME)
     with held_lease(out) as lease:
         clear_temporaries(out)
@@ -207,6 +208,18 @@ def provenance_of(teacher: Teacher, config: ExtractConfig) -> Provenance:
         symmetrised=config.explain.symmetrise,
         precision=config.explain.precision,
     )
+
+
+def _check_sizes(entries: list[tuple[Path, ShardEntry]], provenance: Provenance) -> None:
+    """Whether the maps of each tar make a shard that can be read. Errors: :class:`ZpipeError` naming the tar."""
+    gh, gw = provenance.grid
+    most = max_rows((gh, gw))
+    for path, entry in entries:
+        if entry.count > most:
+            raise ZpipeError(
+                f"{path}: {entry.count} samples, a map shard holds {most} maps of {gh} x {gw}; make smaller tars "
+                f"(zpipe make-shards --shard-size {most} at most)"
+            )
 
 
 def _device(config: ExtractConfig) -> str:

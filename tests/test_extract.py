@@ -26,6 +26,7 @@ from zpipe.pipeline.shard_reader import frame_image, open_shards, read_samples
 from zpipe.pipeline.teacher import load_teacher
 from zpipe.pipeline.verify import verify_store
 from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec, frame_of
+from zpipe.schemas import relevance_store
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import read_manifest
 from zpipe.schemas.relevance_maps import RelevanceMaps
@@ -521,6 +522,19 @@ def test_a_shortened_tar_is_refused_before_any_work(shards_copy, tmp_path, faili
     tar.unlink()
     assert f"{tar}: listed in shards.json but not there" in failing(shards_copy, tmp_path / "out").error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("limit, value", [("MAX_ROWS", 4), ("MAX_MAP_BYTES", 4 * 4 * 6 * 2)])
+def test_a_tar_whose_maps_could_not_be_read_is_refused_before_any_work(
+    shards, tmp_path, extract, monkeypatch, limit, value
+):
+    monkeypatch.setattr(relevance_store, limit, value)
+    told = r"shard-00000.tar: 5 samples, a map shard holds 4 maps of 4 x 6; make smaller tars .*--shard-size 4 at most"
+    with pytest.raises(ZpipeError, match=told):
+        extract(shards, tmp_path / "out", replace=True)
+    assert not (tmp_path / "out").exists()
+    report = extract(shards / "shard-00003.tar", tmp_path / "small")  # of 3
+    assert report.count == len(RelevanceMaps(tmp_path / "small").array()) == 3
 
 
 @pytest.fixture
