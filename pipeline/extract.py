@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from zpipe.pipeline.executor import Resources, run_local, run_ray
@@ -37,7 +38,7 @@ from zpipe.schemas.manifest import (
     write_manifest,
 )
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.relevance_store import OK, IndexFile, index_path, maps_path, max_rows, read_index
+from zpipe.schemas.relevance_store import OK, IndexFile, index_path, maps_path, max_rows
 from zpipe.schemas.shard_index import ShardEntry
 from zpipe.schemas.storage import as_path, is_remote, map_files, names_in, remove
 
@@ -80,7 +81,7 @@ class ExtractConfig:
 @dataclass(frozen=True, kw_only=True)
 class ExtractReport:
     """What an extraction did: samples in the store, shards in it, shards made by this run, samples per status,
-    images without a usable map, how often the teacher's best class is an image's label (0 to 1, of the usable images that have a
+    images without a usable map (and why, of this run's), how often the teacher's best class is an image's label (0 to 1, of the usable images that have a
     label; None where there is none), and what there is to note (a batch size lowered, labels that aren't the teacher's)."""
 
     count: int
@@ -165,9 +166,8 @@ def _extract(
             f"{out}: {len(failed)} of {len(entries)} shards failed, the others are committed; mend them and run again to go on",
             [report.error for report in failed],
         )
-    manifest, top1 = _audit(
-        out, [entry for _, entry in entries], provenance, shards, made={task.entry.stem for task in todo}
-    )
+    audit = _audit(out, [entry for _, entry in entries], provenance, shards, made={task.entry.stem for task in todo})
+    manifest, top1 = audit.manifest, audit.top1
     remove(out / REPLACING_NAME)
     if top1 is not None and top1 < FOREIGN_LABELS and config.explain.asks_label and config.weights != "random":
         notes.append(
@@ -180,7 +180,7 @@ def _extract(
         extracted=len(todo),
         statuses=manifest.statuses,
         provenance=provenance,
-        problems=_problems(out, manifest),
+        problems=_problems(audit.unusable, reports),
         top1=top1,
         notes=tuple(dict.fromkeys(notes)),
     )
@@ -345,7 +345,7 @@ def _execute(
     kept: int,
     total: int,
 ) -> list[ShardReport]:
-    """Run what is to do; the reports of shards that failed or have something to note."""
+    """Run what is to do; the reports of shards that failed or have something to say of images or on the way."""
     if not todo:
         progress("extract-teacher-maps", total, total, shards_left=0)
         return []
@@ -358,7 +358,9 @@ def _execute(
         left -= 1
         done += report.count
         statuses.update(report.statuses)
-        if report.error or report.notes:  # the others have said all: of a million shards they would stay in memory
+        if (
+            report.error or report.notes or report.problems
+        ):  # the others have said all: of a million shards they would stay in memory
             reports.append(report)
         failed += bool(report.error)  # not counted anew each time: that is the square of the shards
         bad = sum(count for status, count in statuses.items() if status != OK)
@@ -371,17 +373,25 @@ def _execute(
     return reports
 
 
-def _audit(
-    out: Path, entries: list[ShardEntry], provenance: Provenance, source: Path, *, made: set[str]
-) -> tuple[StoreManifest, float | None]:
+@dataclass(frozen=True, kw_only=True)
+class _Audit:
+    """What lies on disk. top1: share of usable, labelled images whose label the teacher names, None where there are none;
+    unusable: stem, key and status of each sample without a usable map."""
+
+    manifest: StoreManifest
+    top1: float | None
+    unusable: list[tuple[str, str, str]]
+
+
+def _audit(out: Path, entries: list[ShardEntry], provenance: Provenance, source: Path, *, made: set[str]) -> _Audit:
     """Look at what lies on disk, not at what workers said, and write the manifest unless it says so already.
 
-    made: the stems of this run's shards; the others must be as an earlier manifest has them. Returns the manifest and the
-    share of usable, labelled images whose label the teacher names; None where there are none. Errors: :class:`ZpipeError`
+    made: the stems of this run's shards; the others must be as an earlier manifest has them. Errors: :class:`ZpipeError`
     naming the file that isn't what it should be.
     """
     statuses: Counter[str] = Counter()
     map_shards = []
+    unusable: list[tuple[str, str, str]] = []
     named = labelled = 0
     fingerprint, mapped = provenance.fingerprint(), set(names_in(out / "maps"))
     before, listed = _earlier(out)
@@ -399,6 +409,9 @@ def _audit(
         labelled += int(usable.sum())
         named += int((label == predicted)[usable].sum())
         statuses.update(status.tolist())
+        if len(bad := np.flatnonzero(status != OK)):
+            keys = file.table(["key"])["key"].take(bad).to_pylist()
+            unusable += [(entry.stem, key, kind) for key, kind in zip(keys, status[bad].tolist(), strict=True)]
         map_shards.append(
             MapShard(stem=entry.stem, count=entry.count, input_sha256=entry.sha256, index_sha256=file.sha256)
         )
@@ -411,19 +424,16 @@ def _audit(
         zpipe_version=version("zpipe"),
     )
     if before and before.shards == manifest.shards and before.provenance.fingerprint() == fingerprint:
-        return before, top1
+        return _Audit(manifest=before, top1=top1, unusable=unusable)
     write_manifest(out, manifest)
-    return manifest, top1
+    return _Audit(manifest=manifest, top1=top1, unusable=unusable)
 
 
-def _problems(out: Path, manifest: StoreManifest) -> tuple[str, ...]:
-    """`shard.tar: key K: status` for every sample that has no usable map."""
-    if set(manifest.statuses) <= {OK}:
-        return ()
+def _problems(unusable: list[tuple[str, str, str]], reports: list[ShardReport]) -> tuple[str, ...]:
+    """`shard.tar: key K: status`, and the reason where this run met it, for every sample that has no usable map."""
+    reasons = {report.stem: report.problems for report in reports}
     lines = []
-    for shard in manifest.shards:
-        table = read_index(out, shard.stem, ["key", "status"])
-        for key, status in zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True):
-            if status != OK:
-                lines.append(f"{shard.stem}.tar: key {key}: {status}")
+    for stem, key, status in unusable:
+        reason = reasons.get(stem, {}).get(key)
+        lines.append(f"{stem}.tar: key {key}: {status}{f' ({reason})' if reason else ''}")
     return tuple(lines)
