@@ -130,14 +130,17 @@ class _Fleet:
         gpus = (resources.gpus_per_actor or 1.0) if device.startswith("cuda") else 0.0
         room = has.get("GPU", 0) / gpus if gpus else has.get("CPU", 1) / spec.threads
         self._ray, self._on_report = ray, on_report
-        self._spec = replace(spec, device=device)
+        self._wanted = min(resources.actors or max(1, int(room)), len(tasks))
+        # What the machines have is Ray's to say: this one may be none of theirs. The fullest one tells, as any may be it.
+        most = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        sharing = max(1, min(self._wanted, int(most / spec.threads)))
+        self._spec = replace(spec, device=device, sharing=sharing)
         self._image_timeout_s = resources.image_timeout_s
         self._gpus = gpus
         # GPU workers wait more than they compute: they must not queue for CPUs that nobody uses.
         self._actor_class = ray.remote(
             num_cpus=0 if gpus else spec.threads, num_gpus=gpus, max_restarts=0, max_task_retries=0
         )(ShardWorker)
-        self._wanted = min(resources.actors or max(1, int(room)), len(tasks))
         self._queue = deque(tasks)
         self._tries: dict[str, int] = {}
         self._starting: dict[Any, Any] = {}  # reference of ready() -> actor

@@ -151,7 +151,7 @@ def _extract(
         frame=config.frame,
         batch_size=config.batch_size,
         threads=threads,
-        sharing=1 if config.executor == "local" else config.actors or max(1, (os.cpu_count() or 1) // threads),
+        sharing=1,
         device=device,
     )
     del teacher

@@ -55,7 +55,7 @@ class WorkerSpec:
     frame: str
     batch_size: int
     threads: int
-    sharing: int  # how many workers share a machine's memory
+    sharing: int  # how many workers share a machine's memory at most; an executor that starts several sets it
     device: str
 
 

@@ -571,12 +571,17 @@ def cluster():
 
 
 def test_two_machines_and_the_loss_of_one(undisturbed, tmp_path, start, cluster, contents):  # noqa: F811
-    """The shard that was on the lost machine is done by the other; the store is that of an undisturbed run."""
+    """The shard that was on the lost machine is done by the other; the store is that of an undisturbed run.
+
+    More images at once than any memory holds are asked for, which tells how many workers each takes to share it: one on
+    each machine, however many CPUs this one has. Every shard here is of one image anyway.
+    """
     out = tmp_path / "store"
-    running = start(out, "--address", cluster.address)
+    running = start(out, "--address", cluster.address, "--batch-size", "100000000")
     assert wait_for(lambda: committed(out) >= 4, 180, running), running.said()
     cluster.remove()
     assert committed(out) < 18
     assert running.wait(180) == 0, running.said()
     assert "18 maps in 18 shards (18 extracted now)" in running.said()
+    assert "GiB in 1 workers: lowered to" in running.said()
     assert contents(out) == contents(undisturbed)
