@@ -28,6 +28,7 @@ OBJECT_STORE_BYTES = 80 * 1024 * 1024
 READY_TIMEOUT_S = 300.0
 CONNECT_TIMEOUT_S = 10.0
 TICK_S = 2.0
+GRACE_S = 600.0  # for what a shard takes besides its images: a slow store, a first compilation
 MAX_RETRIES = 2
 
 
@@ -37,13 +38,13 @@ class Resources:
 
     actors: worker processes; 0 takes what Ray has room for. gpus_per_actor: fractions share a GPU; 0 chooses 1 where the
     device is CUDA. address: of a Ray cluster. image_timeout_s: a worker that is silent for longer than this times the images of
-    its shard (and ten minutes) is taken for hung.
+    its shard (and `GRACE_S`) is taken for hung.
     """
 
     actors: int = 0
     gpus_per_actor: float = 0.0
     address: str | None = None
-    image_timeout_s: float = 60.0
+    image_timeout_s: float = 10.0
 
 
 def run_local(
@@ -172,7 +173,7 @@ class _Fleet:
     def _assign(self, actor: Any) -> None:
         if self._queue:
             task = self._queue.popleft()
-            limit = 600 + self._image_timeout_s * task.entry.count
+            limit = GRACE_S + self._image_timeout_s * task.entry.count
             self._running[actor.process.remote(task)] = _Job(actor, task, time.monotonic() + limit)
         else:
             self._ray.kill(actor)
@@ -232,7 +233,7 @@ class _Fleet:
             if now > job.deadline:
                 del self._running[reference]
                 self._ray.kill(job.actor)
-                self._retry(job.task, "worker gave no answer in time")
+                self._retry(job.task, "worker gave no answer in time; give more by --image-timeout")
                 self._replace_actor()
         if self._running:
             self._working_since = now

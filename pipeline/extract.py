@@ -58,6 +58,8 @@ class ExtractConfig:
     `center` (the teacher's own evaluation view).
     batch_size, actors, threads: 0 chooses. threads are those of each worker; equal threads give equal bytes.
     device: `auto` takes CUDA devices when there are any, on a Ray cluster when the cluster has any.
+    image_timeout_s: on Ray, a worker that takes longer than this for each image of its shard (and ten minutes) is taken for hung
+    and replaced. Far above what an image takes: about a second on a slow CPU, a minute for the largest teachers in float64.
     replace: remove what the store holds and start over; a replacement that was interrupted goes on where it was.
     """
 
@@ -75,6 +77,7 @@ class ExtractConfig:
     gpus_per_actor: float = 0.0
     address: str | None = None
     device: str = "auto"
+    image_timeout_s: float = 10.0
     replace: bool = False
 
 
@@ -368,7 +371,12 @@ def _execute(
 
     progress("extract-teacher-maps", done, total, shards_left=left)
     run = run_ray if config.executor == "ray" else run_local
-    resources = Resources(actors=config.actors, gpus_per_actor=config.gpus_per_actor, address=config.address)
+    resources = Resources(
+        actors=config.actors,
+        gpus_per_actor=config.gpus_per_actor,
+        address=config.address,
+        image_timeout_s=config.image_timeout_s,
+    )
     run(spec, todo, resources, on_report, check)
     return reports
 

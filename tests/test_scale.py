@@ -513,6 +513,24 @@ def test_a_shard_is_not_handed_to_workers_that_died_while_idle(uneven, tmp_path,
     assert killed and (report.count, report.extracted) == (9, 2) and verify_store(out, uneven) == []
 
 
+def test_a_worker_that_hangs_is_replaced(uneven, tmp_path, extract, monkeypatch):  # noqa: F811
+    """Stopped at work it answers no more; the time it has is that of `image_timeout_s`."""
+    monkeypatch.setattr(executor, "GRACE_S", 0.0)
+    stopped = []
+
+    def stop():
+        busy = wait_for(lambda: [pid for pid, name in workers().items() if ".process" in name], 90)
+        os.kill(busy[0], signal.SIGSTOP)
+        stopped.append(busy[0])
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    changes = {"executor": "ray", "actors": 1, "batch_size": 1, "image_timeout_s": 8.0}
+    report = extract(uneven, tmp_path / "out", **changes)
+    stopper.join()
+    assert stopped and (report.count, report.extracted) == (9, 2) and verify_store(tmp_path / "out", uneven) == []
+
+
 # ------------------------------------------------------------------------------------------------------ several machines
 
 CLUSTER = """

@@ -135,6 +135,10 @@ def extract_command(
         ),
     ] = "auto",  # type: ignore[assignment]
     device: Device = "auto",
+    image_timeout: Annotated[
+        float,
+        typer.Option(min=0.001, help="Seconds an image of a shard, after which a silent Ray worker counts as hung."),
+    ] = 10.0,
     replace: Annotated[bool, typer.Option("--replace", help="Remove what the store holds and start over.")] = False,
 ) -> None:
     """Run a frozen teacher over tar shards and store its relevance maps for each image's own label.
@@ -164,6 +168,7 @@ def extract_command(
             gpus_per_actor=gpus_per_actor,
             address=address,
             device=device,
+            image_timeout_s=image_timeout,
             replace=replace,
         )
         report = extract_teacher_maps(shards, output, config, progress=progress)
