@@ -28,6 +28,7 @@ OBJECT_STORE_BYTES = 80 * 1024 * 1024
 READY_TIMEOUT_S = 300.0
 CONNECT_TIMEOUT_S = 10.0
 TICK_S = 2.0
+GRACE_S = 600.0  # for what a shard takes besides its images: a slow store, a first compilation
 MAX_RETRIES = 2
 
 
@@ -37,13 +38,13 @@ class Resources:
 
     actors: worker processes; 0 takes what Ray has room for. gpus_per_actor: fractions share a GPU; 0 chooses 1 where the
     device is CUDA. address: of a Ray cluster. image_timeout_s: a worker that is silent for longer than this times the images of
-    its shard (and ten minutes) is taken for hung.
+    its shard (and `GRACE_S`) is taken for hung.
     """
 
     actors: int = 0
     gpus_per_actor: float = 0.0
     address: str | None = None
-    image_timeout_s: float = 60.0
+    image_timeout_s: float = 10.0
 
 
 def run_local(
@@ -117,7 +118,10 @@ class _Job:
 
 
 class _Fleet:
-    """Actors that are starting (no task yet, so that none waits for a worker that never comes), running one task, or idle."""
+    """Actors that are starting (no task yet, so that none waits for a worker that never comes) or running one task.
+
+    One that finds nothing to do is ended: kept, it would hold what a new one needs, and die unseen with its node.
+    """
 
     def __init__(
         self, ray: Any, spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, on_report: OnReport
@@ -127,19 +131,21 @@ class _Fleet:
         gpus = (resources.gpus_per_actor or 1.0) if device.startswith("cuda") else 0.0
         room = has.get("GPU", 0) / gpus if gpus else has.get("CPU", 1) / spec.threads
         self._ray, self._on_report = ray, on_report
-        self._spec = replace(spec, device=device)
+        self._wanted = min(resources.actors or max(1, int(room)), len(tasks))
+        # What the machines have is Ray's to say: this one may be none of theirs. The fullest one tells, as any may be it.
+        most = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        sharing = max(1, min(self._wanted, int(most / spec.threads)))
+        self._spec = replace(spec, device=device, sharing=sharing)
         self._image_timeout_s = resources.image_timeout_s
         self._gpus = gpus
         # GPU workers wait more than they compute: they must not queue for CPUs that nobody uses.
         self._actor_class = ray.remote(
             num_cpus=0 if gpus else spec.threads, num_gpus=gpus, max_restarts=0, max_task_retries=0
         )(ShardWorker)
-        self._wanted = min(resources.actors or max(1, int(room)), len(tasks))
         self._queue = deque(tasks)
         self._tries: dict[str, int] = {}
         self._starting: dict[Any, Any] = {}  # reference of ready() -> actor
         self._running: dict[Any, _Job] = {}  # reference of process() -> job
-        self._idle: list[Any] = []
         self._failed_starts = 0
         self._working_since = time.monotonic()  # when a worker last was at work
 
@@ -167,14 +173,14 @@ class _Fleet:
     def _assign(self, actor: Any) -> None:
         if self._queue:
             task = self._queue.popleft()
-            limit = 600 + self._image_timeout_s * task.entry.count
+            limit = GRACE_S + self._image_timeout_s * task.entry.count
             self._running[actor.process.remote(task)] = _Job(actor, task, time.monotonic() + limit)
         else:
-            self._idle.append(actor)
+            self._ray.kill(actor)
 
     def _replace_actor(self) -> None:
-        # An idle one holds what a new one might wait for in vain.
-        if not self._idle:
+        # One that is starting takes a shard from the queue, too.
+        if len(self._queue) > len(self._starting):
             self._start_actor()
 
     def _on_started(self, reference: Any) -> None:
@@ -191,7 +197,7 @@ class _Fleet:
             if not self._starting and not self._running and not _is_death(error):
                 raise ZpipeError(f"a worker could not begin: {_last_line(error)}") from error
             if _is_death(error):
-                self._start_actor()
+                self._replace_actor()
             return
         self._assign(actor)
 
@@ -204,8 +210,8 @@ class _Fleet:
         except RayActorError as error:
             # The worker died: killed, out of memory, node lost. A new actor, not a restart: Ray refuses calls to an actor
             # while it restarts, and counts restarts over the whole run, so that one bad shard would use up the others'.
-            self._replace_actor()
             self._retry(job.task, f"worker failed: {_last_line(error)}")
+            self._replace_actor()
         except RayError as error:
             # It lives, but raised what no worker should: a defect of ours, the same on every try.
             self._on_report(ShardReport(stem=job.task.entry.stem, error=f"{job.task.path}: {_last_line(error)}"))
@@ -218,8 +224,6 @@ class _Fleet:
         self._tries[stem] = self._tries.get(stem, 0) + 1
         if self._tries[stem] <= MAX_RETRIES:
             self._queue.append(task)
-            if self._idle:
-                self._assign(self._idle.pop())
         else:
             self._on_report(ShardReport(stem=stem, error=f"{task.path}: {why}"))
 
@@ -229,8 +233,8 @@ class _Fleet:
             if now > job.deadline:
                 del self._running[reference]
                 self._ray.kill(job.actor)
+                self._retry(job.task, "worker gave no answer in time; give more by --image-timeout")
                 self._replace_actor()
-                self._retry(job.task, "worker gave no answer in time")
         if self._running:
             self._working_since = now
         elif now - self._working_since > READY_TIMEOUT_S:

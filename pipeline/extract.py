@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -10,19 +11,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from zpipe.pipeline.executor import Resources, run_local, run_ray
-from zpipe.pipeline.explainer import ExplainConfig
+from zpipe.pipeline.explainer import NO_CLASS, ExplainConfig
 from zpipe.pipeline.lease import LEASE_NAME, Lease, held_lease
 from zpipe.pipeline.shard_reader import FRAMES, open_shards
 from zpipe.pipeline.teacher import Teacher, load_teacher
 from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec, frame_of
-from zpipe.schemas.atomic import claim_folder, clear_temporaries
+from zpipe.schemas.atomic import claim_folder, clear_temporaries, read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.formats import check_format, header
 from zpipe.schemas.manifest import (
     EXTRACTION_NAME,
+    FORMAT,
     MANIFEST_NAME,
+    STORE_VERSION,
     MapShard,
     Provenance,
     StoreManifest,
@@ -33,9 +38,14 @@ from zpipe.schemas.manifest import (
     write_manifest,
 )
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.relevance_store import OK, IndexFile, index_path, read_index, read_seal
+from zpipe.schemas.relevance_store import OK, IndexFile, index_path, maps_path, max_rows
 from zpipe.schemas.shard_index import ShardEntry
 from zpipe.schemas.storage import as_path, is_remote, map_files, names_in, remove
+
+REPLACING_NAME = "replacing.json"  # there while a replacement is at work
+
+# A teacher that names fewer of the labels than this (0 to 1) was most likely trained for other classes of the same numbers.
+FOREIGN_LABELS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +58,9 @@ class ExtractConfig:
     `center` (the teacher's own evaluation view).
     batch_size, actors, threads: 0 chooses. threads are those of each worker; equal threads give equal bytes.
     device: `auto` takes CUDA devices when there are any, on a Ray cluster when the cluster has any.
-    replace: remove what the store holds and start over.
+    image_timeout_s: on Ray, a worker that takes longer than this for each image of its shard (and ten minutes) is taken for hung
+    and replaced. Far above what an image takes: about a second on a slow CPU, a minute for the largest teachers in float64.
+    replace: remove what the store holds and start over; a replacement that was interrupted goes on where it was.
     """
 
     teacher: str | None = None
@@ -65,13 +77,15 @@ class ExtractConfig:
     gpus_per_actor: float = 0.0
     address: str | None = None
     device: str = "auto"
+    image_timeout_s: float = 10.0
     replace: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractReport:
     """What an extraction did: samples in the store, shards in it, shards made by this run, samples per status,
-    images without a usable map, and what had to be changed on the way (a batch size lowered)."""
+    images without a usable map (and why, of this run's), how often the teacher's best class is an image's label (0 to 1, of the usable images that have a
+    label; None where there is none), and what there is to note (a batch size lowered, labels that aren't the teacher's)."""
 
     count: int
     shards: int
@@ -79,6 +93,7 @@ class ExtractReport:
     statuses: dict[str, int]
     provenance: Provenance
     problems: tuple[str, ...]
+    top1: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -96,12 +111,13 @@ def extract_teacher_maps(
     shards, out = as_path(shards), as_path(out)
     if config.frame not in FRAMES:
         raise UsageError(f"--frame {config.frame}: choose one of {', '.join(FRAMES)}")
-    entries, _ = open_shards(shards)
+    entries, _ = open_shards(shards, progress=progress)
     device = _device(config)
     teacher = load_teacher(
         config.teacher, config.weights, num_classes=config.num_classes, seed=config.seed, model_args=config.teacher_args
     )
     provenance = provenance_of(teacher, config)
+    _check_sizes(entries, provenance)
     claim_folder(out, EXTRACTION_NAME, "relevance store", lease=LEASE_NAME)
     with held_lease(out) as lease:
         clear_temporaries(out)
@@ -120,7 +136,7 @@ def _extract(
     progress: Progress,
 ) -> ExtractReport:
     if config.replace:
-        _wipe(out)
+        _start_over(out, [entry for _, entry in entries], provenance)
     _begin(out, provenance)
     _clear_temporaries(out)
     todo, kept = _plan(out, entries, provenance)
@@ -138,7 +154,7 @@ def _extract(
         frame=config.frame,
         batch_size=config.batch_size,
         threads=threads,
-        sharing=1 if config.executor == "local" else config.actors or max(1, (os.cpu_count() or 1) // threads),
+        sharing=1,
         device=device,
     )
     del teacher
@@ -153,14 +169,22 @@ def _extract(
             f"{out}: {len(failed)} of {len(entries)} shards failed, the others are committed; mend them and run again to go on",
             [report.error for report in failed],
         )
-    manifest = _audit(out, [entry for _, entry in entries], provenance, shards)
+    audit = _audit(out, [entry for _, entry in entries], provenance, shards, made={task.entry.stem for task in todo})
+    manifest, top1 = audit.manifest, audit.top1
+    remove(out / REPLACING_NAME)
+    if top1 is not None and top1 < FOREIGN_LABELS and config.explain.asks_label and config.weights != "random":
+        notes.append(
+            f"the teacher names only {100 * top1:.1f} % of these labels: are they its classes? A teacher for yours: "
+            "zpipe train-vit ... --recipe finetune, then --weights RUN"
+        )
     return ExtractReport(
         count=manifest.count,
         shards=len(manifest.shards),
         extracted=len(todo),
         statuses=manifest.statuses,
         provenance=provenance,
-        problems=_problems(out, manifest),
+        problems=_problems(audit.unusable, reports),
+        top1=top1,
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -187,6 +211,18 @@ def provenance_of(teacher: Teacher, config: ExtractConfig) -> Provenance:
         symmetrised=config.explain.symmetrise,
         precision=config.explain.precision,
     )
+
+
+def _check_sizes(entries: list[tuple[Path, ShardEntry]], provenance: Provenance) -> None:
+    """Whether the maps of each tar make a shard that can be read. Errors: :class:`ZpipeError` naming the tar."""
+    gh, gw = provenance.grid
+    most = max_rows((gh, gw))
+    for path, entry in entries:
+        if entry.count > most:
+            raise ZpipeError(
+                f"{path}: {entry.count} samples, a map shard holds {most} maps of {gh} x {gw}; make smaller tars "
+                f"(zpipe make-shards --shard-size {most} at most)"
+            )
 
 
 def _device(config: ExtractConfig) -> str:
@@ -219,10 +255,26 @@ def _begin(out: Path, provenance: Provenance) -> None:
         check_compatible(found, provenance, out)
 
 
-def _wipe(out: Path) -> None:
-    """Remove a store's content. The manifest goes first and the mark of a store last: in between it is an unfinished store."""
-    for name in (MANIFEST_NAME, "index", "maps", EXTRACTION_NAME):
+def _start_over(out: Path, entries: list[ShardEntry], provenance: Provenance) -> None:
+    """Remove what the store holds, unless this same replacement did so before and was interrupted: that one goes on.
+
+    A mark says what is being replaced by what. It is written behind the removal and taken away behind the manifest, so neither
+    an interrupted removal nor a finished store is gone on with.
+    """
+    asked = hashlib.sha256(provenance.fingerprint().encode())
+    for entry in entries:
+        asked.update(f"\n{entry.stem} {entry.sha256}".encode())
+    mark = out / REPLACING_NAME
+    if mark.is_file() and not (out / MANIFEST_NAME).is_file():
+        found = read_json(mark, "the mark of an interrupted --replace")
+        check_format(mark, found, FORMAT, STORE_VERSION, remedy="delete it")
+        if found.get("replacement") == asked.hexdigest():
+            return
+    # The manifest goes before what it lists and the mark of a store last: in between it is an unfinished store.
+    for name in (REPLACING_NAME, MANIFEST_NAME, "index", "maps", EXTRACTION_NAME):
         remove(out / name)
+    write_extraction(out, provenance)
+    write_json(mark, header(FORMAT, STORE_VERSION) | {"replacement": asked.hexdigest()})
 
 
 def _clear_temporaries(out: Path) -> None:
@@ -243,21 +295,11 @@ def _plan(out: Path, entries: list[tuple[Path, ShardEntry]], provenance: Provena
             f"{index_path(out, foreign[0])}: its input tar is not among these shards; give another --out folder, or --replace"
         )
     done = [(path, entry) for path, entry in entries if entry.stem in indexed & mapped]
-    seals = map_files(out, lambda item: read_seal(out, item[1].stem), done)
     wanted, kept = provenance.fingerprint(), 0
-    for (path, entry), seal in zip(done, seals, strict=True):
-        assert seal is not None  # it was listed, and nobody else writes here
-        where = index_path(out, entry.stem)
-        if seal.input_sha256 != entry.sha256:
-            raise ZpipeError(
-                f"{where}: made from a tar with SHA-256 {seal.input_sha256[:12]}, {path} now has {entry.sha256[:12]}; "
-                "give another --out folder, or --replace to start over"
-            )
-        if seal.fingerprint != wanted:
-            raise ZpipeError(
-                f"{where}: made under fingerprint {seal.fingerprint[:12]}, this run has {wanted[:12]}; "
-                "give another --out folder, or --replace to start over"
-            )
+    _, listed = _earlier(out)
+    files = map_files(out, lambda item: IndexFile(index_path(out, item[1].stem)), done)
+    for (path, entry), file in zip(done, files, strict=True):
+        _check_index(file, entry, wanted, listed.get(entry.stem), path)
         kept += entry.count
     skipped = {entry.stem for _, entry in done}
     todo = [
@@ -266,6 +308,34 @@ def _plan(out: Path, entries: list[tuple[Path, ShardEntry]], provenance: Provena
         if entry.stem not in skipped
     ]
     return todo, kept
+
+
+def _earlier(out: Path) -> tuple[StoreManifest | None, dict[str, str]]:
+    """The manifest that is there already, if any, and stem -> SHA-256 of the index as it says."""
+    if not (out / MANIFEST_NAME).is_file():
+        return None, {}
+    manifest = read_manifest(out)
+    return manifest, {shard.stem: shard.index_sha256 for shard in manifest.shards}
+
+
+def _check_index(file: IndexFile, entry: ShardEntry, fingerprint: str, listed: str | None, tar: Path | str) -> None:
+    """Whether an index is of this tar and this provenance, and still the one that a manifest has `listed`.
+
+    A manifest that is written anew would vouch for what lies there now. Errors: :class:`ZpipeError` naming the file.
+    """
+    seal = file.seal
+    if seal.input_sha256 != entry.sha256:
+        raise ZpipeError(
+            f"{file.path}: made from a tar with SHA-256 {seal.input_sha256[:12]}, {tar} now has {entry.sha256[:12]}; "
+            "give another --out folder, or --replace to start over"
+        )
+    if seal.fingerprint != fingerprint:
+        raise ZpipeError(
+            f"{file.path}: made under fingerprint {seal.fingerprint[:12]}, this run has {fingerprint[:12]}; "
+            "give another --out folder, or --replace to start over"
+        )
+    if listed is not None and file.sha256 != listed:
+        raise ZpipeError(f"{file.path}: its digest is not the manifest's: altered; delete it and run again")
 
 
 def _execute(
@@ -278,7 +348,7 @@ def _execute(
     kept: int,
     total: int,
 ) -> list[ShardReport]:
-    """Run what is to do; the reports of shards that failed or have something to note."""
+    """Run what is to do; the reports of shards that failed or have something to say of images or on the way."""
     if not todo:
         progress("extract-teacher-maps", total, total, shards_left=0)
         return []
@@ -291,7 +361,9 @@ def _execute(
         left -= 1
         done += report.count
         statuses.update(report.statuses)
-        if report.error or report.notes:  # the others have said all: of a million shards they would stay in memory
+        if (
+            report.error or report.notes or report.problems
+        ):  # the others have said all: of a million shards they would stay in memory
             reports.append(report)
         failed += bool(report.error)  # not counted anew each time: that is the square of the shards
         bad = sum(count for status, count in statuses.items() if status != OK)
@@ -299,24 +371,59 @@ def _execute(
 
     progress("extract-teacher-maps", done, total, shards_left=left)
     run = run_ray if config.executor == "ray" else run_local
-    resources = Resources(actors=config.actors, gpus_per_actor=config.gpus_per_actor, address=config.address)
+    resources = Resources(
+        actors=config.actors,
+        gpus_per_actor=config.gpus_per_actor,
+        address=config.address,
+        image_timeout_s=config.image_timeout_s,
+    )
     run(spec, todo, resources, on_report, check)
     return reports
 
 
-def _audit(out: Path, entries: list[ShardEntry], provenance: Provenance, source: Path) -> StoreManifest:
-    """Look at what lies on disk, not at what workers said, and write the manifest unless it says so already."""
+@dataclass(frozen=True, kw_only=True)
+class _Audit:
+    """What lies on disk. top1: share of usable, labelled images whose label the teacher names, None where there are none;
+    unusable: stem, key and status of each sample without a usable map."""
+
+    manifest: StoreManifest
+    top1: float | None
+    unusable: list[tuple[str, str, str]]
+
+
+def _audit(out: Path, entries: list[ShardEntry], provenance: Provenance, source: Path, *, made: set[str]) -> _Audit:
+    """Look at what lies on disk, not at what workers said, and write the manifest unless it says so already.
+
+    made: the stems of this run's shards; the others must be as an earlier manifest has them. Errors: :class:`ZpipeError`
+    naming the file that isn't what it should be.
+    """
     statuses: Counter[str] = Counter()
     map_shards = []
+    unusable: list[tuple[str, str, str]] = []
+    named = labelled = 0
+    fingerprint, mapped = provenance.fingerprint(), set(names_in(out / "maps"))
+    before, listed = _earlier(out)
     files = map_files(out, lambda entry: IndexFile(index_path(out, entry.stem)), entries)
     for entry, file in zip(entries, files, strict=True):
-        found = file.table(["status"])["status"].to_pylist()
-        if len(found) != entry.count:
-            raise ZpipeError(f"{file.path}: {len(found)} rows for {entry.count} samples; delete it and run again")
-        statuses.update(found)
+        _check_index(file, entry, fingerprint, None if entry.stem in made else listed.get(entry.stem), entry.name)
+        if maps_path(out, entry.stem).name not in mapped:
+            raise ZpipeError(f"{maps_path(out, entry.stem)}: missing; run again to make it")
+        table = file.table(["label", "predicted", "status"])
+        if len(table) != entry.count:
+            raise ZpipeError(f"{file.path}: {len(table)} rows for {entry.count} samples; delete it and run again")
+        status = table["status"].to_numpy(zero_copy_only=False)
+        label, predicted = table["label"].to_numpy(), table["predicted"].to_numpy()  # int32 [n] each
+        usable = (status == OK) & (label != NO_CLASS)
+        labelled += int(usable.sum())
+        named += int((label == predicted)[usable].sum())
+        statuses.update(status.tolist())
+        if len(bad := np.flatnonzero(status != OK)):
+            keys = file.table(["key"])["key"].take(bad).to_pylist()
+            unusable += [(entry.stem, key, kind) for key, kind in zip(keys, status[bad].tolist(), strict=True)]
         map_shards.append(
             MapShard(stem=entry.stem, count=entry.count, input_sha256=entry.sha256, index_sha256=file.sha256)
         )
+    top1 = named / labelled if labelled else None
     manifest = StoreManifest(
         provenance=provenance,
         shards=tuple(map_shards),
@@ -324,22 +431,17 @@ def _audit(out: Path, entries: list[ShardEntry], provenance: Provenance, source:
         source=str(source),
         zpipe_version=version("zpipe"),
     )
-    if (out / MANIFEST_NAME).is_file():
-        before = read_manifest(out)
-        if before.shards == manifest.shards and before.provenance.fingerprint() == provenance.fingerprint():
-            return before
+    if before and before.shards == manifest.shards and before.provenance.fingerprint() == fingerprint:
+        return _Audit(manifest=before, top1=top1, unusable=unusable)
     write_manifest(out, manifest)
-    return manifest
+    return _Audit(manifest=manifest, top1=top1, unusable=unusable)
 
 
-def _problems(out: Path, manifest: StoreManifest) -> tuple[str, ...]:
-    """`shard.tar: key K: status` for every sample that has no usable map."""
-    if set(manifest.statuses) <= {OK}:
-        return ()
+def _problems(unusable: list[tuple[str, str, str]], reports: list[ShardReport]) -> tuple[str, ...]:
+    """`shard.tar: key K: status`, and the reason where this run met it, for every sample that has no usable map."""
+    reasons = {report.stem: report.problems for report in reports}
     lines = []
-    for shard in manifest.shards:
-        table = read_index(out, shard.stem, ["key", "status"])
-        for key, status in zip(table["key"].to_pylist(), table["status"].to_pylist(), strict=True):
-            if status != OK:
-                lines.append(f"{shard.stem}.tar: key {key}: {status}")
+    for stem, key, status in unusable:
+        reason = reasons.get(stem, {}).get(key)
+        lines.append(f"{stem}.tar: key {key}: {status}{f' ({reason})' if reason else ''}")
     return tuple(lines)

@@ -1,8 +1,9 @@
 """One writer at a time: a lease on a store that a dead run does not hold for ever.
 
 `lease.json` in the store names its holder and is renewed every `BEAT_S` seconds. A second run is refused while it is; a
-lease whose process is gone (on this machine), or that nobody renews for `EXPIRY_S`, is taken over. Creating the file is decided
-by the file system or the object store, so of two runs that begin together one gets it.
+lease whose process is gone, where its number can be looked up (same boot, same PID namespace), or that nobody renews for
+`EXPIRY_S`, is taken over. Creating the file is decided by the file system or the object store, so of two runs that begin
+together one gets it.
 """
 
 from __future__ import annotations
@@ -20,12 +21,24 @@ from typing import Any
 
 from zpipe.schemas.atomic import write_bytes
 from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.formats import check_format, header
 from zpipe.schemas.storage import create_exclusively, remove, storage_errors
 
 LEASE_NAME = "lease.json"
 BEAT_S = 10.0
 EXPIRY_S = 40.0
 SETTLE_S = 0.5
+FORMAT = "zpipe-lease"
+VERSION = 1
+FIELDS: dict[str, Any] = {
+    "token": str,
+    "host": str,
+    "pid": int,
+    "namespace": (str, type(None)),
+    "process": (str, type(None)),
+    "since": str,
+    "beat": (int, float),
+}
 
 
 class Lease:
@@ -41,15 +54,30 @@ class Lease:
 
     def check(self) -> None:
         """Whether we may still write."""
+        # Late, but continued (a machine that slept, Ctrl-Z): the thread renews it in a moment. Unless it hangs in the store.
+        waited_until = time.monotonic() + BEAT_S
+        while not self._lost and self._late() and time.monotonic() < waited_until:
+            time.sleep(BEAT_S / 100)
+        if not self._lost and self._late():
+            raise ZpipeError(
+                f"{self._path}: the lease was last renewed {time.monotonic() - self._renewed:.0f} s ago, the store doesn't "
+                "answer: another run may have it; run again to go on"
+            )
         if self._lost:
             raise ZpipeError(self._lost)
 
     def release(self) -> None:
-        """Give it back."""
+        """Give it back, if it is still ours. One whose thread hangs in the store is left to expire."""
         self._end.set()
-        self._thread.join()
-        if not self._lost:
+        self._thread.join(BEAT_S)
+        if self._lost or self._thread.is_alive():
+            return
+        found = _read(self._path)
+        if found is not None and found["token"] == self._holder["token"]:
             remove(self._path)
+
+    def _late(self) -> bool:
+        return time.monotonic() - self._renewed > EXPIRY_S
 
     def _keep(self) -> None:
         while not self._end.wait(BEAT_S):
@@ -76,6 +104,7 @@ def held_lease(root: Path) -> Iterator[Lease]:
         "token": uuid.uuid4().hex,
         "host": socket.gethostname(),
         "pid": os.getpid(),
+        "namespace": _namespace(),
         "process": _process(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
@@ -110,32 +139,38 @@ def _take(path: Path, holder: dict[str, Any]) -> None:
 
 
 def _is_dead(path: Path, found: dict[str, Any]) -> bool:
-    if found["host"] == socket.gethostname():
-        return _process(found["pid"]) != found["process"]
-    # The clocks of two machines differ: only whether the file goes on being renewed tells.
-    if time.time() - found["beat"] < EXPIRY_S:
+    ours, namespace = _process(os.getpid()), _namespace()
+    # Containers and machines may share a name. A process number means the same to both only under one boot, in one namespace.
+    if ours and namespace and found["process"]:
+        boots = [process.partition(":")[0] for process in (ours, found["process"])]
+        if (found["host"], found["namespace"], boots[1]) == (socket.gethostname(), namespace, boots[0]):
+            return _process(found["pid"]) != found["process"]
+    # Elsewhere: the clocks of two machines differ, so only whether the file goes on being renewed tells. One that seems to come
+    # from the future may be a dead run's whose clock was ahead.
+    if 0 <= time.time() - found["beat"] < EXPIRY_S:
         return False
     time.sleep(EXPIRY_S)
     later = _read(path)
-    return later is not None and later["beat"] == found["beat"]
+    return later is None or later == found
 
 
 def _process(pid: int) -> str | None:
-    """What tells a process from a later one of the same number: boot and start time. None when there is none."""
+    """What tells a process from a later one of the same number: boot and start time. None when there is none, or no /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         if fields[0] in "ZX":
             return None  # ended, its parent just hasn't looked
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + ":" + fields[19]
     except OSError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
         return None
-    except PermissionError:
-        return "alive"
-    return "alive"
+
+
+def _namespace() -> str | None:
+    """The PID namespace in which our own number counts. None where /proc is absent, or is that of another namespace."""
+    try:
+        return os.readlink("/proc/self/ns/pid") if os.readlink("/proc/self") == str(os.getpid()) else None
+    except OSError:
+        return None
 
 
 def _name(found: dict[str, Any]) -> str:
@@ -143,14 +178,22 @@ def _name(found: dict[str, Any]) -> str:
 
 
 def _encode(holder: dict[str, Any]) -> bytes:
-    return (json.dumps(holder | {"beat": time.time()}) + "\n").encode()
+    return (json.dumps(header(FORMAT, VERSION) | holder | {"beat": time.time()}) + "\n").encode()
 
 
 def _read(path: Path) -> dict[str, Any] | None:
+    """The lease, None when there is none. Errors: :class:`ZpipeError` when the file is no lease."""
+    remedy = "delete it when no run is writing here"
     try:
         value = json.loads(path.read_bytes())
-        return value if isinstance(value, dict) and {"token", "host", "pid", "beat"} <= set(value) else None
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ZpipeError(f"{path}: not a lease ({error}); delete it when no run is writing here") from error
+        raise ZpipeError(f"{path}: not a lease ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise ZpipeError(f"{path}: not a lease (no JSON object); {remedy}")
+    check_format(path, value, FORMAT, VERSION, remedy=remedy)
+    for name, kinds in FIELDS.items():
+        if name not in value or not isinstance(value[name], kinds):
+            raise ZpipeError(f"{path}: not a lease ({name} missing or wrong); {remedy}")
+    return value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,7 +55,7 @@ class WorkerSpec:
     frame: str
     batch_size: int
     threads: int
-    sharing: int  # how many workers share a machine's memory
+    sharing: int  # how many workers share a machine's memory at most; an executor that starts several sets it
     device: str
 
 
@@ -70,14 +69,13 @@ class ShardTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """What became of one shard. `error` is set when nothing was committed; `problems` names samples whose status isn't ok,
-    `notes` says what the worker had to change on the way."""
+    """What became of one shard. `error` is set when nothing was committed; `problems` says of images that could not be decoded
+    why (key -> reason, which the store doesn't keep), `notes` what the worker had to change on the way."""
 
     stem: str
     count: int = 0
     statuses: dict[str, int] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
-    seconds: float = 0.0
+    problems: dict[str, str] = field(default_factory=dict)
     error: str = ""
     notes: tuple[str, ...] = ()
 
@@ -114,12 +112,10 @@ class ShardWorker:
 
     def process(self, task: ShardTask) -> ShardReport:
         """Run one shard and commit its maps. A :class:`ZpipeError` becomes the report's `error`; nothing is committed then."""
-        begun = time.monotonic()
         try:
-            report = self._process(task)
+            return self._process(task)
         except ZpipeError as error:
             return ShardReport(stem=task.entry.stem, error=str(error))
-        return ShardReport(**(vars(report) | {"seconds": time.monotonic() - begun}))
 
     def _process(self, task: ShardTask) -> ShardReport:
         path = as_path(task.path)
@@ -127,7 +123,7 @@ class ShardWorker:
         count = task.entry.count
         raw = np.full((count, gh, gw), np.nan, np.float32)
         columns: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
-        problems: list[str] = []
+        problems: dict[str, str] = {}
         told = len(self._explainer.notes)
         before, self._notes = self._notes, []
         row = 0
@@ -139,12 +135,9 @@ class ShardWorker:
                         f"{path}: more than the {count} samples its index names: altered; make the shards again"
                     )
                 raw[row] = relevance
-                status = _status(item, relevance)
-                if status != OK:
-                    problems.append(
-                        f"{path.name}: key {item.key}: {status}{': ' + item.problem if item.problem else ''}"
-                    )
-                _append_row(columns, item, logit, int(target), status)
+                if item.problem:
+                    problems[item.key] = item.problem
+                _append_row(columns, item, logit, int(target), _status(item, relevance))
                 row += 1
         if row != count:
             raise ZpipeError(
@@ -164,7 +157,7 @@ class ShardWorker:
         )
         statuses = dict(Counter(columns["status"]))
         notes = (*before, *self._explainer.notes[told:])
-        return ShardReport(stem=task.entry.stem, count=count, statuses=statuses, problems=tuple(problems), notes=notes)
+        return ShardReport(stem=task.entry.stem, count=count, statuses=statuses, problems=problems, notes=notes)
 
     def _batches(self, path: Path, entry: ShardEntry) -> Iterator[list[FramedImage]]:
         samples = read_samples(path, entry)

@@ -31,7 +31,7 @@ from zpipe.schemas.storage import as_path, remove, storage_errors, storage_optio
 OK, UNDECODABLE, NONFINITE, ZERO = "ok", "undecodable", "nonfinite", "zero"
 STATUSES = (OK, UNDECODABLE, NONFINITE, ZERO)
 
-# What a shard may unpack to, far above any that extraction makes: a few kilobytes can claim to be terabytes.
+# What a shard may unpack to: a few kilobytes can claim to be terabytes. `max_rows` says what that is in samples.
 MAX_MAP_BYTES = 1 << 30
 MAX_ROWS = 4_000_000
 CODECS = ("BytesCodec", "BloscCodec")
@@ -73,6 +73,11 @@ def maps_path(root: Path, stem: str) -> Path:
 
 def index_path(root: Path, stem: str) -> Path:
     return as_path(root) / "index" / f"{stem}.parquet"
+
+
+def max_rows(grid: tuple[int, int]) -> int:
+    """How many samples a shard of (gh, gw) maps may have, to be one that is read."""
+    return min(MAX_ROWS, MAX_MAP_BYTES // (grid[0] * grid[1] * np.dtype(np.float16).itemsize))
 
 
 def encode_maps(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -118,7 +123,8 @@ def write_shard(
     """Write one map shard: array first, then the index renamed into place.
 
     stored: float16 [n, gh, gw]; index: n rows of `INDEX_SCHEMA`, in the same order. The same content gives the same
-    bytes. Errors: :class:`ZpipeError` naming the file that could not be written; nothing is left that looks whole.
+    bytes. Errors: :class:`ZpipeError` naming the file that could not be written, or that would be larger than what is read;
+    nothing is left that looks whole.
     """
     import zarr
     from zarr.codecs import BloscCodec
@@ -126,6 +132,11 @@ def write_shard(
     index = index.cast(INDEX_SCHEMA)
     if len(index) != len(stored) or stored.dtype != np.float16:
         raise ValueError(f"{stem}: {len(index)} rows for {len(stored)} maps of {stored.dtype}")
+    gh, gw = stored.shape[1:]
+    if len(stored) > (most := max_rows((gh, gw))):
+        raise ZpipeError(
+            f"{maps_path(root, stem)}: {len(stored)} maps of {gh} x {gw} are more than the {most} of a shard; make smaller tars"
+        )
     seal = {"input_sha256": input_sha256, "fingerprint": fingerprint, "maps_sha256": digest_maps(stored)}
     # An index that no longer fits its array must not stay while the array is replaced.
     remove(index_path(root, stem))

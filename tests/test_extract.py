@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -24,10 +26,11 @@ from zpipe.pipeline.shard_reader import frame_image, open_shards, read_samples
 from zpipe.pipeline.teacher import load_teacher
 from zpipe.pipeline.verify import verify_store
 from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec, frame_of
+from zpipe.schemas import relevance_store
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import read_manifest
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.schemas.relevance_store import index_path, maps_path
+from zpipe.schemas.relevance_store import index_path, maps_path, read_index, read_stored, write_shard
 
 
 @pytest.fixture
@@ -132,6 +135,60 @@ def test_what_was_lost_is_made_again_and_the_rest_is_left(store_copy, store, sha
     assert kept and all(before[name] == time for name, time in kept.items())
 
 
+def altered(path):
+    """Rewrite an index with other scales and the seal it had."""
+    table = pq.read_table(path, partitioning=None)
+    scale = table["scale"].to_numpy() * 2
+    pq.write_table(
+        table.set_column(table.column_names.index("scale"), table.schema.field("scale"), pa.array(scale)), path
+    )
+
+
+@pytest.mark.parametrize("also", [None, "manifest's shard"])
+def test_damage_is_not_signed_anew(store_copy, shards, extract, contents, also):
+    path = index_path(store_copy, "shard-00001")
+    altered(path)
+    if also:  # there is something to do, and the manifest is written again
+        index_path(store_copy, "shard-00002").unlink()
+    before = contents(store_copy)
+    with pytest.raises(
+        ZpipeError, match="shard-00001.parquet: its digest is not the manifest's.*delete it and run again"
+    ):
+        extract(shards, store_copy)
+    assert contents(store_copy) == before and any(str(path) in problem for problem in verify_store(store_copy))
+    path.unlink()
+    assert extract(shards, store_copy).extracted == 1 + bool(also) and verify_store(store_copy, shards) == []
+
+
+def other_seal(root):
+    table = read_index(root, "shard-00001")
+    write_shard(root, "shard-00001", read_stored(root, "shard-00001"), table, input_sha256="0", fingerprint="0")
+
+
+@pytest.mark.parametrize(
+    "damage, told",
+    [
+        (lambda root: shutil.rmtree(maps_path(root, "shard-00001")), "shard-00001.zarr: missing; run again"),
+        (lambda root: altered(index_path(root, "shard-00001")), "its digest is not the manifest's"),
+        (other_seal, "made from a tar with SHA-256 0, shard-00001.tar now has"),
+    ],
+    ids=["maps lost", "index altered", "other seal"],
+)
+def test_what_is_damaged_during_the_run_is_not_signed(store_copy, shards, teacher_settings, damage, told):
+    """It was in order when the run began, which made another shard."""
+    index_path(store_copy, "shard-00003").unlink()
+    manifest = (store_copy / "manifest.json").read_bytes()
+
+    def progress(stage, done, total, **facts):
+        if done == total:
+            damage(store_copy)
+
+    config = ExtractConfig(**(teacher_settings | {"executor": "local"}))
+    with pytest.raises(ZpipeError, match=told):
+        extract_teacher_maps(shards, store_copy, config, progress=progress)
+    assert (store_copy / "manifest.json").read_bytes() == manifest and verify_store(store_copy)
+
+
 def test_one_tar_is_enough(shards, tmp_path, extract):
     report = extract(shards / "shard-00003.tar", tmp_path / "out")
     assert (report.count, report.shards) == (3, 1) and len(RelevanceMaps(tmp_path / "out")) == 3
@@ -144,6 +201,48 @@ def test_tars_without_an_index_are_read_too(shards_copy, store, tmp_path, extrac
     found, expected = contents(tmp_path / "out"), contents(store)
     del found["manifest.json"], expected["manifest.json"]  # it names the folder of the tars
     assert found == expected
+
+
+@pytest.fixture(scope="module")
+def sure(tmp_path_factory, teacher_settings):
+    """Weights of the tiny teacher that name class 4 whatever they see, which none of the photos' labels is."""
+    settings = teacher_settings
+    teacher = load_teacher(settings["teacher"], "random", num_classes=5, seed=0, model_args=settings["teacher_args"])
+    with torch.no_grad():
+        teacher.model.head.bias[4] = 1e3
+    path = tmp_path_factory.mktemp("sure") / "teacher.pt"
+    torch.save(teacher.model.state_dict(), path)
+    return path
+
+
+def test_labels_that_the_teacher_never_names_are_noted(sure, shards, tmp_path, extract, cli, teacher_flags):
+    told = "the teacher names only 0.0 % of these labels: are they its classes?"
+    report = extract(shards, tmp_path / "out", weights=str(sure))
+    assert report.top1 == 0 and [note.startswith(told) for note in report.notes] == [True]
+    flags = [*teacher_flags, "--weights", sure, "--executor", "local"]
+    done = cli("extract-teacher-maps", shards, "--out", tmp_path / "out", *flags)
+    assert done.code == 0 and "(0 extracted now); the teacher names 0.0 % of these labels" in done.stdout
+    (note,) = [line for line in done.stderr.splitlines() if line.startswith("note: ")]
+    assert told in note and note.endswith("zpipe train-vit ... --recipe finetune, then --weights RUN")
+    # Maps of another class than the label, or of none, don't ask for the teacher's word on labels.
+    report = extract(shards, tmp_path / "predicted", weights=str(sure), explain=ExplainConfig(target="predicted"))
+    assert report.top1 == 0 and report.notes == ()
+
+
+def test_images_without_a_label_or_a_map_do_not_count_as_missed(sure, odd, tmp_path, extract, encode):
+    predicted = ExplainConfig(target="predicted")
+    root = odd({"a.cls": b"4", "b.cls": None, "c.jpg": b""})
+    report = extract(root, tmp_path / "some", weights=str(sure), explain=predicted)
+    assert (report.top1, report.statuses) == (1.0, {"ok": 2, "undecodable": 1})
+    root = odd({"a.cls": None, "b.cls": None, "c.cls": None})
+    assert extract(root, tmp_path / "none", weights=str(sure), explain=predicted).top1 is None
+
+
+def test_a_random_teacher_is_not_held_against_the_labels(odd, tmp_path, extract):
+    extract(odd({}), tmp_path / "first")
+    unseen = min(set(range(5)) - set(RelevanceMaps(tmp_path / "first").table()["predicted"].to_pylist()))
+    report = extract(odd({f"{key}.cls": str(unseen).encode() for key in "abc"}), tmp_path / "out")
+    assert (report.top1, report.notes) == (0.0, ())
 
 
 # ----------------------------------------------------------------------------------------------------- interruptions
@@ -425,6 +524,19 @@ def test_a_shortened_tar_is_refused_before_any_work(shards_copy, tmp_path, faili
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("limit, value", [("MAX_ROWS", 4), ("MAX_MAP_BYTES", 4 * 4 * 6 * 2)])
+def test_a_tar_whose_maps_could_not_be_read_is_refused_before_any_work(
+    shards, tmp_path, extract, monkeypatch, limit, value
+):
+    monkeypatch.setattr(relevance_store, limit, value)
+    told = r"shard-00000.tar: 5 samples, a map shard holds 4 maps of 4 x 6; make smaller tars .*--shard-size 4 at most"
+    with pytest.raises(ZpipeError, match=told):
+        extract(shards, tmp_path / "out", replace=True)
+    assert not (tmp_path / "out").exists()
+    report = extract(shards / "shard-00003.tar", tmp_path / "small")  # of 3
+    assert report.count == len(RelevanceMaps(tmp_path / "small").array()) == 3
+
+
 @pytest.fixture
 def odd(tmp_path, encode):
     """A tar of three samples whose members a test may replace: `odd({"b.cls": b"7"}) -> folder`."""
@@ -448,7 +560,9 @@ def test_images_that_cannot_be_decoded_are_named_and_the_rest_is_there(odd, tmp_
     out = tmp_path / "out"
     done = failing(root, out)
     assert "2 images have no usable map; the store is whole and says which" in done.error
-    assert done.details == ["one.tar: key a: undecodable", "one.tar: key b: undecodable"]
+    told = ["one.tar: key a: undecodable", "one.tar: key b: undecodable"]
+    assert done.details[0] == f"{told[0]} (zero bytes)"
+    assert done.details[1].startswith(f"{told[1]} (") and "truncated" in done.details[1].lower()  # PIL's words
     assert verify_store(out, root) == []
     maps = RelevanceMaps(out)
     assert maps.manifest.statuses == {"ok": 1, "undecodable": 2}
@@ -458,7 +572,7 @@ def test_images_that_cannot_be_decoded_are_named_and_the_rest_is_there(odd, tmp_
         rows["a"]["scale"]
     )
     before = state(out)
-    assert failing(root, out).details == done.details  # still so, and nothing is done again
+    assert failing(root, out).details == told  # still so; nothing is done again, so nobody knows why
     assert state(out) == before
 
 
@@ -544,7 +658,10 @@ def test_the_command_as_a_process(shards, store, tmp_path, process, teacher_flag
     out = tmp_path / "out"
     flags = [*teacher_flags, "--executor", "local"]
     done = process("extract-teacher-maps", shards, "--out", out, *flags)
-    assert (done.code, done.stdout) == (0, f"{out}: 18 maps in 4 shards (4 extracted now)\n")
+    table = RelevanceMaps(store).table()
+    share = 100 * np.mean(table["label"].to_numpy() == table["predicted"].to_numpy())
+    told = f"18 maps in 4 shards (4 extracted now); the teacher names {share:.1f} % of these labels"
+    assert (done.code, done.stdout) == (0, f"{out}: {told}\n")
     first, *lines = done.stderr.splitlines()
     assert first.startswith("warning: random weights") and json.loads(lines[-1])["done"] == 18
     assert contents(out) == contents(store)

@@ -185,6 +185,17 @@ def test_whatever_byte_is_damaged_the_error_is_one_line(tmp_path, file):
     assert failed > 4
 
 
+@pytest.mark.parametrize("limit, value", [("MAX_ROWS", 5), ("MAX_MAP_BYTES", 5 * 4 * 6 * 2)])
+def test_what_is_written_can_be_read(tmp_path, monkeypatch, limit, value):
+    monkeypatch.setattr(rs, limit, value)
+    assert rs.max_rows((4, 6)) == 5
+    write(tmp_path, count=5)
+    assert len(rs.read_stored(tmp_path, "s")) == len(rs.read_index(tmp_path, "s")) == 5
+    with pytest.raises(ZpipeError, match=r"t\.zarr: 6 maps of 4 x 6 are more than the 5 of a shard; make smaller tars"):
+        write(tmp_path, stem="t", count=6)
+    assert not rs.maps_path(tmp_path, "t").exists() and rs.read_seal(tmp_path, "t") is None
+
+
 def test_a_missing_index_or_array_is_named(tmp_path):
     with pytest.raises(ZpipeError, match=r"s\.parquet: map index can't be read"):
         rs.read_index(tmp_path, "s")

@@ -6,24 +6,32 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from test_extract import (  # noqa: F401 (fixtures)
     SLOWER,
     committed,
+    descendants,
     extract,
     many,
+    name_of,
     start,
     state,
     undisturbed,
     wait_for,
+    write_tar,
 )
 
+from zpipe.pipeline import executor
+from zpipe.pipeline import extract as extraction
 from zpipe.pipeline import lease as leases
+from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.lease import LEASE_NAME, held_lease
 from zpipe.pipeline.verify import verify_store
 from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.relevance_store import maps_path
 
 RAY = ("--executor", "ray", "--actors", "2")
 LOCAL = ("--executor", "local")
@@ -105,11 +113,25 @@ def test_a_dead_run_holds_nothing(tmp_path, start):  # noqa: F811
     assert not (out / LEASE_NAME).exists()
 
 
+def holder_of(folder, **changes):
+    """Write the lease that a run in this very place would write, but for `changes`."""
+    holder = {
+        "format": "zpipe-lease",
+        "version": 1,
+        "token": "t",
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "namespace": leases._namespace(),
+        "process": leases._process(os.getpid()),
+        "since": "noon",
+        "beat": time.time(),
+    }
+    (folder / LEASE_NAME).write_text(json.dumps(holder | changes))
+
+
 def foreign(folder, age):
     """A lease of a process on another machine, renewed `age` seconds ago."""
-    holder = {"token": "t", "host": "elsewhere", "pid": 1, "process": "p", "since": "noon", "beat": time.time() - age}
-    (folder / LEASE_NAME).write_text(json.dumps(holder))
-    return holder
+    holder_of(folder, host="elsewhere", pid=1, process="p", beat=time.time() - age)
 
 
 def test_a_run_on_another_machine_is_believed_while_it_renews(tmp_path, monkeypatch):
@@ -140,13 +162,56 @@ import json, os, sys, time
 beat = time.time() - 1000
 while True:
     beat += 0.1
-    holder = {"token": "t", "host": "elsewhere", "pid": 1, "process": "p", "since": "noon", "beat": beat}
+    holder = json.load(open(sys.argv[1])) | {"beat": beat}
     with open(sys.argv[1] + ".new", "w") as file:
         json.dump(holder, file)
     os.replace(sys.argv[1] + ".new", sys.argv[1])
     print("renewed", flush=True)
     time.sleep(0.1)
 """
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from zpipe.pipeline.lease import held_lease
+from zpipe.schemas.errors import ZpipeError
+try:
+    with held_lease(Path(sys.argv[1])):
+        print("holds", flush=True)
+except ZpipeError as error:
+    print(error, flush=True)
+"""
+
+
+def test_containers_of_one_name_do_not_take_each_other_for_dead(tmp_path):
+    """In a PID namespace of its own a run has the same host name, and finds no process of the holder's number."""
+    apart = ["unshare", "--user", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*apart, "true"], capture_output=True).returncode:
+        pytest.skip("a PID namespace can't be made here")
+    with held_lease(tmp_path) as lease:
+        line = [*apart, sys.executable, "-c", HOLD, str(tmp_path)]
+        second = subprocess.run(line, capture_output=True, text=True, timeout=120)
+        assert f"process {os.getpid()} on {socket.gethostname()} has been writing" in second.stdout, second
+        lease.check()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"namespace": "pid:[1]"}, {"namespace": None}, {"process": "another-boot:7"}, {"process": None}],
+    ids=["namespace", "no namespace", "boot", "no process"],
+)
+def test_of_another_boot_or_namespace_only_the_beat_counts(tmp_path, monkeypatch, change):
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait(30)
+    monkeypatch.setattr(leases, "EXPIRY_S", 0.5)
+    holder_of(tmp_path, pid=dead.pid, **change)
+    with pytest.raises(ZpipeError, match=f"process {dead.pid} on"):
+        with held_lease(tmp_path):
+            pytest.fail("both hold it")
+    holder_of(tmp_path, pid=dead.pid, beat=time.time() - 100, **change)
+    with held_lease(tmp_path) as lease:
+        lease.check()
 
 
 def test_who_loses_the_lease_stops(tmp_path, monkeypatch):
@@ -172,8 +237,7 @@ def test_of_many_that_begin_together_one_works(tmp_path):
     """Real processes at a dead run's lease: never do two hold it at once."""
     dead = subprocess.Popen([sys.executable, "-c", "pass"])
     dead.wait(30)
-    holder = {"token": "t", "host": socket.gethostname(), "pid": dead.pid, "process": "p", "since": "noon", "beat": 0}
-    (tmp_path / LEASE_NAME).write_text(json.dumps(holder))
+    holder_of(tmp_path, pid=dead.pid, process=leases._process(os.getpid()).partition(":")[0] + ":1", beat=0)
     racers = [
         subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
         for _ in range(6)
@@ -200,11 +264,105 @@ except ZpipeError:
 """
 
 
-def test_a_lease_that_is_no_lease_is_one_line(tmp_path):
-    (tmp_path / LEASE_NAME).write_text("not json")
-    with pytest.raises(ZpipeError, match="not a lease .*delete it when no run is writing here"):
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("not json", "not a lease"),
+        ("[]", "no JSON object"),
+        ("{}", "expected 'zpipe-lease' version 1"),
+        ('{"format": "zpipe-lease", "version": 2}', "upgrade zpipe"),
+        ('{"format": "zpipe-lease", "version": 1}', "token missing or wrong"),
+    ],
+)
+def test_a_lease_that_is_no_lease_is_one_line(tmp_path, text, told):
+    (tmp_path / LEASE_NAME).write_text(text)
+    with pytest.raises(ZpipeError, match=told) as error:
         with held_lease(tmp_path):
             pass
+    assert "\n" not in str(error.value) and ("upgrade" in told or "delete it when no run" in str(error.value))
+
+
+def test_a_lease_without_one_of_its_fields_is_one_line(tmp_path):
+    for field in leases.FIELDS:
+        holder_of(tmp_path)
+        lease = json.loads((tmp_path / LEASE_NAME).read_text())
+        del lease[field]
+        (tmp_path / LEASE_NAME).write_text(json.dumps(lease))
+        with pytest.raises(ZpipeError, match=f"not a lease .{field} missing or wrong.; delete it when"):
+            with held_lease(tmp_path):
+                pass
+
+
+def test_the_lease_of_an_heir_is_not_removed(tmp_path):
+    """It came between two renewals, so that we haven't learnt of it."""
+    with held_lease(tmp_path):
+        foreign(tmp_path, age=0)
+    assert json.loads((tmp_path / LEASE_NAME).read_text())["host"] == "elsewhere"
+
+
+@pytest.fixture
+def stuck(tmp_path):
+    """Writing to the store hangs: the lease's thread opens a pipe that nobody reads. `free()` reads from it."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def write(path, data):
+        with open(pipe, "wb") as file:
+            file.write(data)
+
+    def free():
+        with open(pipe, "rb") as file:
+            file.read()
+
+    return write, free
+
+
+def test_a_lease_whose_renewal_hangs_is_not_held(tmp_path, monkeypatch, stuck):
+    write, free = stuck
+    monkeypatch.setattr(leases, "BEAT_S", 0.05)
+    monkeypatch.setattr(leases, "EXPIRY_S", 1.0)
+    monkeypatch.setattr(leases, "write_bytes", write)
+    with held_lease(tmp_path) as lease:
+        lease.check()
+        time.sleep(1.3)
+        with pytest.raises(ZpipeError, match=r"last renewed \d+ s ago, .* another run may have it; run again to go on"):
+            lease.check()
+    assert (tmp_path / LEASE_NAME).exists()  # giving it back would hang too: it expires
+    free()
+
+
+def test_a_run_that_was_stopped_for_long_renews_and_goes_on(tmp_path):
+    """Stopped, as by Ctrl-Z, until its lease would have expired."""
+    code = "import sys; from zpipe.pipeline import lease; lease.EXPIRY_S, lease.BEAT_S = 1.5, 0.5; exec(sys.argv[1])"
+    held = subprocess.Popen(
+        [sys.executable, "-c", code, CHECKING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert held.stdout.readline() == "holds\n"
+        held.send_signal(signal.SIGSTOP)
+        time.sleep(2)
+        held.send_signal(signal.SIGCONT)
+        assert held.communicate("\n", timeout=60)[0] == "still\n"
+    finally:
+        held.kill()
+        held.wait(30)
+
+
+CHECKING = """
+from pathlib import Path
+with lease.held_lease(Path(sys.argv[2])) as held:
+    print("holds", flush=True)
+    sys.stdin.readline()
+    held.check()
+    print("still", flush=True)
+"""
+
+
+def test_a_dead_run_whose_clock_was_ahead_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "EXPIRY_S", 0.5)
+    foreign(tmp_path, age=-3600)
+    with held_lease(tmp_path) as lease:
+        lease.check()
 
 
 # -------------------------------------------------------------------------------------------------------- starting over
@@ -217,6 +375,79 @@ def test_replace_starts_over(store_copy, store, shards, extract, contents):  # n
     assert contents(store_copy) != contents(store) and verify_store(store_copy, shards) == []
     assert extract(shards, store_copy, replace=True).extracted == 4
     assert contents(store_copy) == contents(store)
+
+
+@pytest.fixture
+def interrupted(teacher_settings):
+    """Begin a replacement and interrupt it, as Ctrl-C would, when two shards are committed."""
+
+    def run(shards, out, **changes):
+        def progress(stage, done, total, **facts):
+            if facts["shards_left"] == 2:
+                raise KeyboardInterrupt
+
+        settings = teacher_settings | {"executor": "local", "replace": True} | changes
+        with pytest.raises(KeyboardInterrupt):
+            extract_teacher_maps(shards, out, ExtractConfig(**settings), progress=progress)
+        assert committed(out) == 2 and not (out / LEASE_NAME).exists()
+
+    return run
+
+
+def test_an_interrupted_replacement_goes_on_a_finished_one_starts_over(
+    store_copy,
+    store,
+    shards,
+    extract,  # noqa: F811
+    interrupted,
+    contents,
+):
+    interrupted(shards, store_copy, seed=1)
+    made = state(store_copy / "index")
+    assert extract(shards, store_copy, seed=1, replace=True).extracted == 2
+    assert made.items() <= state(store_copy / "index").items() and verify_store(store_copy, shards) == []
+    assert extract(shards, store_copy, seed=1, replace=True).extracted == 4
+    interrupted(shards, store_copy, seed=1)
+    assert extract(shards, store_copy, replace=True).extracted == 4  # by another teacher
+    assert contents(store_copy) == contents(store)
+
+
+def test_an_interrupted_replacement_goes_on_without_the_flag_too(
+    store_copy,
+    store,
+    shards,
+    extract,  # noqa: F811
+    interrupted,
+    contents,
+):
+    interrupted(shards, store_copy)
+    assert extract(shards, store_copy).extracted == 2 and contents(store_copy) == contents(store)
+    assert extract(shards, store_copy, replace=True).extracted == 4
+
+
+def test_a_replacement_from_other_tars_starts_over(store_copy, shards, shards_copy, extract, interrupted):  # noqa: F811
+    interrupted(shards, store_copy)
+    for name in ("shards.json", "make-shards.jsonl", "shard-00000.tar"):
+        (shards_copy / name).unlink()
+    report = extract(shards_copy, store_copy, replace=True)
+    assert (report.extracted, report.shards) == (3, 3) and verify_store(store_copy, shards_copy) == []
+
+
+def test_an_interrupted_removal_is_done_again(store_copy, store, shards, extract, contents, monkeypatch):  # noqa: F811
+    """What it left is what was to be removed, not what the replacement made."""
+
+    def remove(path):
+        if path.name == "maps":
+            raise KeyboardInterrupt
+        really(path)
+
+    really = extraction.remove
+    with monkeypatch.context() as patched:
+        patched.setattr(extraction, "remove", remove)
+        with pytest.raises(KeyboardInterrupt):
+            extract(shards, store_copy, replace=True)
+    assert maps_path(store_copy, "shard-00000").is_dir() and not (store_copy / "manifest.json").exists()
+    assert extract(shards, store_copy, replace=True).extracted == 4 and contents(store_copy) == contents(store)
 
 
 def test_replace_removes_nothing_that_is_not_a_store(shards, tmp_path, cli, teacher_flags):
@@ -235,6 +466,69 @@ def test_batch_size_is_a_number_or_auto(shards, tmp_path, process, teacher_flags
         "extract-teacher-maps", shards, "--out", tmp_path / "o", *teacher_flags, *LOCAL, "--batch-size", "auto"
     )
     assert done.code == 0
+
+
+# --------------------------------------------------------------------------------------------------- workers that die
+
+
+@pytest.fixture
+def uneven(tmp_path, encode):
+    """Two tars, one of a single image and one of 8 that keeps a worker busy for a while."""
+    for name, count in (("a", 1), ("b", 8)):
+        images = [(f"{name}{i}.jpg", encode("JPEG", 60, 40, seed=i)) for i in range(count)]
+        members = [member for file, data in images for member in ((file, data), (file.replace("jpg", "cls"), b"0"))]
+        write_tar(tmp_path / "uneven" / f"{name}.tar", members)
+    return tmp_path / "uneven"
+
+
+def workers():
+    """Ray's workers of this process: process id -> what it is at."""
+    names = {pid: name_of(pid) for pid in descendants(os.getpid())}
+    return {pid: name for pid, name in names.items() if "ray::ShardWorker" in name}
+
+
+def test_a_shard_is_not_handed_to_workers_that_died_while_idle(uneven, tmp_path, extract, monkeypatch):  # noqa: F811
+    """One worker ends for want of work and dies; then the other one dies at work. Its shard has one more try, which has to do."""
+    monkeypatch.setattr(executor, "MAX_RETRIES", 1)
+    out, killed = tmp_path / "out", []
+
+    def at_work():
+        return [pid for pid, name in workers().items() if ".process" in name]
+
+    def kill_both():
+        # The short shard is done and its worker has seen so: who is still at work has the long one.
+        wait_for(lambda: list(out.glob("index/a.parquet")) and len(at_work()) == 1, 90)
+        busy = at_work()[0]
+        os.kill(busy, signal.SIGSTOP)  # keeps it there
+        wait_for(lambda: len(workers()) == 1, 3)
+        for pid in [*(workers().keys() - {busy}), busy]:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    killer = threading.Thread(target=kill_both)
+    killer.start()
+    changes = {"executor": "ray", "actors": 2, "batch_size": 1, "teacher_args": SLOWER}
+    report = extract(uneven, out, **changes)
+    killer.join()
+    assert killed and (report.count, report.extracted) == (9, 2) and verify_store(out, uneven) == []
+
+
+def test_a_worker_that_hangs_is_replaced(uneven, tmp_path, extract, monkeypatch):  # noqa: F811
+    """Stopped at work it answers no more; the time it has is that of `image_timeout_s`."""
+    monkeypatch.setattr(executor, "GRACE_S", 0.0)
+    stopped = []
+
+    def stop():
+        busy = wait_for(lambda: [pid for pid, name in workers().items() if ".process" in name], 90)
+        os.kill(busy[0], signal.SIGSTOP)
+        stopped.append(busy[0])
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    changes = {"executor": "ray", "actors": 1, "batch_size": 1, "image_timeout_s": 8.0}
+    report = extract(uneven, tmp_path / "out", **changes)
+    stopper.join()
+    assert stopped and (report.count, report.extracted) == (9, 2) and verify_store(tmp_path / "out", uneven) == []
 
 
 # ------------------------------------------------------------------------------------------------------ several machines
@@ -295,12 +589,17 @@ def cluster():
 
 
 def test_two_machines_and_the_loss_of_one(undisturbed, tmp_path, start, cluster, contents):  # noqa: F811
-    """The shard that was on the lost machine is done by the other; the store is that of an undisturbed run."""
+    """The shard that was on the lost machine is done by the other; the store is that of an undisturbed run.
+
+    More images at once than any memory holds are asked for, which tells how many workers each takes to share it: one on
+    each machine, however many CPUs this one has. Every shard here is of one image anyway.
+    """
     out = tmp_path / "store"
-    running = start(out, "--address", cluster.address)
+    running = start(out, "--address", cluster.address, "--batch-size", "100000000")
     assert wait_for(lambda: committed(out) >= 4, 180, running), running.said()
     cluster.remove()
     assert committed(out) < 18
     assert running.wait(180) == 0, running.said()
     assert "18 maps in 18 shards (18 extracted now)" in running.said()
+    assert "GiB in 1 workers: lowered to" in running.said()
     assert contents(out) == contents(undisturbed)

@@ -155,6 +155,10 @@ def extract_command(
         ),
     ] = "auto",  # type: ignore[assignment]
     device: Device = "auto",
+    image_timeout: Annotated[
+        float,
+        typer.Option(min=0.001, help="Seconds per image of a shard after which a silent Ray worker counts as hung."),
+    ] = 10.0,
     replace: Annotated[bool, typer.Option("--replace", help="Delete what the store holds and start over.")] = False,
 ) -> None:
     """Run a frozen teacher over tar shards and store its relevance maps for each image's own label.
@@ -184,10 +188,12 @@ def extract_command(
             gpus_per_actor=gpus_per_actor,
             address=address,
             device=device,
+            image_timeout_s=image_timeout,
             replace=replace,
         )
         report = extract_teacher_maps(shards, output, config, progress=progress)
-        tell(f"{output}: {report.count} maps in {report.shards} shards ({report.extracted} extracted now)")
+        named = "" if report.top1 is None else f"; the teacher names {100 * report.top1:.1f} % of these labels"
+        tell(f"{output}: {report.count} maps in {report.shards} shards ({report.extracted} extracted now){named}")
         for note in report.notes:
             warn(f"note: {note}")
         if report.problems:

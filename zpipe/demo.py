@@ -504,7 +504,7 @@ class _Demo:
             )
         return [
             *notes,
-            f"all of it took {sum(self.seconds.values()) / 60:.1f} minutes; the page: {self.out / PAGE / 'index.html'}",
+            f"this run took {sum(self.seconds.values()) / 60:.1f} minutes; the page: {self.out / PAGE / 'index.html'}",
         ]
 
 
