@@ -208,7 +208,10 @@ RAND_AUGMENT = (
 def _rand_augment(rng: np.random.Generator, image: Image.Image) -> Image.Image:
     from timm.data.auto_augment import RandAugment, rand_augment_ops
 
-    operations = rand_augment_ops(magnitude=9, hparams={"magnitude_std": 0.5}, transforms=list(RAND_AUGMENT))
+    # At its upper bound, which is 10 unless we say otherwise, timm posterises to 0 bits: Pillow refuses that from 13 on, and
+    # painted the image black before. A hair below the bound it is 1 bit.
+    strength = {"magnitude_std": 0.5, "magnitude_max": 9.999}
+    operations = rand_augment_ops(magnitude=9, hparams=strength, transforms=list(RAND_AUGMENT))
     # timm draws from the two global generators; they are lent to it and given back.
     mine, numpys = random.getstate(), np.random.get_state()
     try:
