@@ -311,6 +311,21 @@ def test_wrong_settings_of_a_vit(change, told):
         replace(PLAIN, **change)
 
 
+def test_a_device_without_memory_is_one_line(data, tmp_path, monkeypatch):
+    loss = ClassifyTask.loss
+
+    def full(task, batch):
+        loss(task, batch)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(ClassifyTask, "loss", full)
+    with pytest.raises(ZpipeError) as error:
+        train_vit(data / "shards", tmp_path / "run", PLAIN)
+    told = str(error.value)
+    assert str(tmp_path / "run") in told and "\n" not in told
+    assert all(remedy in told for remedy in ("--batch-size", "train.accumulate", "train.precision=bf16"))
+
+
 # -- stopped from outside ----------------------------------------------------------------------------------------------
 
 

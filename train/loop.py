@@ -178,7 +178,8 @@ def train(
 
     A checkpoint is written every `checkpoint_s` seconds and after every epoch, with the loader's place and the state of the
     random numbers, so a run that was interrupted and gone on with equals an undisturbed one. `stop` is asked once a batch;
-    what one rank hears all do. Errors: :class:`ZpipeError` for a loss that is not finite, naming the last good checkpoint; :class:`Stopped`.
+    what one rank hears all do. Errors: :class:`ZpipeError` for a loss that is not finite, naming the last good checkpoint, and
+    where a device has too little memory; :class:`Stopped`.
     """
     team = ranks()
     model = task.model
@@ -237,6 +238,7 @@ def train(
         _interrupts_kept() as check_interrupt,
         _stop_on_sigterm() as stopped,
         metric_log(run, config.tensorboard, config.wandb) if team.first else nullcontext(_to_nobody) as log,
+        _want_of_memory_said(run, device),
     ):
 
         def signs() -> tuple[bool, bool]:  # to stop, and to save; only one clock says when
@@ -433,6 +435,18 @@ def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
     if came:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def _want_of_memory_said(run: Path, device: torch.device) -> Iterator[None]:
+    """A device's lack of memory as one line that says what takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ZpipeError(
+            f"{run}: a step doesn't fit into the memory of {device}; lower --batch-size (train.accumulate=2 makes the step as "
+            "large as before), or set train.precision=bf16"
+        ) from error
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
