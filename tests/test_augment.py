@@ -75,7 +75,7 @@ def test_evaluation_leaves_colours_alone(data):  # noqa: F811
 
 
 def test_an_unknown_colour_is_refused():
-    with pytest.raises(UsageError, match="view.colour sepia: choose none, deit or deit3"):
+    with pytest.raises(UsageError, match="view.colour: 'sepia'; choose one of none, deit, deit3"):
         ViewConfig(colour="sepia")
 
 

@@ -32,6 +32,7 @@ from zpipe.train.checkpoint import CHECKPOINT_NAME, METRICS_NAME, keep_epoch, lo
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.metric_log import metric_log
 from zpipe.train.ranks import Ranks, ranks
+from zpipe.train.settings import check_choices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,7 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_choices(self, "train.")
         if self.epochs <= 0:
             raise UsageError(f"train.epochs {self.epochs:g}: give a number above 0")
         for name in (

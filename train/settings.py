@@ -42,6 +42,18 @@ def rebuild(config: Config, recorded: Mapping[str, Any]) -> Config:
     return config
 
 
+def check_choices(config: Any, prefix: str = "") -> None:
+    """Hold a dataclass's fields of type Literal against what it names; for its `__post_init__`, so that a value that
+    isn't among them can't pass for another, whoever gives it. prefix: of the fields' names, such as `train.`.
+
+    Errors: :class:`UsageError` naming the field and its choices.
+    """
+    hints = get_type_hints(type(config))
+    for field in fields(config):
+        if get_origin(hints[field.name]) is Literal:
+            _coerce(getattr(config, field.name), hints[field.name], prefix + field.name)
+
+
 def _replace(config: Any, path: list[str], value: Any, full: str) -> Any:
     names = [field.name for field in fields(config)]
     if path[0] not in names:

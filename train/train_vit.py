@@ -46,6 +46,7 @@ from zpipe.train.scoring import (
     takes_scores,
     zooms,
 )
+from zpipe.train.settings import check_choices
 from zpipe.train.train_zoomer import maps_record, to_json
 
 ZoomDraw = Literal["alpha", "budget"]
@@ -96,6 +97,7 @@ class VitConfig:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.num_classes is not None and self.num_classes < 1:
             raise UsageError(f"num_classes {self.num_classes}: give a number >= 1")
         if not 0.0 <= self.label_smoothing <= 1.0:
