@@ -22,7 +22,7 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.checkpoint import Preprocessing, load_checkpoint, load_run
 from zpipe.train.data.mix import mix_batch
 from zpipe.train.evaluate import EvalConfig, evaluate
-from zpipe.train.loop import Clock, TrainConfig, _optimizer, _scheduler, _steps
+from zpipe.train.loop import Clock, TrainConfig, _optimizer, _scheduler, _steps, _update
 from zpipe.train.models import ZoomViT
 from zpipe.train.recipes import VIT_RECIPES, ZOOMER_RECIPES, recipe
 from zpipe.train.train_vit import ClassifyTask, VitConfig, build_vit, train_vit
@@ -195,6 +195,7 @@ def test_groups_of_batches():
     ("options", "expected"),
     [
         ({}, [0, 0.5, 1, 0.9045, 0.6545, 0.3455, 0.0955]),
+        ({"sched": "poly"}, [0, 0.5, 0.7143, 0.5714, 0.4286, 0.2857, 0.1429]),
         ({"sched": "constant"}, [0, 0.5, 1, 1, 1, 1, 1]),
         ({"sched": "step", "decay_epochs": 1.5, "warmup_epochs": 0.0}, [1, 1, 1, 0.1, 0.1, 0.1, 0.01]),
     ],
@@ -226,6 +227,22 @@ def test_lower_layers_learn_more_slowly():
     scales = [scale[id(p)] for p in order]
     assert scales == sorted(scales) and scales[-1] == 1 and scales[0] == pytest.approx(scales[1] / 2)
     assert scale[id(model.pos_fine)] == scale[id(model.cls_token)] == scales[0]
+
+
+def test_the_rate_that_is_told_is_the_heads(data, tmp_path):
+    train_vit(data / "shards", tmp_path / "run", with_loop(PLAIN, layer_decay=0.5, sched="constant", epochs=0.5))
+    assert {line["lr"] for line in lines(tmp_path / "run")} == {LOOP.lr}
+
+
+@pytest.mark.parametrize("name", ["zoomvit_tiny_patch16_224", "cfvit_small"])
+def test_adaptive_clipping_leaves_the_classifier_alone(name):
+    model = build_vit(replace(PLAIN, model=name, model_args=BODY if name != "cfvit_small" else {"depth": 4}), 5)
+    before = {parameter: torch.full_like(parameter, 1e3) for parameter in model.parameters()}
+    for parameter, gradient in before.items():
+        parameter.grad = gradient.clone()
+    _update(model, torch.optim.SGD(model.parameters(), lr=0.0), None, TrainConfig(clip_grad=0.01, clip_mode="agc"))
+    untouched = {name for name, parameter in model.named_parameters() if torch.equal(parameter.grad, before[parameter])}
+    assert untouched == {"head.weight", "head.bias"}
 
 
 @pytest.mark.parametrize("loss", ["ce", "bce"])

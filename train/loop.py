@@ -39,10 +39,10 @@ from zpipe.train.settings import check_choices
 class TrainConfig:
     """Settings of the loop. Durations are in epochs of the training shards; fractions are allowed.
 
-    batch_size: images of a step, those of all training processes together. repeats: how often a batch holds each of its
+    batch_size: images of a batch, those of all training processes together; a step takes `accumulate` batches. repeats: how often a batch holds each of its
     samples, in different views, see `RelevanceLoader`. opt: any optimizer name of timm; opt_args: further keyword arguments of its constructor (betas, nesterov).
-    The learning rate rises linearly over `warmup_epochs` and then follows `sched` to `min_lr`: cosine, poly, tanh, constant,
-    or step, which multiplies it by `decay_rate` every `decay_epochs`. layer_decay: factor of the learning rate from each
+    The learning rate rises linearly over `warmup_epochs` and then follows `sched` to `min_lr`: cosine, poly (of power 1, a straight line),
+    tanh, constant, or step, which multiplies it by `decay_rate` every `decay_epochs`. layer_decay: factor of the learning rate from each
     block to the one before it, None for one rate for all. accumulate: batches whose gradients make one step; what is left of
     an epoch when it doesn't divide is dropped. clip_grad: bound of the gradients, 0 for none; clip_mode: norm, value or agc.
     ema: decay of a running average of the weights, which are then the finished ones; 0 for none. precision: float32, bf16
@@ -277,7 +277,8 @@ def train(
                 seen += sum(len(batch["label"]) for batch in group) * team.size
                 if step % config.log_every == 0 or step == total:
                     rate = seen / (time.monotonic() - begun)
-                    facts = {"loss": value, **facts, "lr": optimizer.param_groups[0]["lr"], "images_per_s": rate}
+                    highest = max(group["lr"] for group in optimizer.param_groups)  # layer_decay lowers the others
+                    facts = {"loss": value, **facts, "lr": highest, "images_per_s": rate}
                     log({"step": step, "steps": total, "epoch": epoch, **facts, **clock.shares()})
                     progress(stage, step, total, **facts)
                 if stopping or due:
@@ -353,12 +354,26 @@ def _update(
     if scaler is not None:
         scaler.unscale_(optimizer)
     if config.clip_grad:
-        dispatch_clip_grad(model.parameters(), config.clip_grad, mode=config.clip_mode)
+        # As timm's trainer does: adaptive clipping leaves the classifier alone (Brock et al. 2021, section 4.1).
+        spared = _classifier(model) if config.clip_mode == "agc" else set()
+        clipped = [parameter for parameter in model.parameters() if parameter not in spared]
+        dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
     if scaler is None:
         optimizer.step()
     else:
         scaler.step(optimizer)
         scaler.update()
+
+
+def _classifier(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a model's last layer or layers, as timm's interface names them; none where it has no such thing.
+
+    timm's own choice, the last two parameters, would be others in a CF-ViT.
+    """
+    if not hasattr(model, "get_classifier"):
+        return set()
+    heads = model.get_classifier()
+    return {each for head in (heads if isinstance(heads, tuple) else (heads,)) for each in head.parameters()}
 
 
 class Clock:
@@ -467,6 +482,8 @@ def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int
     kind, decay, every = config.sched, config.decay_rate, round(config.decay_epochs * steps_per_epoch)
     if kind == "constant":
         kind, decay = "step", 1.0
+    elif kind == "poly":
+        decay = 1.0  # timm takes it for the polynomial's power; at 0.1 the rate would stay up until the last steps
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=kind,
