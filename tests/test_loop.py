@@ -19,10 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import BODY, GRID, SIDE, scenes, store
 
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.train import loop
 from zpipe.train.checkpoint import Preprocessing, load_checkpoint, load_run
 from zpipe.train.data.mix import mix_batch
 from zpipe.train.evaluate import EvalConfig, evaluate
-from zpipe.train.loop import Clock, TrainConfig, _optimizer, _scheduler, _steps, _update
+from zpipe.train.loop import Clock, Stopped, TrainConfig, _optimizer, _scheduler, _steps, _update
 from zpipe.train.models import ZoomViT
 from zpipe.train.recipes import VIT_RECIPES, ZOOMER_RECIPES, recipe
 from zpipe.train.train_vit import ClassifyTask, VitConfig, build_vit, train_vit
@@ -341,6 +342,56 @@ def test_a_device_without_memory_is_one_line(data, tmp_path, monkeypatch):
     told = str(error.value)
     assert str(tmp_path / "run") in told and "\n" not in told
     assert all(remedy in told for remedy in ("--batch-size", "train.accumulate", "train.precision=bf16"))
+
+
+# -- stopped at an epoch's end -----------------------------------------------------------------------------------------
+
+
+KEPT = with_loop(PLAIN, keep=2, checkpoint_s=0.0)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """An undisturbed run of two epochs of ten steps, with a validation after each."""
+    run = tmp_path_factory.mktemp("kept") / "whole"
+    train_vit(data / "shards", run, KEPT, val=data / "val")
+    return run
+
+
+def left_by(run):
+    """What both runs must have alike: the lines but for their times, and every file of weights."""
+    timed = ("share_", "images_per_s")
+    told = [{name: value for name, value in line.items() if not name.startswith(timed)} for line in lines(run)]
+    files = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*.safetensors")}
+    return told, files, (run / "best.json").read_text()
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_stop_in_an_epochs_last_step_leaves_its_end_to_be_done(data, whole, tmp_path, step):
+    asked = iter(range(1, step + 1))
+    with pytest.raises(Stopped, match=f"stopped in step {step} of 20"):
+        train_vit(data / "shards", tmp_path / "run", KEPT, val=data / "val", stop=lambda: next(asked) == step)
+    train_vit(data / "shards", tmp_path / "run", KEPT, val=data / "val")
+    assert left_by(tmp_path / "run") == left_by(whole)
+
+
+@pytest.mark.parametrize("at", ["keep_epoch", "save_checkpoint"])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_kill_in_an_epochs_end_has_it_done_again(data, whole, tmp_path, monkeypatch, at, epoch):
+    """Before its weights are kept, and when nothing but its checkpoint is left to be written."""
+    original = getattr(loop, at)
+
+    def killed(run, given, *others):
+        number = others[0] if at == "keep_epoch" else given["epoch"] if given["position"] is None else None
+        if number == epoch:
+            raise Stop
+        original(run, given, *others)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(loop, at, killed)
+        train_vit(data / "shards", tmp_path / "run", KEPT, val=data / "val")
+    train_vit(data / "shards", tmp_path / "run", KEPT, val=data / "val")
+    assert left_by(tmp_path / "run") == left_by(whole)
 
 
 # -- stopped from outside ----------------------------------------------------------------------------------------------

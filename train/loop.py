@@ -216,8 +216,9 @@ def train(
         except (KeyError, RuntimeError, ValueError) as error:
             raise ZpipeError(f"{run / CHECKPOINT_NAME}: not this run's checkpoint; delete it to start over") from error
     task.call = team.share(torch.compile(model) if config.compile else model)
+    del state  # as large as model and optimizer together, and from here on nobody's
     if team.first:
-        _trim_log(run, step)
+        _trim_log(run, step, epoch_ended=position is None)
     else:
         progress = silent
     figures: dict[str, float] = {}
@@ -246,7 +247,8 @@ def train(
         def signs() -> tuple[bool, bool]:  # to stop, and to save; only one clock says when
             return stopped() or stop(), team.first and time.monotonic() - saved >= config.checkpoint_s
 
-        while step < total:
+        # A position says that an epoch's end is still to come, be it only that: its validation and its weights.
+        while step < total or position is not None:
             model.train()
             torch.manual_seed(_epoch_seed(config.seed, epoch, team.rank))
             task.draws.manual_seed(_epoch_seed(config.seed, epoch))
@@ -296,12 +298,12 @@ def train(
             best = average.module if average is not None else model
             best.eval()
             figures = task.validate(best)
-            save(None)
             if team.first:
                 with clock("save"):
                     keep_epoch(run, best, epoch, config.keep, figures.get("val_top1"))
             if figures:
                 log({"step": step, "steps": total, "epoch": epoch, **figures})
+            save(None)  # last: who is killed before it does all of this again, to the same end
     if stopping:
         raise Stopped(f"{run}: stopped in step {step} of {total}; run the same command again to go on")
     if average is not None:
@@ -531,9 +533,13 @@ def _steps(batches: Iterator[dict[str, Any]], accumulate: int, count: int) -> It
         yield group
 
 
-def _trim_log(run: Path, step: int) -> None:
-    """Drop the lines of steps behind the checkpoint (and a torn last one): these steps are done again."""
+def _trim_log(run: Path, step: int, *, epoch_ended: bool) -> None:
+    """Drop the lines of what is done again, and a torn last one: the steps behind the checkpoint, and, where it was taken
+    before its epoch's end, the validation there, whose line names the same step."""
     path = run / METRICS_NAME
     if path.is_file():
-        lines = path.read_bytes().split(b"\n")[:-1]
-        write_bytes(path, b"".join(line + b"\n" for line in lines if json.loads(line)["step"] <= step))
+        read = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        kept = [
+            line for line in read if line["step"] < step or line["step"] == step and ("loss" in line or epoch_ended)
+        ]
+        write_bytes(path, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
