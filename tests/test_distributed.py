@@ -227,6 +227,12 @@ def test_a_batch_must_come_out_even(process, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_share_no_gpu():
+    config = with_loop(PLAIN, device="cuda:1")
+    with pytest.raises(UsageError, match="--device cuda:1: training processes take a GPU each; give --device cuda,"):
+        run_training(train_vit, {}, config, Workers(count=2))
+
+
 def test_no_workers_is_this_process():
     seen = {}
     run_training(lambda **given: seen.update(given), {"out": Path("x")}, PLAIN, Workers(count=0))

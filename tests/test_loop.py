@@ -21,6 +21,7 @@ from tiny import BODY, GRID, SIDE, scenes, store
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train import loop
 from zpipe.train.checkpoint import Preprocessing, load_checkpoint, load_run
+from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import mix_batch
 from zpipe.train.evaluate import EvalConfig, evaluate
 from zpipe.train.loop import Clock, Stopped, TrainConfig, _optimizer, _scheduler, _steps, _update
@@ -342,6 +343,53 @@ def test_a_device_without_memory_is_one_line(data, tmp_path, monkeypatch):
     told = str(error.value)
     assert str(tmp_path / "run") in told and "\n" not in told
     assert all(remedy in told for remedy in ("--batch-size", "train.accumulate", "train.precision=bf16"))
+
+
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "told"),
+    [
+        ("mps", UsageError, "choose auto, cpu or cuda"),
+        ("meta", UsageError, "choose auto, cpu or cuda"),
+        ("abacus", UsageError, "torch knows no such device"),
+        ("cuda:2", ZpipeError, "torch sees 2 CUDA devices here, cuda:0 to cuda:1"),
+    ],
+)
+def test_devices_that_are_not_to_be_had(monkeypatch, asked, kind, told):
+    """On a machine of two GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ZpipeError, match=f"device {asked}: .*{told}") as error:
+        loop.resolve_device(asked)
+    assert type(error.value) is kind
+    assert [str(loop.resolve_device(name)) for name in ("cuda", "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
+
+
+def test_a_run_on_the_cpu_opens_no_gpu(data, monkeypatch):
+    def opened(*given):
+        raise AssertionError("a GPU was opened")
+
+    loader, draws, team = RelevanceLoader(data / "shards", batch_size=4), torch.Generator(), loop.ranks()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, opened)
+    position = loop._position(loader, draws, team, torch.device("cpu"))
+    assert position["ranks"][0]["cuda"] is None
+    position["ranks"][0]["cuda"] = torch.ones(3)  # the run was begun on a GPU
+    loop._take_position(position, loader, draws, team, torch.device("cpu"))
+
+
+def test_a_checkpoint_holds_the_generator_of_the_device_in_use(data, monkeypatch):
+    device, states = torch.device("cuda", 1), {torch.device("cuda", 1): torch.ones(3)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda asked: states[asked])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, asked: states.update({asked: state}))
+    loader, draws, team = RelevanceLoader(data / "shards", batch_size=4), torch.Generator(), loop.ranks()
+    position = loop._position(loader, draws, team, device)
+    states[device] = torch.zeros(3)
+    loop._take_position(position, loader, draws, team, device)
+    assert states == {device: position["ranks"][0]["cuda"]} and states[device].all()
 
 
 # -- stopped at an epoch's end -----------------------------------------------------------------------------------------

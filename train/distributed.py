@@ -91,6 +91,11 @@ def run_training(
         function(**places, config=config, resume=resume, progress=progress)
         return
     check_batch(config.train.batch_size, count)
+    if config.train.device.startswith("cuda:"):
+        raise UsageError(
+            f"--device {config.train.device}: training processes take a GPU each; give --device cuda, and name GPUs in "
+            "CUDA_VISIBLE_DEVICES"
+        )
     with (
         _session(workers.address or os.environ.get("RAY_ADDRESS"), count) as ray,
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,

@@ -128,15 +128,26 @@ class Task(Protocol):
 
 
 def resolve_device(asked: str) -> torch.device:
-    """`auto` is the CUDA device when there is one. Errors: :class:`ZpipeError` for a device that isn't there."""
+    """A CPU or CUDA device; `auto` is CUDA when there is one.
+
+    Errors: :class:`UsageError` for another kind of device, :class:`ZpipeError` for one that isn't there.
+    """
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise ZpipeError(f"device {asked}: torch sees no CUDA device here; use --device cpu")
     try:
-        return torch.device(asked)
+        device = torch.device(asked)
     except RuntimeError as error:
         raise UsageError(f"device {asked}: torch knows no such device; choose auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {asked}: nothing here was made for it; choose auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ZpipeError(f"device {asked}: torch sees no CUDA device here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ZpipeError(
+            f"device {asked}: torch sees {count} CUDA devices here, cuda:0 to cuda:{count - 1}; choose one"
+        )
+    return device
 
 
 def keep_freed_memory() -> None:
@@ -186,6 +197,8 @@ def train(
     team = ranks()
     model = task.model
     device = resolve_device(config.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what asks for no device by name should take this one
     if not team.alone and device.type == "cuda":
         convert_sync_batchnorm(model)  # in place
     if device.type == "cpu":
@@ -254,7 +267,7 @@ def train(
             task.draws.manual_seed(_epoch_seed(config.seed, epoch))
             loader.set_epoch(epoch)
             if position is not None:
-                _take_position(position, loader, task.draws, team)
+                _take_position(position, loader, task.draws, team, device)
                 position = None
             saved = time.monotonic()
             batches = clock.of("data", loader)
@@ -284,7 +297,7 @@ def train(
                     log({"step": step, "steps": total, "epoch": epoch, **facts, **clock.shares()})
                     progress(stage, step, total, **facts)
                 if stopping or due:
-                    save(_position(loader, task.draws, team))
+                    save(_position(loader, task.draws, team, device))
                     saved = time.monotonic()
                 if stopping:
                     break
@@ -499,21 +512,24 @@ def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int
     return scheduler
 
 
-def _position(loader: RelevanceLoader, draws: torch.Generator, team: Ranks) -> dict[str, Any]:
+def _position(loader: RelevanceLoader, draws: torch.Generator, team: Ranks, device: torch.device) -> dict[str, Any]:
     """Where in an epoch we are: the loader's place, and the state of every generator that draws, on all ranks."""
-    own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    # Asking for a device's generator opens the device, which a run on the CPU has no business with.
+    own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
     return {"loader": loader.state_dict(), "draws": draws.get_state(), "ranks": team.gather(own)}
 
 
-def _take_position(position: dict[str, Any], loader: RelevanceLoader, draws: torch.Generator, team: Ranks) -> None:
+def _take_position(
+    position: dict[str, Any], loader: RelevanceLoader, draws: torch.Generator, team: Ranks, device: torch.device
+) -> None:
     loader.load_state_dict(position["loader"])
     draws.set_state(position["draws"])
     if team.rank >= len(position["ranks"]):
         return  # there were fewer ranks: this one begins with the epoch's seed
     own = position["ranks"][team.rank]
     torch.set_rng_state(own["cpu"])
-    if own["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(own["cuda"])
+    if own["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(own["cuda"], device)
 
 
 def _epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
