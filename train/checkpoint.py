@@ -32,6 +32,7 @@ import zpipe.train.models  # noqa: F401  (registers our models with timm)
 from zpipe.schemas.atomic import claim_folder, commit, read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import check_format, header
+from zpipe.schemas.shard_index import digest_file
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.ranks import ranks
 
@@ -44,10 +45,20 @@ FORMAT = "zpipe-run"
 VERSION = 1
 CHECKPOINT_FORMAT = "zpipe-checkpoint"
 CHECKPOINT_VERSION = 1
-# What may change in mid-run: how the work is shared out, not what is computed.
-FREE_SETTINGS = ("train.data_workers", "maps_teacher")  # the fingerprint of the maps binds, their teacher within
+# What may change in mid-run: how the work is shared out, what is told and kept of it, not what is computed. Another device
+# computes the same up to rounding.
+FREE_SETTINGS = (
+    "maps_teacher",  # the fingerprint of the maps binds, their teacher within
+    "train.checkpoint_s",
+    "train.data_workers",
+    "train.device",
+    "train.keep",
+    "train.log_every",
+    "train.tensorboard",
+    "train.wandb",
+)
 # What earlier runs don't say of themselves.
-RECORDED_LATER = ("maps_fingerprint",)
+RECORDED_LATER = ("maps_fingerprint", "shards_digest", "zoomer_digest")
 
 Resume = Literal["auto", "never"]
 
@@ -240,6 +251,11 @@ def save_zoomer(run: Path, zoomer: Zoomer, preprocessing: Preprocessing) -> None
     folder = Path(run) / "zoomer"
     folder.mkdir(exist_ok=True)
     save_model(folder, zoomer, preprocessing)
+
+
+def digest_zoomer(run: Path) -> str:
+    """SHA-256 (hex) of a finished zoomer's weights as they lie on disk, by which another one at the same path shows."""
+    return digest_file(Path(run) / WEIGHTS_NAME)
 
 
 def load_run(run: Path) -> Run:

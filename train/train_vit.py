@@ -22,7 +22,17 @@ from torch import Tensor, nn
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.train.checkpoint import Preprocessing, Resume, begin_run, load_run, load_zoomer, save_model, save_zoomer
+from zpipe.train.checkpoint import (
+    CHECKPOINT_NAME,
+    Preprocessing,
+    Resume,
+    begin_run,
+    digest_zoomer,
+    load_run,
+    load_zoomer,
+    save_model,
+    save_zoomer,
+)
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import MixConfig, mix_batch
 from zpipe.train.data.transforms import ViewConfig
@@ -279,8 +289,10 @@ def train_vit(
         raise UsageError(f"loss {config.loss}: the two stages of {config.model} learn by ce")
     source = _source(model, config, zoomer, store)
     frozen = source.zoomer if source is not None else None
+    zoomers_own = None
     if frozen is not None:
         frozen.to(device)
+        zoomers_own = load_zoomer(zoomer)[1]  # now: at the end, days later, its folder may hold another one
     held_out = None
     if val is not None:
         held_out = RelevanceLoader(
@@ -303,17 +315,19 @@ def train_vit(
         | maps_record(store)
         | {"val": _text(val), "val_maps": _text(val_maps)}
         | {"shards": str(shards), "zoomer": _text(zoomer), "maps": _text(maps)}
+        # A path may come to hold something else before the run is gone on with.
+        | {"shards_digest": loader.digest, "zoomer_digest": None if zoomer is None else digest_zoomer(zoomer)}
     )
     if begin_run(out, "vit", to_json(settings), resume, defaults=to_json(asdict(VitConfig()))):
         return {}
-    if config.init_from is not None:
+    if config.init_from is not None and not (Path(out) / CHECKPOINT_NAME).is_file():  # which holds what became of it
         start_from(model, config.init_from)
     task = ClassifyTask(model, source, config, preprocessing, device, held_out)
     figures = train(task, loader, config.train, Path(out), stage="train-vit", progress=progress, stop=stop)
     if not team.first:
         return figures
     if frozen is not None:
-        save_zoomer(Path(out), frozen.cpu(), load_zoomer(zoomer)[1])
+        save_zoomer(Path(out), frozen.cpu(), zoomers_own)
     save_model(Path(out), model.cpu(), preprocessing)
     return figures
 

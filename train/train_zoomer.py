@@ -106,6 +106,7 @@ def train_zoomer(
     settings = asdict(config) | {
         "shards": str(shards),
         "maps": str(maps),
+        "shards_digest": loader.digest,
         **maps_record(store),
     }
     if begin_run(out, "zoomer", to_json(settings), resume, defaults=to_json(asdict(ZoomerConfig()))):
