@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import mix_batch
 from zpipe.train.evaluate import EvalConfig, evaluate
 from zpipe.train.loop import Clock, Stopped, TrainConfig, _optimizer, _scheduler, _steps, _update
+from zpipe.train.metric_log import metric_log
 from zpipe.train.models import ZoomViT
 from zpipe.train.recipes import VIT_RECIPES, ZOOMER_RECIPES, recipe
 from zpipe.train.train_vit import ClassifyTask, VitConfig, build_vit, train_vit
@@ -177,6 +180,35 @@ def test_event_files(data, tmp_path):
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     told = {event.step: event.value for event in events.Scalars("loss")}
     assert told == {line["step"]: pytest.approx(line["loss"]) for line in lines(tmp_path / "run")}
+
+
+def test_steps_that_are_done_again_are_events_once(data, tmp_path):
+    interrupted(data, with_loop(PLAIN, tensorboard=True), tmp_path / "run", 12)  # the checkpoint is that of step 10
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [3, 6, 9, 12, 15, 18, 20]
+
+
+def test_a_run_keeps_its_id_at_wandb_and_shares_it_with_no_other(tmp_path, monkeypatch):
+    """The package itself is played: it would want an account."""
+    begun = []
+
+    class Session(nullcontext):
+        def log(self, line, step):
+            begun[-1]["logged"] = step
+
+    def init(**options):
+        begun.append(options)
+        return Session(Session())
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for folder in ("a", "a", "b"):
+        run = tmp_path / folder / "run"
+        run.mkdir(parents=True, exist_ok=True)
+        with metric_log(run, wandb="project") as log:
+            log({"step": 3, "loss": 1.0})
+    assert {(each["project"], each["name"], each["resume"], each["logged"]) for each in begun} == {("project", "run", "allow", 3)}  # fmt: skip
+    ids = [each["id"] for each in begun]
+    assert ids[0] == ids[1] != ids[2] and all(ids)
 
 
 def test_a_logger_that_is_not_installed_is_one_line(data, tmp_path):

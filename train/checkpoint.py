@@ -7,6 +7,7 @@
     RUN/config.json        timm's model description, written last: a run without it is not finished
     RUN/epochs/            the weights of the last epochs, as many as train.keep says
     RUN/best.safetensors   those of the epoch that did best on held-out data, with best.json, when there was such data
+    RUN/wandb-id.txt       the run's name within Weights & Biases, when it logs there
     RUN/zoomer/            a ZoomViT's zoomer, when it has one, in the same form
 
 timm opens a finished ViT by itself: `timm.create_model("local-dir:RUN", pretrained=True)`.
@@ -39,6 +40,7 @@ from zpipe.train.ranks import ranks
 RUN_NAME = "run.json"
 CHECKPOINT_NAME = "checkpoint.pt"
 METRICS_NAME = "metrics.jsonl"
+WANDB_ID_NAME = "wandb-id.txt"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "zpipe-run"

@@ -253,7 +253,7 @@ def train(
     with (
         _interrupts_kept() as check_interrupt,
         _stop_on_sigterm() as stopped,
-        metric_log(run, config.tensorboard, config.wandb) if team.first else nullcontext(_to_nobody) as log,
+        metric_log(run, config.tensorboard, config.wandb, done=step) if team.first else nullcontext(_to_nobody) as log,
         _want_of_memory_said(run, device),
     ):
 
