@@ -362,6 +362,39 @@ def test_wrong_settings_of_a_vit(change, told):
         replace(PLAIN, **change)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_no_step_is_taken_on_a_loss_that_is_not_finite(data, tmp_path, monkeypatch, accumulate):
+    """Of the fourth batch; its gradients are there by the time that we look."""
+    original, update, calls, updates = ClassifyTask.loss, loop._update, [], []
+
+    def loss(task, batch):
+        calls.append(batch)
+        found, told = original(task, batch)
+        return (found * float("nan") if len(calls) == 4 else found), told
+
+    monkeypatch.setattr(ClassifyTask, "loss", loss)
+    monkeypatch.setattr(loop, "_update", lambda *given: (updates.append(given), update(*given)))
+    step = 4 // accumulate - 1
+    with pytest.raises(ZpipeError, match=f"the loss became nan in step {step} of "):
+        train_vit(data / "shards", tmp_path / "run", with_loop(PLAIN, accumulate=accumulate, checkpoint_s=0.0))
+    assert len(updates) == step and len(calls) == 4
+    state = load_checkpoint(tmp_path / "run")
+    assert state["step"] == step and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_normalising_is_the_same_wherever_it_was_asked_first():
+    preprocessing = Preprocessing(image_size=2, mean=(0.25, 0.5, 0.125), std=(0.5, 0.25, 0.125))
+    images = torch.randint(256, (2, 3, 2, 2), dtype=torch.uint8)
+    with torch.inference_mode():
+        first = preprocessing.normalise(images)
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    second = preprocessing.normalise(images) * weight
+    second.sum().backward()  # what inference mode made could not be saved for this
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (preprocessing.mean, preprocessing.std))
+    assert torch.equal(first, (images.float() / 255.0 - mean) / std) and torch.equal(second, first)
+    assert weight.grad.isfinite().all()
+
+
 def test_a_device_without_memory_is_one_line(data, tmp_path, monkeypatch):
     loss = ClassifyTask.loss
 

@@ -20,6 +20,7 @@ import pickle
 import socket
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,9 +77,15 @@ class Preprocessing:
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, S, S] -> float32 [B, 3, S, S], on the device of `images`."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
+        mean, std = _on_device(tuple(self.mean), tuple(self.std), images.device)
         return (images.float() / 255.0 - mean) / std
+
+
+@lru_cache(maxsize=16)
+def _on_device(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Both as [1, 3, 1, 1], put there once: a copy to an accelerator waits for all that it has still to do."""
+    with torch.inference_mode(False):  # they outlive the block that asks first
+        return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
 
 
 @dataclass(frozen=True, kw_only=True)

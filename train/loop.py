@@ -114,7 +114,8 @@ class Task(Protocol):
 
     model: its parameters. call: how to run it, the model itself unless the loop wraps it. draws: for random numbers that
     all ranks must draw alike, and one process too; everything else draws from torch's global generator. The loop seeds
-    both for every epoch and keeps their states. done: the share of the training that lies behind, set by the loop. loss: of a batch, with figures worth logging. validate: figures of a model on held-out data, after every epoch (may be empty); `val_top1` among them
+    both for every epoch and keeps their states. done: the share of the training that lies behind, set by the loop. loss: of a batch, with figures worth
+    logging, which may be scalars on the device still. validate: figures of a model on held-out data, after every epoch (may be empty); `val_top1` among them
     decides which epoch was the best.
     """
 
@@ -123,7 +124,7 @@ class Task(Protocol):
     draws: torch.Generator
     done: float
 
-    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]: ...
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]: ...
     def validate(self, model: nn.Module) -> dict[str, float]: ...
 
 
@@ -148,6 +149,11 @@ def resolve_device(asked: str) -> torch.device:
             f"device {asked}: torch sees {count} CUDA devices here, cuda:0 to cuda:{count - 1}; choose one"
         )
     return device
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on `device`. Out of pinned memory a copy to CUDA takes its turn there, and we don't wait for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def keep_freed_memory() -> None:
@@ -343,24 +349,30 @@ def _accumulate(
     for number, batch in enumerate(group):
         more = number + 1 < len(group)
         with task.call.no_sync() if more and not team.alone else nullcontext():
-            with clock("forward"):
-                with torch.autocast(device.type, dtype=low) if low is not None else nullcontext():
-                    loss, told = task.loss(batch)
-                # The value waits for an accelerator, so that forward and backward are told apart. It is the mean of all
-                # ranks before we look at it: one that went on alone would wait for the others' gradients for ever.
-                asked = signs()
-                sums = team.total([loss.item(), *told.values(), *asked])
-            figures = [total / team.size / len(group) for total in sums[: 1 + len(told)]]
-            given = [total > 0 for total in sums[1 + len(told) :]]
-            value += figures[0]
-            if not math.isfinite(value):
-                break
+            with clock("forward"), torch.autocast(device.type, dtype=low) if low is not None else nullcontext():
+                loss, told = task.loss(batch)
+            asked = signs()
             with clock("backward"):
                 share = loss / len(group)
                 (share if scaler is None else scaler.scale(share)).backward()
+                # Only now do we wait for an accelerator: it has the whole batch's work by then. Of a loss that isn't finite no
+                # step is taken. It is the mean of all ranks before we look at it: one that went on alone would wait for the
+                # others' gradients for ever.
+                sums = team.total([*_numbers(loss, *told.values()), *asked])
+        figures = [total / team.size / len(group) for total in sums[: 1 + len(told)]]
+        given = [total > 0 for total in sums[1 + len(told) :]]
+        value += figures[0]
+        if not math.isfinite(value):
+            break
         for name, figure in zip(told, figures[1:], strict=True):
             facts[name] += figure
     return value, dict(facts), given
+
+
+def _numbers(*scalars: float | Tensor) -> list[float]:
+    """All of them read from their device at once."""
+    read = iter(torch.stack([each.detach().double() for each in scalars if isinstance(each, Tensor)]).tolist())
+    return [next(read) if isinstance(each, Tensor) else each for each in scalars]
 
 
 def _update(
@@ -392,8 +404,8 @@ def _classifier(model: nn.Module) -> set[nn.Parameter]:
 
 
 class Clock:
-    """Where the time goes: data, forward, backward (with the optimizer's step), save. On an accelerator the backward pass
-    that is still under way counts for the wait that follows it.
+    """Where the time goes: data, forward, backward (with the optimizer's step), save. An accelerator is waited for behind the
+    backward pass, and the wait counts there: forward is then the time that it takes to hand the work over.
     """
 
     def __init__(self) -> None:

@@ -36,7 +36,7 @@ from zpipe.train.checkpoint import (
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import MixConfig, mix_batch
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.loop import TrainConfig, never, resolve_device, train
+from zpipe.train.loop import TrainConfig, never, resolve_device, to_device, train
 from zpipe.train.losses import CoarseToFineLoss, TokenLabelLoss, relevance_token_labels
 from zpipe.train.models.cfvit import CFViT
 from zpipe.train.models.fusion import FusedViT
@@ -153,7 +153,7 @@ class ClassifyTask:
         self.draws = torch.Generator()
         self.done = 0.0
 
-    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         check_labels(batch["label"], batch["key"], self.model.num_classes)
         batch = self._to_device(batch)
         labels = batch["label"]
@@ -180,11 +180,14 @@ class ClassifyTask:
             logits = self.call(images, **arguments)
             loss = self._class_loss(logits, batch)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
-        return loss, {"train_top1": float(accuracy)}
+        return loss, {"train_top1": accuracy}
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        moved = {name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        return moved | {"image": self._preprocessing.normalise(moved["image"])}
+        """What a step computes with, normalised and on the device; boxes and flips stay behind."""
+        moved = {
+            name: to_device(batch[name], self._device) for name in ("image", "label", "relevance") if name in batch
+        }
+        return moved | {"key": batch["key"], "image": self._preprocessing.normalise(moved["image"])}
 
     def _class_loss(self, logits: Tensor, batch: dict[str, Any]) -> Tensor:
         smoothing = self._config.label_smoothing
