@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -48,10 +49,15 @@ def check_choices(config: Any, prefix: str = "") -> None:
 
     Errors: :class:`UsageError` naming the field and its choices.
     """
-    hints = get_type_hints(type(config))
-    for field in fields(config):
-        if get_origin(hints[field.name]) is Literal:
-            _coerce(getattr(config, field.name), hints[field.name], prefix + field.name)
+    for name, wanted in _choices(type(config)).items():
+        _coerce(getattr(config, name), wanted, prefix + name)
+
+
+@cache
+def _choices(config: type) -> dict[str, Any]:
+    """A dataclass's fields of type Literal, with that type. Kept, for reading them takes longer than all else here."""
+    hints = get_type_hints(config)
+    return {field.name: hints[field.name] for field in fields(config) if get_origin(hints[field.name]) is Literal}
 
 
 def _replace(config: Any, path: list[str], value: Any, full: str) -> Any:
