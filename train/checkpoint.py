@@ -245,6 +245,11 @@ def save_model(run: Path, model: nn.Module, preprocessing: Preprocessing) -> Non
         raise ZpipeError(f"{run}: the model could not be written ({error}); free space, then run again") from error
 
 
+def digest_zoomer(run: Path) -> str:
+    """SHA-256 (hex) of a finished zoomer's weights as they lie on disk, by which another one at the same path shows."""
+    return digest_file(Path(run) / WEIGHTS_NAME)
+
+
 def _zoomer_args(zoomer: Zoomer) -> dict[str, Any]:
     stem = zoomer.trunk[0]
     return {
@@ -260,11 +265,6 @@ def save_zoomer(run: Path, zoomer: Zoomer, preprocessing: Preprocessing) -> None
     folder = Path(run) / "zoomer"
     folder.mkdir(exist_ok=True)
     save_model(folder, zoomer, preprocessing)
-
-
-def digest_zoomer(run: Path) -> str:
-    """SHA-256 (hex) of a finished zoomer's weights as they lie on disk, by which another one at the same path shows."""
-    return digest_file(Path(run) / WEIGHTS_NAME)
 
 
 def load_run(run: Path) -> Run:
