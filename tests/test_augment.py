@@ -1,6 +1,7 @@
 """What happens to pixels, maps and targets beyond crop and flip: colours, mixing, frames, and decoding at a fraction."""
 
 import io
+import random
 
 import numpy as np
 import pytest
@@ -16,7 +17,16 @@ from zpipe.schemas.geometry import Box, crop_map
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import MixConfig, mix_batch
-from zpipe.train.data.transforms import View, ViewConfig, change_colours, decode, erase, erase_maps, view_image
+from zpipe.train.data.transforms import (
+    RAND_AUGMENT,
+    View,
+    ViewConfig,
+    change_colours,
+    decode,
+    erase,
+    erase_maps,
+    view_image,
+)
 
 # -------------------------------------------------------------------------------------------------------------- colours
 
@@ -47,13 +57,25 @@ def test_no_pixel_moves(colour):
         assert np.ptp(inside.astype(int), axis=1).max() <= 60 and np.ptp(outside.astype(int), axis=1).max() <= 60
 
 
+@pytest.mark.parametrize("name", RAND_AUGMENT)
+@pytest.mark.parametrize("drawn", [-5.0, 100.0])
+def test_the_weakest_and_the_strongest_operation_can_be_done(monkeypatch, name, drawn):
+    """A magnitude beyond either bound; one in forty draws is beyond the upper one."""
+    monkeypatch.setattr("zpipe.train.data.transforms.RAND_AUGMENT", (name,))
+    monkeypatch.setattr(random, "gauss", lambda mean, deviation: drawn)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
+    for seed in range(8):
+        out = change_colours(np.random.default_rng(seed), pixels, "deit")
+        assert out.shape == pixels.shape and len(np.unique(out)) > 1
+
+
 def test_evaluation_leaves_colours_alone(data):  # noqa: F811
     plain, asked = (load(data, augment="eval", view=ViewConfig(colour=colour)) for colour in ("none", "deit3"))
     assert all(torch.equal(one["image"], other["image"]) for one, other in zip(plain, asked, strict=True))
 
 
 def test_an_unknown_colour_is_refused():
-    with pytest.raises(UsageError, match="view.colour sepia: choose none, deit or deit3"):
+    with pytest.raises(UsageError, match="view.colour: 'sepia'; choose one of none, deit, deit3"):
         ViewConfig(colour="sepia")
 
 

@@ -24,7 +24,7 @@ from tiny import BODY, SIDE, scenes, store
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.checkpoint import load_checkpoint, load_run
-from zpipe.train.distributed import Workers, run_training
+from zpipe.train.distributed import Workers, _is_a_lost_process, run_training
 from zpipe.train.evaluate import EvalConfig, evaluate
 from zpipe.train.loop import TrainConfig
 from zpipe.train.ranks import Ranks, check_batch
@@ -227,6 +227,12 @@ def test_a_batch_must_come_out_even(process, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_share_no_gpu():
+    config = with_loop(PLAIN, device="cuda:1")
+    with pytest.raises(UsageError, match="--device cuda:1: training processes take a GPU each; give --device cuda,"):
+        run_training(train_vit, {}, config, Workers(count=2))
+
+
 def test_no_workers_is_this_process():
     seen = {}
     run_training(lambda **given: seen.update(given), {"out": Path("x")}, PLAIN, Workers(count=0))
@@ -395,3 +401,38 @@ def test_what_one_process_would_fail_on_is_one_line(on_ray, tmp_path):
     assert running.wait() == 1
     said = [line for line in running.said().splitlines() if not line.startswith("{")]
     assert len(said) == 1 and "is outside the model's 9 classes" in said[0] and said[0].startswith("error: key ")
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/src/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:56023."), True),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), True),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), True),
+        (dist.DistBackendError("NCCL error: remote process exited"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"), False),
+        (torch.OutOfMemoryError("CUDA out of memory."), False),
+        (KeyError("gloo"), False),
+    ],
+)
+def test_which_errors_mean_a_lost_process(error, lost):
+    assert _is_a_lost_process(error) is lost
+
+
+@pytest.mark.slow
+def test_a_mistake_of_ours_is_no_lost_process(tmp_path):
+    """One rank raises what is no ZpipeError while the other waits for it: the first one's error, and no second try."""
+
+    def broken(told, **given):
+        import torch.distributed
+
+        (told / str(torch.distributed.get_rank()) / str(os.getpid())).mkdir(parents=True)
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 1:
+            raise LookupError("a mistake")
+        torch.distributed.barrier()
+
+    warnings = []
+    with pytest.raises(LookupError, match="a mistake"):
+        run_training(broken, {"told": tmp_path}, PLAIN, Workers(count=2), say=warnings.append)
+    assert warnings == [] and [len(list((tmp_path / rank).iterdir())) for rank in "01"] == [1, 1]

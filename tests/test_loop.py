@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +21,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import BODY, GRID, SIDE, scenes, store
 
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.train import loop
 from zpipe.train.checkpoint import Preprocessing, load_checkpoint, load_run
+from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import mix_batch
 from zpipe.train.evaluate import EvalConfig, evaluate
-from zpipe.train.loop import Clock, TrainConfig, _optimizer, _scheduler, _steps
+from zpipe.train.loop import Clock, Stopped, TrainConfig, _optimizer, _scheduler, _steps, _update
+from zpipe.train.metric_log import metric_log
 from zpipe.train.models import ZoomViT
 from zpipe.train.recipes import VIT_RECIPES, ZOOMER_RECIPES, recipe
 from zpipe.train.train_vit import ClassifyTask, VitConfig, build_vit, train_vit
@@ -177,6 +182,35 @@ def test_event_files(data, tmp_path):
     assert told == {line["step"]: pytest.approx(line["loss"]) for line in lines(tmp_path / "run")}
 
 
+def test_steps_that_are_done_again_are_events_once(data, tmp_path):
+    interrupted(data, with_loop(PLAIN, tensorboard=True), tmp_path / "run", 12)  # the checkpoint is that of step 10
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [3, 6, 9, 12, 15, 18, 20]
+
+
+def test_a_run_keeps_its_id_at_wandb_and_shares_it_with_no_other(tmp_path, monkeypatch):
+    """The package itself is played: it would want an account."""
+    begun = []
+
+    class Session(nullcontext):
+        def log(self, line, step):
+            begun[-1]["logged"] = step
+
+    def init(**options):
+        begun.append(options)
+        return Session(Session())
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for folder in ("a", "a", "b"):
+        run = tmp_path / folder / "run"
+        run.mkdir(parents=True, exist_ok=True)
+        with metric_log(run, wandb="project") as log:
+            log({"step": 3, "loss": 1.0})
+    assert {(each["project"], each["name"], each["resume"], each["logged"]) for each in begun} == {("project", "run", "allow", 3)}  # fmt: skip
+    ids = [each["id"] for each in begun]
+    assert ids[0] == ids[1] != ids[2] and all(ids)
+
+
 def test_a_logger_that_is_not_installed_is_one_line(data, tmp_path):
     with pytest.raises(UsageError, match="pip install wandb"):
         train_vit(data / "shards", tmp_path / "run", with_loop(PLAIN, wandb="project"))
@@ -195,6 +229,7 @@ def test_groups_of_batches():
     ("options", "expected"),
     [
         ({}, [0, 0.5, 1, 0.9045, 0.6545, 0.3455, 0.0955]),
+        ({"sched": "poly"}, [0, 0.5, 0.7143, 0.5714, 0.4286, 0.2857, 0.1429]),
         ({"sched": "constant"}, [0, 0.5, 1, 1, 1, 1, 1]),
         ({"sched": "step", "decay_epochs": 1.5, "warmup_epochs": 0.0}, [1, 1, 1, 0.1, 0.1, 0.1, 0.01]),
     ],
@@ -226,6 +261,22 @@ def test_lower_layers_learn_more_slowly():
     scales = [scale[id(p)] for p in order]
     assert scales == sorted(scales) and scales[-1] == 1 and scales[0] == pytest.approx(scales[1] / 2)
     assert scale[id(model.pos_fine)] == scale[id(model.cls_token)] == scales[0]
+
+
+def test_the_rate_that_is_told_is_the_heads(data, tmp_path):
+    train_vit(data / "shards", tmp_path / "run", with_loop(PLAIN, layer_decay=0.5, sched="constant", epochs=0.5))
+    assert {line["lr"] for line in lines(tmp_path / "run")} == {LOOP.lr}
+
+
+@pytest.mark.parametrize("name", ["zoomvit_tiny_patch16_224", "cfvit_small"])
+def test_adaptive_clipping_leaves_the_classifier_alone(name):
+    model = build_vit(replace(PLAIN, model=name, model_args=BODY if name != "cfvit_small" else {"depth": 4}), 5)
+    before = {parameter: torch.full_like(parameter, 1e3) for parameter in model.parameters()}
+    for parameter, gradient in before.items():
+        parameter.grad = gradient.clone()
+    _update(model, torch.optim.SGD(model.parameters(), lr=0.0), None, TrainConfig(clip_grad=0.01, clip_mode="agc"))
+    untouched = {name for name, parameter in model.named_parameters() if torch.equal(parameter.grad, before[parameter])}
+    assert untouched == {"head.weight", "head.bias"}
 
 
 @pytest.mark.parametrize("loss", ["ce", "bce"])
@@ -309,6 +360,151 @@ def test_wrong_settings(data, tmp_path, change, told):
 def test_wrong_settings_of_a_vit(change, told):
     with pytest.raises(UsageError, match=told):
         replace(PLAIN, **change)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_no_step_is_taken_on_a_loss_that_is_not_finite(data, tmp_path, monkeypatch, accumulate):
+    """Of the fourth batch; its gradients are there by the time that we look."""
+    original, update, calls, updates = ClassifyTask.loss, loop._update, [], []
+
+    def loss(task, batch):
+        calls.append(batch)
+        found, told = original(task, batch)
+        return (found * float("nan") if len(calls) == 4 else found), told
+
+    monkeypatch.setattr(ClassifyTask, "loss", loss)
+    monkeypatch.setattr(loop, "_update", lambda *given: (updates.append(given), update(*given)))
+    step = 4 // accumulate - 1
+    with pytest.raises(ZpipeError, match=f"the loss became nan in step {step} of "):
+        train_vit(data / "shards", tmp_path / "run", with_loop(PLAIN, accumulate=accumulate, checkpoint_s=0.0))
+    assert len(updates) == step and len(calls) == 4
+    state = load_checkpoint(tmp_path / "run")
+    assert state["step"] == step and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_normalising_is_the_same_wherever_it_was_asked_first():
+    preprocessing = Preprocessing(image_size=2, mean=(0.25, 0.5, 0.125), std=(0.5, 0.25, 0.125))
+    images = torch.randint(256, (2, 3, 2, 2), dtype=torch.uint8)
+    with torch.inference_mode():
+        first = preprocessing.normalise(images)
+    weight = torch.ones(3, 1, 1, requires_grad=True)
+    second = preprocessing.normalise(images) * weight
+    second.sum().backward()  # what inference mode made could not be saved for this
+    mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (preprocessing.mean, preprocessing.std))
+    assert torch.equal(first, (images.float() / 255.0 - mean) / std) and torch.equal(second, first)
+    assert weight.grad.isfinite().all()
+
+
+def test_a_device_without_memory_is_one_line(data, tmp_path, monkeypatch):
+    loss = ClassifyTask.loss
+
+    def full(task, batch):
+        loss(task, batch)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(ClassifyTask, "loss", full)
+    with pytest.raises(ZpipeError) as error:
+        train_vit(data / "shards", tmp_path / "run", PLAIN)
+    told = str(error.value)
+    assert str(tmp_path / "run") in told and "\n" not in told
+    assert all(remedy in told for remedy in ("--batch-size", "train.accumulate", "train.precision=bf16"))
+
+
+# -- devices -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "told"),
+    [
+        ("mps", UsageError, "choose auto, cpu or cuda"),
+        ("meta", UsageError, "choose auto, cpu or cuda"),
+        ("abacus", UsageError, "torch knows no such device"),
+        ("cuda:2", ZpipeError, "torch sees 2 CUDA devices here, cuda:0 to cuda:1"),
+    ],
+)
+def test_devices_that_are_not_to_be_had(monkeypatch, asked, kind, told):
+    """On a machine of two GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ZpipeError, match=f"device {asked}: .*{told}") as error:
+        loop.resolve_device(asked)
+    assert type(error.value) is kind
+    assert [str(loop.resolve_device(name)) for name in ("cuda", "cuda:1", "cpu")] == ["cuda", "cuda:1", "cpu"]
+
+
+def test_a_run_on_the_cpu_opens_no_gpu(data, monkeypatch):
+    def opened(*given):
+        raise AssertionError("a GPU was opened")
+
+    loader, draws, team = RelevanceLoader(data / "shards", batch_size=4), torch.Generator(), loop.ranks()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, opened)
+    position = loop._position(loader, draws, team, torch.device("cpu"))
+    assert position["ranks"][0]["cuda"] is None
+    position["ranks"][0]["cuda"] = torch.ones(3)  # the run was begun on a GPU
+    loop._take_position(position, loader, draws, team, torch.device("cpu"))
+
+
+def test_a_checkpoint_holds_the_generator_of_the_device_in_use(data, monkeypatch):
+    device, states = torch.device("cuda", 1), {torch.device("cuda", 1): torch.ones(3)}
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda asked: states[asked])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, asked: states.update({asked: state}))
+    loader, draws, team = RelevanceLoader(data / "shards", batch_size=4), torch.Generator(), loop.ranks()
+    position = loop._position(loader, draws, team, device)
+    states[device] = torch.zeros(3)
+    loop._take_position(position, loader, draws, team, device)
+    assert states == {device: position["ranks"][0]["cuda"]} and states[device].all()
+
+
+# -- stopped at an epoch's end -----------------------------------------------------------------------------------------
+
+
+KEPT = with_loop(PLAIN, keep=2, checkpoint_s=0.0)
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """An undisturbed run of two epochs of ten steps, with a validation after each."""
+    run = tmp_path_factory.mktemp("kept") / "whole"
+    train_vit(data / "shards", run, KEPT, val=data / "val")
+    return run
+
+
+def left_by(run):
+    """What both runs must have alike: the lines but for their times, and every file of weights."""
+    timed = ("share_", "images_per_s")
+    told = [{name: value for name, value in line.items() if not name.startswith(timed)} for line in lines(run)]
+    files = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*.safetensors")}
+    return told, files, (run / "best.json").read_text()
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_a_stop_in_an_epochs_last_step_leaves_its_end_to_be_done(data, whole, tmp_path, step):
+    asked = iter(range(1, step + 1))
+    with pytest.raises(Stopped, match=f"stopped in step {step} of 20"):
+        train_vit(data / "shards", tmp_path / "run", KEPT, val=data / "val", stop=lambda: next(asked) == step)
+    train_vit(data / "shards", tmp_path / "run", KEPT, val=data / "val")
+    assert left_by(tmp_path / "run") == left_by(whole)
+
+
+@pytest.mark.parametrize("at", ["keep_epoch", "save_checkpoint"])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_kill_in_an_epochs_end_has_it_done_again(data, whole, tmp_path, monkeypatch, at, epoch):
+    """Before its weights are kept, and when nothing but its checkpoint is left to be written."""
+    original = getattr(loop, at)
+
+    def killed(run, given, *others):
+        number = others[0] if at == "keep_epoch" else given["epoch"] if given["position"] is None else None
+        if number == epoch:
+            raise Stop
+        original(run, given, *others)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(loop, at, killed)
+        train_vit(data / "shards", tmp_path / "run", KEPT, val=data / "val")
+    train_vit(data / "shards", tmp_path / "run", KEPT, val=data / "val")
+    assert left_by(tmp_path / "run") == left_by(whole)
 
 
 # -- stopped from outside ----------------------------------------------------------------------------------------------

@@ -205,6 +205,22 @@ def test_a_state_of_another_order_is_refused(data):  # noqa: F811
             loader_of(data, **options).load_state_dict(state)
 
 
+def test_a_state_over_other_shards_is_refused(data, tmp_path):  # noqa: F811
+    loader = loader_of(data)
+    next(iter(loader))
+    state = json.loads(json.dumps(loader.state_dict()))
+    options = {"batch_size": 4, "image_size": CELLS}
+    RelevanceLoader(copy_shards(data, tmp_path / "moved"), **options).load_state_dict(state)
+    fewer = RelevanceLoader(min(data[0].glob("*.tar")), **options)
+    with pytest.raises(UsageError, match="over other shards .*use the same, or begin with the next epoch"):
+        fewer.load_state_dict(state)
+    # One of an earlier zpipe doesn't say which shards; it can't be behind the last batch.
+    del state["digest"]
+    fewer.load_state_dict(state | {"batch": len(fewer)})
+    with pytest.raises(UsageError, match=f"behind batch {len(fewer) + 1}, an epoch here has {len(fewer)}"):
+        fewer.load_state_dict(state | {"batch": len(fewer) + 1})
+
+
 def together(data, world_size, *, batch_size, **options):  # noqa: F811
     """The batches of all ranks, put together."""
     ranks = [

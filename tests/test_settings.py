@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zpipe.schemas.errors import UsageError
+from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.loop import TrainConfig
 from zpipe.train.settings import with_settings
 from zpipe.train.train_vit import VitConfig
@@ -130,6 +131,23 @@ def test_values_of_another_type(name, value):
 def test_values_out_of_range(name, value):
     with pytest.raises(UsageError, match=name):
         with_settings(VitConfig(), {name: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (TrainConfig, "train.precision", "bfloat16"),
+        (TrainConfig, "train.sched", "linear"),
+        (TrainConfig, "train.clip_mode", None),
+        (VitConfig, "loss", "BCE"),
+        (VitConfig, "zoom_draw", "cells"),
+        (ViewConfig, "view.augment", "val"),
+        (ViewConfig, "view.colour", ["deit"]),
+    ],
+)
+def test_a_choice_that_is_none_is_refused_from_python_too(make, name, value):
+    with pytest.raises(UsageError, match=f"^setting {name}: .*; choose one of "):
+        make(**{name.rpartition(".")[2]: value})
 
 
 JSON = st.recursive(

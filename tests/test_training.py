@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -325,6 +326,76 @@ def test_settings_can_be_corrected_before_the_first_checkpoint(data, tmp_path, f
     run(data, PLAIN, tmp_path / "run")
     assert weights(tmp_path / "run") == weights(finished[PLAIN])
     assert steps(tmp_path / "run") == steps(finished[PLAIN])
+
+
+def test_another_zoomer_or_other_shards_at_the_same_path_are_refused(data, tmp_path):
+    scenes(tmp_path / "shards")
+    shutil.copytree(data / "zoomer", tmp_path / "zoomer")
+
+    def go(stop_at=None):
+        def stop(stage, done, total, **facts):
+            if done == stop_at:
+                raise Stop
+
+        config = config_of(ZOOM, train__checkpoint_s=0.0)
+        train_vit(tmp_path / "shards", tmp_path / "run", config, zoomer=tmp_path / "zoomer", progress=stop)
+
+    with pytest.raises(Stop):
+        go(6)
+    path = tmp_path / "zoomer" / "model.safetensors"
+    own = path.read_bytes()
+    path.write_bytes(own[:-4] + bytes(4))
+    with pytest.raises(ZpipeError, match="was begun with zoomer_digest = "):
+        go()
+    path.write_bytes(own)
+    shutil.rmtree(tmp_path / "shards")
+    scenes(tmp_path / "shards", 36)
+    with pytest.raises(ZpipeError, match="was begun with shards_digest = "):
+        go()
+    shutil.rmtree(tmp_path / "shards")
+    scenes(tmp_path / "shards")
+    # A run of an earlier zpipe says neither, and is gone on with.
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["settings"]["shards_digest"], record["settings"]["zoomer_digest"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(Stop):
+        go(12)
+
+
+def test_what_computes_nothing_may_change_in_mid_run(data, finished, tmp_path):
+    def stop(stage, done, total, **facts):
+        if done == 12:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(data, PLAIN, tmp_path / "run", progress=stop)
+    changed = {"checkpoint_s": 0.0, "log_every": 1, "keep": 1, "tensorboard": True, "device": "cpu:0"}
+    run(data, PLAIN, tmp_path / "run", **{f"train__{name}": value for name, value in changed.items()})
+    assert weights(tmp_path / "run") == weights(finished[PLAIN])
+    assert (tmp_path / "run" / "epochs").is_dir() and (tmp_path / "run" / "tensorboard").is_dir()
+
+
+def test_what_a_run_started_from_and_its_zoomers_folder_may_go(data, finished, tmp_path):
+    """The first once there is a checkpoint, the second once the run is under way."""
+    shutil.copytree(finished[MAPS], tmp_path / "init")
+    shutil.copytree(data / "zoomer", tmp_path / "zoomer")
+
+    def go(progress):
+        config = config_of(ZOOM, init_from=str(tmp_path / "init"))
+        train_vit(data / "shards", tmp_path / "run", config, zoomer=tmp_path / "zoomer", progress=progress)
+
+    def stop(stage, done, total, **facts):
+        if done == 12:
+            raise Stop
+
+    def clear(stage, done, total, **facts):
+        shutil.rmtree(tmp_path / "zoomer", ignore_errors=True)
+
+    with pytest.raises(Stop):
+        go(stop)
+    shutil.rmtree(tmp_path / "init")
+    go(clear)
+    assert load_run(tmp_path / "run").zoomer is not None
 
 
 @each_kind

@@ -7,6 +7,7 @@
     RUN/config.json        timm's model description, written last: a run without it is not finished
     RUN/epochs/            the weights of the last epochs, as many as train.keep says
     RUN/best.safetensors   those of the epoch that did best on held-out data, with best.json, when there was such data
+    RUN/wandb-id.txt       the run's name within Weights & Biases, when it logs there
     RUN/zoomer/            a ZoomViT's zoomer, when it has one, in the same form
 
 timm opens a finished ViT by itself: `timm.create_model("local-dir:RUN", pretrained=True)`.
@@ -19,6 +20,7 @@ import pickle
 import socket
 import tempfile
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,22 +34,34 @@ import zpipe.train.models  # noqa: F401  (registers our models with timm)
 from zpipe.schemas.atomic import claim_folder, commit, read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import check_format, header
+from zpipe.schemas.shard_index import digest_file
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.ranks import ranks
 
 RUN_NAME = "run.json"
 CHECKPOINT_NAME = "checkpoint.pt"
 METRICS_NAME = "metrics.jsonl"
+WANDB_ID_NAME = "wandb-id.txt"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "zpipe-run"
 VERSION = 1
 CHECKPOINT_FORMAT = "zpipe-checkpoint"
 CHECKPOINT_VERSION = 1
-# What may change in mid-run: how the work is shared out, not what is computed.
-FREE_SETTINGS = ("train.data_workers", "maps_teacher")  # the fingerprint of the maps binds, their teacher within
+# What may change in mid-run: how the work is shared out, what is told and kept of it, not what is computed. Another device
+# computes the same up to rounding.
+FREE_SETTINGS = (
+    "maps_teacher",  # the fingerprint of the maps binds, their teacher within
+    "train.checkpoint_s",
+    "train.data_workers",
+    "train.device",
+    "train.keep",
+    "train.log_every",
+    "train.tensorboard",
+    "train.wandb",
+)
 # What earlier runs don't say of themselves.
-RECORDED_LATER = ("maps_fingerprint",)
+RECORDED_LATER = ("maps_fingerprint", "shards_digest", "zoomer_digest")
 
 Resume = Literal["auto", "never"]
 
@@ -63,9 +77,15 @@ class Preprocessing:
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 [B, 3, S, S] -> float32 [B, 3, S, S], on the device of `images`."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
+        mean, std = _on_device(tuple(self.mean), tuple(self.std), images.device)
         return (images.float() / 255.0 - mean) / std
+
+
+@lru_cache(maxsize=16)
+def _on_device(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Both as [1, 3, 1, 1], put there once: a copy to an accelerator waits for all that it has still to do."""
+    with torch.inference_mode(False):  # they outlive the block that asks first
+        return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +243,11 @@ def save_model(run: Path, model: nn.Module, preprocessing: Preprocessing) -> Non
                     os.replace(Path(folder) / name, tmp)
     except (OSError, safetensors.SafetensorError) as error:
         raise ZpipeError(f"{run}: the model could not be written ({error}); free space, then run again") from error
+
+
+def digest_zoomer(run: Path) -> str:
+    """SHA-256 (hex) of a finished zoomer's weights as they lie on disk, by which another one at the same path shows."""
+    return digest_file(Path(run) / WEIGHTS_NAME)
 
 
 def _zoomer_args(zoomer: Zoomer) -> dict[str, Any]:

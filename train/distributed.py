@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
@@ -79,8 +80,8 @@ def run_training(
     """Call `train_vit` or `train_zoomer` with `places` and `config`: here, or in all `workers` at once.
 
     A process that dies, alone or with its machine, takes the others with it; all begin again from the run's last
-    checkpoint, at most `RESTARTS` times, which is told to `say`. What one process would fail on ends all of them with the
-    same error and no second try. When this process is interrupted, the others save their state and end.
+    checkpoint, at most `RESTARTS` times, which is told to `say`. What one process would fail on, whatever its type, ends all
+    of them with the same error and no second try. When this process is interrupted, the others save their state and end.
 
     All machines need zpipe, and must reach the paths under the same names; the run folder too. Errors:
     :class:`UsageError`, :class:`ZpipeError`, as of `function`; also when Ray can't give the workers.
@@ -90,6 +91,11 @@ def run_training(
         function(**places, config=config, resume=resume, progress=progress)
         return
     check_batch(config.train.batch_size, count)
+    if config.train.device.startswith("cuda:"):
+        raise UsageError(
+            f"--device {config.train.device}: training processes take a GPU each; give --device cuda, and name GPUs in "
+            "CUDA_VISIBLE_DEVICES"
+        )
     with (
         _session(workers.address or os.environ.get("RAY_ADDRESS"), count) as ray,
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
@@ -122,7 +128,7 @@ def run_training(
                 return
             error = ray.get(board.error.remote())
             if error is not None:
-                raise error
+                raise error from group.failure  # which shows where, when it is no error of ours
             told = _last_line(group.failure)
             if restart == RESTARTS or not group.may_restart:
                 raise ZpipeError(
@@ -221,9 +227,25 @@ def _work(job: dict[str, Any]) -> None:
             progress=lambda stage, done, total, **facts: ray.get(board.tell.remote(stage, done, total, facts)),
             stop=lambda: bool(ray.wait([stopped], timeout=0)[0]),
         )
-    except (ZpipeError, OSError) as error:
-        ray.get(board.fail.remote(error))
+    except Exception as error:  # whatever it is: told on the way, and raised again
+        if not _is_a_lost_process(error):
+            ray.get(board.fail.remote(error))
         raise
+
+
+def _is_a_lost_process(error: Exception) -> bool:
+    """Whether it says that another process, or a device, is gone: then a new start can help.
+
+    gloo, torch's loader and CUDA raise plain RuntimeErrors, which their texts alone tell from our own mistakes.
+    """
+    from ray.exceptions import RayError
+
+    if isinstance(error, (dist.DistError, RayError)):
+        return True
+    told = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in told for sign in ("gloo", "Gloo", "DataLoader worker (pid", "CUDA error")
+    )
 
 
 @contextmanager

@@ -32,16 +32,17 @@ from zpipe.train.checkpoint import CHECKPOINT_NAME, METRICS_NAME, keep_epoch, lo
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.metric_log import metric_log
 from zpipe.train.ranks import Ranks, ranks
+from zpipe.train.settings import check_choices
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of the loop. Durations are in epochs of the training shards; fractions are allowed.
 
-    batch_size: images of a step, those of all training processes together. repeats: how often a batch holds each of its
+    batch_size: images of a batch, those of all training processes together; a step takes `accumulate` batches. repeats: how often a batch holds each of its
     samples, in different views, see `RelevanceLoader`. opt: any optimizer name of timm; opt_args: further keyword arguments of its constructor (betas, nesterov).
-    The learning rate rises linearly over `warmup_epochs` and then follows `sched` to `min_lr`: cosine, poly, tanh, constant,
-    or step, which multiplies it by `decay_rate` every `decay_epochs`. layer_decay: factor of the learning rate from each
+    The learning rate rises linearly over `warmup_epochs` and then follows `sched` to `min_lr`: cosine, poly (of power 1, a straight line),
+    tanh, constant, or step, which multiplies it by `decay_rate` every `decay_epochs`. layer_decay: factor of the learning rate from each
     block to the one before it, None for one rate for all. accumulate: batches whose gradients make one step; what is left of
     an epoch when it doesn't divide is dropped. clip_grad: bound of the gradients, 0 for none; clip_mode: norm, value or agc.
     ema: decay of a running average of the weights, which are then the finished ones; 0 for none. precision: float32, bf16
@@ -80,6 +81,7 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        check_choices(self, "train.")
         if self.epochs <= 0:
             raise UsageError(f"train.epochs {self.epochs:g}: give a number above 0")
         for name in (
@@ -112,7 +114,8 @@ class Task(Protocol):
 
     model: its parameters. call: how to run it, the model itself unless the loop wraps it. draws: for random numbers that
     all ranks must draw alike, and one process too; everything else draws from torch's global generator. The loop seeds
-    both for every epoch and keeps their states. done: the share of the training that lies behind, set by the loop. loss: of a batch, with figures worth logging. validate: figures of a model on held-out data, after every epoch (may be empty); `val_top1` among them
+    both for every epoch and keeps their states. done: the share of the training that lies behind, set by the loop. loss: of a batch, with figures worth
+    logging, which may be scalars on the device still. validate: figures of a model on held-out data, after every epoch (may be empty); `val_top1` among them
     decides which epoch was the best.
     """
 
@@ -121,20 +124,36 @@ class Task(Protocol):
     draws: torch.Generator
     done: float
 
-    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]: ...
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]: ...
     def validate(self, model: nn.Module) -> dict[str, float]: ...
 
 
 def resolve_device(asked: str) -> torch.device:
-    """`auto` is the CUDA device when there is one. Errors: :class:`ZpipeError` for a device that isn't there."""
+    """A CPU or CUDA device; `auto` is CUDA when there is one.
+
+    Errors: :class:`UsageError` for another kind of device, :class:`ZpipeError` for one that isn't there.
+    """
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise ZpipeError(f"device {asked}: torch sees no CUDA device here; use --device cpu")
     try:
-        return torch.device(asked)
+        device = torch.device(asked)
     except RuntimeError as error:
         raise UsageError(f"device {asked}: torch knows no such device; choose auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {asked}: nothing here was made for it; choose auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ZpipeError(f"device {asked}: torch sees no CUDA device here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ZpipeError(
+            f"device {asked}: torch sees {count} CUDA devices here, cuda:0 to cuda:{count - 1}; choose one"
+        )
+    return device
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on `device`. Out of pinned memory a copy to CUDA takes its turn there, and we don't wait for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def keep_freed_memory() -> None:
@@ -178,11 +197,14 @@ def train(
 
     A checkpoint is written every `checkpoint_s` seconds and after every epoch, with the loader's place and the state of the
     random numbers, so a run that was interrupted and gone on with equals an undisturbed one. `stop` is asked once a batch;
-    what one rank hears all do. Errors: :class:`ZpipeError` for a loss that is not finite, naming the last good checkpoint; :class:`Stopped`.
+    what one rank hears all do. Errors: :class:`ZpipeError` for a loss that is not finite, naming the last good checkpoint, and
+    where a device has too little memory; :class:`Stopped`.
     """
     team = ranks()
     model = task.model
     device = resolve_device(config.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # what asks for no device by name should take this one
     if not team.alone and device.type == "cuda":
         convert_sync_batchnorm(model)  # in place
     if device.type == "cpu":
@@ -213,8 +235,9 @@ def train(
         except (KeyError, RuntimeError, ValueError) as error:
             raise ZpipeError(f"{run / CHECKPOINT_NAME}: not this run's checkpoint; delete it to start over") from error
     task.call = team.share(torch.compile(model) if config.compile else model)
+    del state  # as large as model and optimizer together, and from here on nobody's
     if team.first:
-        _trim_log(run, step)
+        _trim_log(run, step, epoch_ended=position is None)
     else:
         progress = silent
     figures: dict[str, float] = {}
@@ -236,19 +259,21 @@ def train(
     with (
         _interrupts_kept() as check_interrupt,
         _stop_on_sigterm() as stopped,
-        metric_log(run, config.tensorboard, config.wandb) if team.first else nullcontext(_to_nobody) as log,
+        metric_log(run, config.tensorboard, config.wandb, done=step) if team.first else nullcontext(_to_nobody) as log,
+        _want_of_memory_said(run, device),
     ):
 
         def signs() -> tuple[bool, bool]:  # to stop, and to save; only one clock says when
             return stopped() or stop(), team.first and time.monotonic() - saved >= config.checkpoint_s
 
-        while step < total:
+        # A position says that an epoch's end is still to come, be it only that: its validation and its weights.
+        while step < total or position is not None:
             model.train()
             torch.manual_seed(_epoch_seed(config.seed, epoch, team.rank))
             task.draws.manual_seed(_epoch_seed(config.seed, epoch))
             loader.set_epoch(epoch)
             if position is not None:
-                _take_position(position, loader, task.draws, team)
+                _take_position(position, loader, task.draws, team, device)
                 position = None
             saved = time.monotonic()
             batches = clock.of("data", loader)
@@ -273,11 +298,12 @@ def train(
                 seen += sum(len(batch["label"]) for batch in group) * team.size
                 if step % config.log_every == 0 or step == total:
                     rate = seen / (time.monotonic() - begun)
-                    facts = {"loss": value, **facts, "lr": optimizer.param_groups[0]["lr"], "images_per_s": rate}
+                    highest = max(group["lr"] for group in optimizer.param_groups)  # layer_decay lowers the others
+                    facts = {"loss": value, **facts, "lr": highest, "images_per_s": rate}
                     log({"step": step, "steps": total, "epoch": epoch, **facts, **clock.shares()})
                     progress(stage, step, total, **facts)
                 if stopping or due:
-                    save(_position(loader, task.draws, team))
+                    save(_position(loader, task.draws, team, device))
                     saved = time.monotonic()
                 if stopping:
                     break
@@ -291,12 +317,12 @@ def train(
             best = average.module if average is not None else model
             best.eval()
             figures = task.validate(best)
-            save(None)
             if team.first:
                 with clock("save"):
                     keep_epoch(run, best, epoch, config.keep, figures.get("val_top1"))
             if figures:
                 log({"step": step, "steps": total, "epoch": epoch, **figures})
+            save(None)  # last: who is killed before it does all of this again, to the same end
     if stopping:
         raise Stopped(f"{run}: stopped in step {step} of {total}; run the same command again to go on")
     if average is not None:
@@ -323,24 +349,30 @@ def _accumulate(
     for number, batch in enumerate(group):
         more = number + 1 < len(group)
         with task.call.no_sync() if more and not team.alone else nullcontext():
-            with clock("forward"):
-                with torch.autocast(device.type, dtype=low) if low is not None else nullcontext():
-                    loss, told = task.loss(batch)
-                # The value waits for an accelerator, so that forward and backward are told apart. It is the mean of all
-                # ranks before we look at it: one that went on alone would wait for the others' gradients for ever.
-                asked = signs()
-                sums = team.total([loss.item(), *told.values(), *asked])
-            figures = [total / team.size / len(group) for total in sums[: 1 + len(told)]]
-            given = [total > 0 for total in sums[1 + len(told) :]]
-            value += figures[0]
-            if not math.isfinite(value):
-                break
+            with clock("forward"), torch.autocast(device.type, dtype=low) if low is not None else nullcontext():
+                loss, told = task.loss(batch)
+            asked = signs()
             with clock("backward"):
                 share = loss / len(group)
                 (share if scaler is None else scaler.scale(share)).backward()
+                # Only now do we wait for an accelerator: it has the whole batch's work by then. Of a loss that isn't finite no
+                # step is taken. It is the mean of all ranks before we look at it: one that went on alone would wait for the
+                # others' gradients for ever.
+                sums = team.total([*_numbers(loss, *told.values()), *asked])
+        figures = [total / team.size / len(group) for total in sums[: 1 + len(told)]]
+        given = [total > 0 for total in sums[1 + len(told) :]]
+        value += figures[0]
+        if not math.isfinite(value):
+            break
         for name, figure in zip(told, figures[1:], strict=True):
             facts[name] += figure
     return value, dict(facts), given
+
+
+def _numbers(*scalars: float | Tensor) -> list[float]:
+    """All of them read from their device at once."""
+    read = iter(torch.stack([each.detach().double() for each in scalars if isinstance(each, Tensor)]).tolist())
+    return [next(read) if isinstance(each, Tensor) else each for each in scalars]
 
 
 def _update(
@@ -349,7 +381,10 @@ def _update(
     if scaler is not None:
         scaler.unscale_(optimizer)
     if config.clip_grad:
-        dispatch_clip_grad(model.parameters(), config.clip_grad, mode=config.clip_mode)
+        # As timm's trainer does: adaptive clipping leaves the classifier alone (Brock et al. 2021, section 4.1).
+        spared = _classifier(model) if config.clip_mode == "agc" else set()
+        clipped = [parameter for parameter in model.parameters() if parameter not in spared]
+        dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
     if scaler is None:
         optimizer.step()
     else:
@@ -357,9 +392,20 @@ def _update(
         scaler.update()
 
 
+def _classifier(model: nn.Module) -> set[nn.Parameter]:
+    """The parameters of a model's last layer or layers, as timm's interface names them; none where it has no such thing.
+
+    timm's own choice, the last two parameters, would be others in a CF-ViT.
+    """
+    if not hasattr(model, "get_classifier"):
+        return set()
+    heads = model.get_classifier()
+    return {each for head in (heads if isinstance(heads, tuple) else (heads,)) for each in head.parameters()}
+
+
 class Clock:
-    """Where the time goes: data, forward, backward (with the optimizer's step), save. On an accelerator the backward pass
-    that is still under way counts for the wait that follows it.
+    """Where the time goes: data, forward, backward (with the optimizer's step), save. An accelerator is waited for behind the
+    backward pass, and the wait counts there: forward is then the time that it takes to hand the work over.
     """
 
     def __init__(self) -> None:
@@ -435,6 +481,18 @@ def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+@contextmanager
+def _want_of_memory_said(run: Path, device: torch.device) -> Iterator[None]:
+    """A device's lack of memory as one line that says what takes less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ZpipeError(
+            f"{run}: a step doesn't fit into the memory of {device}; lower --batch-size (train.accumulate=2 makes the step as "
+            "large as before), or set train.precision=bf16"
+        ) from error
+
+
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     options = config.opt_args if config.layer_decay is None else config.opt_args | {"layer_decay": config.layer_decay}
     try:
@@ -451,6 +509,8 @@ def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int
     kind, decay, every = config.sched, config.decay_rate, round(config.decay_epochs * steps_per_epoch)
     if kind == "constant":
         kind, decay = "step", 1.0
+    elif kind == "poly":
+        decay = 1.0  # timm takes it for the polynomial's power; at 0.1 the rate would stay up until the last steps
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=kind,
@@ -464,21 +524,24 @@ def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int
     return scheduler
 
 
-def _position(loader: RelevanceLoader, draws: torch.Generator, team: Ranks) -> dict[str, Any]:
+def _position(loader: RelevanceLoader, draws: torch.Generator, team: Ranks, device: torch.device) -> dict[str, Any]:
     """Where in an epoch we are: the loader's place, and the state of every generator that draws, on all ranks."""
-    own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    # Asking for a device's generator opens the device, which a run on the CPU has no business with.
+    own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
     return {"loader": loader.state_dict(), "draws": draws.get_state(), "ranks": team.gather(own)}
 
 
-def _take_position(position: dict[str, Any], loader: RelevanceLoader, draws: torch.Generator, team: Ranks) -> None:
+def _take_position(
+    position: dict[str, Any], loader: RelevanceLoader, draws: torch.Generator, team: Ranks, device: torch.device
+) -> None:
     loader.load_state_dict(position["loader"])
     draws.set_state(position["draws"])
     if team.rank >= len(position["ranks"]):
         return  # there were fewer ranks: this one begins with the epoch's seed
     own = position["ranks"][team.rank]
     torch.set_rng_state(own["cpu"])
-    if own["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(own["cuda"])
+    if own["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(own["cuda"], device)
 
 
 def _epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
@@ -498,9 +561,13 @@ def _steps(batches: Iterator[dict[str, Any]], accumulate: int, count: int) -> It
         yield group
 
 
-def _trim_log(run: Path, step: int) -> None:
-    """Drop the lines of steps behind the checkpoint (and a torn last one): these steps are done again."""
+def _trim_log(run: Path, step: int, *, epoch_ended: bool) -> None:
+    """Drop the lines of what is done again, and a torn last one: the steps behind the checkpoint, and, where it was taken
+    before its epoch's end, the validation there, whose line names the same step."""
     path = run / METRICS_NAME
     if path.is_file():
-        lines = path.read_bytes().split(b"\n")[:-1]
-        write_bytes(path, b"".join(line + b"\n" for line in lines if json.loads(line)["step"] <= step))
+        read = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        kept = [
+            line for line in read if line["step"] < step or line["step"] == step and ("loss" in line or epoch_ended)
+        ]
+        write_bytes(path, b"".join(json.dumps(line).encode() + b"\n" for line in kept))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -40,6 +41,23 @@ def rebuild(config: Config, recorded: Mapping[str, Any]) -> Config:
             )
             config = replace(config, **{field.name: new})
     return config
+
+
+def check_choices(config: Any, prefix: str = "") -> None:
+    """Hold a dataclass's fields of type Literal against what it names; for its `__post_init__`, so that a value that
+    isn't among them can't pass for another, whoever gives it. prefix: of the fields' names, such as `train.`.
+
+    Errors: :class:`UsageError` naming the field and its choices.
+    """
+    for name, wanted in _choices(type(config)).items():
+        _coerce(getattr(config, name), wanted, prefix + name)
+
+
+@cache
+def _choices(config: type) -> dict[str, Any]:
+    """A dataclass's fields of type Literal, with that type. Kept, for reading them takes longer than all else here."""
+    hints = get_type_hints(config)
+    return {field.name: hints[field.name] for field in fields(config) if get_origin(hints[field.name]) is Literal}
 
 
 def _replace(config: Any, path: list[str], value: Any, full: str) -> Any:

@@ -22,11 +22,21 @@ from torch import Tensor, nn
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.train.checkpoint import Preprocessing, Resume, begin_run, load_run, load_zoomer, save_model, save_zoomer
+from zpipe.train.checkpoint import (
+    CHECKPOINT_NAME,
+    Preprocessing,
+    Resume,
+    begin_run,
+    digest_zoomer,
+    load_run,
+    load_zoomer,
+    save_model,
+    save_zoomer,
+)
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import MixConfig, mix_batch
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.loop import TrainConfig, never, resolve_device, train
+from zpipe.train.loop import TrainConfig, never, resolve_device, to_device, train
 from zpipe.train.losses import CoarseToFineLoss, TokenLabelLoss, relevance_token_labels
 from zpipe.train.models.cfvit import CFViT
 from zpipe.train.models.fusion import FusedViT
@@ -46,6 +56,7 @@ from zpipe.train.scoring import (
     takes_scores,
     zooms,
 )
+from zpipe.train.settings import check_choices
 from zpipe.train.train_zoomer import maps_record, to_json
 
 ZoomDraw = Literal["alpha", "budget"]
@@ -96,6 +107,7 @@ class VitConfig:
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.num_classes is not None and self.num_classes < 1:
             raise UsageError(f"num_classes {self.num_classes}: give a number >= 1")
         if not 0.0 <= self.label_smoothing <= 1.0:
@@ -141,7 +153,7 @@ class ClassifyTask:
         self.draws = torch.Generator()
         self.done = 0.0
 
-    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         check_labels(batch["label"], batch["key"], self.model.num_classes)
         batch = self._to_device(batch)
         labels = batch["label"]
@@ -168,11 +180,14 @@ class ClassifyTask:
             logits = self.call(images, **arguments)
             loss = self._class_loss(logits, batch)
         accuracy = (logits.argmax(dim=1) == labels).float().mean()
-        return loss, {"train_top1": float(accuracy)}
+        return loss, {"train_top1": accuracy}
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        moved = {name: value.to(self._device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        return moved | {"image": self._preprocessing.normalise(moved["image"])}
+        """What a step computes with, normalised and on the device; boxes and flips stay behind."""
+        moved = {
+            name: to_device(batch[name], self._device) for name in ("image", "label", "relevance") if name in batch
+        }
+        return moved | {"key": batch["key"], "image": self._preprocessing.normalise(moved["image"])}
 
     def _class_loss(self, logits: Tensor, batch: dict[str, Any]) -> Tensor:
         smoothing = self._config.label_smoothing
@@ -277,8 +292,10 @@ def train_vit(
         raise UsageError(f"loss {config.loss}: the two stages of {config.model} learn by ce")
     source = _source(model, config, zoomer, store)
     frozen = source.zoomer if source is not None else None
+    zoomers_own = None
     if frozen is not None:
         frozen.to(device)
+        zoomers_own = load_zoomer(zoomer)[1]  # now: at the end, days later, its folder may hold another one
     held_out = None
     if val is not None:
         held_out = RelevanceLoader(
@@ -301,17 +318,19 @@ def train_vit(
         | maps_record(store)
         | {"val": _text(val), "val_maps": _text(val_maps)}
         | {"shards": str(shards), "zoomer": _text(zoomer), "maps": _text(maps)}
+        # A path may come to hold something else before the run is gone on with.
+        | {"shards_digest": loader.digest, "zoomer_digest": None if zoomer is None else digest_zoomer(zoomer)}
     )
     if begin_run(out, "vit", to_json(settings), resume, defaults=to_json(asdict(VitConfig()))):
         return {}
-    if config.init_from is not None:
+    if config.init_from is not None and not (Path(out) / CHECKPOINT_NAME).is_file():  # which holds what became of it
         start_from(model, config.init_from)
     task = ClassifyTask(model, source, config, preprocessing, device, held_out)
     figures = train(task, loader, config.train, Path(out), stage="train-vit", progress=progress, stop=stop)
     if not team.first:
         return figures
     if frozen is not None:
-        save_zoomer(Path(out), frozen.cpu(), load_zoomer(zoomer)[1])
+        save_zoomer(Path(out), frozen.cpu(), zoomers_own)
     save_model(Path(out), model.cpu(), preprocessing)
     return figures
 

@@ -17,7 +17,7 @@ from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import Preprocessing, Resume, begin_run, save_model
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.loop import TrainConfig, never, resolve_device, train
+from zpipe.train.loop import TrainConfig, never, resolve_device, to_device, train
 from zpipe.train.losses import ZoomerLoss
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.ranks import ranks
@@ -52,11 +52,10 @@ class ZoomerTask:
         self.call = model
         self.draws = torch.Generator()  # nothing is drawn
 
-    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float]]:
-        images = self._preprocessing.normalise(batch["image"].to(self._device))
-        target = batch["relevance"].to(self._device).flatten(1)  # [B, grid * grid]
-        total, terms = self._loss(self.call(images), target)
-        return total, {name: float(term) for name, term in terms.items()}
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        images = self._preprocessing.normalise(to_device(batch["image"], self._device))
+        target = to_device(batch["relevance"], self._device).flatten(1)  # [B, grid * grid]
+        return self._loss(self.call(images), target)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Held-out figures come from `zpipe evaluate`, which needs the validation maps."""
@@ -106,6 +105,7 @@ def train_zoomer(
     settings = asdict(config) | {
         "shards": str(shards),
         "maps": str(maps),
+        "shards_digest": loader.digest,
         **maps_record(store),
     }
     if begin_run(out, "zoomer", to_json(settings), resume, defaults=to_json(asdict(ZoomerConfig()))):

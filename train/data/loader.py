@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -198,8 +200,15 @@ class RelevanceLoader:
         workers = max(1, self.num_workers)
         return lane_count(workers * self.world_size if self.train else workers, train=self.train)
 
-    def state_dict(self) -> dict[str, int]:
-        """Where we are: behind the batch that was yielded last. A handful of numbers."""
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of how many samples each shard holds and of which keys, in order: the same data set has the same
+        wherever it lies."""
+        lines = (f"{shard.entry.count} {shard.entry.keys_sha256}\n" for shard in self.shards)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where we are, behind the batch that was yielded last, and in which data set. A handful of JSON values."""
         return {
             "epoch": self.epoch,
             "batch": self._next,
@@ -208,10 +217,12 @@ class RelevanceLoader:
             "batch_size": self.batch_size,
             "world_size": self.world_size,
             "repeats": self.repeats,
+            "digest": self.digest,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict()` was taken. Errors: :class:`UsageError` when this loader orders its samples otherwise."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict()` was taken. Errors: :class:`UsageError` when this loader orders its samples otherwise, or
+        has others. A state of an earlier zpipe doesn't name its samples, and is taken at its word."""
         own = self.state_dict()
         names = ["seed", "repeats"]
         if not self.train or state["batch_size"] * state["world_size"] != self.global_batch:
@@ -222,6 +233,16 @@ class RelevanceLoader:
                     f"{self.path}: the state was taken with {name}={state[name]}, this loader has {own[name]}; "
                     "use the same, or begin with the next epoch"
                 )
+        if state.get("digest", self.digest) != self.digest:
+            raise UsageError(
+                f"{self.path}: the state was taken over other shards (digest={state['digest'][:12]}, here "
+                f"{self.digest[:12]}); use the same, or begin with the next epoch"
+            )
+        if state["batch"] > len(self):
+            raise UsageError(
+                f"{self.path}: the state was taken behind batch {state['batch']}, an epoch here has {len(self)}; use the same "
+                "data, or begin with the next epoch"
+            )
         self.epoch, self._lanes = state["epoch"], state["lanes"]
         self._start = self._next = state["batch"]
 

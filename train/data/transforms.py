@@ -15,6 +15,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.geometry import Box, covered_share, crop_maps
 from zpipe.schemas.sample import IMAGE_FORMATS
+from zpipe.train.settings import check_choices
 
 Augment = Literal["train", "eval"]
 Colour = Literal["none", "deit", "deit3"]
@@ -38,6 +39,7 @@ class ViewConfig:
     erase: float = 0.0
 
     def __post_init__(self) -> None:
+        check_choices(self, "view.")
         low, high = self.crop_scale
         if not 0.0 < low <= high <= 1.0:
             raise UsageError(f"view.crop_scale {low:g}, {high:g}: give 0 < low <= high <= 1")
@@ -48,8 +50,6 @@ class ViewConfig:
             raise UsageError(f"view.flip {self.flip:g}: give a probability in [0, 1]")
         if not 0.0 <= self.erase <= 1.0:
             raise UsageError(f"view.erase {self.erase:g}: give a probability in [0, 1]")
-        if self.colour not in ("none", "deit", "deit3"):
-            raise UsageError(f"view.colour {self.colour}: choose none, deit or deit3")
         if not 0.0 < self.crop_pct <= 1.0:
             raise UsageError(f"view.crop_pct {self.crop_pct:g}: give a share in (0, 1]")
 
@@ -208,7 +208,10 @@ RAND_AUGMENT = (
 def _rand_augment(rng: np.random.Generator, image: Image.Image) -> Image.Image:
     from timm.data.auto_augment import RandAugment, rand_augment_ops
 
-    operations = rand_augment_ops(magnitude=9, hparams={"magnitude_std": 0.5}, transforms=list(RAND_AUGMENT))
+    # At its upper bound, which is 10 unless we say otherwise, timm posterises to 0 bits: Pillow refuses that from 13 on, and
+    # painted the image black before. A hair below the bound it is 1 bit.
+    strength = {"magnitude_std": 0.5, "magnitude_max": 9.999}
+    operations = rand_augment_ops(magnitude=9, hparams=strength, transforms=list(RAND_AUGMENT))
     # timm draws from the two global generators; they are lent to it and given back.
     mine, numpys = random.getstate(), np.random.get_state()
     try:
