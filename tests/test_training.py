@@ -527,6 +527,31 @@ def test_a_run_starts_another_of_its_kind_and_other_sizes(data, finished, tmp_pa
         assert torch.allclose(body[name], source[name], atol=1e-6)
 
 
+def test_images_are_normalised_as_the_weights_to_start_from_want(data, finished, tmp_path):
+    """Many of timm's vit_* have a mean of .5; a frozen zoomer, which can't adapt, comes first."""
+    begun = tmp_path / "begun"
+    shutil.copytree(finished[PLAIN], begun)
+    config = json.loads((begun / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": [0.5] * 3, "std": [0.25] * 3}
+    (begun / "config.json").write_text(json.dumps(config))
+    run(data, PLAIN, tmp_path / "plain", init_from=str(begun))
+    found = load_run(tmp_path / "plain").preprocessing
+    assert (found.mean, found.std) == ((0.5,) * 3, (0.25,) * 3)
+    run(data, ZOOM, tmp_path / "zoom", init_from=str(begun))
+    assert load_run(tmp_path / "zoom").preprocessing.mean == load_run(data / "zoomer").preprocessing.mean != found.mean
+
+    def stop(stage, done, total, **facts):
+        if done == 12:
+            raise Stop
+
+    halfway, settings = tmp_path / "halfway", {"init_from": str(begun), "train__checkpoint_s": 0.0}
+    with pytest.raises(Stop):
+        run(data, PLAIN, halfway, progress=stop, **settings)
+    shutil.rmtree(begun)  # what a run was begun with is in its own folder
+    run(data, PLAIN, halfway, **settings)
+    assert load_run(halfway).preprocessing == found and weights(halfway) == weights(tmp_path / "plain")
+
+
 @pytest.mark.parametrize(
     ("source", "told"),
     [(ZOOMER, "can't start from it"), ("deep", "can't start from it"), ("none", "no run, no checkpoint file")],

@@ -61,7 +61,7 @@ FREE_SETTINGS = (
     "train.wandb",
 )
 # What earlier runs don't say of themselves.
-RECORDED_LATER = ("maps_fingerprint", "shards_digest", "zoomer_digest")
+RECORDED_LATER = ("maps_fingerprint", "shards_digest", "zoomer_digest", "mean", "std")
 
 Resume = Literal["auto", "never"]
 

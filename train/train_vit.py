@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,17 +19,21 @@ from timm.data.mixup import mixup_target
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from zpipe.schemas.atomic import read_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import (
     CHECKPOINT_NAME,
+    CONFIG_NAME,
+    RUN_NAME,
     Preprocessing,
     Resume,
     begin_run,
     digest_zoomer,
     load_run,
     load_zoomer,
+    read_record,
     save_model,
     save_zoomer,
 )
@@ -276,12 +280,6 @@ def train_vit(
         raise UsageError(f"{shards}: its index names no classes; give --num-classes")
     torch.manual_seed(config.train.seed)
     model = build_vit(config, num_classes).to(device)
-    preprocessing = Preprocessing(
-        image_size=config.image_size,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        crop_pct=config.view.crop_pct,
-    )
     if zooms(model):
         cells = model.coarse_grid**2
         fixed = config.fixed_zoom if config.zoom_draw == "budget" else None
@@ -296,6 +294,8 @@ def train_vit(
     if frozen is not None:
         frozen.to(device)
         zoomers_own = load_zoomer(zoomer)[1]  # now: at the end, days later, its folder may hold another one
+    mean, std = _normalisation(Path(out), config.init_from, zoomers_own)
+    preprocessing = Preprocessing(image_size=config.image_size, mean=mean, std=std, crop_pct=config.view.crop_pct)
     held_out = None
     if val is not None:
         held_out = RelevanceLoader(
@@ -318,6 +318,7 @@ def train_vit(
         | maps_record(store)
         | {"val": _text(val), "val_maps": _text(val_maps)}
         | {"shards": str(shards), "zoomer": _text(zoomer), "maps": _text(maps)}
+        | {"mean": mean, "std": std}
         # A path may come to hold something else before the run is gone on with.
         | {"shards_digest": loader.digest, "zoomer_digest": None if zoomer is None else digest_zoomer(zoomer)}
     )
@@ -362,6 +363,25 @@ def _source(
             raise UsageError(f"--scores {name}: has no use for {option}; leave it out, or choose --scores {source}")
     opened = open_zoomer(zoomer, config.image_size) if zoomer is not None else None
     return choose_source(name, model, zoomer=opened, origin=str(zoomer), store=store, training=True)
+
+
+def _normalisation(
+    out: Path, init_from: str | None, zoomers: Preprocessing | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels that images are normalised by: those that the frozen zoomer wants; else those
+    that the weights to start from were trained with, where these say so; else ImageNet's. A run keeps those it began with.
+    """
+    told: Mapping[str, Any] = {}
+    if (out / RUN_NAME).is_file():
+        told = read_record(out)["settings"]
+    elif zoomers is not None:
+        return zoomers.mean, zoomers.std
+    elif init_from is not None and init_from.startswith("timm:"):
+        described = timm.models.get_pretrained_cfg(init_from.removeprefix("timm:"))
+        told = {} if described is None else described.to_dict()
+    elif init_from is not None and (Path(init_from) / CONFIG_NAME).is_file():
+        told = read_json(Path(init_from) / CONFIG_NAME, "a model description").get("pretrained_cfg", {})
+    return tuple(told.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(told.get("std", IMAGENET_DEFAULT_STD))
 
 
 def _text(path: Path | None) -> str | None:
