@@ -53,7 +53,7 @@ docs: setup
 # moment of its own choosing may miss it. The thresholds are those of CONTRIBUTING.md.
 coverage: setup
 	$(BIN)/python -m coverage erase
-	-$(BIN)/python -m coverage run -m pytest -m 'not gpu'
+	-$(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile -m 'not gpu'
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report --include='*/schemas/*,*/pipeline/*' --fail-under=95
 	$(BIN)/python -m coverage report --include='*/train/*' --fail-under=85

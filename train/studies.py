@@ -190,7 +190,9 @@ class Bench:
         loader = self.loader(opened)
         config = replace(self.config.evaluation, scores=scores)
         if zoomer is not None:
-            source: ScoreSource | None = choose_source("zoomer", opened.model, zoomer=zoomer, store=loader.maps)
+            source: ScoreSource | None = choose_source(
+                "zoomer", opened.model, zoomer=zoomer, origin=self.zoomer or "the zoomer", store=loader.maps
+            )
         else:
             source = choose_run_source(opened, config, loader.maps)
         each = (modes_asked(opened.model, source, replace(config, **zooming)) for zooming in zoomings)

@@ -31,6 +31,17 @@ def _main_columns(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in hidden}
 
 
+def _tables(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Those of zoomers and those of ViTs apart, for they have few figures in common, and neither with columns that are empty."""
+    found = []
+    for has_top1 in (False, True):
+        chosen = [row for row in rows if (row.get("top1") is not None) == has_top1]
+        filled = {name for row in chosen for name, value in row.items() if value is not None}
+        if chosen:
+            found.append([{name: value for name, value in row.items() if name in filled} for row in chosen])
+    return found
+
+
 def evaluate_command(
     run: Annotated[
         Path, typer.Argument(parser=local_path, metavar="RUN", help="Finished train-vit or train-zoomer run.")
@@ -178,7 +189,8 @@ def evaluate_command(
             config = config if alphas is not None else replace(config, alphas=EvalConfig.alphas)
             result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
     if study is not None:
-        print_rows(wide(rows), title=STUDIES[study].title)
+        for table in _tables(wide(rows)):
+            print_rows(table, title=STUDIES[study].title)
         for note in notes:
             tell(f"note: {note}")
         tell(f"written to {path} and {path.with_suffix('.parquet').name}")
