@@ -609,6 +609,8 @@ def test_filters_filter_and_two_models_answer(data, page_file, open_page):
     page.select_option("#left-model", "0")
     page.select_option("#filter-kind", "zoomer")
     assert status(page) == sum("0" in entry.get("kinds", {}) for entry in entries) > 0
+    heads = page.locator(".answer h4").all_inner_texts()
+    assert heads and not [head for head in heads if "right" in head and "(zoomer)" in head]
     page.click("#reset")
     page.select_option("#filter-order", "hard")
     hardest = min(entries, key=lambda entry: entry["ease"])["key"]

@@ -202,7 +202,8 @@ zpipe.gallery = (() => {
     const at = zoom ? make("span", { class: "at" }, `${zoom[0]} ${zoom[1]} `) : null;
     const head = make("h4", {}, data.models[model].name, " ", at);
     head.append(make("span", { class: right ? "right" : "wrong" }, right ? "✓ right" : "✗ wrong"));
-    if (kind && kind !== "right") head.append(` (${kind})`);
+    // The study of errors has a zoom of its own, at which the answer may have been another.
+    if (kind && kind !== "right" && !right) head.append(` (${kind})`);
     return make("section", { class: "answer" }, head, make("ol", {}, ...rows));
   }
 
