@@ -140,7 +140,7 @@ def _extract(
     _begin(out, provenance)
     _clear_temporaries(out)
     todo, kept = _plan(out, entries, provenance)
-    threads = _threads(config)
+    threads = _threads(config, len(entries))
     spec = WorkerSpec(
         teacher=config.teacher,
         weights=config.weights if config.weights in ("pretrained", "random") else str(Path(config.weights).resolve()),
@@ -236,7 +236,7 @@ def _device(config: ExtractConfig) -> str:
     return config.device
 
 
-def _threads(config: ExtractConfig) -> int:
+def _threads(config: ExtractConfig, shards: int) -> int:
     cpus = os.cpu_count() or 1
     if config.threads:
         return config.threads
@@ -244,7 +244,11 @@ def _threads(config: ExtractConfig) -> int:
         return cpus
     # More processes with fewer threads are faster, fewer processes take less memory: up to 4 threads each. It must not
     # depend on how much is left to do, or a resumed run would sum in another order than an undisturbed one.
-    return min(4, max(1, cpus // 2))
+    few = min(4, max(1, cpus // 2))
+    if config.address or os.environ.get("RAY_ADDRESS"):
+        return few  # how many CPUs a cluster's machines have isn't known here
+    # A shard is one worker's: with fewer shards than that makes workers, the rest of the machine would idle.
+    return max(few, min(16, cpus // max(1, shards)))
 
 
 def _begin(out: Path, provenance: Provenance) -> None:

@@ -19,7 +19,7 @@ import torch
 from zpipe.pipeline import extract as extraction
 from zpipe.pipeline.executor import Resources, run_ray
 from zpipe.pipeline.explainer import ExplainConfig
-from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
+from zpipe.pipeline.extract import ExtractConfig, _threads, extract_teacher_maps
 from zpipe.pipeline.make_shards import FolderSource, index_shards, make_shards
 from zpipe.pipeline.relevance import transformer_attribution
 from zpipe.pipeline.shard_reader import frame_image, open_shards, read_samples
@@ -688,3 +688,30 @@ def test_reports_are_counted_as_they_come_and_those_that_say_nothing_are_let_go(
     )
     assert [report.stem for report in reports] == ["shard-1", "shard-3", "shard-5"]
     assert told == [(10, None, 6), (11, 0, 5), (12, 1, 4), (13, 1, 3), (14, 2, 2), (15, 2, 1), (16, 3, 0)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize(
+    "cpus, shards, expected",
+    [
+        (2, 1, 2),
+        (2, 2, 1),
+        (2, 1000, 1),
+        (8, 1, 8),
+        (8, 3, 4),
+        (64, 1, 16),
+        (64, 2, 16),
+        (64, 8, 8),
+        (64, 1000, 4),
+        (1, 1, 1),
+    ],
+)
+def test_few_shards_get_more_threads_each(monkeypatch, cpus, shards, expected):
+    monkeypatch.setattr("os.cpu_count", lambda: cpus)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert _threads(ExtractConfig(), shards) == expected
+    assert _threads(ExtractConfig(threads=3), shards) == 3
+    assert _threads(ExtractConfig(executor="local"), shards) == cpus
+    assert _threads(ExtractConfig(address="auto"), shards) == min(4, max(1, cpus // 2))
