@@ -28,7 +28,7 @@ from zpipe.train.evaluate import EvalConfig, evaluate
 from zpipe.train.loop import TrainConfig
 from zpipe.train.models import zoom_tokens
 from zpipe.train.report import ReportConfig, report
-from zpipe.train.report.figures import base_name, curves, headline, histograms, points, tables
+from zpipe.train.report.figures import EVALUATION, base_name, curves, headline, histograms, points, tables
 from zpipe.train.report.page import describe, embedded_json, render
 from zpipe.train.report.runs import gather
 from zpipe.train.results import Result, write_results
@@ -180,6 +180,17 @@ def test_studies_alone_and_metrics_nobody_foresaw(tmp_path):
     assert table["rows"][0] == ["vit, zfe soft", "alpha 0.1", "3", "100"]
     html = report([tmp_path / "study"], tmp_path / "out", CONFIG).read_text()
     assert "zpipe evaluate RUN" in embedded(html, "about-data")["notes"][0]
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_studies_stand_back_behind_evaluations(evaluated):
+    rows = [result(study="pruning", value=0.1), result(study="pruning", metric="gmacs", value=1.0)]
+    if evaluated:
+        rows += [result(study=EVALUATION, value=0.9), result(study=EVALUATION, metric="gmacs", value=1.0)]
+    (figure,) = curves(points(rows), {})
+    shown = {trace.get("legendgroup"): trace.get("visible", True) for trace in figure["data"]}
+    assert shown == ({None: True, "pruning": "legendonly"} if evaluated else {"pruning": True})
+    assert ("by a click" in figure["note"]) == evaluated
 
 
 def test_figures_that_are_there_twice_are_shown_once(data, tmp_path):

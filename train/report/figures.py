@@ -188,18 +188,21 @@ def curves(found: Sequence[Point], titles: dict[str, str], runs: Sequence[RunRec
                 lines.setdefault((point.study, point.series), {}).setdefault(point.sweep, []).append(point)
         if not lines:
             continue
-        data = []
+        data, evaluated = [], any(study == EVALUATION for study, _ in lines)
+        aside = evaluated and any(study != EVALUATION for study, _ in lines)
         for key, sweeps in lines.items():
             for place, (sweep, members) in enumerate(sweeps.items()):
                 suffix = f", {sweep}" if len(sweeps) > 1 and sweep else ""
                 trace = _curve(titles, numbers[key], key, members, metric, suffix)
+                if evaluated and key[0] != EVALUATION:
+                    trace["visible"] = "legendonly"  # what a study does to a model would hide how good the models are
                 data.append(trace | {"dashed": place % 2 == 1})
         figures.append(
             {
                 "id": name,
                 "title": title,
-                "note": f"{notes[name]} {bars}",
-                "table": EVALUATION if any(study == EVALUATION for study, _ in lines) else next(iter(lines))[0],
+                "note": f"{notes[name]} {bars}{' Studies are shown by a click on their names.' if aside else ''}",
+                "table": EVALUATION if evaluated else next(iter(lines))[0],
                 "data": data,
                 "layout": {
                     "xaxis": {"title": {"text": axis}, "rangemode": "tozero"},
