@@ -318,7 +318,7 @@ class Running:
             self.look()
             assert time.monotonic() < end, self.said()
             time.sleep(0.1)
-        end = time.monotonic() + 90  # data processes look for their parent every few seconds, agents of Ray more rarely
+        end = time.monotonic() + 20  # data processes look for their parent every few seconds
         while left := self.look():
             assert time.monotonic() < end, left
             time.sleep(0.1)
