@@ -28,6 +28,8 @@ LEASE_NAME = "lease.json"
 BEAT_S = 10.0
 EXPIRY_S = 40.0
 SETTLE_S = 0.5
+# How long a run that slept past its lease waits for the renewal before it gives up.
+RENEWAL_S = 10.0
 FORMAT = "zpipe-lease"
 VERSION = 1
 FIELDS: dict[str, Any] = {
@@ -55,9 +57,9 @@ class Lease:
     def check(self) -> None:
         """Whether we may still write."""
         # Late, but continued (a machine that slept, Ctrl-Z): the thread renews it in a moment. Unless it hangs in the store.
-        waited_until = time.monotonic() + BEAT_S
+        waited_until = time.monotonic() + RENEWAL_S
         while not self._lost and self._late() and time.monotonic() < waited_until:
-            time.sleep(BEAT_S / 100)
+            time.sleep(RENEWAL_S / 100)
         if not self._lost and self._late():
             raise ZpipeError(
                 f"{self._path}: the lease was last renewed {time.monotonic() - self._renewed:.0f} s ago, the store doesn't "

@@ -135,7 +135,7 @@ def foreign(folder, age):
 
 
 def test_a_run_on_another_machine_is_believed_while_it_renews(tmp_path, monkeypatch):
-    monkeypatch.setattr(leases, "EXPIRY_S", 0.5)
+    monkeypatch.setattr(leases, "EXPIRY_S", 2.0)
     foreign(tmp_path, age=0)
     with pytest.raises(ZpipeError, match="process 1 on elsewhere has been writing to this store since noon"):
         with held_lease(tmp_path):
@@ -204,7 +204,7 @@ def test_containers_of_one_name_do_not_take_each_other_for_dead(tmp_path):
 def test_of_another_boot_or_namespace_only_the_beat_counts(tmp_path, monkeypatch, change):
     dead = subprocess.Popen([sys.executable, "-c", "pass"])
     dead.wait(30)
-    monkeypatch.setattr(leases, "EXPIRY_S", 0.5)
+    monkeypatch.setattr(leases, "EXPIRY_S", 1.5)
     holder_of(tmp_path, pid=dead.pid, **change)
     with pytest.raises(ZpipeError, match=f"process {dead.pid} on"):
         with held_lease(tmp_path):
@@ -321,6 +321,7 @@ def test_a_lease_whose_renewal_hangs_is_not_held(tmp_path, monkeypatch, stuck):
     write, free = stuck
     monkeypatch.setattr(leases, "BEAT_S", 0.05)
     monkeypatch.setattr(leases, "EXPIRY_S", 1.0)
+    monkeypatch.setattr(leases, "RENEWAL_S", 0.1)
     monkeypatch.setattr(leases, "write_bytes", write)
     with held_lease(tmp_path) as lease:
         lease.check()
@@ -333,9 +334,8 @@ def test_a_lease_whose_renewal_hangs_is_not_held(tmp_path, monkeypatch, stuck):
 
 def test_a_run_that_was_stopped_for_long_renews_and_goes_on(tmp_path):
     """Stopped, as by Ctrl-Z, until its lease would have expired."""
-    code = "import sys; from zpipe.pipeline import lease; lease.EXPIRY_S, lease.BEAT_S = 1.5, 0.5; exec(sys.argv[1])"
     held = subprocess.Popen(
-        [sys.executable, "-c", code, CHECKING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", CHECKING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
         assert held.stdout.readline() == "holds\n"
@@ -349,8 +349,11 @@ def test_a_run_that_was_stopped_for_long_renews_and_goes_on(tmp_path):
 
 
 CHECKING = """
+import sys
 from pathlib import Path
-with lease.held_lease(Path(sys.argv[2])) as held:
+from zpipe.pipeline import lease
+lease.EXPIRY_S, lease.BEAT_S, lease.RENEWAL_S = 1.5, 0.5, 60
+with lease.held_lease(Path(sys.argv[1])) as held:
     print("holds", flush=True)
     sys.stdin.readline()
     held.check()
