@@ -128,6 +128,8 @@ def work(rank, port, data, out, told):
             function(*arguments, **more, **stop)
         except ZpipeError as error:
             told.put((name, rank, type(error).__name__, str(error)))
+            if at:  # what is saved at the moment in which this rank leaves
+                told.put((f"{name}: saved", rank, "step", load_checkpoint(out / arguments[1].name)["step"]))
         except BaseException:
             traceback.print_exc()
             raise
@@ -136,7 +138,7 @@ def work(rank, port, data, out, told):
 
 @pytest.fixture(scope="module")
 def pair(data, tmp_path_factory):
-    """The folder of the runs of two ranks; what they failed on, as (job, rank) -> (kind, text)."""
+    """The folder of the runs of two ranks; what they failed on, as (job, rank) -> (kind, text), and what was saved then."""
     out = tmp_path_factory.mktemp("pair")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -185,6 +187,12 @@ def test_a_stop_that_one_rank_hears_of_ends_all_and_is_gone_on_with(pair):
     assert [line["step"] for line in lines(out / "again")] == list(range(1, STEPS + 1))
 
 
+def test_no_rank_leaves_before_the_state_is_saved(pair):
+    """Ray ends the others when the first of them leaves."""
+    saved = {key: step for key, (kind, step) in pair[1].items() if kind == "step"}
+    assert saved == {(f"{name}: saved", rank): at for name, at in (("drop stopped", 7), ("for one", 8)) for rank in (0, 1)}  # fmt: skip
+
+
 def test_ranks_draw_apart_what_is_theirs(pair):
     first, second = (own["cpu"] for own in load_checkpoint(pair[0] / "for one")["position"]["ranks"])
     assert not torch.equal(first, second)
@@ -212,7 +220,13 @@ def test_all_ranks_end_with_one_error(pair):
         assert "the loss became" in errors["not finite", rank][1]
         assert errors["wrong", rank][0] == "UsageError"
         assert "was begun with train.lr = 0.001, now it is 0.5" in errors["other settings", rank][1]
-    assert {name for name, _ in errors} == {"drop stopped", "for one", "not finite", "other settings", "wrong"}
+    assert {name for name, _ in errors if ": saved" not in name} == {
+        "drop stopped",
+        "for one",
+        "not finite",
+        "other settings",
+        "wrong",
+    }
 
 
 # ------------------------------------------------------------------------------------------------- before Ray begins
@@ -382,7 +396,9 @@ def test_a_killed_worker_changes_nothing(pair, on_ray, tmp_path):
 @pytest.mark.slow
 def test_an_interrupted_command_saves_and_leaves_nobody(data, on_ray, tmp_path):
     run = tmp_path / "run"
-    config = with_loop(LONG, epochs=400, checkpoint_s=600.0)
+    # 57 million parameters, 690 MB with the optimizer's: one that takes a while to save.
+    body = {"embed_dim": 768, "depth": 8, "num_heads": 12}
+    config = with_loop(replace(LONG, model_args=LONG.model_args | body), epochs=400, checkpoint_s=600.0)
     running = on_ray(run, config, "--data-workers", 1)
     running.until(lambda below: steps_done(run) >= 3)
     running.process.send_signal(signal.SIGTERM)

@@ -26,6 +26,7 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.board import Board
 from zpipe.train.checkpoint import Resume
+from zpipe.train.loop import Stopped
 from zpipe.train.ranks import check_batch
 from zpipe.train.train_vit import VitConfig
 from zpipe.train.train_zoomer import ZoomerConfig
@@ -150,9 +151,14 @@ def _follow(ray: Any, board: Any, group: _Group, progress: Progress) -> None:
 
 def _end_group(ray: Any, board: Any, group: _Group, say: Say) -> None:
     """Let the processes save, if there is anything to save. Another interrupt ends them at once."""
-    if ray.get(board.ask_to_stop.remote()):
-        say("stopping: the training processes save their state; interrupt again to end them at once")
-        group.wait(SAVE_S)
+    if not ray.get(board.ask_to_stop.remote()):
+        return
+    say("stopping: the training processes save their state; interrupt again to end them at once")
+    ended = group.wait(SAVE_S)
+    error = ray.get(board.error.remote()) or group.failure
+    if not ended or (error is not None and not isinstance(error, Stopped)):
+        told = f"not done after {SAVE_S:.0f} s" if error is None else _last_line(error)
+        say(f"warning: their state was not saved ({told}); the last checkpoint stands")
 
 
 class _Group:
@@ -177,8 +183,8 @@ class _Group:
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             ),
         )
-        self._thread = threading.Thread(target=self._fit, daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()
+        threading.Thread(target=self._fit, daemon=True).start()
 
     def _fit(self) -> None:
         from ray.exceptions import RayError
@@ -188,11 +194,13 @@ class _Group:
             self._trainer.fit()
         except (TrainingFailedError, RayError) as error:
             self.failure, self.may_restart = error, isinstance(error, WorkerGroupError)
+        finally:
+            self._ended.set()
 
     def wait(self, seconds: float) -> bool:
         """Whether the processes end, well or not, within that time."""
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
+        # Not by Thread.join: before Python 3.13, one that a signal's exception interrupts takes the thread for ended.
+        return self._ended.wait(seconds)
 
 
 def _start_board(ray: Any) -> Any:

@@ -306,6 +306,7 @@ def train(
                     save(_position(loader, task.draws, team, device))
                     saved = time.monotonic()
                 if stopping:
+                    team.total([0.0])  # all wait for the one that saves: when the first leaves, Ray ends the others
                     break
             if stopping:
                 break
