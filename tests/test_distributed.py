@@ -37,6 +37,9 @@ ZOOM = VitConfig(model="zoomvit_tiny_patch16_224", model_args=BODY, image_size=S
 PLAIN = replace(ZOOM, model="deit_tiny_patch16_224", scores=None)
 DROP = replace(PLAIN, model_args=BODY | {"drop_path_rate": 0.3}, mixup=0.8)
 LONG = replace(DROP, train=replace(LOOP, epochs=16, checkpoint_s=0.0))
+# 57 million parameters, 690 MB with the optimizer's: it takes a while to save.
+LARGE_BODY = {"embed_dim": 768, "depth": 8, "num_heads": 12}
+LARGE = replace(DROP, model_args=DROP.model_args | LARGE_BODY, train=replace(LOOP, epochs=400, checkpoint_s=600.0))
 STEPS = 20  # of four epochs
 
 # Measured: 2e-7 in the losses and 6e-6 in the weights after 15 steps of AdamW, in float32.
@@ -396,10 +399,7 @@ def test_a_killed_worker_changes_nothing(pair, on_ray, tmp_path):
 @pytest.mark.slow
 def test_an_interrupted_command_saves_and_leaves_nobody(data, on_ray, tmp_path):
     run = tmp_path / "run"
-    # 57 million parameters, 690 MB with the optimizer's: one that takes a while to save.
-    body = {"embed_dim": 768, "depth": 8, "num_heads": 12}
-    config = with_loop(replace(LONG, model_args=LONG.model_args | body), epochs=400, checkpoint_s=600.0)
-    running = on_ray(run, config, "--data-workers", 1)
+    running = on_ray(run, LARGE, "--data-workers", 1)
     running.until(lambda below: steps_done(run) >= 3)
     running.process.send_signal(signal.SIGTERM)
     assert running.wait() == 1
@@ -408,6 +408,20 @@ def test_an_interrupted_command_saves_and_leaves_nobody(data, on_ray, tmp_path):
     assert said[0].startswith("stopping: the training processes save their state")
     state = load_checkpoint(run)
     assert state["step"] == lines(run)[-1]["step"] < 2000 and len(state["position"]["ranks"]) == 2
+
+
+@pytest.mark.slow
+def test_an_interrupted_command_says_when_it_could_not_save(on_ray, small_disk):
+    run = small_disk.root / "run"
+    running = on_ray(run, LARGE, "--data-workers", 0, "--batch-size", 2)
+    running.until(lambda below: steps_done(run) >= 3)
+    running.process.send_signal(signal.SIGTERM)
+    assert running.wait() == 1
+    said = [line for line in running.said().splitlines() if not line.startswith("{")]
+    assert len(said) == 3 and said[1].startswith("warning: their state was not saved (")
+    assert "checkpoint.pt: could not be written" in said[1] and said[1].endswith("the last checkpoint stands")
+    assert said[-1] == "error: terminated; run the same command again to go on"
+    assert load_checkpoint(run) is None
 
 
 @pytest.mark.slow
