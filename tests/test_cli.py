@@ -18,6 +18,7 @@ from PIL import Image
 from tiny import BODY, SIDE, TEACHER, cut, encode, scenes, store, write_shards
 from typer.testing import CliRunner
 
+import zpipe
 from zpipe import open_maps
 from zpipe.cli import app
 from zpipe.console import local_path, path_or_url
@@ -300,6 +301,18 @@ def test_help_of_a_verb_explains_every_option(path):
         else:
             assert parameter.name in told.lower()
         assert parameter.name == "help" or parameter.help, f"{parameter.name} has no help"
+
+
+@pytest.mark.parametrize("path", ["", "maps "], ids=["zpipe", "maps"])
+def test_the_list_of_verbs_is_in_whole_sentences(path):
+    told = succeed(f"{path}--help").stdout
+    listed = told.partition("Commands:")[2].strip().splitlines()
+    assert len(listed) == sum(len(verb) == len(path.split()) + 1 and " ".join(verb).startswith(path) for verb in VERBS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed), listed
+
+
+def test_the_version():
+    assert succeed("--version").stdout == f"zpipe {zpipe.__version__}\n"
 
 
 def test_help_offers_only_what_a_verb_takes():

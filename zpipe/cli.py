@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from zpipe import __version__
 from zpipe.cli_data import extract_command, make_shards_command
 from zpipe.cli_maps import maps_app
 from zpipe.cli_options import Seed
@@ -22,18 +23,35 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Relevance maps of a frozen ViT teacher at data-set scale, and ViTs that zoom where the class is decided. Try `zpipe demo`.",
 )
-app.command("make-shards")(make_shards_command)
-app.command("extract-teacher-maps")(extract_command)
-app.command("train-zoomer")(train_zoomer_command)
-app.command("train-vit")(train_vit_command)
-app.command("evaluate")(evaluate_command)
-app.command("predict")(predict_command)
-app.command("calibrate")(calibrate_command)
-app.command("report")(report_command)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        tell(f"zpipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def zpipe_command(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before every verb."""
+
+
+app.command("make-shards", short_help="Pack images into WebDataset tars.")(make_shards_command)
+app.command("extract-teacher-maps", short_help="Store a frozen teacher's maps of tar shards.")(extract_command)
+app.command("train-zoomer", short_help="Stage 1: teach a Zoomer to predict the maps.")(train_zoomer_command)
+app.command("train-vit", short_help="Stage 2: train a ZoomViT, a plain ViT or a rival.")(train_vit_command)
+app.command("evaluate", short_help="Measure accuracy, tokens, GMACs and images/s.")(evaluate_command)
+app.command("predict", short_help="Classify image files.")(predict_command)
+app.command("calibrate", short_help="Find the threshold for a budget per image.")(calibrate_command)
+app.command("report", short_help="Write one HTML page about runs.")(report_command)
 app.add_typer(maps_app, name="maps")
 
 
-@app.command("demo")
+@app.command("demo", short_help="Run the whole pipeline on embedded data.")
 def demo_command(
     output: Annotated[
         Path,
@@ -73,7 +91,7 @@ def demo_command(
         tell(line)
 
 
-@app.command("doctor")
+@app.command("doctor", short_help="Check whether this machine has what is needed.")
 def doctor_command() -> None:
     """Check versions, PIL build, devices, Ray, shared memory and temporary folder; exit code 1 for what would fail later."""
     from zpipe.doctor import examine

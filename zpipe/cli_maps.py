@@ -50,7 +50,7 @@ def maps_info(
         out.print(table)
 
 
-@maps_app.command("verify")
+@maps_app.command("verify", short_help="Read every byte of a store and check it.")
 def maps_verify(
     store: Store,
     shards: Annotated[
@@ -99,7 +99,7 @@ def maps_show(
         tell(f"{path}: written")
 
 
-@maps_app.command("export")
+@maps_app.command("export", short_help="Convert a store to Parquet or NumPy files.")
 def maps_export(
     store: Store,
     output: Annotated[
@@ -136,7 +136,7 @@ def maps_export(
         tell(f"{output}: {len(maps)} maps")
 
 
-@maps_app.command("judge")
+@maps_app.command("judge", short_help="Test how faithful maps are to a model.")
 def maps_judge(
     store: Store,
     shards: Annotated[Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="The shards it was made from.")],
@@ -167,7 +167,7 @@ def maps_judge(
     print_rows(rows, title=str(store))
 
 
-@maps_app.command("compare")
+@maps_app.command("compare", short_help="Show how far the maps of two stores agree.")
 def maps_compare(
     first: Annotated[Path, typer.Argument(parser=path_or_url, metavar="FIRST", help="Relevance store.")],
     second: Annotated[
