@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zpipe.pipeline.worker import ShardReport, ShardTask, ShardWorker, WorkerSpec
-from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.errors import ZpipeError, first_line, last_line
 
 OnReport = Callable[[ShardReport], None]
 Check = Callable[[], None]
@@ -51,7 +51,7 @@ def run_local(
     spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, on_report: OnReport, check: Check
 ) -> None:
     """Run the tasks one after the other in this process. `check` is called between them and may raise."""
-    worker = ShardWorker(spec)
+    worker = ShardWorker(replace(spec, sharing=1))
     for task in tasks:
         check()
         on_report(worker.process(task))
@@ -98,7 +98,7 @@ def _session(resources: Resources, threads: int) -> Iterator[Any]:
         where = f"Ray at {address}" if address else "Ray on this machine"
         token = " (and RAY_AUTH_TOKEN, when it asks for one)" if address else ""
         raise ZpipeError(
-            f"{where} could not be reached or started ({_first_line(error)}); check it{token}, or use --executor local"
+            f"{where} could not be reached or started ({first_line(error)}); check it{token}, or use --executor local"
         ) from error
     try:
         if on_main:
@@ -134,7 +134,8 @@ class _Fleet:
         self._wanted = min(resources.actors or max(1, int(room)), len(tasks))
         # What the machines have is Ray's to say: this one may be none of theirs. The fullest one tells, as any may be it.
         most = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
-        sharing = max(1, min(self._wanted, int(most / spec.threads)))
+        # Not what is left to do: it bounds the batch, and a resumed run would sum in another order than an undisturbed one.
+        sharing = max(1, min(resources.actors or int(room), int(most / spec.threads), spec.sharing))
         self._spec = replace(spec, device=device, sharing=sharing)
         self._image_timeout_s = resources.image_timeout_s
         self._gpus = gpus
@@ -193,9 +194,9 @@ class _Fleet:
             # A constructor that raises, or a node lost under it. Some failures may be of one node: go on with the others.
             self._failed_starts += 1
             if self._failed_starts > MAX_RETRIES * self._wanted:
-                raise ZpipeError(f"{self._failed_starts} workers could not begin: {_last_line(error)}") from error
+                raise ZpipeError(f"{self._failed_starts} workers could not begin: {last_line(error)}") from error
             if not self._starting and not self._running and not _is_death(error):
-                raise ZpipeError(f"a worker could not begin: {_last_line(error)}") from error
+                raise ZpipeError(f"a worker could not begin: {last_line(error)}") from error
             if _is_death(error):
                 self._replace_actor()
             return
@@ -210,11 +211,11 @@ class _Fleet:
         except RayActorError as error:
             # The worker died: killed, out of memory, node lost. A new actor, not a restart: Ray refuses calls to an actor
             # while it restarts, and counts restarts over the whole run, so that one bad shard would use up the others'.
-            self._retry(job.task, f"worker failed: {_last_line(error)}")
+            self._retry(job.task, f"worker failed: {last_line(error)}")
             self._replace_actor()
         except RayError as error:
             # It lives, but raised what no worker should: a defect of ours, the same on every try.
-            self._on_report(ShardReport(stem=job.task.entry.stem, error=f"{job.task.path}: {_last_line(error)}"))
+            self._on_report(ShardReport(stem=job.task.entry.stem, error=f"{job.task.path}: {last_line(error)}"))
             self._assign(job.actor)
         else:
             self._assign(job.actor)
@@ -258,12 +259,3 @@ def _check_reachable(address: str) -> None:
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if port.isdecimal():  # not the `auto` or `local` that Ray understands too
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().split("\n") if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from zpipe.pipeline.executor import Resources, run_local, run_ray
-from zpipe.pipeline.explainer import NO_CLASS, ExplainConfig
+from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.lease import LEASE_NAME, Lease, held_lease
 from zpipe.pipeline.shard_reader import FRAMES, open_shards
 from zpipe.pipeline.teacher import Teacher, load_teacher
@@ -38,7 +38,7 @@ from zpipe.schemas.manifest import (
     write_manifest,
 )
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.relevance_store import OK, IndexFile, index_path, maps_path, max_rows
+from zpipe.schemas.relevance_store import OK, IndexFile, index_path, labels_named, maps_path, max_rows
 from zpipe.schemas.shard_index import ShardEntry
 from zpipe.schemas.storage import as_path, is_remote, map_files, names_in, remove
 
@@ -59,7 +59,7 @@ class ExtractConfig:
     batch_size, actors, threads: 0 chooses. threads are those of each worker; equal threads give equal bytes.
     device: `auto` takes CUDA devices when there are any, on a Ray cluster when the cluster has any.
     image_timeout_s: on Ray, a worker that takes longer than this for each image of its shard (and ten minutes) is taken for hung
-    and replaced. Far above what an image takes: about a second on a slow CPU, a minute for the largest teachers in float64.
+    and replaced. An image takes about a second on a slow CPU; the largest teachers in float64 can want more than the default.
     replace: remove what the store holds and start over; a replacement that was interrupted goes on where it was.
     """
 
@@ -140,6 +140,8 @@ def _extract(
     _begin(out, provenance)
     _clear_temporaries(out)
     todo, kept = _plan(out, entries, provenance)
+    _retract(out, todo)
+    total = sum(entry.count for _, entry in entries)
     threads = _threads(config, len(entries))
     spec = WorkerSpec(
         teacher=config.teacher,
@@ -154,12 +156,12 @@ def _extract(
         frame=config.frame,
         batch_size=config.batch_size,
         threads=threads,
-        sharing=1,
+        sharing=len(entries),
         device=device,
     )
     del teacher
-    total = sum(entry.count for _, entry in entries)
-    reports = _execute(spec, todo, config, lease.check, progress, kept=kept, total=total)
+    left = sum(task.entry.count for task in todo)
+    reports = _execute(spec, todo, config, lease.check, progress, kept=total - left, total=total)
     lease.check()
     failed = [report for report in reports if report.error]
     notes = [note for report in reports for note in report.notes]
@@ -169,8 +171,11 @@ def _extract(
             f"{out}: {len(failed)} of {len(entries)} shards failed, the others are committed; mend them and run again to go on",
             [report.error for report in failed],
         )
-    audit = _audit(out, [entry for _, entry in entries], provenance, shards, made={task.entry.stem for task in todo})
+    audit = _audit(out, [entry for _, entry in entries], provenance, shards, kept)
     manifest, top1 = audit.manifest, audit.top1
+    lease.check()  # of a million shards the audit takes longer than a lease
+    if not audit.listed:
+        write_manifest(out, manifest)
     remove(out / REPLACING_NAME)
     if top1 is not None and top1 < FOREIGN_LABELS and config.explain.asks_label and config.weights != "random":
         notes.append(
@@ -286,32 +291,57 @@ def _clear_temporaries(out: Path) -> None:
         clear_temporaries(out / folder)
 
 
-def _plan(out: Path, entries: list[tuple[Path, ShardEntry]], provenance: Provenance) -> tuple[list[ShardTask], int]:
-    """The shards still to do, and how many samples lie in those that are done."""
+def _plan(
+    out: Path, entries: list[tuple[Path, ShardEntry]], provenance: Provenance
+) -> tuple[list[ShardTask], dict[str, str]]:
+    """The shards still to do; of those that are done, stem -> SHA-256 of the index.
+
+    While a replacement is at work, what a worker of the replaced run finished late is removed.
+    """
     known = {entry.stem for _, entry in entries}
     if len(known) != len(entries):
         raise ZpipeError(f"{entries[0][0].parent}: two tars share a name; rename one")
     indexed = {name.removesuffix(".parquet") for name in names_in(out / "index")}
     mapped = {name.removesuffix(".zarr") for name in names_in(out / "maps")}
+    replacing = (out / REPLACING_NAME).is_file()
     foreign = sorted(indexed - known)
-    if foreign:
+    if foreign and not replacing:
         raise ZpipeError(
             f"{index_path(out, foreign[0])}: its input tar is not among these shards; give another --out folder, or --replace"
         )
+    for stem in foreign:
+        _remove_shard(out, stem)
     done = [(path, entry) for path, entry in entries if entry.stem in indexed & mapped]
-    wanted, kept = provenance.fingerprint(), 0
+    wanted = provenance.fingerprint()
+    kept: dict[str, str] = {}
     _, listed = _earlier(out)
     files = map_files(out, lambda item: IndexFile(index_path(out, item[1].stem)), done)
     for (path, entry), file in zip(done, files, strict=True):
+        if replacing and (file.seal.input_sha256, file.seal.fingerprint) != (entry.sha256, wanted):
+            _remove_shard(out, entry.stem)
+            continue
         _check_index(file, entry, wanted, listed.get(entry.stem), path)
-        kept += entry.count
-    skipped = {entry.stem for _, entry in done}
+        kept[entry.stem] = file.sha256
     todo = [
         ShardTask(path=str(path if is_remote(path) else path.resolve()), entry=entry)
         for path, entry in entries
-        if entry.stem not in skipped
+        if entry.stem not in kept
     ]
     return todo, kept
+
+
+def _remove_shard(out: Path, stem: str) -> None:
+    remove(index_path(out, stem))  # first: maps without an index count for nothing
+    remove(maps_path(out, stem))
+
+
+def _retract(out: Path, todo: list[ShardTask]) -> None:
+    """Take the manifest away when shards that it lists are made again: their bytes may differ in the last bits, and until all
+    are there the store is not what it says. Shards that only come to those it lists leave it as it is.
+    """
+    _, listed = _earlier(out)
+    if any(task.entry.stem in listed for task in todo):
+        remove(out / MANIFEST_NAME)
 
 
 def _earlier(out: Path) -> tuple[StoreManifest | None, dict[str, str]]:
@@ -323,7 +353,7 @@ def _earlier(out: Path) -> tuple[StoreManifest | None, dict[str, str]]:
 
 
 def _check_index(file: IndexFile, entry: ShardEntry, fingerprint: str, listed: str | None, tar: Path | str) -> None:
-    """Whether an index is of this tar and this provenance, and still the one that a manifest has `listed`.
+    """Whether an index is of this tar and this provenance, and still the one that was `listed` in a manifest or found before.
 
     A manifest that is written anew would vouch for what lies there now. Errors: :class:`ZpipeError` naming the file.
     """
@@ -339,7 +369,7 @@ def _check_index(file: IndexFile, entry: ShardEntry, fingerprint: str, listed: s
             "give another --out folder, or --replace to start over"
         )
     if listed is not None and file.sha256 != listed:
-        raise ZpipeError(f"{file.path}: its digest is not the manifest's: altered; delete it and run again")
+        raise ZpipeError(f"{file.path}: its digest is not what it was: altered; delete it and run again")
 
 
 def _execute(
@@ -387,39 +417,38 @@ def _execute(
 
 @dataclass(frozen=True, kw_only=True)
 class _Audit:
-    """What lies on disk. top1: share of usable, labelled images whose label the teacher names, None where there are none;
+    """What lies on disk. listed: whether the manifest that is there says so already. top1: share of usable, labelled images whose label the teacher names, None where there are none;
     unusable: stem, key and status of each sample without a usable map."""
 
     manifest: StoreManifest
+    listed: bool
     top1: float | None
     unusable: list[tuple[str, str, str]]
 
 
-def _audit(out: Path, entries: list[ShardEntry], provenance: Provenance, source: Path, *, made: set[str]) -> _Audit:
-    """Look at what lies on disk, not at what workers said, and write the manifest unless it says so already.
+def _audit(out: Path, entries: list[ShardEntry], provenance: Provenance, source: Path, kept: dict[str, str]) -> _Audit:
+    """Look at what lies on disk, not at what workers said.
 
-    made: the stems of this run's shards; the others must be as an earlier manifest has them. Errors: :class:`ZpipeError`
-    naming the file that isn't what it should be.
+    kept: of the shards that were there when the run began, stem -> SHA-256 of the index. Errors: :class:`ZpipeError` naming
+    the file that isn't what it should be.
     """
     statuses: Counter[str] = Counter()
     map_shards = []
     unusable: list[tuple[str, str, str]] = []
     named = labelled = 0
     fingerprint, mapped = provenance.fingerprint(), set(names_in(out / "maps"))
-    before, listed = _earlier(out)
+    before, _ = _earlier(out)
     files = map_files(out, lambda entry: IndexFile(index_path(out, entry.stem)), entries)
     for entry, file in zip(entries, files, strict=True):
-        _check_index(file, entry, fingerprint, None if entry.stem in made else listed.get(entry.stem), entry.name)
+        _check_index(file, entry, fingerprint, kept.get(entry.stem), entry.name)
         if maps_path(out, entry.stem).name not in mapped:
             raise ZpipeError(f"{maps_path(out, entry.stem)}: missing; run again to make it")
         table = file.table(["label", "predicted", "status"])
         if len(table) != entry.count:
             raise ZpipeError(f"{file.path}: {len(table)} rows for {entry.count} samples; delete it and run again")
+        right, of = labels_named(table)
+        named, labelled = named + right, labelled + of
         status = table["status"].to_numpy(zero_copy_only=False)
-        label, predicted = table["label"].to_numpy(), table["predicted"].to_numpy()  # int32 [n] each
-        usable = (status == OK) & (label != NO_CLASS)
-        labelled += int(usable.sum())
-        named += int((label == predicted)[usable].sum())
         statuses.update(status.tolist())
         if len(bad := np.flatnonzero(status != OK)):
             keys = file.table(["key"])["key"].take(bad).to_pylist()
@@ -435,10 +464,8 @@ def _audit(out: Path, entries: list[ShardEntry], provenance: Provenance, source:
         source=str(source),
         zpipe_version=version("zpipe"),
     )
-    if before and before.shards == manifest.shards and before.provenance.fingerprint() == fingerprint:
-        return _Audit(manifest=before, top1=top1, unusable=unusable)
-    write_manifest(out, manifest)
-    return _Audit(manifest=manifest, top1=top1, unusable=unusable)
+    same = before and before.shards == manifest.shards and before.provenance.fingerprint() == fingerprint
+    return _Audit(manifest=before if before and same else manifest, listed=bool(same), top1=top1, unusable=unusable)
 
 
 def _problems(unusable: list[tuple[str, str, str]], reports: list[ShardReport]) -> tuple[str, ...]:

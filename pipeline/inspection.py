@@ -18,7 +18,7 @@ from zpipe.schemas.atomic import commit
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import StoreManifest
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.schemas.relevance_store import OK
+from zpipe.schemas.relevance_store import OK, labels_named
 from zpipe.schemas.sample import DECODE_ERRORS, Sample
 from zpipe.schemas.shard_index import find_shards
 from zpipe.schemas.storage import as_path, check_reachable, folder_bytes
@@ -26,14 +26,14 @@ from zpipe.schemas.storage import as_path, check_reachable, folder_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class StoreFigures:
-    """A store in numbers. `bytes` is its size on disk; `teacher_top1` the share of labelled samples whose label the
-    teacher predicts; the quantiles are (5, 25, 50, 75, 95) % of entropy (nats), decimal logarithm of the scale, and mass in the
+    """A store in numbers. `bytes` is its size on disk; `teacher_top1` the share of usable, labelled samples whose label the
+    teacher predicts, None where there are none; the quantiles are (5, 25, 50, 75, 95) % of entropy (nats), decimal logarithm of the scale, and mass in the
     top 10 % of cells, over samples with a usable map.
     """
 
     manifest: StoreManifest
     bytes: int
-    teacher_top1: float
+    teacher_top1: float | None
     entropy: tuple[float, ...]
     log10_scale: tuple[float, ...]
     top10_mass: tuple[float, ...]
@@ -66,8 +66,8 @@ def store_figures(root: Path) -> StoreFigures:
     maps = RelevanceMaps(root)
     table = maps.table(["label", "predicted", "entropy", "scale", "top10_mass", "status"])
     usable = table["status"].to_numpy(zero_copy_only=False) == OK
-    columns = {name: table[name].to_numpy() for name in ("label", "predicted", "entropy", "scale", "top10_mass")}
-    labelled = columns["label"] >= 0
+    columns = {name: table[name].to_numpy() for name in ("entropy", "scale", "top10_mass")}
+    named, labelled = labels_named(table)
     shown = {
         "entropy": columns["entropy"][usable],
         "log10_scale": np.log10(columns["scale"][usable]),
@@ -76,7 +76,7 @@ def store_figures(root: Path) -> StoreFigures:
     return StoreFigures(
         manifest=maps.manifest,
         bytes=folder_bytes(as_path(root)),
-        teacher_top1=float((columns["label"] == columns["predicted"])[labelled].mean()) if labelled.any() else math.nan,
+        teacher_top1=named / labelled if labelled else None,
         **{name: _quantiles(values) for name, values in shown.items()},
         histograms={name: _histogram(values) for name, values in shown.items()},
     )

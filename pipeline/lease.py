@@ -50,36 +50,39 @@ class Lease:
         self._path, self._holder = path, holder
         self._lost = ""
         self._end = threading.Event()
-        self._renewed = time.monotonic()
+        self._renewed = _now()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
         """Whether we may still write."""
         # Late, but continued (a machine that slept, Ctrl-Z): the thread renews it in a moment. Unless it hangs in the store.
-        waited_until = time.monotonic() + RENEWAL_S
-        while not self._lost and self._late() and time.monotonic() < waited_until:
+        waited_until = _now() + RENEWAL_S
+        while not self._lost and self._late() and _now() < waited_until:
             time.sleep(RENEWAL_S / 100)
         if not self._lost and self._late():
             raise ZpipeError(
-                f"{self._path}: the lease was last renewed {time.monotonic() - self._renewed:.0f} s ago, the store doesn't "
+                f"{self._path}: the lease was last renewed {_now() - self._renewed:.0f} s ago, the store doesn't "
                 "answer: another run may have it; run again to go on"
             )
         if self._lost:
             raise ZpipeError(self._lost)
 
     def release(self) -> None:
-        """Give it back, if it is still ours. One whose thread hangs in the store is left to expire."""
+        """Give it back, if it is still ours. What can't be given back is left to expire: the work is done or has failed already."""
         self._end.set()
         self._thread.join(BEAT_S)
         if self._lost or self._thread.is_alive():
             return
-        found = _read(self._path)
-        if found is not None and found["token"] == self._holder["token"]:
-            remove(self._path)
+        try:
+            found = _read(self._path)
+            if found is not None and found["token"] == self._holder["token"]:
+                remove(self._path)
+        except storage_errors(ZpipeError):
+            return
 
     def _late(self) -> bool:
-        return time.monotonic() - self._renewed > EXPIRY_S
+        return _now() - self._renewed > EXPIRY_S
 
     def _keep(self) -> None:
         while not self._end.wait(BEAT_S):
@@ -90,10 +93,10 @@ class Lease:
                     self._lost = f"{self._path}: the lease is {holder}'s now; end the other run, then run this again"
                     return
                 write_bytes(self._path, _encode(self._holder))
-                self._renewed = time.monotonic()
+                self._renewed = _now()
             except storage_errors(ZpipeError) as error:
                 # A store that is out of reach for a moment; for longer, another run may believe us dead.
-                if time.monotonic() - self._renewed > EXPIRY_S - BEAT_S:
+                if _now() - self._renewed > EXPIRY_S - BEAT_S:
                     self._lost = f"{self._path}: the lease could not be renewed ({error}); run again to go on"
                     return
 
@@ -165,6 +168,11 @@ def _process(pid: int) -> str | None:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + ":" + fields[19]
     except OSError:
         return None
+
+
+def _now() -> float:
+    """Seconds that go on while the machine sleeps, where its clock can."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _namespace() -> str | None:

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.geometry import Box
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.sample import DECODE_ERRORS, IMAGE_FORMATS, Sample, group_samples
+from zpipe.schemas.sample import DECODE_ERRORS, IMAGE_FORMATS, Sample, check_tar_end, group_samples
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -26,6 +26,7 @@ from zpipe.schemas.shard_index import (
     check_listed,
     digest_keys,
     find_shards,
+    met_again,
     read_index,
 )
 from zpipe.schemas.storage import as_path, storage_errors
@@ -138,14 +139,8 @@ def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
                             f"{path}: ends inside {member.name}: truncated; restore it or make the shards again"
                         )
                     yield member.name, data
-            # tarfile takes a cut or damaged header for the end; a whole tar says so with a second block of zeros.
-            if tar.fileobj is None or tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ZpipeError(f"{path}: has no end mark: truncated or altered; restore it or make the shards again")
-            while rest := tar.fileobj.read(1 << 20):
-                if rest.strip(b"\0"):
-                    raise ZpipeError(
-                        f"{path}: goes on behind its end mark, as two tars in one file do; make the shards again"
-                    )
+            assert tar.fileobj is not None
+            check_tar_end(tar.fileobj.read, path, blocks=1)  # tarfile has read the other one
     except storage_errors(tarfile.TarError, EOFError) as error:
         raise ZpipeError(f"{path}: not a whole tar ({error}); restore it or make the shards again") from error
 
@@ -199,13 +194,9 @@ def scan_shards(tars: Sequence[Path], *, progress: Progress = silent, remedy: st
 
 def _check_unique(tars: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:
     """Only tars where a hash is met again are read again, to compare the keys themselves."""
-    ordered = np.sort(np.concatenate([np.zeros(0, np.int64), *hashes]))
-    doubled = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     owner: dict[str, Path] = {}
-    for tar, own in zip(tars, hashes, strict=True):
-        rows = np.flatnonzero(np.isin(own, doubled)) if len(doubled) else doubled
-        if not len(rows):
-            continue
+    for number, rows in met_again(hashes):
+        tar = tars[number]
         keys = _read_keys(tar)[0]
         for key in (keys[row] for row in rows):
             if key in owner:
@@ -213,11 +204,6 @@ def _check_unique(tars: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:
                     f"{tar}: key {key}: is in {owner[key].name} too, and maps are found by key; make the shards again with unique keys"
                 )
             owner[key] = tar
-
-
-def scan_shard(path: Path) -> ShardEntry:
-    """The index entry of a tar that has none, by reading it. Errors: as :func:`scan_shards`."""
-    return scan_shards([path])[0]
 
 
 def _read_keys(path: Path) -> tuple[list[str], int, str]:

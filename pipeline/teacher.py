@@ -16,7 +16,7 @@ from timm.models import load_state_dict, split_model_name_tag
 from timm.models.vision_transformer import VisionTransformer
 
 from zpipe.pipeline.relevance import check_supported
-from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.errors import UsageError, ZpipeError, first_line
 
 DEFAULT_NAME = "deit_base_patch16_224"
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")  # .tar: timm's own runs write .pth.tar
@@ -112,7 +112,7 @@ def load_teacher(
     try:
         model = model.eval().requires_grad_(False).to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError is what a CPU build of torch says to "cuda"
-        raise UsageError(f"device {device}: {_first_line(error)}; give a device that torch has here, or cpu") from error
+        raise UsageError(f"device {device}: {first_line(error)}; give a device that torch has here, or cpu") from error
 
     vit: VisionTransformer = model
     data = resolve_data_config(model=model)
@@ -166,7 +166,7 @@ def _create(name: str, **kwargs: Any) -> torch.nn.Module:
         return timm.create_model(name, pretrained=False, **kwargs)
     except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         args = ", ".join(f"{key}={value!r}" for key, value in kwargs.items() if value is not None)
-        raise UsageError(f"teacher {name} cannot be built with ({args}): {_first_line(error)}") from error
+        raise UsageError(f"teacher {name} cannot be built with ({args}): {first_line(error)}") from error
 
 
 def _pretrained(name: str, num_classes: int | None, model_args: dict[str, Any]) -> torch.nn.Module:
@@ -264,9 +264,5 @@ def _load_strictly(model: torch.nn.Module, state: dict[str, torch.Tensor], file:
     model.load_state_dict(state)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {_first_line(error)}"
+    return f"{type(error).__name__}: {first_line(error)}"

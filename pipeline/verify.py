@@ -20,7 +20,7 @@ from zpipe.schemas.relevance_store import (
     maps_path,
     read_stored,
 )
-from zpipe.schemas.shard_index import digest_keys
+from zpipe.schemas.shard_index import digest_keys, met_again
 from zpipe.schemas.storage import as_path, map_files, names_in
 
 
@@ -104,14 +104,10 @@ def _check_shard(
 
 def _doubled_keys(root: Path, stems: list[str], hashes: list[np.ndarray]) -> list[str]:
     """Keys that are there twice. Only shards where a hash is met again are read again, to compare the keys themselves."""
-    ordered = np.sort(np.concatenate([np.zeros(0, np.int64), *hashes]))
-    doubled = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     problems = []
     owner: dict[str, str] = {}
-    for stem, own in zip(stems, hashes, strict=True):
-        rows = np.flatnonzero(np.isin(own, doubled)) if len(doubled) else doubled
-        if not len(rows):
-            continue
+    for number, rows in met_again(hashes):
+        stem = stems[number]
         for key in IndexFile(index_path(root, stem)).table(["key"])["key"].take(rows).to_pylist():
             if key in owner:
                 problems.append(f"{index_path(root, stem)}: key {key} is in {owner[key]} too; extract again")

@@ -55,7 +55,7 @@ class WorkerSpec:
     frame: str
     batch_size: int
     threads: int
-    sharing: int  # how many workers share a machine's memory at most; an executor that starts several sets it
+    sharing: int  # how many workers share a machine's memory at most: as many as there are shards, fewer where an executor knows
     device: str
 
 

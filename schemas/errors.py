@@ -22,3 +22,17 @@ class UsageError(ZpipeError):
     """The request itself is wrong (a folder that is missing, options that exclude each other). Exit code 2."""
 
     exit_code = 2
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library says, at most 200 characters of it; its type where it says nothing."""
+    return _lines(error)[0][:200]
+
+
+def last_line(error: BaseException) -> str:
+    """The last line, where the cause stands below a traceback."""
+    return _lines(error)[-1][:200]
+
+
+def _lines(error: BaseException) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from zpipe.schemas.atomic import commit
-from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.errors import ZpipeError, first_line
 from zpipe.schemas.storage import as_path, remove, storage_errors, storage_options
 
 # What became of a sample. Only `ok` maps may be trained on: the others have no relevance to give.
@@ -167,6 +167,14 @@ def read_index(root: Path, stem: str, columns: list[str] | None = None) -> pa.Ta
     return IndexFile(index_path(root, stem)).table(columns)
 
 
+def labels_named(table: pa.Table) -> tuple[int, int]:
+    """Of a table with label, predicted and status: of how many samples the teacher names the label, and of how many it could:
+    the usable ones that have a label."""
+    label = table["label"].to_numpy()  # int32 [n]
+    usable = (table["status"].to_numpy(zero_copy_only=False) == OK) & (label >= 0)
+    return int((label == table["predicted"].to_numpy())[usable].sum()), int(usable.sum())
+
+
 class IndexFile:
     """The index of one shard, fetched in one piece (some 50 bytes a sample). Errors: :class:`ZpipeError` naming the file."""
 
@@ -206,7 +214,7 @@ class IndexFile:
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: Exception) -> ZpipeError:
-        return ZpipeError(f"{self.path}: map index can't be read ({_first_line(error)}); delete it and extract again")
+        return ZpipeError(f"{self.path}: map index can't be read ({first_line(error)}); delete it and extract again")
 
 
 def read_stored(root: Path, stem: str) -> np.ndarray:
@@ -229,9 +237,5 @@ def read_stored(root: Path, stem: str) -> np.ndarray:
     # A damaged array fails wherever Zarr or its codec happens to notice, each in its own way.
     except storage_errors(ValueError, RuntimeError, LookupError, TypeError, SystemError) as error:
         raise ZpipeError(
-            f"{path}: maps can't be read ({_first_line(error)}); delete {index_path(root, stem)} and extract again"
+            f"{path}: maps can't be read ({first_line(error)}); delete {index_path(root, stem)} and extract again"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from zpipe.schemas.errors import ZpipeError
@@ -131,3 +133,14 @@ def group_samples(members: Iterable[tuple[str, bytes]], source: str) -> Iterator
         parts[suffix] = data
     if key is not None:
         yield _sample_from(key, parts, source)
+
+
+def check_tar_end(read: Callable[[int], bytes], path: Path, *, blocks: int) -> None:
+    """Behind a tar's last member: so many more blocks of zeros must come, and nothing else. tarfile takes a cut or damaged
+    header for the end as well. Errors: :class:`ZpipeError` naming the tar.
+    """
+    if read(blocks * tarfile.BLOCKSIZE) != bytes(blocks * tarfile.BLOCKSIZE):
+        raise ZpipeError(f"{path}: has no end mark: truncated or altered; restore it or make the shards again")
+    while rest := read(1 << 20):
+        if rest.strip(b"\0"):
+            raise ZpipeError(f"{path}: goes on behind its end mark, as two tars in one file do; make the shards again")

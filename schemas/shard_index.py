@@ -6,9 +6,11 @@ A tar cut on a sample boundary reads without an error; only the count and the di
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
 
 from zpipe.schemas.atomic import read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -52,6 +54,18 @@ class ShardIndex:
 def digest_keys(keys: Iterable[str]) -> str:
     """SHA-256 (hex) of keys joined by newlines, in the order given."""
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
+def met_again(hashes: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    """Of arrays of int64 hashes of keys, one a shard, each one's number and its rows whose hash is met more than once: keys
+    that are worth a comparison, and where two are equal surely among them."""
+    ordered = np.sort(np.concatenate([np.zeros(0, np.int64), *hashes]))
+    doubled = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(doubled):
+        return
+    for number, own in enumerate(hashes):
+        if len(rows := np.flatnonzero(np.isin(own, doubled))):
+            yield number, rows
 
 
 def digest_file(path: Path) -> str:

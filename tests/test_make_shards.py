@@ -20,7 +20,7 @@ from tiny import late_profile, write_tar
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.make_shards import FolderSource, SceneSource, index_shards, inspect_image, make_shards, scene_config
-from zpipe.pipeline.shard_reader import Frame, frame_image, open_shards, read_samples, scan_shard
+from zpipe.pipeline.shard_reader import Frame, frame_image, open_shards, read_samples, scan_shards
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.sample import Sample
 from zpipe.schemas.shard_index import digest_file, read_index
@@ -75,7 +75,7 @@ def test_the_index_says_what_the_tars_hold(shards):
     )
     for entry in index.shards:
         assert (entry.bytes, entry.sha256) == ((shards / entry.name).stat().st_size, digest_file(shards / entry.name))
-        assert scan_shard(shards / entry.name) == entry
+        assert scan_shards([shards / entry.name]) == [entry]
         with tarfile.open(shards / entry.name) as tar:
             names = tar.getnames()
         assert len(names) == 3 * entry.count and {name.partition(".")[2] for name in names} == {"jpg", "cls", "json"}

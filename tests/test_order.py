@@ -214,6 +214,12 @@ def test_a_state_over_other_shards_is_refused(data, tmp_path):  # noqa: F811
     fewer = RelevanceLoader(min(data[0].glob("*.tar")), **options)
     with pytest.raises(UsageError, match="over other shards .*use the same, or begin with the next epoch"):
         fewer.load_state_dict(state)
+    # Nor one of other samples of the same shards, as missing= and the maps choose them.
+    with pytest.raises(
+        UsageError, match=r"over 5 samples, this loader has \d+ of the same shards; give the same maps and mis"
+    ):
+        loader_of(data).load_state_dict(state | {"samples": 5})
+    del state["samples"]
     # One of an earlier zpipe doesn't say which shards; it can't be behind the last batch.
     del state["digest"]
     fewer.load_state_dict(state | {"batch": len(fewer)})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,7 +32,7 @@ from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.lease import LEASE_NAME, held_lease
 from zpipe.pipeline.verify import verify_store
 from zpipe.schemas.errors import ZpipeError
-from zpipe.schemas.relevance_store import maps_path
+from zpipe.schemas.relevance_store import index_path, maps_path
 
 RAY = ("--executor", "ray", "--actors", "2")
 LOCAL = ("--executor", "local")
@@ -361,6 +362,37 @@ with lease.held_lease(Path(sys.argv[1])) as held:
 """
 
 
+def test_a_lease_that_is_lost_during_the_audit_signs_nothing(store_copy, shards, monkeypatch, teacher_settings):
+    """Of a million shards the audit takes longer than a lease lasts."""
+
+    def audit(*given):
+        found = really(*given)
+        foreign(store_copy, age=0)
+        assert wait_for(lambda: json.loads((store_copy / LEASE_NAME).read_text())["host"] == "elsewhere", 10)
+        time.sleep(0.5)  # ten beats
+        foreign(store_copy, age=0)
+        time.sleep(0.5)
+        return found
+
+    really = extraction._audit
+    monkeypatch.setattr(extraction, "_audit", audit)
+    monkeypatch.setattr(leases, "BEAT_S", 0.05)
+    (store_copy / "manifest.json").unlink()
+    with pytest.raises(ZpipeError, match="the lease is process 1 on elsewhere's now"):
+        extract_teacher_maps(shards, store_copy, ExtractConfig(**(teacher_settings | {"executor": "local"})))
+    assert not (store_copy / "manifest.json").exists()
+
+
+def test_a_lease_that_can_not_be_given_back_hides_nothing(tmp_path):
+    with pytest.raises(ZpipeError, match="^3 of 9 shards failed$"):
+        with held_lease(tmp_path):
+            (tmp_path / LEASE_NAME).write_text("no lease")
+            raise ZpipeError("3 of 9 shards failed")
+    (tmp_path / LEASE_NAME).unlink()
+    with held_lease(tmp_path):
+        (tmp_path / LEASE_NAME).write_text("no lease")
+
+
 def test_a_dead_run_whose_clock_was_ahead_is_taken_over(tmp_path, monkeypatch):
     monkeypatch.setattr(leases, "EXPIRY_S", 0.5)
     foreign(tmp_path, age=-3600)
@@ -426,6 +458,18 @@ def test_an_interrupted_replacement_goes_on_without_the_flag_too(
     interrupted(shards, store_copy)
     assert extract(shards, store_copy).extracted == 2 and contents(store_copy) == contents(store)
     assert extract(shards, store_copy, replace=True).extracted == 4
+
+
+def test_what_the_replaced_run_finishes_late_is_removed(store_copy, store, shards, extract, interrupted, contents):  # noqa: F811
+    """Its worker on a lost machine went on: it commits a shard, and one of a tar that isn't there any more."""
+    interrupted(shards, store_copy, seed=1)
+    for late, of in (("shard-00003", "shard-00003"), ("shard-00009", "shard-00000")):
+        shutil.copytree(maps_path(store, of), maps_path(store_copy, late), dirs_exist_ok=True)
+        shutil.copy(index_path(store, of), index_path(store_copy, late))
+    assert extract(shards, store_copy, seed=1, replace=True).extracted == 2
+    assert verify_store(store_copy, shards) == []
+    fresh = extract(shards, store_copy.with_name("fresh"), seed=1)
+    assert contents(store_copy) == contents(store_copy.with_name("fresh")) and fresh.extracted == 4
 
 
 def test_a_replacement_from_other_tars_starts_over(store_copy, shards, shards_copy, extract, interrupted):  # noqa: F811

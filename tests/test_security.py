@@ -315,11 +315,19 @@ def test_urls_with_credentials_are_refused_and_not_repeated(shards, tmp_path, cl
         "abfss://container@account.dfs.core.windows.net/x",
         "abfs://container@account.dfs.core.windows.net/x",
         "az://container@account.blob.core.windows.net/x",
+        "az://container@account/x",
         "hdfs://user@namenode:8020/x",
+        "hdfs://namenode/x",
     ],
 )
-def test_a_container_or_a_user_before_an_at_is_no_credential(url):
-    assert as_path(url).name == "x"
+def test_what_a_path_would_lose_of_its_url_is_refused(url):
+    """Workers open what its text names: without account or host, another store. It isn't called a credential."""
+    with pytest.raises(
+        UsageError, match=r"would be lost .*; give [a-z]+://(container)?/\.\.\., and the rest by the environ"
+    ):
+        as_path(url)
+    bare = as_path("abfss://container/x" if "container" in url else "hdfs:///x")
+    assert as_path(str(bare)) == bare
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from torch import nn
 
 import zpipe.train.models  # noqa: F401  (registers our models with timm)
 from zpipe.schemas.atomic import claim_folder, commit, read_json, write_json
-from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.errors import UsageError, ZpipeError, first_line
 from zpipe.schemas.formats import check_format, header
 from zpipe.schemas.shard_index import digest_file
 from zpipe.train.models.zoomer import Zoomer
@@ -183,9 +183,7 @@ def load_checkpoint(run: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ZpipeError(
-            f"{path}: not a readable checkpoint ({_first_line(error)}); delete it to start over"
-        ) from error
+        raise ZpipeError(f"{path}: not a readable checkpoint ({first_line(error)}); delete it to start over") from error
     remedy = "delete it to start over"
     if not isinstance(state, dict):
         raise ZpipeError(f"{path}: not a checkpoint of a run; {remedy}")
@@ -315,7 +313,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(safetensors.torch.load_file(path))
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ZpipeError(f"{path}: weights can't be read ({_first_line(error)}); take --weights final") from error
+        raise ZpipeError(f"{path}: weights can't be read ({first_line(error)}); take --weights final") from error
 
 
 def load_zoomer(run: Path) -> tuple[Zoomer, Preprocessing]:
@@ -347,9 +345,5 @@ def _load_model(run: Path, config: dict[str, Any]) -> tuple[nn.Module, Preproces
     except (KeyError, TypeError, ValueError) as error:
         raise ZpipeError(f"{run / CONFIG_NAME}: not a complete model description ({error}); train again") from error
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ZpipeError(f"{path}: weights can't be read ({_first_line(error)}); train again") from error
+        raise ZpipeError(f"{path}: weights can't be read ({first_line(error)}); train again") from error
     return model, preprocessing
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.errors import UsageError, ZpipeError, last_line
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.board import Board
 from zpipe.train.checkpoint import Resume
@@ -130,7 +130,7 @@ def run_training(
             error = ray.get(board.error.remote())
             if error is not None:
                 raise error from group.failure  # which shows where, when it is no error of ours
-            told = _last_line(group.failure)
+            told = last_line(group.failure)
             if restart == RESTARTS or not group.may_restart:
                 raise ZpipeError(
                     f"the training processes failed, {restart} restarts included: {told}"
@@ -157,7 +157,7 @@ def _end_group(ray: Any, board: Any, group: _Group, say: Say) -> None:
     ended = group.wait(SAVE_S)
     error = ray.get(board.error.remote()) or group.failure
     if not ended or (error is not None and not isinstance(error, Stopped)):
-        told = f"not done after {SAVE_S:.0f} s" if error is None else _last_line(error)
+        told = f"not done after {SAVE_S:.0f} s" if error is None else last_line(error)
         say(f"warning: their state was not saved ({told}); the last checkpoint stands")
 
 
@@ -283,14 +283,14 @@ def _session(address: str | None, count: int) -> Iterator[Any]:
     except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
         token = " (and RAY_AUTH_TOKEN, when it asks for one)" if address else ""
         raise ZpipeError(
-            f"{where} could not be reached or started ({_last_line(error)}); check it{token}, or leave out --num-workers"
+            f"{where} could not be reached or started ({last_line(error)}); check it{token}, or leave out --num-workers"
         ) from error
     try:
         if on_main:
             signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own in its place
         yield ray
     except RayError as error:
-        raise ZpipeError(f"{where} was lost ({_last_line(error)}); run the same command again to go on") from error
+        raise ZpipeError(f"{where} was lost ({last_line(error)}); run the same command again to go on") from error
     finally:
         ray.shutdown()
 
@@ -300,8 +300,3 @@ def _check_reachable(address: str) -> None:
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if port.isdecimal():  # not the `auto` or `local` that Ray understands too
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).strip().split("\n") if line.strip()]
-    return lines[-1].strip()[:160] if lines else type(error).__name__  # Ray's own can be whole paragraphs

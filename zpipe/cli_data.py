@@ -157,7 +157,10 @@ def extract_command(
     device: Device = "auto",
     image_timeout: Annotated[
         float,
-        typer.Option(min=0.001, help="Seconds per image of a shard after which a silent Ray worker counts as hung."),
+        typer.Option(
+            min=0.001,
+            help="Seconds per image of a shard, beside ten minutes, after which a silent Ray worker counts as hung.",
+        ),
     ] = 10.0,
     replace: Annotated[bool, typer.Option("--replace", help="Delete what the store holds and start over.")] = False,
 ) -> None:

@@ -40,7 +40,8 @@ def maps_info(
             f"{origin.method}{' symmetrised' if origin.symmetrised else ''}, target {origin.target}, {origin.precision}",
         )
         table.add_row("frame", f"{origin.frame}, grid {origin.grid[0]} x {origin.grid[1]}")
-        table.add_row("teacher's top-1", f"{figures.teacher_top1:.1%} on these labels")
+        if figures.teacher_top1 is not None:
+            table.add_row("teacher's top-1", f"{figures.teacher_top1:.1%} on these labels")
         table.add_row("quantiles", "5 %, 25 %, 50 %, 75 %, 95 %")
         for name in ("entropy", "log10_scale", "top10_mass"):
             table.add_row(name, ", ".join(f"{value:.3g}" for value in getattr(figures, name)))

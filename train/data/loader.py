@@ -218,6 +218,7 @@ class RelevanceLoader:
             "world_size": self.world_size,
             "repeats": self.repeats,
             "digest": self.digest,
+            "samples": self.sample_count,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -237,6 +238,11 @@ class RelevanceLoader:
             raise UsageError(
                 f"{self.path}: the state was taken over other shards (digest={state['digest'][:12]}, here "
                 f"{self.digest[:12]}); use the same, or begin with the next epoch"
+            )
+        if state.get("samples", self.sample_count) != self.sample_count:
+            raise UsageError(
+                f"{self.path}: the state was taken over {state['samples']} samples, this loader has {self.sample_count} of the "
+                "same shards; give the same maps and missing=, or begin with the next epoch"
             )
         if state["batch"] > len(self):
             raise UsageError(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.sample import ALLOWED_SUFFIXES, Sample, check_key, group_samples, split_name
+from zpipe.schemas.sample import ALLOWED_SUFFIXES, Sample, check_key, check_tar_end, group_samples, split_name
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -50,7 +50,7 @@ def list_shards(path: Path) -> tuple[list[Shard], ShardIndex]:
         return [Shard(path=tar, entry=entry) for tar, entry in zip(tars, entries, strict=True)], index
     if is_remote(folder):
         raise UsageError(
-            f"{folder}: tar shards without {INDEX_NAME}; run `zpipe make-shards --index-only` on a copy, put the file there"
+            f"{folder}: tar shards without {INDEX_NAME}; run `zpipe make-shards {folder} --index-only` once"
         )
     shards = [Shard(path=tar, entry=_scan_headers(tar)) for tar in tars]
     return shards, ShardIndex(shards=tuple(shard.entry for shard in shards), source=str(folder))
@@ -108,15 +108,8 @@ def _headers(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
                     raise ZpipeError(f"{path}: {member.name} is a sparse member; make the shards again")
                 if member.isfile():
                     yield member
-            # tarfile takes a damaged header for the end; a whole tar says so with two blocks of zeros.
             file.seek(tar.offset)
-            if file.read(2 * tarfile.BLOCKSIZE) != bytes(2 * tarfile.BLOCKSIZE):
-                raise ZpipeError(f"{path}: has no end mark: truncated or altered; restore it or make the shards again")
-            while rest := file.read(1 << 20):
-                if rest.strip(b"\0"):
-                    raise ZpipeError(
-                        f"{path}: goes on behind its end mark, as two tars in one file do; make the shards again"
-                    )
+            check_tar_end(file.read, path, blocks=2)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise ZpipeError(f"{path}: not a whole tar ({error}); restore it or make the shards again") from error
 
