@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a process of a test that crashes says where
+
 # A grid that is not square (4 x 6), so that rows and columns can't be mixed up unnoticed.
 TEACHER = {
     "teacher": "deit_tiny_patch16_224",
@@ -87,7 +89,7 @@ def command():
 def process(command):
     """Run a `zpipe` command in a process of its own: `process(*args) -> Outcome`."""
 
-    def run(*args: object, timeout: float = 120) -> Outcome:
+    def run(*args: object, timeout: float = 400) -> Outcome:
         done = subprocess.run(command(*args), capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
         return Outcome(done.returncode, done.stdout, done.stderr)
 

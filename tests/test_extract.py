@@ -372,7 +372,7 @@ def start(command, teacher_flags, many, tmp_path):
 
 def kill_in_mid_run(running, out):
     """SIGKILL once some but not all shards are committed; waits until its children are gone too. Returns how many."""
-    assert wait_for(lambda: committed(out) >= 3, 120, running), running.said()
+    assert wait_for(lambda: committed(out) >= 3, 400, running), running.said()
     below = descendants(running.pid)
     running.kill()
     running.wait(30)
@@ -389,7 +389,7 @@ def test_killed_and_run_again_gives_the_same_store(many, undisturbed, tmp_path, 
         RelevanceMaps(out)
     before = state(out / "index")
     again = start(out, "--executor", "local")
-    assert again.wait(120) == 0, again.said()
+    assert again.wait(400) == 0, again.said()
     assert f"18 maps in 18 shards ({18 - made} extracted now)" in again.said()
     assert contents(out) == contents(undisturbed)
     after = state(out / "index")
@@ -452,7 +452,7 @@ def test_a_shard_that_kills_every_worker_is_reported_and_the_rest_goes_on(undist
     assert 1 <= failed <= 2 and f"{failed} of 18 shards failed, the others are committed" in said
     assert "Traceback" not in said and committed(out) >= 16 and not (out / "manifest.json").exists()
     again = start(out, "--executor", "local")
-    assert again.wait(120) == 0, again.said()
+    assert again.wait(400) == 0, again.said()
     assert contents(out) == contents(undisturbed)
 
 

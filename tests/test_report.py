@@ -203,6 +203,19 @@ def test_figures_that_are_there_twice_are_shown_once(data, tmp_path):
     assert all(point.measures["top1"].value == 0.25 and "gmacs" in point.measures for point in found)
 
 
+def test_other_weights_and_precisions_are_settings_of_their_own(data, tmp_path):
+    run = shutil.copytree(data / "half", tmp_path / "half")
+    final = read_json(run / "evaluation.json", "an evaluation")
+    rows = [row | {"top1": 0.25} for row in final["rows"]]
+    write_json(run / "evaluation-best.json", final | {"weights": "best", "rows": rows})
+    write_json(run / "evaluation-bf16.json", final | {"rows": [row | {"precision": "bf16"} for row in rows]})
+    write_json(run / "evaluation-other-labels.json", final | {"rows": rows})
+    found = [p for p in points(gather([run]).results) if p.setting.get("budget") == 4]
+    best = {"half": final["rows"][2]["top1"]}
+    others = ("weights best", "precision bf16", "evaluation other-labels")
+    assert {p.series: p.measures["top1"].value for p in found} == best | {f"half, {other}": 0.25 for other in others}
+
+
 def test_equal_names_in_two_folders_stay_apart(tmp_path):
     for name, value in (("a", 0.1), ("b", 0.2)):
         write_results(tmp_path / name, "study", "Study", "shards", [result(study="study", value=value)])
@@ -449,7 +462,7 @@ def test_the_page_is_made_where_the_locale_knows_only_ascii():
     """Its files hold arrows and Greek; Python reads text as the locale says unless told otherwise."""
     command = "from zpipe.train.report.page import render; print(ascii(render({}, None)))"
     settings = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run([sys.executable, "-c", command], env=settings, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", command], env=settings, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-500:]
     assert done.stdout.strip() == ascii(render({}, None))
 

@@ -3,7 +3,9 @@
 import itertools
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,6 +20,7 @@ from zpipe.train.distributed import Workers
 from zpipe.train.evaluate import EvalConfig, evaluate
 from zpipe.train.loop import TrainConfig
 from zpipe.train.results import Result, read_results, wide, wilson, write_results
+from zpipe.train.settings import rebuild
 from zpipe.train.studies import STUDIES, StudyConfig, run_study, zooming_twin
 from zpipe.train.train_vit import VitConfig, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
@@ -171,6 +174,66 @@ def test_a_plain_vit_that_zooms_is_itself_where_nothing_is_zoomed(data):
         run_study("test-time-zoom", data / "plain", data / "shards", CONFIG)
     with pytest.raises(UsageError, match="zooms with a plain ViT"):
         run_study("test-time-zoom", data / "zoom", data / "shards", CONFIG, zoomer=data / "zoomer")
+
+
+def test_what_is_trained_is_normalised_as_the_run_is(data, tmp_path):
+    """Or two things would differ at once: without the frozen zoomer, --init-from would choose."""
+    begun = Path(shutil.copytree(data / "plain", tmp_path / "begun"))
+    config = json.loads((begun / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": [0.5] * 3, "std": [0.25] * 3}
+    (begun / "config.json").write_text(json.dumps(config))
+    zoom = rebuild(VitConfig(), load_run(data / "zoom").settings)
+    zoom = replace(zoom, init_from=str(begun), mean=None, std=None)
+    train_vit(data / "shards", tmp_path / "zoom", zoom, zoomer=data / "zoomer")
+    wanted = load_run(tmp_path / "zoom").preprocessing
+    assert wanted == load_run(data / "zoom").preprocessing
+    config = replace(CONFIG, seeds=(1,), evaluation=replace(CONFIG.evaluation, budgets=(4,)))
+    run_study("score-sources", tmp_path / "zoom", data / "shards", config)
+    trained = sorted((tmp_path / "zoom" / "studies" / "score-sources").glob("centre-*"))
+    assert trained and all(load_run(path).preprocessing == wanted for path in trained)
+    with pytest.raises(UsageError, match="--zoomer: was trained with mean"):
+        run_study("test-time-zoom", begun, data / "shards", CONFIG, zoomer=data / "zoomer")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "changes", "told"),
+    [
+        ("pruning", {}, {"seeds": (1,)}, "--seeds: --study pruning has no use for it"),
+        ("errors", {}, {"epochs": 3.0}, "--epochs"),
+        ("errors", {}, {"workers": Workers(count=2)}, "--num-workers"),
+        ("zfe", {"zoomer": Path("zoomer")}, {}, "--zoomer: --study zfe"),
+        ("zfe", {}, {"evaluation": EvalConfig(target_gmacs=1.0)}, "--target-gmacs"),
+        ("zfe", {}, {"evaluation": EvalConfig(calibration=Path("shards"))}, "--calibration"),
+        ("errors", {}, {"evaluation": EvalConfig(precision="int8")}, "--precision int8: choose"),
+    ],
+)
+def test_what_a_study_has_no_use_for_is_refused(data, name, options, changes, told):
+    with pytest.raises(UsageError, match=told):
+        run_study(name, data / "zoom", data / "shards", replace(CONFIG, **changes), **options)
+
+
+@pytest.mark.parametrize(("name", "run"), [("nine-crops", "plain"), ("errors", "zoom")])
+def test_studies_in_half_precision(data, name, run):
+    low = replace(CONFIG, evaluation=replace(CONFIG.evaluation, precision="bf16"))
+    with torch.no_grad(), expect_autocast() as seen:
+        rows, _ = study(data, name, run, low)
+    assert seen and set(seen) == {torch.bfloat16} and rows
+
+
+@contextmanager
+def expect_autocast():
+    """The dtypes that the blocks of ViTs compute in meanwhile."""
+    seen = []
+
+    def look(module, given, out):
+        if isinstance(module, torch.nn.Linear) and len(out) > 1:  # multiply-adds are counted on one image, in float32
+            seen.append(out.dtype)
+
+    handle = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("run", ["plain", "zoom"])

@@ -259,7 +259,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(data, tmp_path, kind):
             wait_for(lambda out=out: (out / "checkpoint.pt").is_file(), process)
         finally:
             process.kill()
-            process.communicate(timeout=30)
+            process.communicate(timeout=400)
         if not (out / "config.json").exists():
             break
     else:
@@ -284,7 +284,7 @@ def test_a_killed_data_process_is_one_line(data, tmp_path):
             return children
 
         wait_for(kill_worker, process)
-        told = process.communicate(timeout=60)[1]
+        told = process.communicate(timeout=400)[1]
     finally:
         process.kill()
     errors = [line for line in told.splitlines() if not line.startswith("{")]
@@ -465,17 +465,17 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, timeout=30).returncode:
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, timeout=400).returncode:
         pytest.skip("mounting a small file system needs root and the right to mount")
 
     def resize(size):
         disk = os.statvfs(folder)
         used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
         size = max(size, used) // 4096 * 4096
-        subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True, timeout=30)
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True, timeout=400)
 
     yield folder, resize
-    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=30)
+    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=400)
 
 
 @each_kind
@@ -547,6 +547,20 @@ def test_images_are_normalised_as_the_weights_to_start_from_want(data, finished,
     halfway, settings = tmp_path / "halfway", {"init_from": str(begun), "train__checkpoint_s": 0.0}
     with pytest.raises(Stop):
         run(data, PLAIN, halfway, progress=stop, **settings)
+    # A zoomer's model that wants another normalisation than it is refused; and an attempt that left no state binds nothing.
+    with pytest.raises(
+        UsageError, match=r"--zoomer: was trained with mean \[0.485, .* --set mean=\[0.485, 0.456, 0.406\] --set std"
+    ):
+        run(data, ZOOM, tmp_path / "other", mean=(0.5,) * 3, std=(0.5,) * 3)
+    with pytest.raises(UsageError, match="mean, std: give both, or neither"):
+        run(data, PLAIN, tmp_path / "other", mean=(0.5,) * 3)
+    with pytest.raises(ZpipeError, match="outside the model's 1 classes"):
+        run(data, PLAIN, tmp_path / "twice", num_classes=1)
+    assert not (tmp_path / "twice" / "checkpoint.pt").exists()
+    run(data, PLAIN, tmp_path / "twice", init_from=str(begun / "model.safetensors"))
+    assert load_run(tmp_path / "twice").preprocessing == found and (tmp_path / "twice" / "run.json").is_file()
+    run(data, PLAIN, tmp_path / "told", mean=(0.25, 0.5, 0.75), std=(0.1, 0.2, 0.3), init_from=str(begun))
+    assert load_run(tmp_path / "told").preprocessing.std == (0.1, 0.2, 0.3)
     shutil.rmtree(begun)  # what a run was begun with is in its own folder
     run(data, PLAIN, halfway, **settings)
     assert load_run(halfway).preprocessing == found and weights(halfway) == weights(tmp_path / "plain")
@@ -564,6 +578,12 @@ def test_what_no_run_can_start_from(data, finished, tmp_path, source, told):
     assert told in failure(kind, data, MAPS, tmp_path / "run", init_from=str(path))
     # The mistake doesn't bind the folder.
     run(data, MAPS, tmp_path / "run", init_from=str(finished[PLAIN]), train__epochs=0.1)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224.bogus", "deit_nano_patch16_224"])
+def test_weights_that_timm_does_not_have(data, tmp_path, name):
+    told = failure(ZpipeError, data, PLAIN, tmp_path / "run", init_from=f"timm:{name}")
+    assert told.startswith(f"timm:{name}: ") and told.endswith("see timm.list_pretrained()")
 
 
 # ------------------------------------------------------------------------------------------------------ wrong input

@@ -35,6 +35,7 @@ from zpipe.schemas.atomic import claim_folder, commit, read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
 from zpipe.schemas.formats import check_format, header
 from zpipe.schemas.shard_index import digest_file
+from zpipe.schemas.storage import remove
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.ranks import ranks
 
@@ -189,6 +190,12 @@ def load_checkpoint(run: Path) -> dict[str, Any] | None:
         raise ZpipeError(f"{path}: not a checkpoint of a run; {remedy}")
     check_format(path, state, CHECKPOINT_FORMAT, CHECKPOINT_VERSION, remedy=remedy)
     return state
+
+
+def forget_attempt(run: Path) -> None:
+    """Remove what an attempt that is begun anew kept beside its checkpoint, or it would pass for the new one's."""
+    for name in ("best.json", "best.safetensors", "epochs", WANDB_ID_NAME):
+        remove(Path(run) / name)
 
 
 def keep_epoch(run: Path, model: nn.Module, epoch: int, keep: int, score: float | None) -> None:

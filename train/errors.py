@@ -24,6 +24,7 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.train.answers import Answers
 from zpipe.train.checkpoint import Run
 from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.evaluate import autocast_of
 from zpipe.train.models.zoom_tokens import choose_cells, token_boxes
 from zpipe.train.models.zoomvit import ZoomViT
 from zpipe.train.modes import Mode
@@ -61,14 +62,16 @@ def analyse_errors(
     answers: Answers,
     device: torch.device,
     progress: Progress = silent,
+    precision: str = "float32",
 ) -> tuple[list[Verdict], list[_Pictured]]:
     """What became of every sample, and the first errors of each kind to be shown.
 
-    Errors: :class:`UsageError` for a model that doesn't zoom, and for samples with neither boxes nor maps.
+    Errors: :class:`UsageError` for a model that doesn't zoom, an unknown precision, and for samples with neither boxes nor maps.
     """
     model = opened.model.to(device)
     if not isinstance(model, ZoomViT):
         raise UsageError(f"{opened.path}: only errors of zoomvit_* models can be told apart by their zoom")
+    lowered = autocast_of(precision, device)
     verdicts: list[Verdict] = []
     pictured: list[_Pictured] = []
     shown: Counter[str] = Counter()
@@ -77,8 +80,9 @@ def analyse_errors(
         if "object_box" not in batch and "relevance" not in batch:
             raise UsageError(f"{loader.path}: samples have no box, so errors need the teacher's maps; give --maps")
         images = opened.preprocessing.normalise(batch["image"].to(device))
-        scores = source.score(images, batch)
-        logits = model(images, scores, **zoom.arguments)
+        with lowered():
+            scores = source.score(images, batch)
+            logits = model(images, scores, **zoom.arguments)
         ranks, predicted = answers.ranks(logits, batch), logits.argmax(1).tolist()
         count, alpha = zoom.arguments.get("budget"), zoom.arguments.get("alpha")
         zoomed = choose_cells(scores, len(images), model.score_grid, alpha, count, model.zoom_factor).cpu().numpy()

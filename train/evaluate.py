@@ -104,7 +104,7 @@ def evaluate(
         if loader.maps is None:
             raise UsageError(f"{run}: a zoomer is measured against its teacher's maps; give --maps")
         check_grid(loader.maps, opened.model.grid)
-        rows = [measure_zoomer(opened, loader, device, progress)]
+        rows = [measure_zoomer(opened, loader, device, progress, config.precision)]
     else:
         if config.target_gmacs is not None:
             config = _calibrated(run, config, progress)
@@ -246,15 +246,24 @@ def _figures(mode: Mode, ranks: Tensor, rates: list[float], cost: Cost, image: T
 
 @torch.inference_mode()
 def measure_zoomer(
-    opened: Run, loader: RelevanceLoader, device: torch.device, progress: Progress = silent
-) -> dict[str, float]:
-    """Means over images of the distance between zoomer and teacher; with object boxes, the pointing game of both."""
+    opened: Run,
+    loader: RelevanceLoader,
+    device: torch.device,
+    progress: Progress = silent,
+    precision: str = "float32",
+) -> dict[str, Any]:
+    """Means over images of the distance between zoomer and teacher; with object boxes, the pointing game of both.
+
+    Errors: :class:`UsageError` for an unknown precision.
+    """
+    lowered = autocast_of(precision, device)
     zoomer = opened.model.to(device)
     sums: Counter[str] = Counter()
     count = with_box = ranked = 0
     batches = len(loader)
     for number, batch in enumerate(loader):
-        scores = zoomer(opened.preprocessing.normalise(batch["image"].to(device))).cpu()  # [B, g * g]
+        with lowered():
+            scores = zoomer(opened.preprocessing.normalise(batch["image"].to(device))).float().cpu()  # [B, g * g]
         target = batch["relevance"].flatten(1)  # [B, g * g]
         sums["mse"] += float(mse(scores, target).sum())
         sums["mae"] += float(mae(scores, target).sum())
@@ -273,4 +282,4 @@ def measure_zoomer(
         progress("evaluate", number + 1, batches, mse=sums["mse"] / count)
     divisor = {"mse": count, "mae": count, "top10_overlap": count, "rank_correlation": ranked}
     row = {name: value / divisor.get(name, with_box) for name, value in sums.items() if divisor.get(name, with_box)}
-    return {"setting": "zoomer", "count": count} | row
+    return {"setting": "zoomer", "count": count, "precision": precision} | row

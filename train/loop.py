@@ -28,7 +28,14 @@ from torch import Tensor, nn
 from zpipe.schemas.atomic import write_bytes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
-from zpipe.train.checkpoint import CHECKPOINT_NAME, METRICS_NAME, keep_epoch, load_checkpoint, save_checkpoint
+from zpipe.train.checkpoint import (
+    CHECKPOINT_NAME,
+    METRICS_NAME,
+    forget_attempt,
+    keep_epoch,
+    load_checkpoint,
+    save_checkpoint,
+)
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.metric_log import metric_log
 from zpipe.train.ranks import Ranks, ranks
@@ -237,6 +244,8 @@ def train(
     task.call = team.share(torch.compile(model) if config.compile else model)
     del state  # as large as model and optimizer together, and from here on nobody's
     if team.first:
+        if step == 0:
+            forget_attempt(run)
         _trim_log(run, step, epoch_ended=position is None)
     else:
         progress = silent

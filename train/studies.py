@@ -25,7 +25,7 @@ from zpipe.train.checkpoint import Run, load_run, load_zoomer
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.distributed import Workers, run_training
 from zpipe.train.errors import analyse_errors, error_results, write_errors
-from zpipe.train.evaluate import EvalRow, answers_for, measure, measure_zoomer
+from zpipe.train.evaluate import EvalRow, answers_for, autocast_of, measure, measure_zoomer
 from zpipe.train.loop import keep_freed_memory, resolve_device
 from zpipe.train.macs import count_macs
 from zpipe.train.models.cfvit import CFViT
@@ -45,7 +45,7 @@ from zpipe.train.modes import (
 from zpipe.train.results import Result, share, write_results
 from zpipe.train.scoring import ScoreSource, choose_source, zooms
 from zpipe.train.settings import rebuild, with_settings
-from zpipe.train.train_vit import VitConfig, train_vit
+from zpipe.train.train_vit import VitConfig, check_normalisation, train_vit
 from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
 PAPER_ALPHAS = (1.0, 0.15, 0.05, 0.01, 0.005)  # Table 9
@@ -88,9 +88,10 @@ class Bench:
         maps: Path | None,
         zoomer: Path | None,
         progress: Progress,
+        say: Callable[[str], None],
     ) -> None:
         self.study, self.opened, self.shards, self.config = study, opened, shards, config
-        self.maps, self.zoomer, self.progress = maps, zoomer, progress
+        self.maps, self.zoomer, self.progress, self.say = maps, zoomer, progress, say
         self.device = resolve_device(config.evaluation.device)
         self.seeds: list[int | None] = list(config.seeds) or [seed_of(opened)]
         self.notes: list[str] = []
@@ -98,7 +99,10 @@ class Bench:
     # What a run was told
 
     def vit_config(self, opened: Run | None = None) -> VitConfig:
-        return rebuild(VitConfig(), (opened or self.opened).settings)
+        """Its settings, with the normalisation that came of them, which its variants share."""
+        run = opened or self.opened
+        config = rebuild(VitConfig(), run.settings)
+        return replace(config, mean=tuple(run.preprocessing.mean), std=tuple(run.preprocessing.std))
 
     def need_zoomvit(self) -> ZoomViT:
         if not isinstance(self.opened.model, ZoomViT):
@@ -155,7 +159,7 @@ class Bench:
     def _train(
         self, function: Callable[..., Any], places: dict[str, Path | None], config: VitConfig | ZoomerConfig
     ) -> None:
-        run_training(function, places, config, self.config.workers, progress=self.progress, say=self.notes.append)
+        run_training(function, places, config, self.config.workers, progress=self.progress, say=self.say)
 
     def _common(self, own_seed: int, seed: int | None) -> dict[str, Any]:
         changes: dict[str, Any] = {"train.seed": own_seed if seed is None else seed}
@@ -214,6 +218,7 @@ class Bench:
     def tidy(self, opened: Run, row: EvalRow, setting: dict[str, Any]) -> list[Result]:
         names = ("scores", "alpha", "budget", "keep", "prune", "exit", "merge")
         asked = {name: getattr(row, name) for name in names}
+        asked["precision"] = row.precision if row.precision != "float32" else None
         return results_of(row, self.about(opened) | {"setting": setting | drop_none(asked)})
 
     def about(self, opened: Run) -> dict[str, Any]:
@@ -264,16 +269,32 @@ def run_study(
     maps: Path | None = None,
     zoomer: Path | None = None,
     progress: Progress = silent,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Path, list[Result], list[str]]:
     """Run a study; returns its results file, its rows, and what it left out and why.
 
-    maps: the relevance store of `shards`, where a study needs one. zoomer: a finished run, for `test-time-zoom`.
-    Errors: :class:`UsageError` for an unknown name or a run that the study can't use; :class:`ZpipeError`.
+    maps: the relevance store of `shards`, where a study needs one. zoomer: a finished run, for `test-time-zoom`. say: what it
+    is told of training processes, see `run_training`. Errors: :class:`UsageError` for an unknown name, a setting that the
+    study has no use for, or a run that it can't use; :class:`ZpipeError`.
     """
     if name not in STUDIES:
         raise UsageError(f"--study {name}: choose one of {', '.join(STUDIES)}")
+    asked = config.evaluation
+    autocast_of(asked.precision, torch.device("cpu"))  # an unknown one now, not when all is trained
+    trains = STUDIES[name].trains
+    unused = {
+        "--seeds": config.seeds and not trains,
+        "--epochs": config.epochs is not None and not trains,
+        "--num-workers": config.workers != Workers() and not trains,
+        "--zoomer": zoomer is not None and name != "test-time-zoom",
+        "--target-gmacs": asked.target_gmacs is not None,
+        "--calibration": asked.calibration is not None or asked.calibration_maps is not None,
+    }
+    for option, given in unused.items():
+        if given:
+            raise UsageError(f"{option}: --study {name} has no use for it; leave it out")
     opened = load_run(run)
-    bench = Bench(name, opened, shards, config, maps, zoomer, progress)
+    bench = Bench(name, opened, shards, config, maps, zoomer, progress, say)
     if bench.device.type == "cpu":
         keep_freed_memory()
     rows = STUDIES[name].run(bench)
@@ -348,7 +369,8 @@ def _zoomer_depth(bench: Bench) -> list[Result]:
             setting = {"blocks": blocks}
             size = opened.preprocessing.image_size
             about = bench.about(opened) | {"setting": setting}
-            found = measure_zoomer(opened, bench.loader(opened, missing="skip"), bench.device)
+            loader = bench.loader(opened, missing="skip")
+            found = measure_zoomer(opened, loader, bench.device, precision=bench.config.evaluation.precision)
             n = int(found.pop("count"))
             rows += [
                 Result(**about, metric=name, n=n, value=value) for name, value in found.items() if name != "setting"
@@ -394,7 +416,8 @@ def _test_time_zoom(bench: Bench) -> list[Result]:
         raise UsageError(f"{bench.opened.path}: --study test-time-zoom zooms with a plain ViT; give such a run")
     if bench.zoomer is None:
         raise UsageError("--study test-time-zoom: give --zoomer RUN, whose scores a plain ViT is to zoom by")
-    zoomer, _ = load_zoomer(bench.zoomer)
+    zoomer, wanted = load_zoomer(bench.zoomer)
+    check_normalisation(wanted, bench.opened.preprocessing.mean, bench.opened.preprocessing.std)
     rows = bench.measured(bench.opened, {"zoom": "none"}, {"alphas": (), "budgets": ()})
     asked = bench.config.evaluation
     for eta in (2.0, 0.5):
@@ -441,6 +464,7 @@ def _nine_crops(bench: Bench) -> list[Result]:
     if source is not None and source.zoomer is not None:
         source.zoomer.to(bench.device)
     answers: Answers = answers_for(opened, loader, config)
+    lowered = autocast_of(config.precision, bench.device)
     places = [round((large - side) * step / 2) for step in range(3)]
     ranks: dict[str, list[torch.Tensor]] = {"any of 9": [], "centre of 9": [], "mean of 9": []}
     for number, batch in enumerate(loader):
@@ -448,7 +472,8 @@ def _nine_crops(bench: Bench) -> list[Result]:
         each, logits = [], []
         for top, left in itertools.product(places, places):
             crop = images[:, :, top : top + side, left : left + side]
-            found = logits_of(forward(model, source, crop, batch, zoom)[0])
+            with lowered():
+                found = logits_of(forward(model, source, crop, batch, zoom)[0])
             logits.append(found.softmax(1))
             each.append(answers.ranks(found, batch))
         ranks["any of 9"].append(torch.stack(each).amin(0))
@@ -512,7 +537,9 @@ def _errors(bench: Bench) -> list[Result]:
     if source.zoomer is not None:
         source.zoomer.to(bench.device)
     answers = answers_for(opened, loader, config)
-    verdicts, pictured = analyse_errors(opened, loader, source, zoom, answers, bench.device, bench.progress)
+    verdicts, pictured = analyse_errors(
+        opened, loader, source, zoom, answers, bench.device, bench.progress, config.precision
+    )
     write_errors(opened.path, verdicts, pictured, opened.settings.get("classes") or [])
     about = bench.about(opened)
     return error_results(verdicts, about["run"], about["model"], about["seed"], zoom)

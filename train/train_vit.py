@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,7 +26,6 @@ from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import (
     CHECKPOINT_NAME,
     CONFIG_NAME,
-    RUN_NAME,
     Preprocessing,
     Resume,
     begin_run,
@@ -73,6 +72,8 @@ class VitConfig:
     model: any classifier of timm, or one of ours (zoomvit_*). model_args: keyword arguments of its constructor.
     num_classes: None takes the number of classes that the shards name.
     init_from: a finished run, a checkpoint file or timm:NAME to start from, see `start_from`.
+    mean, std: of the three channels, by which images are normalised; None takes those that the frozen zoomer was trained with, else
+    those of the weights to start from, else ImageNet's.
     zoom_draw: what training draws per batch: `alpha`, uniform in [0, 1] (the paper), or `budget`, a number of zoomed
     cells uniform in [0, max_zoomed], which keeps all sequences of a batch equally long. fixed_zoom: always this alpha, or
     this number of cells, instead.
@@ -90,6 +91,8 @@ class VitConfig:
     num_classes: int | None = None
     image_size: int = 224
     init_from: str | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
     zoom_draw: ZoomDraw = "alpha"
     max_zoomed: int | None = None
     fixed_zoom: float | None = None
@@ -112,6 +115,8 @@ class VitConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.std is not None and min(self.std) <= 0:
+            raise UsageError(f"std {list(self.std)}: give numbers above 0")
         if self.num_classes is not None and self.num_classes < 1:
             raise UsageError(f"num_classes {self.num_classes}: give a number >= 1")
         if not 0.0 <= self.label_smoothing <= 1.0:
@@ -294,7 +299,7 @@ def train_vit(
     if frozen is not None:
         frozen.to(device)
         zoomers_own = load_zoomer(zoomer)[1]  # now: at the end, days later, its folder may hold another one
-    mean, std = _normalisation(Path(out), config.init_from, zoomers_own)
+    mean, std = _normalisation(Path(out), config, zoomers_own)
     preprocessing = Preprocessing(image_size=config.image_size, mean=mean, std=std, crop_pct=config.view.crop_pct)
     held_out = None
     if val is not None:
@@ -366,22 +371,47 @@ def _source(
 
 
 def _normalisation(
-    out: Path, init_from: str | None, zoomers: Preprocessing | None
+    out: Path, config: VitConfig, zoomers: Preprocessing | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the channels that images are normalised by: those that the frozen zoomer wants; else those
-    that the weights to start from were trained with, where these say so; else ImageNet's. A run keeps those it began with.
-    """
+    """Mean and standard deviation of the channels, see `VitConfig`. A run keeps those it began with, once its settings bind."""
+    if (config.mean is None) != (config.std is None):
+        raise UsageError("mean, std: give both, or neither")
+    if config.mean is not None and config.std is not None:
+        check_normalisation(zoomers, config.mean, config.std)
+        return config.mean, config.std
     told: Mapping[str, Any] = {}
-    if (out / RUN_NAME).is_file():
+    if (out / CHECKPOINT_NAME).is_file() or (out / CONFIG_NAME).is_file():
         told = read_record(out)["settings"]
     elif zoomers is not None:
         return zoomers.mean, zoomers.std
-    elif init_from is not None and init_from.startswith("timm:"):
-        described = timm.models.get_pretrained_cfg(init_from.removeprefix("timm:"))
-        told = {} if described is None else described.to_dict()
-    elif init_from is not None and (Path(init_from) / CONFIG_NAME).is_file():
-        told = read_json(Path(init_from) / CONFIG_NAME, "a model description").get("pretrained_cfg", {})
+    elif config.init_from is not None:
+        told = _described(config.init_from)
     return tuple(told.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(told.get("std", IMAGENET_DEFAULT_STD))
+
+
+def check_normalisation(zoomer: Preprocessing | None, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Whether a frozen zoomer was trained on images that were normalised as a model's are: it is given the same.
+
+    Errors: :class:`UsageError` with both.
+    """
+    if zoomer is not None and (tuple(zoomer.mean), tuple(zoomer.std)) != (tuple(mean), tuple(std)):
+        raise UsageError(
+            f"--zoomer: was trained with mean {list(zoomer.mean)} and std {list(zoomer.std)}, the model with {list(mean)} and "
+            f"{list(std)}; train the model with --set mean={list(zoomer.mean)} --set std={list(zoomer.std)}"
+        )
+
+
+def _described(source: str) -> Mapping[str, Any]:
+    """What weights say of the images that they were trained on; empty where they say nothing."""
+    if source.startswith("timm:"):
+        try:
+            found = timm.models.get_pretrained_cfg(source.removeprefix("timm:"))
+        except RuntimeError as error:
+            raise _not_from_timm(source, error) from error
+        return {} if found is None else found.to_dict()
+    path = Path(source)
+    path = (path if path.is_dir() else path.parent) / CONFIG_NAME  # beside the weights of a run
+    return read_json(path, "a model description").get("pretrained_cfg", {}) if path.is_file() else {}
 
 
 def _text(path: Path | None) -> str | None:
@@ -447,7 +477,7 @@ def _weights(source: str) -> tuple[dict[str, Tensor], bool]:
         try:
             return timm.create_model(source.removeprefix("timm:"), pretrained=True).state_dict(), False
         except (RuntimeError, OSError, ValueError) as error:
-            raise ZpipeError(f"{source}: {' '.join(str(error).split())[:200]}; see timm.list_pretrained()") from error
+            raise _not_from_timm(source, error) from error
     path = Path(source)
     if path.is_dir():
         found = load_run(path).model
@@ -463,6 +493,10 @@ def _weights(source: str) -> tuple[dict[str, Tensor], bool]:
             f"{path}: holds no state dict; expected tensors by name, perhaps under 'model' or 'state_dict'"
         )
     return state, "pos_fine" in state
+
+
+def _not_from_timm(source: str, error: Exception) -> ZpipeError:
+    return ZpipeError(f"{source}: {' '.join(str(error).split())[:200]}; see timm.list_pretrained()")
 
 
 def check_labels(labels: Tensor, keys: list[str], num_classes: int) -> None:

@@ -18,7 +18,7 @@ from zpipe.cli_options import (
     Shards,
     Weights,
 )
-from zpipe.console import local_path, parse_budgets, parse_numbers, path_or_url, print_rows, reporting, tell
+from zpipe.console import local_path, parse_budgets, parse_numbers, path_or_url, print_rows, reporting, tell, warn
 from zpipe.schemas.errors import UsageError
 
 _HIDDEN = ("scores", "alpha", "budget", "keep", "prune", "exit", "merge", "token_histogram")
@@ -119,7 +119,10 @@ def evaluate_command(
     json_path: Annotated[
         Path | None,
         typer.Option(
-            "--json", parser=path_or_url, metavar="PATH|URL", help="Results file; default evaluation.json in the run."
+            "--json",
+            parser=path_or_url,
+            metavar="PATH|URL",
+            help="Results file; default evaluation.json in the run, or evaluation-best.json and the like for other weights or precision.",
         ),
     ] = None,
     study: Annotated[
@@ -183,9 +186,15 @@ def evaluate_command(
             workers = Workers(count=num_workers, address=address)
             trained = parse_numbers(seeds, int, "--seeds")
             wanted = StudyConfig(evaluation=config, seeds=trained, epochs=epochs, workers=workers)
-            path, rows, notes = run_study(study, run, shards, wanted, maps=maps, zoomer=zoomer, progress=progress)
+            path, rows, notes = run_study(
+                study, run, shards, wanted, maps=maps, zoomer=zoomer, progress=progress, say=warn
+            )
         else:
-            target = json_path or run / "evaluation.json"
+            of_studies = (("--seeds", seeds), ("--epochs", epochs), ("--zoomer", zoomer), ("--address", address))
+            if chosen := [name for name, value in of_studies if value] + ["--num-workers"] * (num_workers != 1):
+                raise UsageError(f"{chosen[0]}: goes with --study alone; leave it out")
+            unusual = [value for value, usual in ((weights, "final"), (precision, "float32")) if value != usual]
+            target = json_path or run / f"{'-'.join(['evaluation', *unusual])}.json"
             config = config if alphas is not None else replace(config, alphas=EvalConfig.alphas)
             result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
     if study is not None:

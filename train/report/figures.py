@@ -169,9 +169,9 @@ def curves(found: Sequence[Point], titles: dict[str, str], runs: Sequence[RunRec
     wanted = [point for point in found if "top1" in point.measures]
     named = [(EVALUATION, run.name) for run in runs] + [(p.study, p.series) for p in wanted]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(named))}
-    bars = "Bars: 95 % interval."
+    bars = "Bars: 95 % interval (of images/s, quartiles)."
     if any(measure.seeds > 1 for point in wanted for measure in point.measures.values()):
-        bars = "Bars: 95 % interval; where several seeds were trained, the mean and the range of the seeds."
+        bars = "Bars: 95 % interval (of images/s, quartiles); where several seeds were trained, the mean and the range of the seeds."
     whole = (
         ("gmacs", "total_gmacs", "Accuracy and multiply-adds", "GMACs per image, source of the scores included"),
         ("throughput", "images_per_s", "Accuracy and throughput", "images/s"),
@@ -367,7 +367,7 @@ def tables(found: Sequence[Point], titles: dict[str, str]) -> list[Table]:
             {
                 "id": study,
                 "caption": captions.get(study, study),
-                "note": "In brackets: the 95 % interval"
+                "note": "In brackets: the 95 % interval (of images/s: the quartiles over batches)"
                 + ("; where several seeds were trained, the mean and the range of the seeds." if repeated else "."),
                 "columns": heads + (["seeds"] if repeated else []),
                 "rows": rows,

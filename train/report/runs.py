@@ -22,7 +22,8 @@ EVALUATION, ZOOMER_EVALUATION = "evaluation", "zoomer evaluation"
 
 # Fields of an evaluation's row that say what was evaluated, or belong to another field; all others are figures.
 SETTING_FIELDS = ("alpha", "budget", "keep", "prune", "exit", "merge", "scores")
-NO_METRICS = {"setting", "count", "seed", "model", "token_histogram", *SETTING_FIELDS}
+USUAL = {"weights": "final", "precision": "float32"}  # settings that are worth a word when they are others
+NO_METRICS = {"setting", "count", "seed", "model", "token_histogram", *SETTING_FIELDS, *USUAL}
 BESIDE = ("_interval", "_low", "_high")
 
 
@@ -217,6 +218,7 @@ def _count(row: dict[str, Any]) -> int:
 def _setting(row: dict[str, Any]) -> dict[str, Value]:
     """What was varied, from a row's fields; from its name where an older file has no such fields."""
     setting: dict[str, Value] = {name: row[name] for name in SETTING_FIELDS if row.get(name) is not None}
+    setting |= {name: row[name] for name, usual in USUAL.items() if row.get(name, usual) != usual}
     name, equals, value = row["setting"].partition("=")
     if equals and name in ("alpha", "budget") and name not in setting:
         setting[name] = float(value) if name == "alpha" else int(value) if value.isdecimal() else value
@@ -228,8 +230,9 @@ def _evaluation_results(run: RunRecord) -> list[Result]:
     for path in sorted(run.path.glob("evaluation*.json"), key=lambda path: path.stem):
         extra = path.stem.removeprefix("evaluation").strip("-_.")
         try:
-            for row in _read_evaluation(path)["rows"]:
-                found += _row_results(run, row, extra)
+            told = _read_evaluation(path)
+            for row in told["rows"]:
+                found += _row_results(run, {"weights": told.get("weights", USUAL["weights"])} | row, extra)
         except (KeyError, TypeError, ValueError) as error:
             raise ZpipeError(f"{path}: not an evaluation that this zpipe reads ({error}); evaluate again") from error
     return found
@@ -237,8 +240,11 @@ def _evaluation_results(run: RunRecord) -> list[Result]:
 
 def _row_results(run: RunRecord, row: dict[str, Any], extra: str) -> list[Result]:
     setting = _setting(row)
-    if extra and "scores" not in setting:
-        setting["scores" if extra in SOURCES else "evaluation"] = extra
+    said = [str(setting[name]) for name in ("scores", *USUAL) if name in setting]
+    if extra in SOURCES and "scores" not in setting:
+        setting["scores"] = extra
+    elif extra and extra not in ("-".join(said), *said):  # a name that says what the row doesn't
+        setting["evaluation"] = extra
     seed = row.get("seed", run.settings.get("train", {}).get("seed"))
     about = {
         "study": EVALUATION if run.kind == "vit" else ZOOMER_EVALUATION,
