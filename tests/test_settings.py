@@ -80,6 +80,8 @@ def test_unknown_names(name, told):
         ("train.lr", True),
         ("train.lr", None),
         ("train.lr", [1.0]),
+        ("mean", ".5,.5,.5"),
+        ("mean", [0.5, 0.5]),
         ("train.lr", float("nan")),
         ("train.lr", float("inf")),
         ("train.batch_size", 2.5),

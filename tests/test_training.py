@@ -549,7 +549,7 @@ def test_images_are_normalised_as_the_weights_to_start_from_want(data, finished,
         run(data, PLAIN, halfway, progress=stop, **settings)
     # A zoomer's model that wants another normalisation than it is refused; and an attempt that left no state binds nothing.
     with pytest.raises(
-        UsageError, match=r"--zoomer: was trained with mean \[0.485, .* --set mean=\[0.485, 0.456, 0.406\] --set std"
+        UsageError, match=r"--zoomer: was trained with mean \[0.485,.* --set mean=\[0.485,0.456,0.406\] --set std"
     ):
         run(data, ZOOM, tmp_path / "other", mean=(0.5,) * 3, std=(0.5,) * 3)
     with pytest.raises(UsageError, match="mean, std: give both, or neither"):

@@ -84,8 +84,12 @@ def _coerce(value: Any, wanted: Any, full: str) -> Any:
         if value not in get_args(wanted):
             raise UsageError(f"setting {full}: {value!r}; choose one of {', '.join(get_args(wanted))}")
         return value
-    if get_origin(wanted) is tuple and isinstance(value, (list, tuple)):
+    if get_origin(wanted) is tuple:
         parts = get_args(wanted)
+        if not isinstance(value, (list, tuple)):
+            raise UsageError(
+                f"setting {full}: {value!r}; give a list of {len(parts)} values, such as [{','.join(['0.5'] * len(parts))}]"
+            )
         if len(value) != len(parts):
             raise UsageError(f"setting {full}: wants {len(parts)} values, got {len(value)}")
         return tuple(_coerce(item, part, full) for item, part in zip(value, parts, strict=True))

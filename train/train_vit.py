@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -395,9 +396,13 @@ def check_normalisation(zoomer: Preprocessing | None, mean: Sequence[float], std
     Errors: :class:`UsageError` with both.
     """
     if zoomer is not None and (tuple(zoomer.mean), tuple(zoomer.std)) != (tuple(mean), tuple(std)):
+        wanted, given = (
+            [json.dumps(list(each), separators=(",", ":")) for each in pair]
+            for pair in ((zoomer.mean, zoomer.std), (mean, std))
+        )
         raise UsageError(
-            f"--zoomer: was trained with mean {list(zoomer.mean)} and std {list(zoomer.std)}, the model with {list(mean)} and "
-            f"{list(std)}; train the model with --set mean={list(zoomer.mean)} --set std={list(zoomer.std)}"
+            f"--zoomer: was trained with mean {wanted[0]} and std {wanted[1]}, the model with {given[0]} and {given[1]}; "
+            f"train the model with --set mean={wanted[0]} --set std={wanted[1]}"
         )
 
 
