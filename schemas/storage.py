@@ -51,7 +51,7 @@ def as_path(value: str | os.PathLike[str]) -> Path:
         raise UsageError(f"{text}: can't be opened ({str(error).splitlines()[0]}); give another path") from error
     # Workers and manifests know a path by its text, and UPath leaves an account or a host out of some.
     host, kept = (each.partition("://")[2].partition("/")[0] for each in (text, str(opened)))
-    if host != kept:
+    if host and host != kept:
         raise UsageError(
             f"{text}: account or host ({host}) would be lost on the way to workers and manifests; give {protocol}://{kept}/..., "
             "and the rest by the environment (AZURE_STORAGE_ACCOUNT_NAME for Azure, core-site.xml for hdfs)"
