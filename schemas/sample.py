@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # what PIL calls them; it knows others,
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error)
 LABEL_SUFFIXES = ("cls", "json")
 ALLOWED_SUFFIXES = IMAGE_SUFFIXES + LABEL_SUFFIXES
+TAR_BLOCK = 512  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ def check_tar_end(read: Callable[[int], bytes], path: Path, *, blocks: int) -> N
     """Behind a tar's last member: so many more blocks of zeros must come, and nothing else. tarfile takes a cut or damaged
     header for the end as well. Errors: :class:`ZpipeError` naming the tar.
     """
-    if read(blocks * tarfile.BLOCKSIZE) != bytes(blocks * tarfile.BLOCKSIZE):
+    if read(blocks * TAR_BLOCK) != bytes(blocks * TAR_BLOCK):
         raise ZpipeError(f"{path}: has no end mark: truncated or altered; restore it or make the shards again")
     while rest := read(1 << 20):
         if rest.strip(b"\0"):

@@ -135,9 +135,10 @@ def _claim(run: Path, kind: str, settings: dict[str, Any], resume: Resume, defau
         raise ZpipeError(f"{run}: holds a {found['kind']} run, this is {kind}; give another --out folder")
     if (run / CHECKPOINT_NAME).is_file() or (run / CONFIG_NAME).is_file():
         new = _dotted(settings)
-        old = {name: value for name, value in _dotted(defaults).items() if name in new} | _dotted(found["settings"])
+        recorded = _dotted(found["settings"])
+        old = {name: value for name, value in _dotted(defaults).items() if name in new} | recorded
         for name in sorted(set(old) | set(new)):
-            if name in RECORDED_LATER and name not in old:
+            if name in RECORDED_LATER and name not in recorded:
                 continue
             if name not in FREE_SETTINGS and old.get(name) != new.get(name):
                 raise ZpipeError(
