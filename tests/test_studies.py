@@ -220,6 +220,21 @@ def test_studies_in_half_precision(data, name, run):
     assert seen and set(seen) == {torch.bfloat16} and rows
 
 
+def test_zoomers_in_half_precision(data):
+    low = replace(CONFIG, evaluation=replace(CONFIG.evaluation, precision="bf16"))
+    rows, _ = study(data, "zoomer-depth", "zoomer", low, maps=data / "maps")
+    assert {row.setting.get("precision") for row in rows} == {"bf16"}
+    config = EvalConfig(batch_size=16, device="cpu")
+    usual, lowered = (
+        evaluate(data / "zoomer", data / "shards", each, maps=data / "maps")["rows"][0]
+        for each in (config, replace(config, precision="bf16"))
+    )
+    assert "precision" not in usual and lowered["precision"] == "bf16"
+    assert lowered["mse"] != usual["mse"] and lowered["mse"] == pytest.approx(usual["mse"], rel=0.05)
+    with pytest.raises(UsageError, match="--precision int8: choose"):
+        evaluate(data / "zoomer", data / "shards", replace(config, precision="int8"), maps=data / "maps")
+
+
 @contextmanager
 def expect_autocast():
     """The dtypes that the blocks of ViTs compute in meanwhile."""

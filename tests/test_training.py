@@ -332,13 +332,13 @@ def test_another_zoomer_or_other_shards_at_the_same_path_are_refused(data, tmp_p
     scenes(tmp_path / "shards")
     shutil.copytree(data / "zoomer", tmp_path / "zoomer")
 
-    def go(stop_at=None):
+    def go(stop_at=None, root=tmp_path):
         def stop(stage, done, total, **facts):
             if done == stop_at:
                 raise Stop
 
         config = config_of(ZOOM, train__checkpoint_s=0.0)
-        train_vit(tmp_path / "shards", tmp_path / "run", config, zoomer=tmp_path / "zoomer", progress=stop)
+        train_vit(root / "shards", tmp_path / "run", config, zoomer=root / "zoomer", progress=stop)
 
     with pytest.raises(Stop):
         go(6)
@@ -354,12 +354,20 @@ def test_another_zoomer_or_other_shards_at_the_same_path_are_refused(data, tmp_p
         go()
     shutil.rmtree(tmp_path / "shards")
     scenes(tmp_path / "shards")
+    # Moved they are the same.
+    (tmp_path / "moved").mkdir()
+    for name in ("shards", "zoomer"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    with pytest.raises(Stop):
+        go(9, tmp_path / "moved")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["settings"]["zoomer"] == str(tmp_path / "moved" / "zoomer")
     # A run of an earlier zpipe says neither, and is gone on with.
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     del record["settings"]["shards_digest"], record["settings"]["zoomer_digest"]
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     with pytest.raises(Stop):
-        go(12)
+        go(12, tmp_path / "moved")
 
 
 def test_what_computes_nothing_may_change_in_mid_run(data, finished, tmp_path):

@@ -63,6 +63,8 @@ FREE_SETTINGS = (
 )
 # What earlier runs don't say of themselves.
 RECORDED_LATER = ("maps_fingerprint", "shards_digest", "zoomer_digest", "mean", "std")
+# What is known by a digest may lie elsewhere when the run is gone on with.
+KNOWN_BY = {"shards": "shards_digest", "zoomer": "zoomer_digest", "maps": "maps_fingerprint"}
 
 Resume = Literal["auto", "never"]
 
@@ -106,7 +108,8 @@ def begin_run(
 ) -> bool:
     """Claim `run` for these settings; True when the run is finished already.
 
-    Settings bind from the first checkpoint on; before it nothing is lost, and a mistake in them can be corrected. A run
+    Settings bind from the first checkpoint on; before it nothing is lost, and a mistake in them can be corrected. Data may
+    have been moved since: the same shards, maps and zoomer at another path are noted. A run
     made by an earlier zpipe may lack some: they had no other value then than their `defaults` have now. Where
     several processes train, the first of them does it and the others look whether they find it. Errors:
     :class:`UsageError` when the folder holds something else, or a run and `resume` is "never"; :class:`ZpipeError`
@@ -140,11 +143,17 @@ def _claim(run: Path, kind: str, settings: dict[str, Any], resume: Resume, defau
         for name in sorted(set(old) | set(new)):
             if name in RECORDED_LATER and name not in recorded:
                 continue
+            digest = KNOWN_BY.get(name)
+            if digest and recorded.get(digest) is not None and recorded[digest] == new.get(digest):
+                continue
             if name not in FREE_SETTINGS and old.get(name) != new.get(name):
                 raise ZpipeError(
                     f"{run}: was begun with {name} = {old.get(name)!r}, now it is {new.get(name)!r}; "
                     "give another --out folder, or the settings it was begun with"
                 )
+        moved = {name: settings[name] for name in KNOWN_BY if name in recorded and recorded[name] != settings.get(name)}
+        if moved:
+            write_json(path, found | {"settings": found["settings"] | moved})
     else:
         write_json(path, wanted)
     return (run / CONFIG_NAME).is_file()

@@ -282,4 +282,5 @@ def measure_zoomer(
         progress("evaluate", number + 1, batches, mse=sums["mse"] / count)
     divisor = {"mse": count, "mae": count, "top10_overlap": count, "rank_correlation": ranked}
     row = {name: value / divisor.get(name, with_box) for name, value in sums.items() if divisor.get(name, with_box)}
-    return {"setting": "zoomer", "count": count, "precision": precision} | row
+    told = {} if precision == "float32" else {"precision": precision}
+    return {"setting": "zoomer", "count": count} | told | row

@@ -366,12 +366,12 @@ def _zoomer_depth(bench: Bench) -> list[Result]:
     for blocks in (2, 4, 6):
         for seed in bench.seeds:
             opened = bench.zoomer_variant(f"blocks-{blocks}", seed, base, num_blocks=blocks)
-            setting = {"blocks": blocks}
             size = opened.preprocessing.image_size
-            about = bench.about(opened) | {"setting": setting}
             loader = bench.loader(opened, missing="skip")
             found = measure_zoomer(opened, loader, bench.device, precision=bench.config.evaluation.precision)
             n = int(found.pop("count"))
+            setting = {"blocks": blocks} | drop_none({"precision": found.pop("precision", None)})
+            about = bench.about(opened) | {"setting": setting}
             rows += [
                 Result(**about, metric=name, n=n, value=value) for name, value in found.items() if name != "setting"
             ]
