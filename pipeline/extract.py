@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -42,7 +42,12 @@ from zpipe.schemas.relevance_store import OK, IndexFile, index_path, labels_name
 from zpipe.schemas.shard_index import ShardEntry
 from zpipe.schemas.storage import as_path, is_remote, map_files, names_in, remove
 
+T = TypeVar("T")
+
 REPLACING_NAME = "replacing.json"  # there while a replacement is at work
+
+# Looking through a store is told of every so many shards: seconds of a local one, a minute of a remote one.
+TOLD_EVERY = 1000
 
 # A teacher that names fewer of the labels than this (0 to 1) was most likely trained for other classes of the same numbers.
 FOREIGN_LABELS = 0.1
@@ -139,7 +144,7 @@ def _extract(
         _start_over(out, [entry for _, entry in entries], provenance)
     _begin(out, provenance)
     _clear_temporaries(out)
-    todo, kept = _plan(out, entries, provenance)
+    todo, kept = _plan(out, entries, provenance, progress)
     _retract(out, todo)
     total = sum(entry.count for _, entry in entries)
     threads = _threads(config, len(entries))
@@ -171,7 +176,7 @@ def _extract(
             f"{out}: {len(failed)} of {len(entries)} shards failed, the others are committed; mend them and run again to go on",
             [report.error for report in failed],
         )
-    audit = _audit(out, [entry for _, entry in entries], provenance, shards, kept)
+    audit = _audit(out, [entry for _, entry in entries], provenance, shards, kept, progress)
     manifest, top1 = audit.manifest, audit.top1
     lease.check()  # of a million shards the audit takes longer than a lease
     if not audit.listed:
@@ -292,7 +297,7 @@ def _clear_temporaries(out: Path) -> None:
 
 
 def _plan(
-    out: Path, entries: list[tuple[Path, ShardEntry]], provenance: Provenance
+    out: Path, entries: list[tuple[Path, ShardEntry]], provenance: Provenance, progress: Progress
 ) -> tuple[list[ShardTask], dict[str, str]]:
     """The shards still to do; of those that are done, stem -> SHA-256 of the index.
 
@@ -316,7 +321,7 @@ def _plan(
     kept: dict[str, str] = {}
     _, listed = _earlier(out)
     files = map_files(out, lambda item: IndexFile(index_path(out, item[1].stem)), done)
-    for (path, entry), file in zip(done, files, strict=True):
+    for (path, entry), file in zip(_told(done, "find-finished-shards", progress), files, strict=True):
         if replacing and (file.seal.input_sha256, file.seal.fingerprint) != (entry.sha256, wanted):
             _remove_shard(out, entry.stem)
             continue
@@ -426,7 +431,22 @@ class _Audit:
     unusable: list[tuple[str, str, str]]
 
 
-def _audit(out: Path, entries: list[ShardEntry], provenance: Provenance, source: Path, kept: dict[str, str]) -> _Audit:
+def _told(items: Sequence[T], stage: str, progress: Progress) -> Iterator[T]:
+    """The items, progress told of on the way where there are many."""
+    for number, item in enumerate(items, start=1):
+        yield item
+        if number % TOLD_EVERY == 0:
+            progress(stage, number, len(items))
+
+
+def _audit(
+    out: Path,
+    entries: list[ShardEntry],
+    provenance: Provenance,
+    source: Path,
+    kept: dict[str, str],
+    progress: Progress,
+) -> _Audit:
     """Look at what lies on disk, not at what workers said.
 
     kept: of the shards that were there when the run began, stem -> SHA-256 of the index. Errors: :class:`ZpipeError` naming
@@ -439,7 +459,7 @@ def _audit(out: Path, entries: list[ShardEntry], provenance: Provenance, source:
     fingerprint, mapped = provenance.fingerprint(), set(names_in(out / "maps"))
     before, _ = _earlier(out)
     files = map_files(out, lambda entry: IndexFile(index_path(out, entry.stem)), entries)
-    for entry, file in zip(entries, files, strict=True):
+    for entry, file in zip(_told(entries, "audit", progress), files, strict=True):
         _check_index(file, entry, fingerprint, kept.get(entry.stem), entry.name)
         if maps_path(out, entry.stem).name not in mapped:
             raise ZpipeError(f"{maps_path(out, entry.stem)}: missing; run again to make it")

@@ -186,6 +186,15 @@ def test_what_is_damaged_during_the_run_is_not_signed(store_copy, shards, teache
     assert not (store_copy / "manifest.json").exists()
 
 
+def test_looking_through_many_shards_is_told(store_copy, shards, teacher_settings, monkeypatch):
+    monkeypatch.setattr(extraction, "TOLD_EVERY", 2)
+    told = []
+    config = ExtractConfig(**(teacher_settings | {"executor": "local"}))
+    extract_teacher_maps(shards, store_copy, config, progress=lambda *given, **facts: told.append(given))
+    looked = [[stage, done, total] for stage, done, total in told if stage != "extract-teacher-maps"]
+    assert looked == [["find-finished-shards", 2, 4], ["find-finished-shards", 4, 4], ["audit", 2, 4], ["audit", 4, 4]]
+
+
 def test_a_second_go_at_a_damaged_store_may_be_interrupted(store_copy, shards, extract, teacher_settings, contents):
     """Shards that are made again needn't have the bytes that the manifest lists: here another batch size sums otherwise."""
     before = contents(store_copy)
