@@ -122,7 +122,7 @@ class Task(Protocol):
     model: its parameters. call: how to run it, the model itself unless the loop wraps it. draws: for random numbers that
     all ranks must draw alike, and one process too; everything else draws from torch's global generator. The loop seeds
     both for every epoch and keeps their states. done: the share of the training that lies behind, set by the loop. loss: of a batch, with figures worth
-    logging, which may be scalars on the device still. validate: figures of a model on held-out data, after every epoch (may be empty); `val_top1` among them
+    logging, scalars where the model is. validate: figures of a model on held-out data, after every epoch (may be empty); `val_top1` among them
     decides which epoch was the best.
     """
 
@@ -131,7 +131,7 @@ class Task(Protocol):
     draws: torch.Generator
     done: float
 
-    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, float | Tensor]]: ...
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]: ...
     def validate(self, model: nn.Module) -> dict[str, float]: ...
 
 
@@ -379,10 +379,9 @@ def _accumulate(
     return value, dict(facts), given
 
 
-def _numbers(*scalars: float | Tensor) -> list[float]:
+def _numbers(*scalars: Tensor) -> list[float]:
     """All of them read from their device at once."""
-    read = iter(torch.stack([each.detach().double() for each in scalars if isinstance(each, Tensor)]).tolist())
-    return [next(read) if isinstance(each, Tensor) else each for each in scalars]
+    return torch.stack([each.detach().double() for each in scalars]).tolist()
 
 
 def _update(
