@@ -456,9 +456,9 @@ def test_a_shard_that_kills_every_worker_is_reported_and_the_rest_goes_on(undist
     assert wait_for(kill_who_is_at_work, 300), running.said()
     assert running.returncode == 1 and len(dead) >= 3, running.said()
     said = running.said()
-    # A death may come after its shard was committed and before that was told, and then hits the shard behind it too.
+    # Two are left when the killing begins, and the third last may be committed without having been told of.
     failed = said.count("worker failed")
-    assert 1 <= failed <= 2 and f"{failed} of 18 shards failed, the others are committed" in said
+    assert 1 <= failed <= 3 and f"{failed} of 18 shards failed, the others are committed" in said
     assert "Traceback" not in said and committed(out) >= 16 and not (out / "manifest.json").exists()
     again = start(out, "--executor", "local")
     assert again.wait(400) == 0, again.said()
