@@ -89,7 +89,7 @@ def command():
 def process(command):
     """Run a `zpipe` command in a process of its own: `process(*args) -> Outcome`."""
 
-    def run(*args: object, timeout: float = 400) -> Outcome:
+    def run(*args: object, timeout: float = 120) -> Outcome:
         done = subprocess.run(command(*args), capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
         return Outcome(done.returncode, done.stdout, done.stderr)
 

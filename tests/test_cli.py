@@ -383,7 +383,7 @@ def test_progress_is_a_bar_on_a_terminal(places):
     ours, theirs = pty.openpty()
     process = start("maps", "verify", places["maps"], stdout=subprocess.PIPE, stderr=theirs)
     os.close(theirs)
-    seen, end = b"", time.monotonic() + 400
+    seen, end = b"", time.monotonic() + 60
     try:
         while time.monotonic() < end and select.select([ours], [], [], 60)[0]:
             try:
@@ -393,7 +393,7 @@ def test_progress_is_a_bar_on_a_terminal(places):
             if not chunk:
                 break
             seen += chunk
-        stdout, _ = process.communicate(timeout=400)
+        stdout, _ = process.communicate(timeout=60)
     finally:
         process.kill()
         os.close(ours)
@@ -407,7 +407,7 @@ def test_progress_is_a_bar_on_a_terminal(places):
 def test_a_wrong_use_by_subprocess(places, tmp_path):
     process = start(*evaluate("{missing}").format(**places, out=tmp_path).split(), stderr=subprocess.PIPE)
     try:
-        stderr = process.communicate(timeout=400)[1].decode()
+        stderr = process.communicate(timeout=60)[1].decode()
     finally:
         process.kill()
     assert process.returncode == 2 and len(errors_of(stderr)) == 1
@@ -440,13 +440,13 @@ def test_an_interrupt_is_one_line(places, tmp_path):
     streams = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
     process = start(*line.split(), **streams)
     try:
-        end = time.monotonic() + 400
+        end = time.monotonic() + 60
         while not (tmp_path / "run" / "checkpoint.pt").is_file():
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.01)
         time.sleep(0.5)  # into the next epoch
         os.killpg(process.pid, signal.SIGINT)
-        stderr = process.communicate(timeout=400)[1].decode()
+        stderr = process.communicate(timeout=60)[1].decode()
     finally:
         process.kill()
     assert errors_of(stderr) == ["error: interrupted; run the same command again to go on"]

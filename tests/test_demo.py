@@ -13,7 +13,7 @@ from PIL import Image
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory, process):
     out = tmp_path_factory.mktemp("demo") / "run"
-    return out, process("demo", out, "--quick", timeout=400)
+    return out, process("demo", out, "--quick", timeout=300)
 
 
 def test_it_ends_with_tables_a_report_and_a_picture(demo):
@@ -56,7 +56,7 @@ def test_the_example_of_reuse_runs_on_it(demo):
         str(out / "scenes" / "val"),
         f"local-dir:{out / 'teacher'}",
     ]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     shares = {int(row.split("%")[0]): row for row in done.stdout.splitlines()}
     assert list(shares) == [100, 50, 25, 10]
@@ -70,7 +70,7 @@ def test_an_interrupted_demo_goes_on_where_it_was(demo, process):
     stores = {path: path.stat().st_mtime_ns for path in (out / "maps").rglob("*.parquet")}
     page = out / "report" / "index.html"
     page.unlink()
-    done = process("demo", out, "--quick", timeout=400)
+    done = process("demo", out, "--quick", timeout=300)
     assert done.code == 0, done.stderr
     assert page.is_file()
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 6

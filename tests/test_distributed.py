@@ -320,7 +320,7 @@ class Running:
             self.below |= {pid: now[pid][1] for pid in more}
         return {pid: now[pid][1] for pid in self.below if pid in now}
 
-    def until(self, found, limit=600):
+    def until(self, found, limit=240):
         end = time.monotonic() + limit
         while not (value := found(self.look())):
             assert self.process.poll() is None, self.said()
@@ -328,7 +328,7 @@ class Running:
             time.sleep(0.02)
         return value
 
-    def wait(self, limit=600):
+    def wait(self, limit=240):
         """Its exit code, when nothing that it started is left."""
         end = time.monotonic() + limit
         while self.process.poll() is None:

@@ -144,7 +144,7 @@ def test_a_reader_that_knows_only_the_description(store):
 def test_the_reader_needs_nothing_of_ours(store):
     script = ROOT / "docs" / "examples" / "read_store.py"
     assert "zpipe" not in re.findall(r"^(?:import|from) (\w+)", script.read_text(), re.MULTILINE)
-    done = subprocess.run([sys.executable, script, store], capture_output=True, text=True, timeout=400, check=True)
+    done = subprocess.run([sys.executable, script, store], capture_output=True, text=True, timeout=60, check=True)
     assert len(done.stdout.splitlines()) == 18
 
 
@@ -264,5 +264,5 @@ def test_the_reference_builds_without_a_warning(tmp_path):
         ROOT / "docs" / "api",
         tmp_path,
     ]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -175,7 +175,7 @@ print(json.dumps({"peak": held("VmHWM:") - before, "reckoned": bytes_per_image(t
 
 def in_a_process(batch, spare=0):
     done = subprocess.run(
-        [sys.executable, "-c", IN_A_PROCESS, str(batch), str(spare)], capture_output=True, text=True, timeout=400
+        [sys.executable, "-c", IN_A_PROCESS, str(batch), str(spare)], capture_output=True, text=True, timeout=300
     )
     return done.returncode, done.stdout, done.stderr
 

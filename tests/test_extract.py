@@ -184,6 +184,8 @@ def test_what_is_damaged_during_the_run_is_not_signed(store_copy, shards, teache
     with pytest.raises(ZpipeError, match=told):
         extract_teacher_maps(shards, store_copy, config, progress=progress)
     assert not (store_copy / "manifest.json").exists()
+    with pytest.raises(ZpipeError, match="no manifest.json"):
+        verify_store(store_copy)
 
 
 def test_looking_through_many_shards_is_told(store_copy, shards, teacher_settings, monkeypatch):
@@ -381,7 +383,7 @@ def start(command, teacher_flags, many, tmp_path):
 
 def kill_in_mid_run(running, out):
     """SIGKILL once some but not all shards are committed; waits until its children are gone too. Returns how many."""
-    assert wait_for(lambda: committed(out) >= 3, 400, running), running.said()
+    assert wait_for(lambda: committed(out) >= 3, 120, running), running.said()
     below = descendants(running.pid)
     running.kill()
     running.wait(30)
@@ -398,7 +400,7 @@ def test_killed_and_run_again_gives_the_same_store(many, undisturbed, tmp_path, 
         RelevanceMaps(out)
     before = state(out / "index")
     again = start(out, "--executor", "local")
-    assert again.wait(400) == 0, again.said()
+    assert again.wait(120) == 0, again.said()
     assert f"18 maps in 18 shards ({18 - made} extracted now)" in again.said()
     assert contents(out) == contents(undisturbed)
     after = state(out / "index")
@@ -448,7 +450,7 @@ def test_a_shard_that_kills_every_worker_is_reported_and_the_rest_goes_on(undist
 
     def kill_who_is_at_work():
         for pid in descendants(running.pid):
-            if pid not in dead and "ShardWorker.process" in name_of(pid) and committed(out) >= 16:
+            if pid not in dead and "ShardWorker.process" in name_of(pid) and committed(out) >= 17:
                 os.kill(pid, signal.SIGKILL)
                 dead.add(pid)
         return running.poll() is not None
@@ -456,12 +458,12 @@ def test_a_shard_that_kills_every_worker_is_reported_and_the_rest_goes_on(undist
     assert wait_for(kill_who_is_at_work, 300), running.said()
     assert running.returncode == 1 and len(dead) >= 3, running.said()
     said = running.said()
-    # Two are left when the killing begins, and the third last may be committed without having been told of.
+    # One is left when the killing begins, and the one before may be committed without having been told of.
     failed = said.count("worker failed")
-    assert 1 <= failed <= 3 and f"{failed} of 18 shards failed, the others are committed" in said
-    assert "Traceback" not in said and committed(out) >= 16 and not (out / "manifest.json").exists()
+    assert 1 <= failed <= 2 and f"{failed} of 18 shards failed, the others are committed" in said
+    assert "Traceback" not in said and committed(out) >= 17 and not (out / "manifest.json").exists()
     again = start(out, "--executor", "local")
-    assert again.wait(400) == 0, again.said()
+    assert again.wait(120) == 0, again.said()
     assert contents(out) == contents(undisturbed)
 
 

@@ -347,7 +347,7 @@ def killed_and_gone_on_with(data, folder, times, rng):  # noqa: F811
             time.sleep(rng.uniform(0.0, 0.12))
             running.kill()
             kills += 1
-        running.wait(400)
+        running.wait(120)
         if (folder / "done").exists():
             break
     return json.loads((folder / "state.json").read_text())["seen"], kills

@@ -79,7 +79,7 @@ def line(request, tmp_path_factory):
         patch.chdir(root)
         zpipe(f"make-shards photos shards --shard-size {4 if few else 50}")
         extract = "extract-teacher-maps shards --out maps --teacher deit_base_patch16_224 --weights random"
-        assert f"maps: {len(rows)} maps" in on_ray(root, extract, limit=500 if few else 2400)
+        assert f"maps: {len(rows)} maps" in on_ray(root, extract, limit=150 if few else 2400)
         zpipe("train-zoomer shards --maps maps --out zoomer --epochs 2 --batch-size 4")
         model = "--model zoomvit_tiny_patch16_224 --model-arg depth=2 --num-classes 1000"
         zpipe(f"train-vit shards --out vit {model} --zoomer zoomer --epochs 1 --batch-size 4")

@@ -132,7 +132,7 @@ def test_killed_and_run_again(shards, store, folder, extract, contents, command,
     line = command("extract-teacher-maps", tars, "--out", out, *teacher_flags, "--executor", "local")
     running = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 400
+        end = time.monotonic() + 60
         while not names_in(as_path(out) / "index") and time.monotonic() < end and running.poll() is None:
             time.sleep(0.005)
     finally:

@@ -462,7 +462,7 @@ def test_the_page_is_made_where_the_locale_knows_only_ascii():
     """Its files hold arrows and Greek; Python reads text as the locale says unless told otherwise."""
     command = "from zpipe.train.report.page import render; print(ascii(render({}, None)))"
     settings = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = subprocess.run([sys.executable, "-c", command], env=settings, capture_output=True, text=True, timeout=400)
+    done = subprocess.run([sys.executable, "-c", command], env=settings, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-500:]
     assert done.stdout.strip() == ascii(render({}, None))
 

@@ -259,7 +259,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(data, tmp_path, kind):
             wait_for(lambda out=out: (out / "checkpoint.pt").is_file(), process)
         finally:
             process.kill()
-            process.communicate(timeout=400)
+            process.communicate(timeout=30)
         if not (out / "config.json").exists():
             break
     else:
@@ -284,7 +284,7 @@ def test_a_killed_data_process_is_one_line(data, tmp_path):
             return children
 
         wait_for(kill_worker, process)
-        told = process.communicate(timeout=400)[1]
+        told = process.communicate(timeout=60)[1]
     finally:
         process.kill()
     errors = [line for line in told.splitlines() if not line.startswith("{")]
@@ -473,17 +473,17 @@ def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, timeout=400).returncode:
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, timeout=30).returncode:
         pytest.skip("mounting a small file system needs root and the right to mount")
 
     def resize(size):
         disk = os.statvfs(folder)
         used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
         size = max(size, used) // 4096 * 4096
-        subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True, timeout=400)
+        subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True, timeout=30)
 
     yield folder, resize
-    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=400)
+    subprocess.run(["umount", "-l", str(folder)], check=True, timeout=30)
 
 
 @each_kind
