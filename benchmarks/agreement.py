@@ -18,7 +18,7 @@ from torch import Tensor
 
 from zpipe.pipeline.explainer import PRECISIONS
 from zpipe.pipeline.relevance import attribute
-from zpipe.train.metrics import spearman, topk_overlap
+from zpipe.train.evaluation.metrics import spearman, topk_overlap
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "relevance_small_vit.npz"
 TOP = 20

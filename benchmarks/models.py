@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from measure import peak_bytes, seconds
 
 import zpipe.train.models  # noqa: F401  (registers our models with timm)
-from zpipe.train.loop import keep_freed_memory
+from zpipe.train.device import keep_freed_memory
 from zpipe.train.macs import count_macs
 from zpipe.train.models import Zoomer
 from zpipe.train.models.zoom_tokens import calibrate_alpha, coarse_scores

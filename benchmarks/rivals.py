@@ -22,7 +22,7 @@ from measure import seconds
 from models import told
 
 import zpipe.train.models  # noqa: F401  (registers our models with timm)
-from zpipe.train.loop import keep_freed_memory
+from zpipe.train.device import keep_freed_memory
 from zpipe.train.macs import count_macs
 
 # What is run: model, its arguments, those of a call, and whether it takes scores.

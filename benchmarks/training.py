@@ -24,8 +24,10 @@ from zpipe.pipeline.make_shards import SceneSource, make_shards
 from zpipe.pipeline.scenes import SceneConfig
 from zpipe.train.checkpoint import Preprocessing
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.loop import TrainConfig, keep_freed_memory, train
-from zpipe.train.train_vit import ClassifyTask, VitConfig
+from zpipe.train.device import keep_freed_memory
+from zpipe.train.fit.config import TrainConfig
+from zpipe.train.fit.loop import train
+from zpipe.train.fit.train_vit import ClassifyTask, VitConfig
 
 
 def told(values: list[float]) -> str:

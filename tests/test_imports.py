@@ -14,7 +14,7 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 
 # pipeline/datasets.py: CIFAR-10 and Flowers-102 are published as tars.
 TAR_READERS = ("pipeline/make_shards.py", "pipeline/datasets.py", "pipeline/shard_reader.py", "train/data/")
-RAY_USERS = ("pipeline/executor.py", "train/distributed.py")
+RAY_USERS = ("pipeline/executor.py", "train/fit/distributed.py")
 PURE = ("train/models/", "train/losses.py")
 
 
@@ -87,6 +87,12 @@ def broken_rules(path: str, source: str) -> list[str]:
             for name in names
             if name.partition(".")[0] not in allowed | {""}
         )
+    if path.startswith("train/fit/"):
+        forbid("fitting and measuring do not know each other", "zpipe.train.evaluation")
+    if path.startswith("train/evaluation/"):
+        forbid("fitting and measuring do not know each other", "zpipe.train.fit")
+    if path.startswith(("train/fit/", "train/evaluation/", "train/data/")):
+        forbid("studies and the report look at runs from outside", "zpipe.train.studies", "zpipe.train.report")
     if path not in RAY_USERS:
         forbid("ray stays in one file a program", "ray")
     if not path.startswith(TAR_READERS):
@@ -107,6 +113,9 @@ def test_a_module_imports_only_what_its_layer_may(path):
         ("schemas/x.py", "from zpipe import cli"),
         ("pipeline/x.py", "from zpipe.train.losses import ZoomerLoss"),
         ("pipeline/x.py", "import ray"),
+        ("train/evaluation/x.py", "from zpipe.train.fit.loop import Stopped"),
+        ("train/fit/x.py", "def f():\n    from zpipe.train.evaluation.evaluate import evaluate"),
+        ("train/fit/x.py", "import zpipe.train.studies"),
         ("pipeline/x.py", "from ..train import losses"),
         ("pipeline/x.py", "from tarfile import open"),
         ("train/x.py", "import zpipe.pipeline.relevance"),

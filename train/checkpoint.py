@@ -34,6 +34,7 @@ import zpipe.train.models  # noqa: F401  (registers our models with timm)
 from zpipe.schemas.atomic import claim_folder, commit, read_json, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
 from zpipe.schemas.formats import check_format, header
+from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.shard_index import digest_file
 from zpipe.schemas.storage import remove
 from zpipe.train.models.zoomer import Zoomer
@@ -364,3 +365,11 @@ def _load_model(run: Path, config: dict[str, Any]) -> tuple[nn.Module, Preproces
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise ZpipeError(f"{path}: weights can't be read ({first_line(error)}); train again") from error
     return model, preprocessing
+
+
+def maps_record(store: RelevanceMaps | None) -> dict[str, Any]:
+    """Which maps a run learns from, and whose: kept beside its settings."""
+    if store is None:
+        return {"maps_fingerprint": None, "maps_teacher": None}
+    provenance = store.manifest.provenance
+    return {"maps_fingerprint": provenance.fingerprint(), "maps_teacher": provenance.teacher_digest}

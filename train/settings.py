@@ -101,3 +101,10 @@ def _coerce(value: Any, wanted: Any, full: str) -> Any:
     if plain is float and not math.isfinite(value):
         raise UsageError(f"setting {full}: {value!r} is not a finite number")
     return value
+
+
+def to_json(value: Any) -> Any:
+    """Settings as JSON values: tuples become lists, so that what is read back equals what was written."""
+    if isinstance(value, dict):
+        return {name: to_json(item) for name, item in value.items()}
+    return [to_json(item) for item in value] if isinstance(value, (list, tuple)) else value

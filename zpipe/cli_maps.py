@@ -161,7 +161,7 @@ def maps_judge(
 ) -> None:
     """Test how faithful maps are to a model: deletion (lower is better) and insertion curves, pointing game, two controls."""
     with reporting() as progress:
-        from zpipe.train.judge import JudgeConfig, judge_maps
+        from zpipe.train.evaluation.judge import JudgeConfig, judge_maps
 
         config = JudgeConfig(steps=steps, baseline=baseline, limit=limit, batch_size=batch_size, device=device)
         rows = judge_maps(model, shards, store, config, out=json_path, progress=progress)

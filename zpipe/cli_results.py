@@ -155,10 +155,11 @@ def evaluate_command(
     figures go to RUN/results/STUDY.json and .parquet.
     """
     with reporting() as progress:
-        from zpipe.train.distributed import Workers
-        from zpipe.train.evaluate import EvalConfig, evaluate
-        from zpipe.train.results import wide
-        from zpipe.train.studies import STUDIES, StudyConfig, run_study
+        from zpipe.train.evaluation.evaluate import evaluate
+        from zpipe.train.evaluation.operating_points import EvalConfig
+        from zpipe.train.evaluation.results import wide
+        from zpipe.train.fit.distributed import Workers
+        from zpipe.train.studies.bench import STUDIES, StudyConfig, run_study
 
         config = EvalConfig(
             alphas=parse_numbers(alphas or "", float, "--alphas"),
@@ -240,7 +241,7 @@ def predict_command(
     """Print the most probable classes of image files, and draw what a ZoomViT looked at."""
     with reporting() as progress:
         from zpipe.schemas.atomic import write_json
-        from zpipe.train.predict import PredictConfig, predict
+        from zpipe.train.evaluation.predict import PredictConfig, predict
 
         budgets = parse_budgets(budget or "")
         if len(budgets) > 1:
@@ -287,7 +288,7 @@ def calibrate_command(
 ) -> None:
     """Find the threshold (alpha, or that of early exit) at which a model costs a given budget per image on average."""
     with reporting() as progress:
-        from zpipe.train.calibrate import CalibrationConfig, calibrate
+        from zpipe.train.evaluation.calibrate import CalibrationConfig, calibrate
 
         config = CalibrationConfig(
             budget=budget,

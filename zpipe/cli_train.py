@@ -52,10 +52,10 @@ def train_zoomer_command(
 ) -> None:
     """Stage 1: teach a small convolutional Zoomer to predict the teacher's maps from the image alone."""
     with reporting() as progress:
-        from zpipe.train.distributed import Workers, run_training
-        from zpipe.train.recipes import ZOOMER_RECIPES, recipe
+        from zpipe.train.fit.distributed import Workers, run_training
+        from zpipe.train.fit.recipes import ZOOMER_RECIPES, recipe
+        from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
         from zpipe.train.settings import with_settings
-        from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
 
         flags = {"num_blocks": num_blocks, "image_size": image_size, "missing": missing}
         flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
@@ -145,10 +145,10 @@ def train_vit_command(
 ) -> None:
     """Stage 2: train a ZoomViT under a frozen zoomer (or cached maps), or a plain timm ViT without zoom."""
     with reporting() as progress:
-        from zpipe.train.distributed import Workers, run_training
-        from zpipe.train.recipes import VIT_RECIPES, recipe
+        from zpipe.train.fit.distributed import Workers, run_training
+        from zpipe.train.fit.recipes import VIT_RECIPES, recipe
+        from zpipe.train.fit.train_vit import VitConfig, train_vit
         from zpipe.train.settings import with_settings
-        from zpipe.train.train_vit import VitConfig, train_vit
 
         base = recipe(recipe_name, VIT_RECIPES, VitConfig())
         model_args = base.model_args | parse_settings(model_arg, "--model-arg")

@@ -19,15 +19,16 @@ from zpipe.schemas.atomic import claim_folder, read_json, write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.evaluate import EvalConfig, evaluate
-from zpipe.train.loop import TrainConfig
-from zpipe.train.pictures import contact_sheet
+from zpipe.train.evaluation.evaluate import evaluate
+from zpipe.train.evaluation.operating_points import EvalConfig
+from zpipe.train.evaluation.pictures import contact_sheet
+from zpipe.train.evaluation.results import Result, share, write_results
+from zpipe.train.fit.config import TrainConfig
+from zpipe.train.fit.train_vit import VitConfig, train_vit
+from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
 from zpipe.train.report import ReportConfig
 from zpipe.train.report import report as write_report
-from zpipe.train.results import Result, share, write_results
-from zpipe.train.studies import StudyConfig, run_study
-from zpipe.train.train_vit import VitConfig, train_vit
-from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
+from zpipe.train.studies.bench import StudyConfig, run_study
 
 MARKER = "demo.json"
 SEEDS_MARKER = "demo-seeds.json"

@@ -11,8 +11,9 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import PatchEmbed
-from timm.models import build_model_with_cfg, get_pretrained_cfg
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -195,3 +196,37 @@ def head_macs(vit: VisionTransformer) -> int:
     """Multiply-adds of the head of an image; of both heads of a distilled DeiT."""
     heads = [vit.head, getattr(vit, "head_dist", None)]
     return sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
+
+
+def square_side(img_size: int | tuple[int, int]) -> int:
+    """The side of square images, in pixels. Raises ValueError for images of another shape."""
+    height, width = img_size if isinstance(img_size, (tuple, list)) else (img_size, img_size)
+    if height != width:
+        raise ValueError(f"images must be square, got {height} x {width}")
+    return int(height)
+
+
+_CFG = {
+    "url": "",
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "fixed_input_size": True,
+    "crop_pct": 0.9,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "patch_embed",
+    "classifier": "head",
+}
+
+
+def untrained_cfgs(*names: str, **changes: Any) -> Any:
+    """timm's descriptions of models that have no pretrained weights; modules that register models export them."""
+    return generate_default_cfgs({f"{name}.untrained": _CFG | changes for name in names})
+
+
+def build(
+    cls: type[nn.Module], variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]
+) -> Any:
+    """timm's builder for a model of its registry, whose keyword arguments win over `defaults`."""
+    return build_model_with_cfg(cls, variant, pretrained, **defaults | kwargs)

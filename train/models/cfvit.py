@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from zpipe.train.models import zoom_tokens
-from zpipe.train.models.zoomvit import build, square_side, untrained_cfgs
+from zpipe.train.models.backbone import build, square_side, untrained_cfgs
 
 __all__ = ["CFViT", "EarlyExit", "Stages"]
 
@@ -503,11 +503,11 @@ default_cfgs = untrained_cfgs("cfvit_tiny", "cfvit_small")
 def cfvit_tiny(pretrained: bool = False, **kwargs: Any) -> CFViT:
     """CF-ViT on DeiT-Ti. Takes the arguments of `CFViT`."""
     defaults = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return build("cfvit_tiny", pretrained, defaults, kwargs, CFViT)
+    return build(CFViT, "cfvit_tiny", pretrained, defaults, kwargs)
 
 
 @register_model
 def cfvit_small(pretrained: bool = False, **kwargs: Any) -> CFViT:
     """CF-ViT on DeiT-S, the paper's main model. Takes the arguments of `CFViT`."""
     defaults = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return build("cfvit_small", pretrained, defaults, kwargs, CFViT)
+    return build(CFViT, "cfvit_small", pretrained, defaults, kwargs)

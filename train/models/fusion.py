@@ -15,8 +15,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from zpipe.train.models import zoom_tokens
-from zpipe.train.models.backbone import WrappedModel, build_wrapped, create_backbone
-from zpipe.train.models.zoomvit import square_side, untrained_cfgs
+from zpipe.train.models.backbone import WrappedModel, build_wrapped, create_backbone, square_side, untrained_cfgs
 
 
 def fuse(quarters: Tensor, scores: Tensor) -> Tensor:

@@ -14,8 +14,14 @@ import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
 
-from zpipe.train.models.backbone import WrappedModel, build_wrapped, create_backbone, read_scores
-from zpipe.train.models.zoomvit import square_side, untrained_cfgs
+from zpipe.train.models.backbone import (
+    WrappedModel,
+    build_wrapped,
+    create_backbone,
+    read_scores,
+    square_side,
+    untrained_cfgs,
+)
 
 COMBINE = ("zoom", "mean")
 

@@ -14,8 +14,8 @@ from timm.models import register_model
 from torch import Tensor
 
 from zpipe.train.models import zoom_tokens
+from zpipe.train.models.backbone import build, untrained_cfgs
 from zpipe.train.models.cfvit import CFViT, attention_weights, share_of
-from zpipe.train.models.zoomvit import build, untrained_cfgs
 
 __all__ = ["LFViT"]
 
@@ -104,11 +104,11 @@ default_cfgs = untrained_cfgs("lfvit_tiny", "lfvit_small")
 def lfvit_tiny(pretrained: bool = False, **kwargs: Any) -> LFViT:
     """LF-ViT on DeiT-Ti. Takes the arguments of `LFViT`."""
     defaults = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return build("lfvit_tiny", pretrained, defaults, kwargs, LFViT)
+    return build(LFViT, "lfvit_tiny", pretrained, defaults, kwargs)
 
 
 @register_model
 def lfvit_small(pretrained: bool = False, **kwargs: Any) -> LFViT:
     """LF-ViT on DeiT-S, the paper's main model. Takes the arguments of `LFViT`."""
     defaults = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return build("lfvit_small", pretrained, defaults, kwargs, LFViT)
+    return build(LFViT, "lfvit_small", pretrained, defaults, kwargs)

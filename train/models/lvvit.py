@@ -14,7 +14,7 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from zpipe.train.models.zoomvit import square_side, untrained_cfgs
+from zpipe.train.models.backbone import square_side, untrained_cfgs
 
 
 class ConvPatchEmbed(nn.Module):

@@ -20,10 +20,11 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from zpipe.train.models import zoom_tokens
+from zpipe.train.models.backbone import build, untrained_cfgs
 from zpipe.train.models.cfvit import CFViT
 from zpipe.train.models.sparseformer import SparseFormer
 from zpipe.train.models.zoomer import Zoomer
-from zpipe.train.models.zoomvit import Tokens, ZoomViT, build, untrained_cfgs
+from zpipe.train.models.zoomvit import Tokens, ZoomViT
 
 _ZOOMER = "Importance_Score.model."
 
@@ -129,7 +130,7 @@ default_cfgs = untrained_cfgs("zoomvit_released")
 def zoomvit_released(pretrained: bool = False, **kwargs: Any) -> ReleasedZoomViT:
     """`ReleasedZoomViT` as DeiT-III-S. Takes its arguments; alpha is .01 unless given."""
     defaults = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, "alpha": 0.01}
-    return build("zoomvit_released", pretrained, defaults, kwargs, ReleasedZoomViT)
+    return build(ReleasedZoomViT, "zoomvit_released", pretrained, defaults, kwargs)
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------

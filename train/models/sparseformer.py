@@ -15,7 +15,7 @@ from timm.layers import drop_path, trunc_normal_
 from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
-from zpipe.train.models.zoomvit import untrained_cfgs
+from zpipe.train.models.backbone import untrained_cfgs
 
 _EPS = 1e-6  # of all LayerNorms with parameters
 

@@ -25,8 +25,9 @@ from zpipe.train.models.backbone import (
     head_macs,
     project,
     read_scores,
+    square_side,
+    untrained_cfgs,
 )
-from zpipe.train.models.zoomvit import square_side, untrained_cfgs
 
 
 class TokenPrunedViT(WrappedModel):

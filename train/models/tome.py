@@ -24,8 +24,9 @@ from zpipe.train.models.backbone import (
     embed_macs,
     head_macs,
     project,
+    square_side,
+    untrained_cfgs,
 )
-from zpipe.train.models.zoomvit import square_side, untrained_cfgs
 
 
 class Matching(NamedTuple):

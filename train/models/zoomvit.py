@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from zpipe.train.models import zoom_tokens
+from zpipe.train.models.backbone import build, square_side, untrained_cfgs
 from zpipe.train.models.packing import packing, rows_of, run_blocks
 from zpipe.train.models.zoom_tokens import TokenOrder
 
@@ -499,63 +499,28 @@ def _sincos_1d(length: int, dim: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).float()
 
 
-def square_side(img_size: int | tuple[int, int]) -> int:
-    height, width = img_size if isinstance(img_size, (tuple, list)) else (img_size, img_size)
-    if height != width:
-        raise ValueError(f"images must be square, got {height} x {width}")
-    return int(height)
-
-
 # -- timm registry -----------------------------------------------------------------------------------------------------
-
-_CFG = {
-    "url": "",
-    "num_classes": 1000,
-    "input_size": (3, 224, 224),
-    "fixed_input_size": True,
-    "crop_pct": 0.9,
-    "interpolation": "bicubic",
-    "mean": IMAGENET_DEFAULT_MEAN,
-    "std": IMAGENET_DEFAULT_STD,
-    "first_conv": "patch_embed",
-    "classifier": "head",
-}
-
-
-def untrained_cfgs(*names: str, **changes: Any) -> Any:
-    """timm's descriptions of models that have no pretrained weights; modules that register models export them."""
-    return generate_default_cfgs({f"{name}.untrained": _CFG | changes for name in names})
 
 
 default_cfgs = untrained_cfgs(*(f"zoomvit_{size}_patch16_224" for size in ("tiny", "small", "base")))
-
-
-def build(
-    variant: str,
-    pretrained: bool,
-    defaults: dict[str, Any],
-    kwargs: dict[str, Any],
-    cls: type[nn.Module] = ZoomViT,
-) -> Any:
-    return build_model_with_cfg(cls, variant, pretrained, **defaults | kwargs)
 
 
 @register_model
 def zoomvit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> ZoomViT:
     """ZoomViT on DeiT-Ti (Table 8). Takes the arguments of `ZoomViT`."""
     defaults = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return build("zoomvit_tiny_patch16_224", pretrained, defaults, kwargs)
+    return build(ZoomViT, "zoomvit_tiny_patch16_224", pretrained, defaults, kwargs)
 
 
 @register_model
 def zoomvit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> ZoomViT:
     """ZoomViT on DeiT-S, the paper's main model. Takes the arguments of `ZoomViT`."""
     defaults = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return build("zoomvit_small_patch16_224", pretrained, defaults, kwargs)
+    return build(ZoomViT, "zoomvit_small_patch16_224", pretrained, defaults, kwargs)
 
 
 @register_model
 def zoomvit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> ZoomViT:
     """ZoomViT on DeiT-B (Table 8). Takes the arguments of `ZoomViT`."""
     defaults = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-    return build("zoomvit_base_patch16_224", pretrained, defaults, kwargs)
+    return build(ZoomViT, "zoomvit_base_patch16_224", pretrained, defaults, kwargs)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
+from zpipe.train.evaluation.results import Result, Value
 from zpipe.train.report.runs import EVALUATION, ZOOMER_EVALUATION, RunRecord
-from zpipe.train.results import Result, Value
 
 # A series is swept along these; what else is set makes another series.
 SWEPT = ("alpha", "budget", "keep", "exit", "merge", "tokens")

@@ -25,15 +25,15 @@ from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.shard_index import INDEX_NAME, find_shards, read_index
 from zpipe.schemas.storage import as_path
 from zpipe.train.checkpoint import Preprocessing, Run, load_run
+from zpipe.train.data.labels import check_labels
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.loop import resolve_device
+from zpipe.train.device import resolve_device
+from zpipe.train.evaluation.operating_points import EvalConfig, choose_run_source, trained_with
 from zpipe.train.models.tome import ToMeViT
 from zpipe.train.models.zoomvit import ZoomViT
-from zpipe.train.modes import EvalConfig, choose_run_source, trained_with
 from zpipe.train.report.runs import RunRecord
 from zpipe.train.scoring import ScoreSource, takes_scores, zooms
-from zpipe.train.train_vit import check_labels
 
 THUMBNAIL = 224  # pixels a side at most
 JPEG_QUALITY = 85

@@ -12,7 +12,7 @@ from typing import Any
 from zpipe.schemas.atomic import read_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.checkpoint import CONFIG_NAME, METRICS_NAME, RUN_NAME, read_record
-from zpipe.train.results import Result, Value, read_results, wilson
+from zpipe.train.evaluation.results import Result, Value, read_results, wilson
 from zpipe.train.scoring import SOURCES
 
 RESULTS_FOLDER = "results"

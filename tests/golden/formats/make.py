@@ -20,10 +20,10 @@ from zpipe.pipeline.make_shards import SceneSource, make_shards
 from zpipe.pipeline.scenes import SceneConfig
 from zpipe.train.checkpoint import load_checkpoint, load_run
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.loop import TrainConfig
-from zpipe.train.results import Result, write_results
-from zpipe.train.train_vit import VitConfig, train_vit
-from zpipe.train.train_zoomer import ZoomerConfig, train_zoomer
+from zpipe.train.evaluation.results import Result, write_results
+from zpipe.train.fit.config import TrainConfig
+from zpipe.train.fit.train_vit import VitConfig, train_vit
+from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
 
 SIDE = 16
 BODY = {"patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 3}

@@ -1,0 +1,154 @@
+"""Single images: the same answer as evaluation gives, pictures, and plain words for what is no image."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import BODY, GRID, SIDE, encode, late_profile, scenes, store
+from typer.testing import CliRunner
+
+from zpipe.cli import app
+from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.train.checkpoint import load_run
+from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.evaluation.pictures import patches
+from zpipe.train.evaluation.predict import Classifier, PredictConfig, predict
+from zpipe.train.fit.config import TrainConfig
+from zpipe.train.fit.train_vit import VitConfig, train_vit
+from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
+
+torch.set_num_threads(1)
+LOOP = TrainConfig(epochs=1, batch_size=10, data_workers=0, device="cpu", lr=1e-3)
+CPU = PredictConfig(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("predict")
+    scenes(root / "shards", 20)
+    store(root / "shards", root / "maps")
+    zoomer = ZoomerConfig(num_blocks=2, width=8, image_size=SIDE, train=LOOP)
+    train_zoomer(root / "shards", root / "maps", root / "zoomer", zoomer)
+    config = VitConfig(model="zoomvit_tiny_patch16_224", model_args=BODY, image_size=SIDE, train=LOOP)
+    train_vit(root / "shards", root / "zoom", config, zoomer=root / "zoomer")
+    train_vit(root / "shards", root / "plain", replace(config, model="deit_tiny_patch16_224"))
+    train_vit(root / "shards", root / "with-maps", config, maps=root / "maps")
+    (root / "images").mkdir()
+    with tarfile.open(sorted((root / "shards").glob("*.tar"))[0]) as tar:
+        for member in tar:
+            if member.name.endswith(".jpg"):
+                (root / "images" / member.name).write_bytes(tar.extractfile(member).read())
+    return root
+
+
+@pytest.mark.parametrize("run", ["zoom", "plain"])
+def test_the_same_answer_as_in_evaluation(data, run):
+    config = replace(CPU, alpha=0.45)
+    files = sorted((data / "images").iterdir())
+    rows = {row["file"]: row for row in predict(data / run, files, config)}
+    classifier = Classifier(load_run(data / run), config)
+    names = load_run(data / run).settings["classes"]
+    batch = next(iter(RelevanceLoader(data / "shards", None, batch_size=10, image_size=SIDE, augment="eval")))
+    probabilities = classifier(batch["image"], batch["key"]).softmax(1)
+    assert len(rows) == 10 and len(names) == 10
+    for key, expected in zip(batch["key"], probabilities, strict=True):
+        found = rows[str(data / "images" / f"{key}.jpg")]["classes"]
+        assert [each["index"] for each in found] == expected.argsort(descending=True)[:5].tolist()
+        assert [each["probability"] for each in found] == pytest.approx(sorted(expected.tolist())[::-1][:5], abs=1e-5)
+        assert [each["name"] for each in found] == [names[each["index"]] for each in found]
+
+
+def test_zoom_and_pictures(data, tmp_path):
+    files = sorted((data / "images").iterdir())[:2]
+    rows = predict(data / "zoom", files, replace(CPU, budget="25 tokens"), out=tmp_path / "pictures")
+    assert [row["tokens"] for row in rows] == [25, 25]
+    for file in files:
+        with Image.open(tmp_path / "pictures" / f"{file.stem}.png") as picture:
+            assert picture.width > 2 * picture.height  # three panels
+            assert np.asarray(picture.convert("RGB")).std() > 10
+    (row,) = predict(data / "plain", files[:1], CPU, out=tmp_path / "pictures")
+    assert row["tokens"] is None
+    assert len(predict(data / "zoom", files[:1], replace(CPU, scores="none"))) == 1
+    assert predict(data / "zoom", files[:1], replace(CPU, scores="centre", budget=2))[0]["tokens"] == GRID**2 + 6
+
+
+def test_scores_on_a_grid_that_is_not_the_models(data, tmp_path):
+    """A model that crops takes the zoomer's scores as they are; its own grid has 8 x 8 cells, the zoomer's 4 x 4."""
+    backbone = {"backbone": "deit_tiny_patch16_224", "backbone_args": BODY, "patch_size": 4}
+    config = VitConfig(model="image_zoom", model_args=backbone, image_size=SIDE, train=LOOP)
+    train_vit(data / "shards", tmp_path / "box", config, zoomer=data / "zoomer")
+    assert load_run(tmp_path / "box").model.score_grid == 8 == 2 * GRID
+    files = sorted((data / "images").iterdir())[:1]
+    assert predict(tmp_path / "box", files, CPU, out=tmp_path / "pictures")[0]["tokens"] is None
+    assert (tmp_path / "pictures" / f"{files[0].stem}.png").is_file()
+
+
+@pytest.mark.parametrize("zoomed", [0, 1, 4])
+def test_red_are_the_patches_of_zoomed_cells(zoomed):
+    """All of them, when all cells are zoomed: 2 x 2 cells of 16 pixels."""
+    corners = [(x, y) for y in (0, 16) for x in (0, 16)]
+    fine = [(x + i, y + j, x + i + 8, y + j + 8) for x, y in corners[:zoomed] for i in (0, 8) for j in (0, 8)]
+    coarse = [(x, y, x + 16, y + 16) for x, y in corners[zoomed:]]
+    axes = plt.figure().add_subplot()
+    patches(axes, torch.tensor(fine + coarse), cell=16)
+    red = [patch for patch in axes.patches if patch.get_edgecolor()[:3] == (1.0, 0.0, 0.0)]
+    plt.close()
+    assert len(axes.patches) == len(fine + coarse) and len(red) == len(fine)
+
+
+def test_the_command(data, tmp_path):
+    file = sorted((data / "images").iterdir())[0]
+    out = tmp_path / "rows.json"
+    line = ["predict", str(file), "--checkpoint", str(data / "zoom"), "--budget", "3", "--top", "2", "--json", str(out)]
+    result = CliRunner().invoke(app, [*line, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(out.read_text())
+    first = row["classes"][0]
+    assert f"{file}: {first['name']} {first['probability']:.1%}" in result.output
+    assert "(25 tokens)" in result.output and len(row["classes"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("run", "options", "kind", "told"),
+    [
+        ("zoomer", {}, UsageError, "holds a zoomer, no classifier"),
+        ("with-maps", {}, UsageError, "with-maps: was trained with maps as scores, .*: single images have no maps"),
+        ("zoom", {"scores": "maps"}, UsageError, "--scores maps: single images have no maps in a store; choose zoomer"),
+        ("zoom", {"alpha": 0.1, "budget": 3}, UsageError, "not both"),
+        ("zoom", {"alpha": 1.5}, UsageError, "alpha must lie in"),
+        ("zoom", {"budget": 99}, UsageError, "budget must lie between"),
+        ("nothing", {}, UsageError, "not a training run"),
+    ],
+)
+def test_wrong_use(data, run, options, kind, told):
+    with pytest.raises(kind, match=told) as error:
+        predict(data / run, sorted((data / "images").iterdir())[:1], replace(CPU, **options))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_image(data, tmp_path):
+    text, whole = tmp_path / "note.jpg", sorted((data / "images").iterdir())[0]
+    text.write_text("not an image")
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes(whole.read_bytes()[:300])
+    profile = tmp_path / "profile.png"
+    profile.write_bytes(late_profile(encode(np.zeros((8, 8, 3), np.uint8))))
+    for file in (text, cut, profile, tmp_path / "missing.jpg"):
+        with pytest.raises(ZpipeError, match=f"{file.name}: can't be read as a JPEG, PNG or WEBP image"):
+            predict(data / "zoom", [file], CPU)
+    with pytest.raises(UsageError, match="two images have the same name"):
+        predict(data / "zoom", [whole, tmp_path / whole.name], CPU, out=tmp_path / "pictures")
+
+
+def test_images_of_another_size_are_refused(data):
+    classifier = Classifier(load_run(data / "plain"), CPU)
+    for images in (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 3, SIDE, SIDE)):
+        with pytest.raises(ValueError, match="images must be uint8"):
+            classifier(images)

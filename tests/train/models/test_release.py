@@ -1,0 +1,175 @@
+"""Published checkpoints: what the authors' own code printed, and plain words for files that are none."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from zpipe.train.checkpoint import Preprocessing, load_run, save_model
+from zpipe.train.models import Zoomer, load_release
+from zpipe.train.models.release import ReleasedZoomViT
+
+torch.set_num_threads(1)
+GOLDEN = Path(__file__).parents[2] / "golden"
+FACTORS = {"release_eta2": 2.0, "release_eta05": 0.5}
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+
+
+def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, torch.Tensor], torch.Tensor]:
+    """What is in the file, its state dict, and the images as the model sees them."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        values = dict(file)
+    state = {key[2:]: torch.from_numpy(value) for key, value in values.items() if key.startswith("w/")}
+    pixels = torch.from_numpy(values["images_uint8"]).float().repeat_interleave(4, 2).repeat_interleave(4, 3)
+    images = (F.avg_pool2d(pixels, 5, 1, 2) / 255 - MEAN) / STD
+    return values, state, images
+
+
+def opened(name: str):
+    values, state, images = golden(name)
+    config = {"num_heads": int(values["config"][4]), "zoom_factor": FACTORS[name], "alpha": float(values["config"][7])}
+    return values, images, state, config
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@torch.no_grad()
+def test_the_authors_numbers(name):
+    values, images, state, config = opened(name)
+    vit, zoomer = load_release(state, **config)
+    scores = zoomer(images)
+    np.testing.assert_allclose(scores.numpy(), values["scores"], atol=1e-6)
+    logits = torch.cat([vit(images[b : b + 1], scores[b : b + 1]) for b in range(3)])
+    np.testing.assert_allclose(logits.numpy(), values["logits"], atol=1e-4)
+    assert logits.std() > 0.1
+    torch.testing.assert_close(vit(images, scores), logits, atol=1e-5, rtol=0)  # ours doesn't depend on the batch
+    assert vit.token_counts(scores).tolist() == values["n_tokens"].tolist()
+    for group in vit.tokenise(images, scores).groups():
+        for b, tokens in zip(group.index.tolist(), group.tokens, strict=True):
+            theirs = values[f"tokens{b}"]
+            ours = tokens[1:, : theirs.shape[1]].numpy()
+            rows = [array[np.lexsort(array.round(3).T)] for array in (ours, theirs)]
+            np.testing.assert_allclose(*rows, atol=1e-3)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@torch.no_grad()
+def test_opened_from_a_file(tmp_path, wrapped):
+    values, images, state, config = opened("release_eta2")
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": {f"module.{key}": value for key, value in state.items()}} if wrapped else state, path)
+    vit, zoomer = load_release(path, model="zoomvit", **config)
+    np.testing.assert_allclose(vit(images[:1], zoomer(images[:1])).numpy(), values["logits"][:1], atol=1e-4)
+    assert not vit.training and zoomer.frozen
+
+
+@torch.no_grad()
+def test_the_holes_are_theirs_and_not_ours():
+    values, images, state, config = opened("release_eta05")
+    vit, _ = load_release(state, **config)
+    scores = torch.from_numpy(values["scores"])
+    (theirs,) = vit.tokenise(images[:1], scores[:1]).groups()
+    fine = int((scores[0] > config["alpha"]).sum())
+    assert (theirs.ids >= 0).sum() == values["n_tokens"][0] - 2
+    cells = int((F.max_pool2d(scores[0].view(1, 14, 14), 2) > config["alpha"]).sum())
+    assert fine < 4 * cells  # places of zoomed cells that the release doesn't see
+    ours = timm.create_model("zoomvit_small_patch16_224", zoom_factor=0.5, depth=1, embed_dim=48, num_heads=3)
+    assert ours.token_counts(scores[:1], config["alpha"]).tolist() == [49 + 3 * cells]
+
+
+@pytest.mark.parametrize("num_blocks", [4, 6])
+@torch.no_grad()
+def test_deeper_zoomers(num_blocks):
+    _, images, state, config = opened("release_eta2")
+    source = Zoomer(num_blocks).eval()
+    for module in source.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.weight.uniform_(0.5, 1.5)
+            module.running_mean.uniform_(-1, 1)
+    state = {key: value for key, value in state.items() if not key.startswith("Importance_Score")}
+    for key, value in source.state_dict().items():
+        block = re.match(r"trunk\.(\d+)\.(.*)", key)
+        if block and int(block[1]) > 3:
+            key = f"features.{4 + (int(block[1]) - 4) // 2}.{int(block[1]) % 2}.{block[2]}"
+        key = key.replace("trunk.", "features.").replace("reduce.", "new_fc.0.")
+        state[f"Importance_Score.model.{key}"] = value
+    _, zoomer = load_release(state, **config)
+    assert zoomer.num_blocks == num_blocks
+    assert torch.equal(zoomer(images), source(images))
+
+
+def test_saved_and_opened_again(tmp_path):
+    values, images, state, config = opened("release_eta2")
+    vit, zoomer = load_release(state, **config)
+    save_model(tmp_path, vit, Preprocessing(image_size=224, mean=(0.5,) * 3, std=(0.2,) * 3))
+    again = load_run(tmp_path).model
+    assert again.alpha == vit.alpha and torch.equal(again(images, zoomer(images)), vit(images, zoomer(images)))
+
+
+def test_registered_and_named():
+    model = timm.create_model("zoomvit_released", depth=1, embed_dim=48, num_heads=3, alpha=0.03)
+    assert isinstance(model, ReleasedZoomViT) and model.alpha == 0.03
+    images, scores = torch.zeros(1, 3, 224, 224), torch.zeros(1, 196)
+    for arguments in ({"scores": None}, {"scores": scores, "budget": 3}, {"scores": scores, "keep_tokens": 3}):
+        with pytest.raises(ValueError, match="by threshold"):
+            model(images, **arguments)
+    with pytest.raises(ValueError, match="got NaN"):
+        model(images, scores * float("nan"))
+    with pytest.raises(ValueError, match="alpha must lie in"):
+        timm.create_model("zoomvit_released", depth=1, alpha=2.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        ({"head.weight": None}, {}, "has no head.weight; expected a ZoomViT that its authors published"),
+        ({"blocks.1.gamma_1": None}, {}, r"has nothing for blocks.1.ls1.gamma \(1 such\)"),
+        ({"Importance_Score.model.new_fc.0.bias": None}, {}, "has nothing for reduce.bias"),
+        ({"blocks.1.norm1.weight": torch.zeros(7)}, {}, r"blocks.1.norm1.weight is \[7\], expected \[48\]"),
+        ({"blocks.1.norm3.weight": torch.zeros(7)}, {}, "blocks.1.norm3.weight is not known"),
+        ({"Importance_Score.model.other": torch.zeros(7)}, {}, "Importance_Score.model.other is not known"),
+        ({"epoch": 3}, {}, "holds no state dict"),
+        ({}, {"num_heads": 5}, "must divide"),
+        ({}, {"zoom_factor": 3.0}, "zoom_factor must be 2.0 or 0.5"),
+        ({}, {"alpha": 1.5}, "alpha must lie in"),
+        ({}, {"alpha": None, "threshold": 0.1}, "give num_heads, zoom_factor, alpha by keyword"),
+        ({}, {"model": "resnet"}, "model must be one of zoomvit"),
+    ],
+)
+def test_other_checkpoints_are_refused_in_one_line(change, config, message):
+    _, _, state, right = opened("release_eta2")
+    state = {key: value for key, value in (state | change).items() if value is not None}
+    config = {key: value for key, value in (right | config).items() if value is not None}
+    with pytest.raises(ValueError, match=message) as caught:
+        load_release(state, **config)
+    assert "\n" not in str(caught.value)
+
+
+class _Evil:
+    def __reduce__(self):
+        return (print, ("code ran",))
+
+
+def test_files_that_are_no_checkpoints(tmp_path, capsys):
+    config = {"num_heads": 3, "zoom_factor": 2.0, "alpha": 0.5}
+    path = tmp_path / "checkpoint.pth"
+    for content in (b"", b"not a checkpoint", pickle.dumps({"model": _Evil()})):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="checkpoint.pth: not a checkpoint of plain tensors"):
+            load_release(path, **config)
+    torch.save({"model": _Evil()}, path)
+    with pytest.raises(ValueError, match="not a checkpoint of plain tensors"):
+        load_release(path, **config)
+    assert "code ran" not in capsys.readouterr().out
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="holds no state dict"):
+        load_release(path, **config)
+    with pytest.raises(FileNotFoundError):
+        load_release(tmp_path / "nowhere.pth", **config)

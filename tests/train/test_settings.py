@@ -1,0 +1,173 @@
+"""Settings by dotted name: what fits is taken, what doesn't says why."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zpipe.schemas.errors import UsageError
+from zpipe.train.data.transforms import ViewConfig
+from zpipe.train.fit.config import TrainConfig
+from zpipe.train.fit.train_vit import VitConfig
+from zpipe.train.fit.train_zoomer import ZoomerConfig
+from zpipe.train.settings import with_settings
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value", "found"),
+    [
+        (ZoomerConfig(), "num_blocks", 2, 2),
+        (ZoomerConfig(), "train.lr", 0.5, 0.5),
+        (ZoomerConfig(), "train.lr", 1, 1.0),
+        (ZoomerConfig(), "train.epochs", 3, 3.0),
+        (ZoomerConfig(), "view.flip", 0, 0.0),
+        (ZoomerConfig(), "view.crop_scale", [0.5, 1], (0.5, 1.0)),
+        (ZoomerConfig(), "view.crop_ratio", (1.0, 1.0), (1.0, 1.0)),
+        (ZoomerConfig(), "train.opt_args", {"nesterov": True}, {"nesterov": True}),
+        (VitConfig(), "model_args", {}, {}),
+        (VitConfig(), "num_classes", None, None),
+        (VitConfig(), "num_classes", 7, 7),
+        (VitConfig(), "init_from", "run", "run"),
+        (VitConfig(), "max_zoomed", 3, 3),
+        (VitConfig(), "zoom_draw", "budget", "budget"),
+    ],
+    ids=str,
+)
+def test_a_value_that_fits(config, name, value, found):
+    before = replace(config)
+    changed = with_settings(config, {name: value})
+    for part in name.split("."):
+        changed = getattr(changed, part)
+    assert changed == found and type(changed) is type(found)
+    assert config == before
+
+
+def test_the_rest_stays_and_later_settings_win():
+    changed = with_settings(VitConfig(), {"train.lr": 0.5, "train.opt": "sgd", "train.lr ".strip(): 0.25})
+    assert changed == replace(VitConfig(), train=replace(VitConfig().train, lr=0.25, opt="sgd"))
+    assert with_settings(VitConfig(), {}) == VitConfig()
+
+
+def test_each_stage_has_its_own_defaults():
+    assert ZoomerConfig().train.lr == 0.01 and VitConfig().train.lr == 1e-3
+    assert with_settings(VitConfig(), {"train.seed": 1}).train.warmup_epochs == VitConfig().train.warmup_epochs
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("lr", "unknown; choose one of model, "),
+        ("train.learning_rate", "unknown; choose one of epochs, "),
+        ("", "unknown"),
+        ("train.", "unknown"),
+        (".lr", "unknown"),
+        ("train.lr.max", "lr has no settings inside"),
+        ("train", "such as train.epochs"),
+        ("__class__", "unknown"),
+    ],
+)
+def test_unknown_names(name, told):
+    with pytest.raises(UsageError) as error:
+        with_settings(VitConfig(), {name: 1})
+    assert str(error.value).startswith(f"setting {name}: ") and told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train.lr", "fast"),
+        ("train.lr", True),
+        ("train.lr", None),
+        ("train.lr", [1.0]),
+        ("mean", ".5,.5,.5"),
+        ("mean", [0.5, 0.5]),
+        ("train.lr", float("nan")),
+        ("train.lr", float("inf")),
+        ("train.batch_size", 2.5),
+        ("train.batch_size", True),
+        ("train.batch_size", "8"),
+        ("train.seed", None),
+        ("train.opt", 3),
+        ("train.opt_args", [1]),
+        ("model_args", "depth=2"),
+        ("num_classes", "ten"),
+        ("num_classes", 2.0),
+        ("init_from", 5),
+        ("max_zoomed", "x"),
+        ("zoom_draw", "dice"),
+        ("zoom_draw", None),
+        ("view.crop_scale", 0.5),
+        ("view.crop_scale", [0.5]),
+        ("view.crop_scale", [0.1, 0.5, 1.0]),
+        ("view.crop_scale", ["a", "b"]),
+        ("view.augment", "none"),
+    ],
+    ids=str,
+)
+def test_values_of_another_type(name, value):
+    with pytest.raises(UsageError, match=f"^setting {name}: ") as error:
+        with_settings(VitConfig(), {name: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train.epochs", 0),
+        ("train.epochs", -1),
+        ("train.lr", -0.1),
+        ("train.seed", -1),
+        ("train.batch_size", 0),
+        ("train.log_every", 0),
+        ("train.data_workers", -1),
+        ("train.warmup_epochs", -1),
+        ("train.clip_grad", -1),
+        ("view.crop_scale", [0, 1]),
+        ("view.crop_pct", 0),
+        ("label_smoothing", 1.5),
+        ("num_classes", 0),
+    ],
+    ids=str,
+)
+def test_values_out_of_range(name, value):
+    with pytest.raises(UsageError, match=name):
+        with_settings(VitConfig(), {name: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (TrainConfig, "train.precision", "bfloat16"),
+        (TrainConfig, "train.sched", "linear"),
+        (TrainConfig, "train.clip_mode", None),
+        (VitConfig, "loss", "BCE"),
+        (VitConfig, "zoom_draw", "cells"),
+        (ViewConfig, "view.augment", "val"),
+        (ViewConfig, "view.colour", ["deit"]),
+    ],
+)
+def test_a_choice_that_is_none_is_refused_from_python_too(make, name, value):
+    with pytest.raises(UsageError, match=f"^setting {name}: .*; choose one of "):
+        make(**{name.rpartition(".")[2]: value})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+NAMES = [f"train.{name}" for name in TrainConfig.__dataclass_fields__]
+NAMES += ["view.crop_scale", "view.flip", "num_classes", "zoom_draw", "model", "model_args", "init_from"]
+
+
+@given(name=st.sampled_from(NAMES), value=JSON)
+def test_any_json_value_is_taken_or_refused(name, value):
+    try:
+        changed = with_settings(VitConfig(), {name: value})
+    except UsageError as error:
+        assert name in str(error)
+        return
+    for part in name.split("."):
+        changed = getattr(changed, part)
+    assert (list(changed) if isinstance(changed, tuple) else changed) == value

@@ -1,0 +1,1 @@
+"""What only measuring a finished run needs."""

@@ -1,0 +1,161 @@
+"""The threshold that makes a model cost what it may, on average over a data set: alpha of a zoom, or eta of early exit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zpipe.schemas.atomic import write_json
+from zpipe.schemas.errors import UsageError
+from zpipe.schemas.progress import Progress, silent
+from zpipe.train.checkpoint import Run, load_run
+from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.device import resolve_device
+from zpipe.train.evaluation.operating_points import EvalConfig, Mode, choose_run_source, eval_loader, forward
+from zpipe.train.models.cfvit import CFViT
+from zpipe.train.models.zoom_tokens import calibrate_alpha, coarse_scores, parse_budget
+from zpipe.train.models.zoomvit import ZoomViT
+from zpipe.train.scoring import ScoreSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """budget: mean cost of an image, such as "300 tokens", "2.3 GMACs" or a number of zoomed cells; the source of the
+    scores isn't counted. limit: images looked at; their scores are held in memory, 4 bytes a cell. weights: of the run, see
+    `checkpoint.load_run`.
+    """
+
+    budget: str
+    scores: str | None = None
+    weights: str = "final"
+    limit: int = 50_000
+    batch_size: int = 128
+    data_workers: int = 0
+    device: str = "auto"
+
+
+@torch.inference_mode()
+def calibrate(
+    run: Path,
+    shards: Path,
+    config: CalibrationConfig,
+    *,
+    maps: Path | None = None,
+    out: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Find the threshold for a mean budget; returns, and writes as JSON to `out` when given, it and what it costs.
+
+    {alpha, unit, budget, mean, std, images}: mean and standard deviation over images of the cost at alpha, in the
+    budget's unit. The mean stays within the budget and falls short of it only where many cells score alike. For a model of two
+    stages `exit_threshold` takes alpha's place. Errors: :class:`UsageError` for a model without thresholds, or a budget that nothing fits into.
+    """
+    if config.limit < 1:
+        raise UsageError(f"limit {config.limit}: give a number >= 1")
+    opened = load_run(run, config.weights)
+    model = opened.model
+    if not isinstance(model, (ZoomViT, CFViT)):
+        raise UsageError(f"{run}: only zoomvit_*, cfvit_* and lfvit_* models cost more or less by a threshold")
+    device = resolve_device(config.device)
+    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.data_workers, "uniform")
+    model.to(device)
+    source = choose_run_source(opened, EvalConfig(scores=config.scores), loader.maps)
+    if source.zoomer is not None:
+        source.zoomer.to(device)
+    find = _exit_threshold if isinstance(model, CFViT) else _alpha
+    result = find(opened, source, _batches(loader, config.limit, progress), config, device)
+    if out is not None:
+        write_json(out, result)
+    return result
+
+
+def _batches(loader: RelevanceLoader, limit: int, progress: Progress) -> Iterator[dict[str, Any]]:
+    """Batches of the first `limit` samples."""
+    images = 0
+    for batch in loader:
+        left = limit - images
+        yield {name: values[:left] for name, values in batch.items()}
+        images += len(batch["key"])
+        progress("calibrate", min(images, limit), limit)
+        if images >= limit:
+            return
+
+
+def _alpha(
+    opened: Run,
+    source: ScoreSource,
+    batches: Iterator[dict[str, Any]],
+    config: CalibrationConfig,
+    device: torch.device,
+) -> dict[str, Any]:
+    model = opened.model
+    value, unit, table = _costs(model, config.budget)
+    found: list[Tensor] = []
+    for batch in batches:
+        scores = source.score(opened.preprocessing.normalise(batch["image"].to(device)), batch)
+        if scores is None:
+            raise UsageError("--scores none: nothing is zoomed, whatever the threshold")
+        found.append(coarse_scores(scores, model.zoom_factor).cpu())
+    cell_scores = torch.cat(found)  # [N, C]
+    alpha, mean = calibrate_alpha(cell_scores, value, lambda zoomed: table[zoomed])
+    spread = table[(cell_scores > alpha).sum(dim=1)].std(correction=0)
+    about = {"unit": unit, "budget": value, "mean": mean, "std": float(spread)}
+    return {"alpha": alpha} | about | {"images": len(cell_scores)}
+
+
+def _exit_threshold(
+    opened: Run,
+    source: ScoreSource,
+    batches: Iterator[dict[str, Any]],
+    config: CalibrationConfig,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The highest threshold under which enough images exit: the more go on to the fine stage, the better the answers."""
+    model = opened.model
+    try:
+        value, unit = parse_budget(config.budget, mean=True)
+    except ValueError as error:
+        raise UsageError(f"--budget {config.budget}: {error}") from error
+    if unit != "GMACs":
+        raise UsageError(f"--budget {config.budget}: early exit is calibrated to '2.3 GMACs'")
+    coarse, whole = model.macs(1.0) / 1e9, model.macs(0.0) / 1e9
+    if value < coarse:
+        raise UsageError(f"--budget {config.budget}: below the {coarse:.4g} GMACs of the coarse stage")
+    found = []
+    for batch in batches:
+        images = opened.preprocessing.normalise(batch["image"].to(device))
+        mode = Mode("all", {"return_stages": True}, {})
+        stages, _ = forward(model, source, images, batch, mode)
+        found.append(stages.coarse.float().softmax(1).amax(1).cpu())
+    sure = torch.cat(found).sort(descending=True).values  # [N]
+    going_on = min(1.0, (value - coarse) / (whole - coarse))
+    exits = math.ceil((1 - going_on) * len(sure) - 1e-9)
+    # None has to exit: only those whose probability is 1 to rounding do.
+    threshold = float(sure[exits - 1]) if exits else 1.0
+    exited = float((sure >= threshold).double().mean())
+    mean, spread = coarse + (1 - exited) * (whole - coarse), (whole - coarse) * (exited * (1 - exited)) ** 0.5
+    about = {"unit": unit, "budget": value, "mean": mean, "std": spread}
+    return {"exit_threshold": threshold} | about | {"images": len(sure)}
+
+
+def _costs(model: ZoomViT, budget: str) -> tuple[float, str, Tensor]:
+    """The budget, its unit, and in that unit the cost of an image with 0, 1, .. C zoomed cells, float64 [C + 1]."""
+    try:
+        value, unit = parse_budget(budget, mean=True)
+    except ValueError as error:
+        raise UsageError(f"--budget {budget}: {error}") from error
+    cells = model.coarse_grid**2
+    costs = {
+        "cells": [float(k) for k in range(cells + 1)],
+        "tokens": [float(cells + 3 * k) for k in range(cells + 1)],
+        "GMACs": [model.macs(k) / 1e9 for k in range(cells + 1)],
+    }[unit]
+    if value < costs[0]:
+        raise UsageError(f"--budget {budget}: below the {costs[0]:g} {unit} of an image in which nothing is zoomed")
+    return value, unit, torch.tensor(costs, dtype=torch.float64)

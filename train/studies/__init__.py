@@ -1,0 +1,1 @@
+"""Experiments around a finished run: they train variants of it and measure them."""
