@@ -19,6 +19,7 @@ import os
 import pickle
 import socket
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -45,6 +46,7 @@ CHECKPOINT_NAME = "checkpoint.pt"
 METRICS_NAME = "metrics.jsonl"
 WANDB_ID_NAME = "wandb-id.txt"
 CONFIG_NAME = "config.json"
+ZOOMER = "zoomer"  # the architecture that a zoomer's description states
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "zpipe-run"
 VERSION = 1
@@ -236,24 +238,42 @@ def _write_weights(path: Path, model: nn.Module) -> None:
 
 
 def save_model(run: Path, model: nn.Module, preprocessing: Preprocessing) -> None:
-    """Write the finished weights and, last, the description that makes the run finished."""
-    run = Path(run)
-    size = preprocessing.image_size
-    data = {
-        "input_size": (3, size, size),
+    """Write a timm model's finished weights and, last, the description that makes the run finished."""
+    data = _data_config(preprocessing)
+    _write_finished(Path(run), lambda folder: save_for_hf(model, folder, safe_serialization=True, data_config=data))
+
+
+def save_zoomer(run: Path, zoomer: Zoomer, preprocessing: Preprocessing) -> None:
+    """Write a zoomer's finished weights and, last, its description, into a folder that is made where it isn't there.
+
+    A ZoomViT's run has a copy of its zoomer in its folder `zoomer`, so that the two travel together.
+    """
+
+    def write(folder: str) -> None:
+        safetensors.torch.save_file(zoomer.state_dict(), Path(folder) / WEIGHTS_NAME)
+        data = _data_config(preprocessing)
+        config = {"architecture": ZOOMER, "model_args": zoomer.model_args(), "pretrained_cfg": data}
+        write_json(Path(folder) / CONFIG_NAME, config)
+
+    Path(run).mkdir(exist_ok=True)
+    _write_finished(Path(run), write)
+
+
+def _data_config(preprocessing: Preprocessing) -> dict[str, Any]:
+    return {
+        "input_size": (3, preprocessing.image_size, preprocessing.image_size),
         "mean": preprocessing.mean,
         "std": preprocessing.std,
         "interpolation": "bicubic",
         "crop_pct": preprocessing.crop_pct,
     }
+
+
+def _write_finished(run: Path, write: Callable[[str], object]) -> None:
+    """Let `write` fill a temporary folder, then move weights and description into place, the description last."""
     try:
         with tempfile.TemporaryDirectory(dir=run, prefix=".tmp-") as folder:
-            if isinstance(model, Zoomer):
-                safetensors.torch.save_file(model.state_dict(), Path(folder) / WEIGHTS_NAME)
-                config = {"architecture": "zoomer", "model_args": _zoomer_args(model), "pretrained_cfg": data}
-                write_json(Path(folder) / CONFIG_NAME, config)
-            else:
-                save_for_hf(model, folder, safe_serialization=True, data_config=data)
+            write(folder)
             for name in (WEIGHTS_NAME, CONFIG_NAME):
                 with commit(run / name) as tmp:
                     os.replace(Path(folder) / name, tmp)
@@ -264,23 +284,6 @@ def save_model(run: Path, model: nn.Module, preprocessing: Preprocessing) -> Non
 def digest_zoomer(run: Path) -> str:
     """SHA-256 (hex) of a finished zoomer's weights as they lie on disk, by which another one at the same path shows."""
     return digest_file(Path(run) / WEIGHTS_NAME)
-
-
-def _zoomer_args(zoomer: Zoomer) -> dict[str, Any]:
-    stem = zoomer.trunk[0]
-    return {
-        "num_blocks": zoomer.num_blocks,
-        "grid": zoomer.grid,
-        "width": stem.out_channels,
-        "in_chans": stem.in_channels,
-    }
-
-
-def save_zoomer(run: Path, zoomer: Zoomer, preprocessing: Preprocessing) -> None:
-    """Put a copy of the zoomer into a ZoomViT's run, so that the two travel as one folder."""
-    folder = Path(run) / "zoomer"
-    folder.mkdir(exist_ok=True)
-    save_model(folder, zoomer, preprocessing)
 
 
 def load_run(run: Path, weights: str = "final") -> Run:
@@ -304,7 +307,7 @@ def load_run(run: Path, weights: str = "final") -> Run:
     zoomer = None
     if (run / "zoomer" / CONFIG_NAME).is_file():
         zoomer = load_zoomer(run / "zoomer")[0]
-    kind = "zoomer" if isinstance(model, Zoomer) else "vit"
+    kind = "zoomer" if config["architecture"] == ZOOMER else "vit"
     return Run(
         path=run,
         kind=kind,
@@ -339,8 +342,9 @@ def load_zoomer(run: Path) -> tuple[Zoomer, Preprocessing]:
     run = Path(run)
     if not (run / CONFIG_NAME).is_file():
         raise UsageError(f"{run}: not a finished zoomer (no {CONFIG_NAME}); zpipe train-zoomer makes one")
-    model, preprocessing = _load_model(run, read_json(run / CONFIG_NAME, "a model description"))
-    if not isinstance(model, Zoomer):
+    config = read_json(run / CONFIG_NAME, "a model description")
+    model, preprocessing = _load_model(run, config)
+    if config["architecture"] != ZOOMER:
         raise UsageError(f"{run}: holds a ViT, not a zoomer; zpipe train-zoomer makes one")
     return model.freeze(), preprocessing
 
@@ -355,7 +359,7 @@ def _load_model(run: Path, config: dict[str, Any]) -> tuple[nn.Module, Preproces
             std=tuple(data["std"]),
             crop_pct=float(data["crop_pct"]),
         )
-        if config["architecture"] == "zoomer":
+        if config["architecture"] == ZOOMER:
             model: nn.Module = Zoomer(**config["model_args"])
             model.load_state_dict(safetensors.torch.load_file(path))
         else:

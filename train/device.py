@@ -58,8 +58,12 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def autocast_of(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """What to compute under, for each batch anew. Errors: :class:`UsageError` for an unknown precision."""
+def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """What to compute under, opened anew for each batch: autocast to `precision`, or nothing for float32.
+
+    Raises:
+        UsageError: an unknown precision.
+    """
     if precision == "float32":
         return nullcontext
     if precision not in LOW_PRECISIONS:

@@ -16,14 +16,10 @@ from zpipe.schemas.errors import UsageError
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import load_zoomer
 from zpipe.train.macs import count_macs
-from zpipe.train.models.cfvit import CFViT
-from zpipe.train.models.fusion import FusedViT
-from zpipe.train.models.image_zoom import ImageZoom
-from zpipe.train.models.release import ReleasedZoomViT
+from zpipe.train.models.operating_points import OperatingPoint, ScoreUse
+from zpipe.train.models.operating_points import score_use as use_of
 from zpipe.train.models.scores import centre_prior, class_attention, entropy_scores
-from zpipe.train.models.token_pruned_vit import TokenPrunedViT
 from zpipe.train.models.zoomer import Zoomer
-from zpipe.train.models.zoomvit import ZoomViT
 
 SOURCES = {
     "zoomer": "a finished train-zoomer run, frozen",
@@ -58,19 +54,31 @@ class ScoreSource:
         return count_macs(lambda: self.score(image, {}))
 
 
-def zooms(model: nn.Module) -> bool:
-    """Whether the model cuts cells above a threshold or within a budget into finer patches."""
-    return isinstance(model, (ZoomViT, FusedViT))
+def score_use(model: nn.Module) -> ScoreUse | None:
+    """How scores guide a model; None for a model that takes no scores.
+
+    Raises:
+        UsageError: a model that can't be trained or evaluated here, with its reason.
+    """
+    try:
+        return use_of(model)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
-def takes_scores(model: nn.Module) -> bool:
-    """Whether scores may guide the model."""
-    return zooms(model) or isinstance(model, (CFViT, ImageZoom, TokenPrunedViT))
+def run_model(
+    model: Callable[..., Any], source: ScoreSource | None, batch: dict[str, Any], point: OperatingPoint
+) -> tuple[Any, Tensor | None]:
+    """Score the images of a batch, normalised and on the model's device, and run the model on both.
 
-
-def chooses_itself(model: nn.Module) -> bool:
-    """Whether the model goes by its own class attention where it is given no scores."""
-    return isinstance(model, (CFViT, TokenPrunedViT))
+    Returns:
+        What the model returns, and the scores [B, s * s] that it was given, if any.
+    """
+    images = batch["image"]
+    scores = source.score(images, batch) if source is not None else None
+    if scores is None:
+        return model(images, **point.arguments), None
+    return model(images, scores, **point.arguments), scores
 
 
 def default_source(zoomer: object | None, maps: object | None) -> str | None:
@@ -96,31 +104,29 @@ def choose_source(
     """
     if name not in SOURCES:
         raise UsageError(f"--scores {name}: choose one of {', '.join(SOURCES)}")
-    if isinstance(model, ReleasedZoomViT):
-        raise UsageError(
-            "zoomvit_released is for published checkpoints, from Python: load_release(...); choose zoomvit_*"
-        )
-    side = model.score_grid
-    any_grid = isinstance(model, (ImageZoom, TokenPrunedViT))
+    use = score_use(model)
+    if use is None:
+        raise UsageError(f"--scores {name}: this model takes no scores; leave it out")
+    side = use.grid
     if name == "own":
-        if not chooses_itself(model):
+        if not use.has_own:
             raise UsageError("--scores own: this model can't choose by itself; choose another source")
         return ScoreSource(name=name, score=lambda images, batch: None)
-    if name == "none" and chooses_itself(model):
+    if name == "none" and use.has_own:
         raise UsageError("--scores none: this model always chooses; choose own, or another source")
     if name == "zoomer":
         if zoomer is None:
             raise UsageError("--scores zoomer: needs a zoomer; give --zoomer RUN, or another source")
-        if zoomer.grid != side and not any_grid:
+        if zoomer.grid != side and not use.any_grid:
             raise UsageError(f"{origin}: scores of {zoomer.grid} x {zoomer.grid}, the model wants {side} x {side}")
         return ScoreSource(name=name, score=lambda images, batch: _frozen(zoomer, images), zoomer=zoomer)
     if name == "maps":
         if store is None:
             raise UsageError("--scores maps: needs a relevance store; give --maps STORE")
-        if not any_grid:
+        if not use.any_grid:
             check_grid(store, side)
         return ScoreSource(name=name, score=lambda images, batch: batch["relevance"].to(images.device).flatten(1))
-    if name == "attention" and not isinstance(model, ZoomViT):
+    if name == "attention" and not use.class_attention:
         raise UsageError("--scores attention: needs a zoomvit_* model, whose class attention it is")
     prior = centre_prior(side)
     scorers: dict[str, Scorer] = {

@@ -14,14 +14,13 @@ from torch import Tensor
 from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
-from zpipe.train.checkpoint import Run, load_run
+from zpipe.train.checkpoint import load_run
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.device import resolve_device
-from zpipe.train.evaluation.operating_points import EvalConfig, Mode, choose_run_source, eval_loader, forward
-from zpipe.train.models.cfvit import CFViT
+from zpipe.train.evaluation.inference import OpenRun, choose_run_source, eval_loader
+from zpipe.train.models.operating_points import OperatingPoint, setting_names
 from zpipe.train.models.zoom_tokens import calibrate_alpha, coarse_scores, parse_budget
-from zpipe.train.models.zoomvit import ZoomViT
-from zpipe.train.scoring import ScoreSource
+
+BOTH_STAGES = OperatingPoint(name="both stages", arguments={"return_stages": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +58,15 @@ def calibrate(
     if config.limit < 1:
         raise UsageError(f"limit {config.limit}: give a number >= 1")
     opened = load_run(run, config.weights)
-    model = opened.model
-    if not isinstance(model, (ZoomViT, CFViT)):
+    if not hasattr(opened.model, "cost_kinds"):
         raise UsageError(f"{run}: only zoomvit_*, cfvit_* and lfvit_* models cost more or less by a threshold")
-    device = resolve_device(config.device)
-    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.data_workers, "uniform")
-    model.to(device)
-    source = choose_run_source(opened, EvalConfig(scores=config.scores), loader.maps)
-    if source.zoomer is not None:
-        source.zoomer.to(device)
-    find = _exit_threshold if isinstance(model, CFViT) else _alpha
-    result = find(opened, source, _batches(loader, config.limit, progress), config, device)
+    loader = eval_loader(
+        opened.preprocessing, shards, maps, batch_size=config.batch_size, data_workers=config.data_workers
+    )
+    source = choose_run_source(opened, config.scores, loader.maps)
+    ready = OpenRun(opened, source, device=config.device)
+    find = _exit_threshold if "exit" in setting_names(opened.model) else _alpha
+    result = find(ready, _batches(loader, config.limit, progress), config)
     if out is not None:
         write_json(out, result)
     return result
@@ -87,18 +84,12 @@ def _batches(loader: RelevanceLoader, limit: int, progress: Progress) -> Iterato
             return
 
 
-def _alpha(
-    opened: Run,
-    source: ScoreSource,
-    batches: Iterator[dict[str, Any]],
-    config: CalibrationConfig,
-    device: torch.device,
-) -> dict[str, Any]:
+def _alpha(opened: OpenRun, batches: Iterator[dict[str, Any]], config: CalibrationConfig) -> dict[str, Any]:
     model = opened.model
     value, unit, table = _costs(model, config.budget)
     found: list[Tensor] = []
     for batch in batches:
-        scores = source.score(opened.preprocessing.normalise(batch["image"].to(device)), batch)
+        scores = opened.scores(batch)
         if scores is None:
             raise UsageError("--scores none: nothing is zoomed, whatever the threshold")
         found.append(coarse_scores(scores, model.zoom_factor).cpu())
@@ -109,13 +100,7 @@ def _alpha(
     return {"alpha": alpha} | about | {"images": len(cell_scores)}
 
 
-def _exit_threshold(
-    opened: Run,
-    source: ScoreSource,
-    batches: Iterator[dict[str, Any]],
-    config: CalibrationConfig,
-    device: torch.device,
-) -> dict[str, Any]:
+def _exit_threshold(opened: OpenRun, batches: Iterator[dict[str, Any]], config: CalibrationConfig) -> dict[str, Any]:
     """The highest threshold under which enough images exit: the more go on to the fine stage, the better the answers."""
     model = opened.model
     try:
@@ -129,9 +114,7 @@ def _exit_threshold(
         raise UsageError(f"--budget {config.budget}: below the {coarse:.4g} GMACs of the coarse stage")
     found = []
     for batch in batches:
-        images = opened.preprocessing.normalise(batch["image"].to(device))
-        mode = Mode("all", {"return_stages": True}, {})
-        stages, _ = forward(model, source, images, batch, mode)
+        stages = opened.answer(batch, BOTH_STAGES).output
         found.append(stages.coarse.float().softmax(1).amax(1).cpu())
     sure = torch.cat(found).sort(descending=True).values  # [N]
     going_on = min(1.0, (value - coarse) / (whole - coarse))
@@ -144,7 +127,7 @@ def _exit_threshold(
     return {"exit_threshold": threshold} | about | {"images": len(sure)}
 
 
-def _costs(model: ZoomViT, budget: str) -> tuple[float, str, Tensor]:
+def _costs(model: Any, budget: str) -> tuple[float, str, Tensor]:
     """The budget, its unit, and in that unit the cost of an image with 0, 1, .. C zoomed cells, float64 [C + 1]."""
     try:
         value, unit = parse_budget(budget, mean=True)

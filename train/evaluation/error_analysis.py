@@ -21,16 +21,13 @@ from zpipe.schemas.atomic import commit, write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.geometry import Box, covered_share
 from zpipe.schemas.progress import Progress, silent
-from zpipe.train.checkpoint import Run
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.device import autocast_of
 from zpipe.train.evaluation.answers import Answers
-from zpipe.train.evaluation.operating_points import Mode
+from zpipe.train.evaluation.inference import OpenRun
 from zpipe.train.evaluation.pictures import patches
 from zpipe.train.evaluation.results import Result, share
+from zpipe.train.models.operating_points import OperatingPoint
 from zpipe.train.models.zoom_tokens import choose_cells, token_boxes
-from zpipe.train.models.zoomvit import ZoomViT
-from zpipe.train.scoring import ScoreSource
 
 LEAST_SEEN = 0.5
 PICTURED = 8  # errors of each kind in the picture
@@ -55,23 +52,19 @@ class _Pictured:
 
 @torch.inference_mode()
 def analyse_errors(
-    opened: Run,
+    opened: OpenRun,
     loader: RelevanceLoader,
-    source: ScoreSource,
-    zoom: Mode,
+    zoom: OperatingPoint,
     answers: Answers,
-    device: torch.device,
     progress: Progress = silent,
-    precision: str = "float32",
 ) -> tuple[list[Verdict], list[_Pictured]]:
     """What became of every sample, and the first errors of each kind to be shown.
 
     Errors: :class:`UsageError` for a model that doesn't zoom, an unknown precision, and for samples with neither boxes nor maps.
     """
-    model = opened.model.to(device)
-    if not isinstance(model, ZoomViT):
-        raise UsageError(f"{opened.path}: only errors of zoomvit_* models can be told apart by their zoom")
-    lowered = autocast_of(precision, device)
+    model = opened.model
+    if not hasattr(model, "tokenise"):
+        raise UsageError(f"{opened.run.path}: only errors of zoomvit_* models can be told apart by their zoom")
     verdicts: list[Verdict] = []
     pictured: list[_Pictured] = []
     shown: Counter[str] = Counter()
@@ -79,14 +72,13 @@ def analyse_errors(
     for number, batch in enumerate(loader):
         if "object_box" not in batch and "relevance" not in batch:
             raise UsageError(f"{loader.path}: samples have no box, so errors need the teacher's maps; give --maps")
-        images = opened.preprocessing.normalise(batch["image"].to(device))
-        with lowered():
-            scores = source.score(images, batch)
-            logits = model(images, scores, **zoom.arguments)
+        prepared = opened.prepare(batch)
+        images = prepared["image"]
+        logits, scores, _ = opened.respond(prepared, zoom)
         ranks, predicted = answers.ranks(logits, batch), logits.argmax(1).tolist()
         count, alpha = zoom.arguments.get("budget"), zoom.arguments.get("alpha")
         zoomed = choose_cells(scores, len(images), model.score_grid, alpha, count, model.zoom_factor).cpu().numpy()
-        cells: dict[int, Tensor] = {}
+        cells: list[Tensor] = []
         for row, rank in enumerate(ranks.tolist()):
             if rank < 0:
                 continue
@@ -96,18 +88,13 @@ def analyse_errors(
             verdicts.append(verdict)
             if kind != "right" and shown[kind] < PICTURED:
                 shown[kind] += 1
-                cells = cells or _token_ids(model, images, scores, zoom)
-                boxes = token_boxes(cells[row].cpu(), side, opened.preprocessing.image_size)
+                cells = cells or model.tokenise(images, scores, **zoom.arguments).by_image()
+                boxes = token_boxes(cells[row].cpu(), side, opened.run.preprocessing.image_size)
                 target = batch["object_box"][row].numpy() * images.shape[-1] if "object_box" in batch else None
                 pixels = batch["image"][row].permute(1, 2, 0).numpy()
                 pictured.append(_Pictured(verdict, pixels, boxes, images.shape[-1] // side, target))
         progress("errors", number + 1, batches, wrong=sum(verdict.kind != "right" for verdict in verdicts))
     return verdicts, pictured
-
-
-def _token_ids(model: ZoomViT, images: Tensor, scores: Tensor, zoom: Mode) -> dict[int, Tensor]:
-    groups = model.tokenise(images, scores, **zoom.arguments).groups()
-    return {int(place): group.ids[row] for group in groups for row, place in enumerate(group.index)}
 
 
 def _seen(batch: dict[str, Any], row: int, zoomed: np.ndarray) -> float:
@@ -122,21 +109,23 @@ def _seen(batch: dict[str, Any], row: int, zoomed: np.ndarray) -> float:
     return float(mass[zoomed].sum() / most) if most else 0.0
 
 
-def error_results(verdicts: list[Verdict], run: str, model: str, seed: int | None, zoom: Mode) -> list[Result]:
+def error_results(
+    verdicts: list[Verdict], run: str, model: str, seed: int | None, zoom: OperatingPoint
+) -> list[Result]:
     """Shares of the errors by kind, and of all right answers given without a look at the object."""
     wrong = [verdict for verdict in verdicts if verdict.kind != "right"]
     right = [verdict for verdict in verdicts if verdict.kind == "right"]
     about: dict[str, Any] = {"study": "errors", "run": run, "model": model, "seed": seed}
-    rows = [share(**about, setting=zoom.asked, metric="top1", n=len(verdicts), right=len(right))]
+    rows = [share(**about, setting=zoom.settings, metric="top1", n=len(verdicts), right=len(right))]
     for kind in ("zoomer", "backbone"):
         if wrong:
             found = sum(verdict.kind == kind for verdict in wrong)
-            setting = zoom.asked | {"kind": kind}
+            setting = zoom.settings | {"kind": kind}
             rows.append(share(**about, setting=setting, metric="share_of_errors", n=len(wrong), right=found))
     for name, group in (("right", right), ("wrong", wrong)):
         if group:
             found = sum(verdict.seen < LEAST_SEEN for verdict in group)
-            setting = zoom.asked | {"answer": name}
+            setting = zoom.settings | {"answer": name}
             rows.append(share(**about, setting=setting, metric="object_left_out", n=len(group), right=found))
     return rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,30 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
-from zpipe.train.checkpoint import Preprocessing, Run, load_run
+from zpipe.train.checkpoint import Run, load_run
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.device import autocast_of, keep_freed_memory, resolve_device
+from zpipe.train.device import autocast, keep_freed_memory, resolve_device
 from zpipe.train.evaluation.answers import Answers, read_classes, read_several
 from zpipe.train.evaluation.calibrate import CalibrationConfig, calibrate
+from zpipe.train.evaluation.costs import CostMeter
+from zpipe.train.evaluation.inference import Answer, OpenRun, choose_run_source, eval_loader
 from zpipe.train.evaluation.metrics import mae, mse, pointing_game, spearman, topk_overlap
-from zpipe.train.evaluation.operating_points import (
-    Cost,
-    EvalConfig,
-    ExitCost,
-    Mode,
-    choose_run_source,
-    cost_of,
-    eval_loader,
-    forward,
-    logits_of,
-    modes_asked,
-)
-from zpipe.train.scoring import ScoreSource, check_grid
+from zpipe.train.evaluation.operating_points import EvalConfig, operating_points
+from zpipe.train.models.operating_points import OperatingPoint
+from zpipe.train.scoring import check_grid
 
 __all__ = ["EvalConfig", "EvalRow", "answers_for", "evaluate", "measure", "measure_zoomer"]
 
@@ -91,7 +84,14 @@ def evaluate(
     """
     opened = load_run(run, config.weights)
     missing = "skip" if opened.kind == "zoomer" else "uniform"
-    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.data_workers, missing)
+    loader = eval_loader(
+        opened.preprocessing,
+        shards,
+        maps,
+        batch_size=config.batch_size,
+        data_workers=config.data_workers,
+        missing=missing,
+    )
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -103,12 +103,10 @@ def evaluate(
     else:
         if config.target_gmacs is not None:
             config = _calibrated(run, config, progress)
-        source = choose_run_source(opened, config, loader.maps)
-        modes = modes_asked(opened.model, source, config)
-        answers = answers_for(opened, loader, config)
-        measured = measure(
-            opened.model, opened.preprocessing, loader, source, modes, answers, device, progress, config.precision
-        )
+        source = choose_run_source(opened, config.scores, loader.maps)
+        points = operating_points(opened.model, source, config)
+        ready = OpenRun(opened, source, device=config.device, precision=config.precision)
+        measured = measure(ready, loader, points, answers_for(opened, loader, config), progress)
         rows = [asdict(row) for row in measured]
     about = {"kind": opened.kind, "run": str(run), "model": opened.settings.get("model", opened.kind)}
     about |= {} if config.weights == "final" else {"weights": config.weights}
@@ -139,8 +137,6 @@ def _calibrated(run: Path, config: EvalConfig, progress: Progress) -> EvalConfig
 
 def answers_for(opened: Run, loader: RelevanceLoader, config: EvalConfig) -> Answers:
     """What is right for a run on these shards. Errors: as of `read_classes` and `read_several`."""
-    if config.classes is not None and config.labels is not None:
-        raise UsageError("--classes, --labels: give one of them; the file of labels is in the model's numbering")
     number = opened.model.num_classes
     classes = several = None
     if config.classes is not None:
@@ -152,78 +148,74 @@ def answers_for(opened: Run, loader: RelevanceLoader, config: EvalConfig) -> Ans
     return Answers(number, classes, several)
 
 
-@torch.inference_mode()
 def measure(
-    model: nn.Module,
-    preprocessing: Preprocessing,
+    opened: OpenRun,
     loader: RelevanceLoader,
-    source: ScoreSource | None,
-    modes: list[Mode],
+    points: Sequence[OperatingPoint],
     answers: Answers,
-    device: torch.device,
     progress: Progress = silent,
-    precision: str = "float32",
 ) -> list[EvalRow]:
-    """A row for every mode, all of them judged on the same batches. Errors: :class:`UsageError` for an unknown precision."""
-    lowered = autocast_of(precision, device)
-    model = model.to(device)
-    if source is not None and source.zoomer is not None:
-        source.zoomer.to(device)
-    costs = [cost_of(model, mode) for mode in modes]
-    ranks: list[list[Tensor]] = [[] for _ in modes]
-    rates: list[list[float]] = [[] for _ in modes]
+    """A row for every operating point, all of them judged on the same batches."""
+    meters = [CostMeter(opened.model, point) for point in points]
+    ranks: list[list[Tensor]] = [[] for _ in points]
+    rates: list[list[float]] = [[] for _ in points]
     batches = len(loader)
     for number, batch in enumerate(loader):
-        images = preprocessing.normalise(batch["image"].to(device))
-        for place, mode in enumerate(modes):
-            call = partial(forward, model, source, images, batch, mode)
-            with lowered():
-                if number == 0:
-                    call()  # the first call of a shape pays for allocation and kernel choice
-                (answer, scores), seconds = _timed(call, device)
-            ranks[place].append(answers.ranks(logits_of(answer), batch))
-            rates[place].append(len(images) / seconds)
-            costs[place].add(answer, scores)
+        prepared = opened.prepare(batch)
+        for place, point in enumerate(points):
+            respond = partial(opened.respond, prepared, point)
+            if number == 0:
+                respond()  # the first call of a shape pays for allocation and the choice of kernels
+            answer, seconds = _timed(respond, opened.device)
+            ranks[place].append(answers.ranks(answer.logits, batch))
+            rates[place].append(len(answer.logits) / seconds)
+            meters[place].add(answer)
         progress("evaluate", number + 1, batches, top1=float((ranks[-1][-1] == 0).float().mean()))
-    image = torch.zeros(1, 3, preprocessing.image_size, preprocessing.image_size, device=device)
-    told: dict[str, Any] = {"scores": None, "gmacs_zoomer": 0.0}
-    if source is not None:
-        told = {"scores": source.name, "gmacs_zoomer": source.macs(image) / 1e9}
-    told["precision"] = precision
-    told["parameters"] = sum(weight.numel() for weight in model.parameters())
+    size = opened.run.preprocessing.image_size
+    image = torch.zeros(1, 3, size, size, device=opened.device)
+    source = opened.source
+    about = {
+        "scores": None if source is None else source.name,
+        "gmacs_zoomer": 0.0 if source is None else source.macs(image) / 1e9,
+        "precision": opened.precision,
+        "parameters": sum(weight.numel() for weight in opened.model.parameters()),
+    }
     return [
-        EvalRow(**_figures(mode, torch.cat(found), speed, cost, image), **told)
-        for mode, found, speed, cost in zip(modes, ranks, rates, costs, strict=True)
+        EvalRow(**_metrics(point, torch.cat(found), speed, meter, image), **about)
+        for point, found, speed, meter in zip(points, ranks, rates, meters, strict=True)
     ]
 
 
-def _timed(forward, device: torch.device) -> tuple[Any, float]:
+def _timed(function: Callable[[], Answer], device: torch.device) -> tuple[Answer, float]:
+    """What the function returns, and the seconds that it took."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begun = time.perf_counter()
-    result = forward()
+    result = function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return result, time.perf_counter() - begun
 
 
-def _figures(mode: Mode, ranks: Tensor, rates: list[float], cost: Cost, image: Tensor) -> dict[str, Any]:
+def _metrics(
+    point: OperatingPoint, ranks: Tensor, rates: list[float], meter: CostMeter, image: Tensor
+) -> dict[str, Any]:
     ranks = ranks[ranks >= 0]
     if not len(ranks):
         raise ZpipeError("no image of these shards has a label to be judged by; check --labels")
     top1 = float((ranks == 0).double().mean())
     low, middle, high = np.quantile(rates, (0.25, 0.5, 0.75)).tolist()
     return {
-        "setting": mode.name,
-        **mode.asked,
+        "setting": point.name,
+        **point.settings,
         "count": len(ranks),
         "top1": top1,
         "top1_interval": 1.96 * (top1 * (1 - top1) / len(ranks)) ** 0.5,
         "top5": float((ranks < 5).double().mean()),
-        "tokens": cost.tokens(),
-        "token_histogram": {str(length): times for length, times in cost.histogram().items()},
-        "exited": cost.exit_share() if isinstance(cost, ExitCost) else None,
-        "gmacs": cost.macs(image) / 1e9,
+        "tokens": meter.tokens(),
+        "token_histogram": {str(length): images for length, images in meter.histogram().items()},
+        "exited": meter.exited(),
+        "gmacs": meter.macs(image) / 1e9,
         "images_per_s": middle,
         "images_per_s_low": low,
         "images_per_s_high": high,
@@ -242,7 +234,7 @@ def measure_zoomer(
 
     Errors: :class:`UsageError` for an unknown precision.
     """
-    lowered = autocast_of(precision, device)
+    lowered = autocast(precision, device)
     zoomer = opened.model.to(device)
     sums: Counter[str] = Counter()
     count = with_box = ranked = 0

@@ -9,16 +9,15 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import load_run
 from zpipe.train.data.labels import check_labels
-from zpipe.train.device import keep_freed_memory, resolve_device
+from zpipe.train.evaluation.inference import OpenRun, eval_loader
 from zpipe.train.evaluation.metrics import pointing_game
-from zpipe.train.evaluation.operating_points import eval_loader
 from zpipe.train.models.scores import centre_prior
 from zpipe.train.scoring import key_noise
 
@@ -110,18 +109,21 @@ def judge_maps(
     zooms sees all images unzoomed. Errors: :class:`UsageError`, :class:`ZpipeError`.
     """
     opened = load_run(run)
-    if opened.kind != "vit":
-        raise UsageError(f"{run}: holds a {opened.kind}, no classifier")
-    device = resolve_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    loader = eval_loader(opened.preprocessing, shards, maps, config.batch_size, config.data_workers, "skip")
-    model: nn.Module = opened.model.to(device)
+    ready = OpenRun(opened, None, device=config.device)
+    model, device = ready.model, ready.device
+    loader = eval_loader(
+        opened.preprocessing,
+        shards,
+        maps,
+        batch_size=config.batch_size,
+        data_workers=config.data_workers,
+        missing="skip",
+    )
     found: dict[str, dict[str, list[Tensor]]] = {}
     count = 0
     for batch in loader:
         check_labels(batch["label"], batch["key"], model.num_classes)
-        images = opened.preprocessing.normalise(batch["image"].to(device))
+        images = ready.prepare(batch)["image"]
         relevance = batch["relevance"].to(device)
         height, width = relevance.shape[1:]
         orders = {"maps": relevance}

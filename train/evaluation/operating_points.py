@@ -1,335 +1,171 @@
-"""How a finished run is run: on which view, with which scores, in which modes, and what each of these costs."""
+"""Settings of an evaluation, and the operating points that they ask a model for."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zpipe.schemas.errors import UsageError
-from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.train.checkpoint import Preprocessing, Run
-from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.macs import count_macs
-from zpipe.train.models.cfvit import CFViT, EarlyExit
-from zpipe.train.models.fusion import FusedViT
-from zpipe.train.models.sparseformer import SparseFormer
-from zpipe.train.models.token_pruned_vit import TokenPrunedViT
-from zpipe.train.models.tome import ToMeViT
+from zpipe.train.device import autocast
+from zpipe.train.models import operating_points as of_model
+from zpipe.train.models.operating_points import OperatingPoint, SettingError, setting_names, shortest
 from zpipe.train.models.zoom_tokens import PRUNE_KINDS
-from zpipe.train.models.zoomvit import ZoomViT
-from zpipe.train.scoring import ScoreSource, choose_source, chooses_itself, takes_scores, zooms
+from zpipe.train.scoring import SOURCES, ScoreSource, score_use
 
-DEFAULT_EXITS = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
+# The options of the settings that have one; others are given as --at NAME=VALUES.
+OPTIONS = {
+    "alpha": "--alphas",
+    "budget": "--budgets",
+    "keep": "--keep",
+    "prune": "--prune",
+    "exit": "--exits",
+    "merge": "--merge",
+}
+DEFAULT_ALPHA = 0.1
+"""The threshold of a model that zooms, where one point is wanted and none is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Settings of an evaluation.
-
-    alphas: thresholds of a zooming model. budgets: beside or instead of them, numbers of zoomed cells per image, or
-    "300 tokens" or "2.3 GMACs". keeps: each of these also with its sequences pruned to so many tokens, as `prune` says
-    (one of `zoom_tokens.PRUNE_KINDS`); of a token_pruned_vit, the patch tokens it keeps. exits: thresholds of early exit of a
-    model of two stages; none given, DEFAULT_EXITS. merges: tokens that a tome_vit merges in each block; none given, its own.
-    target_gmacs: instead of alphas or exits, the one at which an image of the shards `calibration` costs so many GMACs on
-    average. scores: where the scores come from, one of `scoring.SOURCES`; None takes what it was trained with. classes:
-    of data that knows fewer than the model, see `answers.read_classes`. labels: a file of labels in place of the data's,
-    several for an image, see `answers.read_several`. weights: of the run, see `checkpoint.load_run`. precision: what model and
-    scores are computed in: float32, or under autocast bf16 or fp16, as most GPUs are meant to be used.
-    """
+    """Settings of an evaluation."""
 
     alphas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
+    """Thresholds of a model that zooms; other models take no notice of them."""
     budgets: tuple[int | str, ...] = ()
+    """Besides or instead of thresholds, numbers of zoomed cells an image, or "300 tokens" or "2.3 GMACs"."""
     keeps: tuple[int, ...] = ()
+    """Each threshold and budget also with its sequences pruned to so many tokens; of a token_pruned_vit, the patch
+    tokens that it keeps."""
     prune: str = "backward"
+    """Which tokens `keeps` takes away, one of `zoom_tokens.PRUNE_KINDS`."""
     exits: tuple[float, ...] = ()
+    """Thresholds of early exit of a model of two stages; without any, `cfvit.DEFAULT_EXITS`."""
     merges: tuple[int, ...] = ()
+    """Tokens that a tome_vit merges in each block; without any, its own number."""
+    points: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Values of further settings that a model names in its `setting_names`."""
     target_gmacs: float | None = None
+    """Instead of thresholds, the one at which an image of the shards `calibration` costs so many GMACs on average."""
     calibration: Path | None = None
+    """Shards to choose that threshold by."""
     calibration_maps: Path | None = None
+    """The relevance store of the calibration shards, where maps are the scores."""
     scores: str | None = None
+    """Where the scores come from, one of `scoring.SOURCES`; None takes the source that the run was trained with."""
     classes: str | None = None
+    """Of data that knows fewer classes than the model, the model's class of each label; see `answers.read_classes`."""
     labels: Path | None = None
+    """A file of labels in place of the data's, several for an image; see `answers.read_several`."""
     weights: str = "final"
+    """Which weights of the run, see `checkpoint.load_run`."""
     precision: str = "float32"
+    """The precision of scores and model: float32, or bf16 or fp16 under autocast."""
     batch_size: int = 128
+    """Images a batch."""
     data_workers: int = 0
+    """Processes that load data; 0 loads in this one."""
     device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+    def __post_init__(self) -> None:
+        autocast(self.precision, torch.device("cpu"))  # refuses an unknown precision
+        for name, values in (("alphas", self.alphas), ("exits", self.exits)):
+            for value in values:
+                if not 0.0 <= value <= 1.0:
+                    kind = "a threshold" if name == "alphas" else "a threshold of early exit"
+                    raise UsageError(f"--{name} {value}: {kind} lies in [0, 1]")
+        if self.prune not in PRUNE_KINDS:
+            raise UsageError(f"--prune {self.prune}: choose one of {', '.join(PRUNE_KINDS)}")
+        if self.scores is not None and self.scores not in SOURCES:
+            raise UsageError(f"--scores {self.scores}: choose one of {', '.join(SOURCES)}")
+        if self.classes is not None and self.labels is not None:
+            raise UsageError("--classes, --labels: give one of them; the file of labels is in the model's numbering")
+        if self.target_gmacs is not None and self.target_gmacs <= 0:
+            raise UsageError(f"--target-gmacs {self.target_gmacs:g}: give a number above 0")
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size={self.batch_size}: give a number >= 1")
+        if self.data_workers < 0:
+            raise UsageError(f"data_workers={self.data_workers}: give a number >= 0")
+
+    def requested(self) -> dict[str, tuple[Any, ...]]:
+        """The values of each setting that has any."""
+        named = {
+            "alpha": self.alphas,
+            "budget": self.budgets,
+            "keep": self.keeps,
+            "exit": self.exits,
+            "merge": self.merges,
+        }
+        given = {name: tuple(values) for name, values in (named | dict(self.points)).items() if len(values)}
+        return given | {"prune": (self.prune,)} if "keep" in given else given
 
 
-@dataclass(frozen=True)
-class Mode:
-    """One way to run a model. arguments: of its forward, beside images and scores. asked: the setting, as in `EvalRow`."""
+def operating_points(model: nn.Module, source: ScoreSource | None, config: EvalConfig) -> list[OperatingPoint]:
+    """Every point at which to evaluate a model.
 
-    name: str
-    arguments: dict[str, Any]
-    asked: dict[str, Any]
-
-
-def eval_loader(
-    preprocessing: Preprocessing, shards: Path, maps: Path | None, batch_size: int, num_workers: int, missing: str
-) -> RelevanceLoader:
-    """Every sample once, in the view that a run was made for. missing: as of `RelevanceLoader`."""
-    return RelevanceLoader(
-        shards,
-        maps,
-        batch_size=batch_size,
-        image_size=preprocessing.image_size,
-        augment="eval",
-        num_workers=num_workers,
-        missing=missing,
-        view=ViewConfig(crop_pct=preprocessing.crop_pct),
-    )
-
-
-def trained_with(opened: Run) -> str | None:
-    """The name of the source whose scores a run was trained with; None for a model that takes none."""
-    if not takes_scores(opened.model):
-        return None
-    if opened.settings.get("scores") is not None:
-        return opened.settings["scores"]
-    if opened.zoomer is not None:
-        return "zoomer"
-    return "own" if chooses_itself(opened.model) and opened.settings.get("maps") is None else "maps"
-
-
-def choose_run_source(opened: Run, config: EvalConfig, store: RelevanceMaps | None) -> ScoreSource | None:
-    """Where a run's scores come from: as asked for, or as in training; None for a model that takes none.
-
-    Errors: :class:`UsageError` when what that source needs isn't there.
+    Raises:
+        UsageError: naming a setting that the model doesn't have or a value that is out of range, or without any point.
     """
-    if not takes_scores(opened.model):
-        return None
-    name = config.scores or trained_with(opened)
-    if name == "zoomer" and opened.zoomer is None:
-        raise UsageError(
-            f"{opened.path}: was trained without a zoomer; give --scores, such as --maps STORE --scores maps"
-        )
-    return choose_source(name, opened.model, zoomer=opened.zoomer, origin=opened.path, store=store)
-
-
-def modes_asked(model: nn.Module, source: ScoreSource | None, config: EvalConfig) -> list[Mode]:
-    """Every mode to evaluate a model in. Errors: :class:`UsageError` naming the value that is out of range, or none at all."""
-    for option, values, kind, told in (
-        ("--keep", config.keeps, (ZoomViT, TokenPrunedViT), "zoomvit_* and token_pruned_vit models prune"),
-        ("--exits", config.exits, CFViT, "models of two stages, cfvit_* and lfvit_*, exit early"),
-        ("--merge", config.merges, ToMeViT, "tome_vit models merge tokens"),
-    ):
-        if values and not isinstance(model, kind):
-            raise UsageError(f"{option}: only {told}")
-    if isinstance(model, CFViT):
-        return _once([_exit_mode(eta) for eta in config.exits or DEFAULT_EXITS])
-    if isinstance(model, ToMeViT):
-        return _once([_merge_mode(model, r) for r in config.merges or (model.r,)])
-    if isinstance(model, TokenPrunedViT):
-        keeps = config.keeps or (model.resolve_keep(),)
-        return _once([_keep_mode(model, keep) for keep in keeps])
-    if source is None or not zooms(model):
-        return [Mode("plain" if source is None else source.name, {}, {})]
-    if source.name == "none":
-        return [Mode("no zoom", {}, {})]
-    return _once(_zoom_modes(model, config))
-
-
-def _exit_mode(eta: float) -> Mode:
-    if not 0.0 <= eta <= 1.0:
-        raise UsageError(f"--exits {eta}: a threshold of early exit lies in [0, 1]")
-    return Mode(f"exit={_short(eta)}", {"exit_threshold": eta}, {"exit": eta})
-
-
-def _merge_mode(model: ToMeViT, r: int) -> Mode:
+    requested = config.requested()
+    names = setting_names(model)
+    # One sweep of thresholds and budgets goes over models that zoom and others beside them.
+    requested = {name: values for name, values in requested.items() if name in names or name not in ("alpha", "budget")}
+    if "prune" not in names:
+        requested.pop("prune", None)
+    for name in requested:
+        if name not in names:
+            takes = f"it takes {', '.join(option_of(each) for each in names)}" if names else "it takes none"
+            raise UsageError(f"{option_of(name)}: {type(model).__name__} has no such setting; {takes}")
+    use = score_use(model)
+    if use is not None and use.zooms and (source is None or source.name == "none"):
+        return [OperatingPoint(name="no zoom")]
     try:
-        return Mode(f"merge={r}", {"r": model.resolve_r(r)}, {"merge": r})
+        points = of_model.operating_points(model, requested)
+    except SettingError as error:
+        raise UsageError(f"{option_of(error.setting)} {error.value}: {error.reason}") from error
     except ValueError as error:
-        raise UsageError(f"--merge {r}: {error}") from error
-
-
-def _keep_mode(model: TokenPrunedViT, keep: int) -> Mode:
-    try:
-        return Mode(f"keep={keep}", {"keep_tokens": model.resolve_keep(keep_tokens=keep)}, {"keep": keep})
-    except ValueError as error:
-        raise UsageError(f"--keep {keep}: {error}") from error
-
-
-def _zoom_modes(model: nn.Module, config: EvalConfig) -> list[Mode]:
-    if not config.alphas and not config.budgets:
-        raise UsageError("nothing to evaluate: give --alphas or --budgets")
-    if config.prune not in PRUNE_KINDS:
-        raise UsageError(f"--prune {config.prune}: choose one of {', '.join(PRUNE_KINDS)}")
-    for alpha in config.alphas:
-        if not 0.0 <= alpha <= 1.0:
-            raise UsageError(f"--alphas {alpha}: a threshold lies in [0, 1]")
-    # Alpha in full: cells may score exactly what it is, and a rounded one would zoom them or not.
-    chosen = [Mode(f"alpha={_short(alpha)}", {"alpha": alpha}, {"alpha": alpha}) for alpha in config.alphas]
-    for budget in config.budgets:
-        try:
-            chosen.append(Mode(f"budget={budget}", {"budget": model.resolve_budget(budget)}, {"budget": budget}))
-        except ValueError as error:
-            raise UsageError(f"--budgets {budget}: {error}") from error
-    pruned = []
-    for keep in config.keeps:
-        if not 1 <= keep <= 4 * model.coarse_grid**2:
-            raise UsageError(f"--keep {keep}: give a number from 1 to {4 * model.coarse_grid**2}")
-        how = {"keep_tokens": keep, "prune": config.prune}
-        told = {"keep": keep, "prune": config.prune}
-        suffix = f" keep={keep}" + ("" if config.prune == "backward" else f" {config.prune}")
-        pruned += [Mode(zoom.name + suffix, zoom.arguments | how, zoom.asked | told) for zoom in chosen]
-    return chosen + pruned
-
-
-def _once(modes: list[Mode]) -> list[Mode]:
-    names = [mode.name for mode in modes]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(str(error)) from error
+    unnamed = "plain" if source is None else source.name
+    points = [point if point.name else replace(point, name=unnamed) for point in points]
+    names_of_points = [point.name for point in points]
+    if twice := sorted({name for name in names_of_points if names_of_points.count(name) > 1}):
         raise UsageError(f"{twice[0]}: asked for twice")
-    return modes
+    return points
 
 
-def _short(number: float) -> str:
-    """The shortest text that reads back as the same number."""
-    return repr(number).removesuffix(".0")
+def one_point(model: nn.Module, source: ScoreSource | None, settings: Mapping[str, Any]) -> OperatingPoint:
+    """The operating point with these settings, as `EvalRow.settings` or a user names them.
 
+    Without settings, a model that zooms takes the threshold DEFAULT_ALPHA, and any other model runs as it was built.
+    A model that doesn't zoom takes no notice of a threshold or a budget.
 
-def forward(
-    model: nn.Module, source: ScoreSource | None, images: Tensor, batch: dict[str, Any], mode: Mode
-) -> tuple[Tensor | EarlyExit, Tensor | None]:
-    """What a model answers in a mode, and the scores [B, s * s] it was given, if any."""
-    scores = source.score(images, batch) if source is not None else None
-    if scores is None:
-        return model(images, **mode.arguments), None
-    return model(images, scores, **mode.arguments), scores
-
-
-def logits_of(answer: Tensor | EarlyExit) -> Tensor:
-    """[B, classes], of whichever stage answered."""
-    return answer.logits if isinstance(answer, EarlyExit) else answer
-
-
-# -- costs -------------------------------------------------------------------------------------------------------------
-
-
-def cost_of(model: nn.Module, mode: Mode) -> Cost:
-    """What will be known of the cost of a model in a mode, once it has run."""
-    if isinstance(model, (ZoomViT, FusedViT)):
-        return ZoomCost(model, mode)
-    return ExitCost(model, mode) if isinstance(model, CFViT) else Cost(model, mode)
-
-
-class Cost:
-    """Tokens and multiply-adds of a model that spends the same on every image.
-
-    tokens: those that enter a block, class token not counted, as a mean over blocks and images; None for a model
-    without patches.
+    Raises:
+        UsageError: naming a setting that the model doesn't have, or a value that is out of range.
     """
-
-    def __init__(self, model: nn.Module, mode: Mode) -> None:
-        self.model, self.mode = model, mode
-        self._scored = False
-        self._images = 0
-
-    def add(self, answer: Tensor | EarlyExit, scores: Tensor | None) -> None:
-        """Count a batch."""
-        self._scored = scores is not None
-        self._images += len(logits_of(answer))
-
-    def histogram(self) -> dict[int, int]:
-        """Images by tokens; empty where all have the same."""
-        return {}
-
-    def tokens(self) -> float | None:
-        model, arguments = self.model, self.mode.arguments
-        if isinstance(model, SparseFormer):
-            return float(model.num_tokens)
-        if isinstance(model, TokenPrunedViT):
-            depth, first = len(model.backbone.blocks), model.prune_block
-            kept = model.resolve_keep(keep_tokens=arguments.get("keep_tokens"))
-            return (first * model.score_grid**2 + (depth - first) * kept) / depth
-        if isinstance(model, ToMeViT):
-            merged = arguments.get("r", model.r) * (len(model.backbone.blocks) - 1) / 2
-            return model.backbone.patch_embed.num_patches - merged
-        body = getattr(model, "backbone", model)
-        patches = getattr(getattr(body, "patch_embed", None), "num_patches", None)
-        return None if patches is None else float(patches)
-
-    def macs(self, image: Tensor) -> float:
-        """Multiply-adds an image of the model, as torch's flop counter sees them; image [1, 3, S, S]."""
-        scores = {"scores": self._blank(image)} if self._scored else {}
-        return count_macs(lambda: self.model(image, **scores, **self.mode.arguments))
-
-    def _blank(self, image: Tensor) -> Tensor:
-        return torch.zeros(1, self.model.score_grid**2, device=image.device)
+    use, names = score_use(model), setting_names(model)
+    settings = {name: value for name, value in settings.items() if name in names or name not in ("alpha", "budget")}
+    zooms = use is not None and use.zooms
+    if zooms and (source is None or source.name == "none"):
+        return OperatingPoint(name="no zoom")
+    if not settings and not zooms:
+        return OperatingPoint(name="plain")
+    if zooms and not settings.keys() & {"alpha", "budget"}:
+        settings = {"alpha": DEFAULT_ALPHA, **settings}
+    for name in settings:
+        if name not in names:
+            takes = f"it takes {', '.join(names)}" if names else "it takes none"
+            raise UsageError(f"{name} {shortest(settings[name])}: {type(model).__name__} has no such setting; {takes}")
+    try:
+        return of_model.operating_points(model, {name: (value,) for name, value in settings.items()})[-1]
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
-class ZoomCost(Cost):
-    """Of a model whose tokens depend on the scores; each length is counted once."""
-
-    def __init__(self, model: nn.Module, mode: Mode) -> None:
-        super().__init__(model, mode)
-        self._lengths: Counter[int] = Counter()
-        self._unpruned: Counter[int] = Counter()
-
-    def add(self, answer: Tensor | EarlyExit, scores: Tensor | None) -> None:
-        super().add(answer, scores)
-        if scores is None:
-            return
-        arguments = self.mode.arguments
-        counts = self.model.token_counts(scores, **arguments)
-        self._lengths.update(counts.tolist())
-        if "keep_tokens" in arguments:
-            unpruned = {name: arguments[name] for name in ("alpha", "budget") if name in arguments}
-            counts = self.model.token_counts(scores, **unpruned)
-        self._unpruned.update(counts.tolist())
-
-    def histogram(self) -> dict[int, int]:
-        return dict(sorted(self._lengths.items()))
-
-    def tokens(self) -> float | None:
-        if self._lengths:
-            return sum(length * times for length, times in self._lengths.items()) / sum(self._lengths.values())
-        return float(self.model.coarse_grid**2 if isinstance(self.model, ZoomViT) else self.model.num_patches())
-
-    def macs(self, image: Tensor) -> float:
-        if not self._unpruned:
-            return count_macs(lambda: self.model(image))
-        total = sum(self._unpruned.values())
-        return sum(self._macs_of(length, image) * times for length, times in self._unpruned.items()) / total
-
-    def _macs_of(self, length: int, image: Tensor) -> int:
-        """Of an image that has `length` tokens before it is pruned."""
-        arguments = self.mode.arguments
-        pruning = {name: arguments[name] for name in ("keep_tokens", "prune") if name in arguments}
-        # A fused model costs the same whatever is zoomed.
-        budget = (length - self.model.coarse_grid**2) // 3 if isinstance(self.model, ZoomViT) else 1
-        return count_macs(lambda: self.model(image, self._blank(image), budget=budget, **pruning))
-
-
-class ExitCost(Cost):
-    """Of a model of two stages: the coarse one for all, the fine one for those that don't exit. tokens: of both stages."""
-
-    def __init__(self, model: CFViT, mode: Mode) -> None:
-        super().__init__(model, mode)
-        self._exited = 0
-
-    def add(self, answer: Tensor | EarlyExit, scores: Tensor | None) -> None:
-        super().add(answer, scores)
-        if isinstance(answer, EarlyExit):
-            self._exited += int(answer.exited.sum())
-
-    def exit_share(self) -> float:
-        return self._exited / self._images
-
-    def histogram(self) -> dict[int, int]:
-        coarse, fine = (length - 1 for length in self.model.lengths())
-        found = {coarse: self._exited, coarse + fine: self._images - self._exited}
-        return {length: times for length, times in found.items() if times}
-
-    def tokens(self) -> float | None:
-        return sum(length * times for length, times in self.histogram().items()) / self._images
-
-    def macs(self, image: Tensor) -> float:
-        whole, coarse = self.model.macs(0.0), self.model.macs(1.0)
-        return coarse + (1 - self.exit_share()) * (whole - coarse)
+def option_of(setting: str) -> str:
+    """The option of the command line that gives a setting's values."""
+    return OPTIONS.get(setting, f"--at {setting}")

@@ -19,8 +19,9 @@ from zpipe.schemas.errors import UsageError
 from zpipe.train.checkpoint import load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
+from zpipe.train.evaluation.inference import OpenRun, choose_run_source
+from zpipe.train.evaluation.operating_points import one_point
 from zpipe.train.models.zoom_tokens import token_boxes
-from zpipe.train.models.zoomvit import ZoomViT
 
 
 @torch.inference_mode()
@@ -41,7 +42,7 @@ def contact_sheet(
     """
     opened = load_run(run)
     model, zoomer = opened.model, opened.zoomer
-    if not isinstance(model, ZoomViT) or zoomer is None:
+    if not hasattr(model, "tokenise") or zoomer is None:
         raise UsageError(f"{run}: the contact sheet needs a ZoomViT that was trained with a zoomer")
     side = opened.preprocessing.image_size
     view = ViewConfig(crop_pct=opened.preprocessing.crop_pct)
@@ -49,11 +50,13 @@ def contact_sheet(
         shards, maps, batch_size=images, image_size=side, augment="eval", missing="uniform", view=view
     )
     batch = next(iter(loader))
-    pixels = opened.preprocessing.normalise(batch["image"])
-    scores = zoomer(pixels)  # [B, s * s]
-    logits = model(pixels, scores, alpha=alpha, budget=budget)
-    groups = model.tokenise(pixels, scores, alpha=alpha, budget=budget).groups()
-    tokens = {int(place): group.ids[row] for group in groups for row, place in enumerate(group.index)}
+    source = choose_run_source(opened, "zoomer", None)
+    ready = OpenRun(opened, source, device="cpu")
+    settings = {"alpha": alpha} if budget is None else {"budget": budget}
+    point = one_point(model, source, settings)
+    prepared = ready.prepare(batch)
+    logits, scores, _ = ready.respond(prepared, point)
+    tokens = model.tokenise(prepared["image"], scores, **point.arguments).by_image()
     names = loader.index.classes
     titles = ("image", "teacher map", "zoomer map", "patch map")
     count = len(batch["key"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +18,43 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.sample import DECODE_ERRORS
 from zpipe.train.checkpoint import Run, load_run
 from zpipe.train.data.transforms import ViewConfig, decode, draw_view, view_image
-from zpipe.train.device import resolve_device
-from zpipe.train.evaluation.operating_points import EvalConfig, choose_run_source, trained_with
+from zpipe.train.evaluation.inference import OpenRun, choose_run_source, trained_with
+from zpipe.train.evaluation.operating_points import one_point
 from zpipe.train.evaluation.pictures import picture
 from zpipe.train.models.zoom_tokens import token_boxes
-from zpipe.train.models.zoomvit import ZoomViT
-from zpipe.train.scoring import ScoreSource, zooms
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """alpha or budget: the zoom of a model that zooms; with neither, alpha is 0.1. scores: where its scores come from, as of
-    evaluation. weights: of the run, see `checkpoint.load_run`. top: classes per image.
-    """
+    """Settings of a prediction."""
 
     alpha: float | None = None
+    """The threshold of a model that zooms; 0.1 where no budget is given."""
     budget: int | str | None = None
+    """Instead of a threshold: zoomed cells an image, or "300 tokens" or "2.3 GMACs"."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings of the operating point, such as {"exit": 0.7}, {"keep": 16} or {"merge": 8}."""
     scores: str | None = None
+    """Where the scores come from, one of `scoring.SOURCES`; None takes the source that the run was trained with."""
     weights: str = "final"
+    """Which weights of the run, see `checkpoint.load_run`."""
+    precision: str = "float32"
+    """The precision of scores and model: float32, or bf16 or fp16 under autocast."""
     top: int = 5
+    """Classes an image."""
     device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
-    def zoom(self) -> dict[str, Any]:
+    def __post_init__(self) -> None:
         if self.alpha is not None and self.budget is not None:
             raise UsageError("give --alpha or --budget, not both")
-        if self.budget is not None:
-            return {"budget": self.budget}
-        return {"alpha": 0.1 if self.alpha is None else self.alpha}
+        if self.top < 1:
+            raise UsageError(f"--top {self.top}: give a number >= 1")
+
+    def point_settings(self) -> dict[str, Any]:
+        """The settings that are given, those of the zoom among them."""
+        zoom = {"alpha": self.alpha, "budget": self.budget}
+        return {name: value for name, value in zoom.items() if value is not None} | dict(self.settings)
 
 
 class Classifier:
@@ -52,66 +62,69 @@ class Classifier:
 
     Args:
         run: an opened vit run.
-        config: its zoom.
+        config: its operating point, source of scores, precision and device.
 
     Raises:
-        UsageError: a run of another kind, or scores that can't be had without a data set.
+        UsageError: a run of another kind, scores that can't be had without a data set, or a setting that the model
+            can't take.
     """
 
     def __init__(self, run: Run, config: PredictConfig | None = None) -> None:
         config = config or PredictConfig()
-        if run.kind != "vit":
-            raise UsageError(f"{run.path}: holds a {run.kind}, no classifier")
-        if (config.scores or trained_with(run)) == "maps":
-            asked = (
-                "--scores maps"
-                if config.scores
-                else f"{run.path}: was trained with maps as scores, as if by --scores maps"
-            )
+        if run.kind == "vit" and (config.scores or trained_with(run)) == "maps":
+            reason = "--scores maps"
+            if not config.scores:
+                reason = f"{run.path}: was trained with maps as scores, as if by --scores maps"
             raise UsageError(
-                f"{asked}: single images have no maps in a store; choose zoomer, attention, entropy, centre, random, own or none"
+                f"{reason}: single images have no maps in a store; choose zoomer, attention, entropy, centre, random, "
+                "own or none"
             )
-        self.device = resolve_device(config.device)
-        self.run, self.model = run, run.model.to(self.device)
-        self.source: ScoreSource | None = choose_run_source(run, EvalConfig(scores=config.scores), None)
-        if self.source is not None and self.source.zoomer is not None:
-            self.source.zoomer.to(self.device)
-        self.zoom = config.zoom() if zooms(self.model) and self.source.name != "none" else {}
+        source = choose_run_source(run, config.scores, None) if run.kind == "vit" else None
+        self.opened = OpenRun(run, source, device=config.device, precision=config.precision)
+        self.run, self.model, self.device = run, self.opened.model, self.opened.device
+        try:
+            self.point = one_point(self.model, source, config.point_settings())
+        except UsageError as error:
+            raise UsageError(f"{run.path}: {error}") from error
 
-    @torch.inference_mode()
     def __call__(self, images: Tensor, keys: Sequence[str] = ()) -> Tensor:
-        """uint8 [B, 3, S, S], S the run's image size -> logits [B, classes] on the classifier's device.
+        """Classify images.
 
-        keys: the samples' names, which random scores are drawn by. Raises ValueError for images of another size.
+        Args:
+            images: uint8 [B, 3, S, S], S the run's image size.
+            keys: the samples' names, which random scores are drawn by.
+
+        Returns:
+            Logits [B, classes] on the classifier's device.
+
+        Raises:
+            ValueError: images of another size or type.
         """
         return self.look(images, keys)[0]
 
-    @torch.inference_mode()
     def look(self, images: Tensor, keys: Sequence[str] = ()) -> tuple[Tensor, Tensor | None]:
-        """Logits as above, and the scores [B, s * s] behind the zoom, if there are any."""
+        """Logits as above, and the scores [B, s * s] that guided the model, if there are any."""
         side = self.run.preprocessing.image_size
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(
                 f"images must be uint8 [batch, 3, {side}, {side}], got {images.dtype} {list(images.shape)}"
             )
-        pixels = self.run.preprocessing.normalise(images.to(self.device))
-        batch = {"key": list(keys) or [str(i) for i in range(len(images))]}
-        scores = self.source.score(pixels, batch) if self.source is not None else None
-        if scores is None:
-            return self.model(pixels), None
-        try:
-            return self.model(pixels, scores, **self.zoom), scores
-        except ValueError as error:
-            raise UsageError(f"{self.run.path}: {error}") from error
+        batch = {"image": images, "key": list(keys) or [str(i) for i in range(len(images))]}
+        answer = self.opened.answer(batch, self.point)
+        return answer.logits, answer.scores
 
-    def token_boxes(self, images: Tensor, scores: Tensor) -> list[Tensor]:
-        """The patches of each image of a ZoomViT, int64 [n, 4] as (left, top, right, bottom) in pixels."""
-        pixels = self.run.preprocessing.normalise(images.to(self.device))
-        boxes: list[Tensor] = [torch.empty(0)] * len(images)
-        for group in self.model.tokenise(pixels, scores, **self.zoom).groups():
-            for place, ids in zip(group.index.tolist(), group.ids, strict=True):
-                boxes[place] = token_boxes(ids.cpu(), self.model.coarse_grid, self.run.preprocessing.image_size)
-        return boxes
+    @torch.inference_mode()
+    def token_boxes(self, images: Tensor, scores: Tensor | None) -> list[Tensor] | None:
+        """The patches of each image, int64 [n, 4] as (left, top, right, bottom) in pixels.
+
+        None for a model without patches of its own choosing, and without scores.
+        """
+        if scores is None or not hasattr(self.model, "tokenise"):
+            return None
+        pixels = self.opened.prepare({"image": images})["image"]
+        ids = self.model.tokenise(pixels, scores, **self.point.arguments).by_image()
+        size = self.run.preprocessing.image_size
+        return [token_boxes(each.cpu(), self.model.coarse_grid, size) for each in ids]
 
 
 def predict(
@@ -145,7 +158,8 @@ def predict(
             {"index": index, "name": names[index] if index < len(names) else None, "probability": value}
             for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        boxes = classifier.token_boxes(images, scores)[0] if _zoomed(classifier, scores) else None
+        every = classifier.token_boxes(images, scores)
+        boxes = None if every is None else every[0]
         rows.append({"file": str(file), "classes": classes, "tokens": None if boxes is None else len(boxes)})
         if out is not None:
             # Not every model wants its scores on a grid of its own.
@@ -157,10 +171,6 @@ def predict(
             picture(out / f"{file.stem}.png", images[0].permute(1, 2, 0).numpy(), score_map, boxes, cell, title)
         progress("predict", number + 1, len(files))
     return rows
-
-
-def _zoomed(classifier: Classifier, scores: Tensor | None) -> bool:
-    return scores is not None and isinstance(classifier.model, ZoomViT)
 
 
 def read_image(file: Path, size: int, view: ViewConfig) -> np.ndarray:

@@ -9,19 +9,12 @@ from typing import Any
 
 import timm
 from safetensors import SafetensorError
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from zpipe.schemas.atomic import read_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.checkpoint import CONFIG_NAME, load_run
-from zpipe.train.models.cfvit import CFViT
-from zpipe.train.models.fusion import FusedViT
-from zpipe.train.models.image_zoom import ImageZoom
-from zpipe.train.models.token_pruned_vit import TokenPrunedViT
-from zpipe.train.models.tome import ToMeViT
-from zpipe.train.models.warm_start import load_vit
-from zpipe.train.models.zoomvit import ZoomViT
+from zpipe.train.models.warm_start import load_weights
 
 
 def build_vit(name: str, num_classes: int, image_size: int, model_args: Mapping[str, Any] | None = None) -> nn.Module:
@@ -55,44 +48,23 @@ def start_from(model: nn.Module, source: str) -> None:
     wrapped around a backbone from that; a head for other classes is left as it was. Errors: :class:`ZpipeError` when the two aren't built alike, or the weights
     can't be had.
     """
-    state, zooming = _weights(source)
+    state = _weights(source)
     try:
-        if isinstance(model, (FusedViT, ImageZoom, ToMeViT, TokenPrunedViT)) and not any(
-            name.startswith("backbone.") for name in state
-        ):
-            model = model.backbone
-        if isinstance(model, (ZoomViT, CFViT)) and not zooming:
-            load_vit(model, state)
-        elif isinstance(model, VisionTransformer):
-            _load_body(model, checkpoint_filter_fn(dict(state), model))
-        else:
-            _load_body(model, dict(state))
+        load_weights(model, state)
     except (RuntimeError, ValueError) as error:
         raise ZpipeError(f"{source}: can't start from it: {' '.join(str(error).split())[:200]}") from error
 
 
-def _load_body(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """As load_state_dict, except that heads for other classes are left as they were."""
-    heads = model.pretrained_cfg["classifier"] if hasattr(model, "pretrained_cfg") else "head"
-    own = model.state_dict()
-    for name in own:
-        is_head = any(name.startswith(f"{head}.") for head in ([heads] if isinstance(heads, str) else heads))
-        if is_head and (name not in state or state[name].shape[0] != own[name].shape[0]):
-            state[name] = own[name]
-    model.load_state_dict(state)
-
-
-def _weights(source: str) -> tuple[dict[str, Tensor], bool]:
-    """A state dict, and whether it is a ZoomViT's or a CFViT's."""
+def _weights(source: str) -> dict[str, Tensor]:
+    """The state dict that `start_from` takes."""
     if source.startswith("timm:"):
         try:
-            return timm.create_model(source.removeprefix("timm:"), pretrained=True).state_dict(), False
+            return timm.create_model(source.removeprefix("timm:"), pretrained=True).state_dict()
         except (RuntimeError, OSError, ValueError) as error:
             raise _not_from_timm(source, error) from error
     path = Path(source)
     if path.is_dir():
-        found = load_run(path).model
-        return found.state_dict(), isinstance(found, (ZoomViT, CFViT))
+        return load_run(path).model.state_dict()
     if not path.is_file():
         raise UsageError(f"{source}: no run, no checkpoint file; for pretrained weights give timm:NAME")
     try:
@@ -103,7 +75,7 @@ def _weights(source: str) -> tuple[dict[str, Tensor], bool]:
         raise ZpipeError(
             f"{path}: holds no state dict; expected tensors by name, perhaps under 'model' or 'state_dict'"
         )
-    return state, "pos_fine" in state
+    return state
 
 
 def _not_from_timm(source: str, error: Exception) -> ZpipeError:

@@ -41,19 +41,9 @@ from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.initialise import build_vit, described, start_from
 from zpipe.train.fit.loop import never, train
 from zpipe.train.losses import CoarseToFineLoss, TokenLabelLoss, relevance_token_labels
-from zpipe.train.models.cfvit import CFViT
-from zpipe.train.models.fusion import FusedViT
-from zpipe.train.models.lvvit import LVViT
+from zpipe.train.models.operating_points import OperatingPoint, logits_of
 from zpipe.train.ranks import ranks
-from zpipe.train.scoring import (
-    ScoreSource,
-    choose_source,
-    chooses_itself,
-    default_source,
-    open_zoomer,
-    takes_scores,
-    zooms,
-)
+from zpipe.train.scoring import ScoreSource, choose_source, default_source, open_zoomer, run_model, score_use
 from zpipe.train.settings import check_choices, to_json
 
 ZoomDraw = Literal["alpha", "budget"]
@@ -167,9 +157,9 @@ class ClassifyTask:
         images = batch["image"]
         scores = self._source.score(images, batch) if self._source is not None else None
         arguments: dict[str, Any] = {} if scores is None else {"scores": scores}
-        if scores is not None and zooms(self.model):
+        if scores is not None and _zooms(self.model):
             arguments |= self._draw_zoom()
-        if isinstance(self.model, CFViT):
+        if getattr(self.model, "two_stage", False):
             arguments |= {"return_stages": True, "full_split": self.done < self._config.full_split}
             coarse, logits = self.call(images, **arguments)
             criterion = CoarseToFineLoss(label_smoothing=self._config.label_smoothing)
@@ -221,15 +211,15 @@ class ClassifyTask:
         """Top-1 on the validation shards, when there are any."""
         if self._val is None:
             return {}
-        zoom: dict[str, Any] = {}
-        if zooms(model):
-            budget = self._config.zoom_draw == "budget"
-            zoom = {"budget": self._most_zoomed() // 2} if budget else {"alpha": self._config.val_alpha}
+        point = OperatingPoint(name="validation")
+        if _zooms(model) and self._source is not None and self._source.name != "none":
+            by_budget = self._config.zoom_draw == "budget"
+            zoom = {"budget": self._most_zoomed() // 2} if by_budget else {"alpha": self._config.val_alpha}
+            point = OperatingPoint(name="validation", arguments=zoom)
         right = count = 0
         for batch in self._val:
             batch = self._to_device(batch)
-            scores = self._source.score(batch["image"], batch) if self._source is not None else None
-            logits = model(batch["image"]) if scores is None else model(batch["image"], scores, **zoom)
+            logits = logits_of(run_model(model, self._source, batch, point)[0])
             right += int((logits.argmax(dim=1) == batch["label"]).sum())
             count += len(logits)
         right, count = ranks().total([right, count])  # each rank had its share of the shards
@@ -279,13 +269,13 @@ def train_vit(
         raise UsageError(f"{shards}: its index names no classes; give --num-classes")
     torch.manual_seed(config.train.seed)
     model = build_vit(config.model, num_classes, config.image_size, config.model_args).to(device)
-    if zooms(model):
+    if _zooms(model):
         cells = model.coarse_grid**2
         fixed = config.fixed_zoom if config.zoom_draw == "budget" else None
         for name, count in (("max_zoomed", config.max_zoomed), ("fixed_zoom", fixed)):
             if not 0 <= (count or 0) <= cells:
                 raise UsageError(f"{name} {count:g}: this model has {cells} cells to zoom")
-    if isinstance(model, CFViT) and config.loss != "ce":
+    if getattr(model, "two_stage", False) and config.loss != "ce":
         raise UsageError(f"loss {config.loss}: the two stages of {config.model} learn by ce")
     source = _source(model, config, zoomer, store)
     frozen = source.zoomer if source is not None else None
@@ -330,9 +320,15 @@ def train_vit(
     if not team.first:
         return figures
     if frozen is not None:
-        save_zoomer(Path(out), frozen.cpu(), zoomers_own)
+        save_zoomer(Path(out) / "zoomer", frozen.cpu(), zoomers_own)
     save_model(Path(out), model.cpu(), preprocessing)
     return figures
+
+
+def _zooms(model: nn.Module) -> bool:
+    """Whether the model zooms by a threshold or a budget."""
+    use = score_use(model)
+    return use is not None and use.zooms
 
 
 def _source(
@@ -340,17 +336,17 @@ def _source(
 ) -> ScoreSource | None:
     """The source of a zooming model's scores; None for a plain ViT."""
     labels_from_maps = config.token_label_weight > 0
-    backbone = model.backbone if isinstance(model, FusedViT) else model
-    if labels_from_maps and (store is None or not isinstance(backbone, LVViT)):
+    if labels_from_maps and (store is None or not getattr(model, "dense_head", False)):
         raise UsageError("token_label_weight: needs an lvvit_* model, or one fused on it, and --maps")
-    if not takes_scores(model):
+    use = score_use(model)
+    if use is None:
         if zoomer is not None or config.scores is not None or (store is not None and not labels_from_maps):
             raise UsageError(
                 "this model takes no scores; leave out --zoomer, --maps and --scores, or choose a zoomvit_* model"
             )
         return None
     name = config.scores or default_source(zoomer, None if labels_from_maps and zoomer is not None else store)
-    if name is None and chooses_itself(model):
+    if name is None and use.has_own:
         name = "own"
     if name is None:
         raise UsageError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.train.checkpoint import Preprocessing, Resume, begin_run, maps_record, save_model
+from zpipe.train.checkpoint import Preprocessing, Resume, begin_run, maps_record, save_zoomer
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import resolve_device, to_device
@@ -124,7 +124,7 @@ def train_zoomer(
     task = ZoomerTask(model, loss, preprocessing, device)
     figures = train(task, loader, config.train, Path(out), stage="train-zoomer", progress=progress, stop=stop)
     if team.first:
-        save_model(Path(out), model.cpu(), preprocessing)
+        save_zoomer(Path(out), model.cpu(), preprocessing)
     return figures
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -16,6 +16,9 @@ from timm.layers import PatchEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
+
+from zpipe.train.models.operating_points import ImageCost, OperatingPoint, count_patches
+from zpipe.train.models.warm_start import WarmStart, load_weights
 
 
 class WrappedModel(nn.Module):
@@ -28,6 +31,16 @@ class WrappedModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.num_classes, self.num_features = backbone.num_classes, backbone.num_features
+
+    own_prefix = "backbone."  # in state dicts of this model, and not in those of plain ViTs
+
+    def cost(self, point: OperatingPoint, kind: int | None = None) -> ImageCost:
+        """The same for every image; see `operating_points.cost`."""
+        return ImageCost(count_patches(self.backbone), point.arguments)
+
+    def load_from_vit(self, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart:
+        """Start the backbone from a model of its kind, in place; see `warm_start.load_weights`."""
+        return load_weights(self.backbone, vit.state_dict() if isinstance(vit, nn.Module) else vit)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

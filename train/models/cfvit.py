@@ -8,9 +8,11 @@ they were. Importing this module registers cfvit_tiny and cfvit_small with timm.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp, trunc_normal_
@@ -20,9 +22,13 @@ from torch import Tensor, nn
 
 from zpipe.train.models import zoom_tokens
 from zpipe.train.models.backbone import build, square_side, untrained_cfgs
+from zpipe.train.models.operating_points import ImageCost, OperatingPoint, Requested, ScoreUse, points_of
+from zpipe.train.models.released_weights import ReleasedWeights
+from zpipe.train.models.warm_start import WarmStart, fill_from_vit, resize_positions
 
 __all__ = ["CFViT", "EarlyExit", "Stages"]
 
+DEFAULT_EXITS = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0)
 REUSES = ("mlp", "linear", "none", "mlp+class", "mlp+uninformative")
 
 
@@ -113,6 +119,12 @@ class CFViT(nn.Module):
 
     SELECTIONS: tuple[str, ...] = ("global", "negative", "last", "random")
     WITHOUT_SCORES: tuple[str, ...] = ("last", "random")  # those that choose by nothing given
+    RELEASE_NAME = "cfvit"
+    RELEASE_CONFIG: tuple[str, ...] = ("num_heads",)
+
+    two_stage = True  # trained by the losses of both stages
+    own_prefix = "pos_fine"  # in state dicts of this model, and not in those of plain ViTs
+    setting_names = ("exit",)
 
     def __init__(
         self,
@@ -261,6 +273,66 @@ class CFViT(nn.Module):
             return chosen
         order = self._order(self._coarse_stage(images, plan).scores, plan.selection)
         return chosen.scatter_(1, order[:, plan.count :], False)
+
+    # How it is run
+
+    @property
+    def score_use(self) -> ScoreUse:
+        return ScoreUse(grid=self.score_grid, has_own=True)
+
+    def operating_points(self, requested: Requested) -> list[OperatingPoint]:
+        """Thresholds of early exit; without any requested, DEFAULT_EXITS."""
+        return points_of("exit", requested.get("exit", DEFAULT_EXITS), "exit_threshold", _check_exit)
+
+    def cost_kinds(self, point: OperatingPoint, scores: Tensor | None, output: Any) -> Tensor | None:
+        """1 for an image that exited, 0 for one that both stages saw. [B]"""
+        return output.exited.long() if isinstance(output, EarlyExit) else None
+
+    def cost(self, point: OperatingPoint, kind: int | None = None) -> ImageCost:
+        """Tokens are those of both stages; of the coarse one alone for an image that exited."""
+        coarse, fine = (length - 1 for length in self.lengths())
+        if kind:
+            return ImageCost(coarse, {"exit_threshold": 0.0}, exited=True)
+        return ImageCost(coarse + fine, {"return_stages": True}, exited=False)
+
+    def load_from_vit(self, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart:
+        """Start from a plain ViT or DeiT of the same width and depth, in place; see `warm_start.load_vit`.
+
+        Both stages take the ViT's positions, resized to their grids, and its class position each. Where nothing is
+        reused and all cells are refined, with positions, the fine stage's logits are those of the ViT.
+        """
+
+        def positions(class_position: Tensor, grid: Tensor) -> dict[str, Tensor]:
+            tables = {}
+            for name, side in (("pos_coarse", self.coarse_grid), ("pos_fine", self.score_grid)):
+                resized = resize_positions(grid, side).flatten(2).transpose(1, 2)  # [1, side * side, E]
+                tables[name] = torch.cat([class_position, resized], dim=1)
+            return tables
+
+        return fill_from_vit(self, vit, positions, [] if self.reuse is None else ["reuse: a ViT has none"])
+
+    @classmethod
+    def load_release(cls, weights: ReleasedWeights, num_heads: int, **config: Any) -> CFViT:
+        """The model that published weights belong to, in eval mode. See `release.load_release`.
+
+        Raises:
+            ValueError: weights that aren't those of a published model of this kind.
+        """
+        width, chans, patch, _ = weights.shape("patch_embed.proj.weight")
+        model: CFViT = timm.create_model(
+            f"{cls.__name__.lower()}_small",
+            img_size=math.isqrt(weights.shape("pos_embed_list.1")[1] - 1) * patch,
+            patch_size=patch,
+            embed_dim=width,
+            depth=weights.count(r"blocks\.(\d+)\."),
+            num_heads=num_heads,
+            num_classes=weights.shape("head.weight")[0],
+            in_chans=chans,
+            mlp_ratio=weights.shape("blocks.0.mlp.fc1.weight")[0] / width,
+            **config,
+        )
+        weights.fill(model, _our_name)
+        return model.eval()
 
     # Costs
 
@@ -455,6 +527,26 @@ class _Reuse(nn.Module):
     def macs(self) -> int:
         """Multiply-adds a token."""
         return sum(layer.weight.numel() for layer in self.modules() if isinstance(layer, nn.Linear))
+
+
+_RELEASED_NAMES = {
+    "patch_embed.proj.": "patch_embed.",
+    "pos_embed_list.0": "pos_coarse",
+    "pos_embed_list.1": "pos_fine",
+    "reuse_block.0.": "reuse.norm.",
+    "reuse_block.1.": "reuse.mlp.",
+}
+
+
+def _our_name(theirs: str) -> str:
+    prefix = next((prefix for prefix in _RELEASED_NAMES if theirs.startswith(prefix)), "")
+    return _RELEASED_NAMES.get(prefix, "") + theirs.removeprefix(prefix)
+
+
+def _check_exit(threshold: float) -> float:
+    if not 0.0 <= threshold <= 1.0:
+        raise ValueError("a threshold of early exit lies in [0, 1]")
+    return threshold
 
 
 def share_of(cells: int, share: float) -> int:

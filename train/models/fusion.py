@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zpipe.train.models import zoom_tokens
 from zpipe.train.models.backbone import WrappedModel, build_wrapped, create_backbone, square_side, untrained_cfgs
+from zpipe.train.models.operating_points import OperatingPoint, Requested, ScoreUse, zoom_points
 
 
 def fuse(quarters: Tensor, scores: Tensor) -> Tensor:
@@ -111,16 +112,20 @@ class FusedViT(WrappedModel):
         mask = F.interpolate(zoomed.float(), coarse.shape[-2:], mode="nearest-exact") > 0
         return torch.where(mask, fuse(quarters, read), coarse)
 
-    def token_counts(
-        self, scores: Tensor, alpha: float | None = None, budget: int | None = None, keep_tokens: None = None
-    ) -> Tensor:
-        """The backbone's own number of patches, for each image. int64 [B]."""
-        zoom_tokens.choose_cells(scores, len(scores), self.score_grid, alpha, budget)
-        return torch.full((len(scores),), self.num_patches(), device=scores.device)
+    setting_names = ("alpha", "budget")
 
-    def num_patches(self) -> int:
-        """Tokens that enter the backbone's first block, class token not counted."""
-        return self.backbone.patch_embed.num_patches
+    @property
+    def score_use(self) -> ScoreUse:
+        return ScoreUse(grid=self.score_grid, zooms=True)
+
+    @property
+    def dense_head(self) -> bool:
+        """Whether the backbone learns token labels."""
+        return getattr(self.backbone, "dense_head", False)
+
+    def operating_points(self, requested: Requested) -> list[OperatingPoint]:
+        """Thresholds and budgets, as of `ZoomViT`; the cost is the same for all."""
+        return zoom_points(requested, self.resolve_budget)
 
     def resolve_budget(self, budget: int | str) -> int:
         """A number of score cells; the cost is the same for all. Raises ValueError outside 0 .. s * s."""

@@ -22,6 +22,7 @@ from zpipe.train.models.backbone import (
     square_side,
     untrained_cfgs,
 )
+from zpipe.train.models.operating_points import ScoreUse
 
 COMBINE = ("zoom", "mean")
 
@@ -162,6 +163,10 @@ class ImageZoom(WrappedModel):
             raise ValueError(f"scores must be [{len(images)}, s * s], a map for each image, got {list(scores.shape)}")
         zoomed = self.backbone(crop(images, self.boxes(scores, area)))
         return zoomed if self.combine == "zoom" else (self.backbone(images) + zoomed) / 2
+
+    @property
+    def score_use(self) -> ScoreUse:
+        return ScoreUse(grid=self.score_grid, any_grid=True)
 
     def boxes(self, scores: Tensor, area: float | None = None) -> Tensor:
         """What the model would look at, see `zoom_boxes`. [B, s * s] -> float32 [B, 4]."""

@@ -49,6 +49,8 @@ class LFViT(CFViT):
 
     SELECTIONS = ("region", "negative", "maximum", "minimum", "random")
     WITHOUT_SCORES = ()
+    RELEASE_NAME = "lfvit"
+    RELEASE_CONFIG = ("num_heads", "region_size")
 
     def __init__(
         self, *args: Any, region_size: int = 5, keep: float = 0.88, selection: str = "region", **kwargs: Any

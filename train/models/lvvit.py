@@ -46,6 +46,8 @@ class LVViT(nn.Module):
     With num_classes=0 forward gives the class token's features. Raises ValueError for sizes that don't divide.
     """
 
+    dense_head = True  # its patches learn token labels
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,

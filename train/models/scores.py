@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from zpipe.train.models.zoomvit import ZoomViT
+from zpipe.train.models.operating_points import score_use
 
 
 def centre_prior(side: int, sigma: float = 0.25) -> Tensor:
@@ -54,7 +54,9 @@ def class_attention(model: nn.Module, images: Tensor, side: int) -> Tensor:
     model's forward pass. images [B, D, H, W] -> [B, side * side], each cell the value of the patch that it lies in
     (bilinear where neither grid divides the other). Raises ValueError for another kind of model.
     """
-    if not isinstance(model, (VisionTransformer, ZoomViT)) or getattr(model, "cls_token", None) is None:
+    use = score_use(model)
+    known = isinstance(model, VisionTransformer) or (use is not None and use.class_attention)
+    if not known or getattr(model, "cls_token", None) is None:
         raise ValueError(f"class attention needs a ViT with a class token, got {type(model).__name__}")
     seen: list[Tensor] = []
     training = model.training

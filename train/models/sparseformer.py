@@ -7,8 +7,10 @@ moves and rescales itself, and reads 36 points of it. Importing this module regi
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, NamedTuple
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import drop_path, trunc_normal_
@@ -16,6 +18,8 @@ from timm.models import build_model_with_cfg, register_model
 from torch import Tensor, nn
 
 from zpipe.train.models.backbone import untrained_cfgs
+from zpipe.train.models.operating_points import ImageCost, OperatingPoint
+from zpipe.train.models.released_weights import ReleasedWeights
 
 _EPS = 1e-6  # of all LayerNorms with parameters
 
@@ -174,6 +178,41 @@ class SparseFormer(nn.Module):
         x = F.relu(F.max_pool2d(x, 3, stride=2, padding=1)).float()
         var, mean = torch.var_mean(x, dim=1, keepdim=True)  # unbiased, as in their code
         return (x - mean) * torch.rsqrt(var + 1e-7)
+
+    # How it is run
+
+    RELEASE_NAME = "SparseFormer v1"
+    RELEASE_CONFIG = ("num_heads", "focus_repeats")
+
+    def cost(self, point: OperatingPoint, kind: int | None = None) -> ImageCost:
+        """The same for every image."""
+        return ImageCost(float(self.num_tokens), point.arguments)
+
+    @classmethod
+    def load_release(cls, weights: ReleasedWeights, num_heads: int, focus_repeats: int) -> SparseFormer:
+        """The model that published weights belong to, in eval mode. See `release.load_release`.
+
+        Raises:
+            ValueError: weights that aren't those of a published SparseFormer v1.
+        """
+        ours = weights.renamed(_our_name)
+        focus_dim = ours.shape("focus.qkv.weight")[1]
+        model: SparseFormer = timm.create_model(
+            "sparseformer_tiny",
+            conv_dim=ours.shape("stem.weight")[0],
+            num_tokens=ours.shape("token_roi")[0],
+            num_points=ours.shape("focus.sampler.offset_bias")[0] // 2,
+            focus_dim=focus_dim,
+            cortex_dim=ours.shape("bridge.0.weight")[0],
+            focus_repeats=focus_repeats,
+            cortex_depth=ours.count(r"cortex\.(\d+)\."),
+            num_heads=num_heads,
+            num_classes=ours.shape("head.weight")[0],
+            in_chans=ours.shape("stem.weight")[1],
+            mlp_ratio=ours.shape("focus.fc1.weight")[0] / focus_dim,
+        )
+        weights.fill(model, _our_name)
+        return model.eval()
 
     def macs(self, img_size: int = 224) -> int:
         """Multiply-adds of an image of img_size x img_size pixels as torch's flop counter sees them: matrix products and
@@ -357,6 +396,45 @@ def _grid(places: Tensor) -> Tensor:
     """All pairs (x, y) of [n] places, x fastest: [n * n, 2]."""
     y, x = torch.meshgrid(places, places, indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], dim=1)
+
+
+# Whole names, or parts of them. Two of the tensors were renamed between versions of their code.
+_RELEASED_NAMES = {
+    "feat_extractor.conv1.": "stem.",
+    "token_roi.weight": "token_roi",
+    "initial_roi.weight": "token_roi",
+    "token_embedding.weight": "token_embedding",
+    "initial_embedding.weight": "token_embedding",
+    "layers.0.": "focus.",
+    "layers.1.": "bridge.",
+    "head.norm.": "norm.",
+    "head.classifier.": "head.",
+    ".attn.in_proj_": ".qkv.",
+    ".attn.out_proj.": ".proj.",
+    ".ln_attn.": ".norm_attn.",
+    ".ffn.0.": ".norm_mlp.",
+    ".ffn.1.": ".fc1.",
+    ".ffn.3.": ".fc2.",
+    ".roi_adjust_module.0.": ".sampler.norm_adjust.",
+    ".roi_adjust_module.1.": ".sampler.adjust.",
+    ".roi_offset_module.0.": ".sampler.norm_offset.",
+    ".roi_offset_module.1.": ".sampler.offset.",
+    ".roi_offset_bias": ".sampler.offset_bias",
+    ".adaptive_mixing.parameter_generator.0.": ".sampler.norm_mix.",
+    ".adaptive_mixing.parameter_generator.1.": ".sampler.reduce.",
+    ".adaptive_mixing.parameter_generator.2.": ".sampler.generate.",
+    ".adaptive_mixing.m_beta": ".sampler.channel_bias",
+    ".adaptive_mixing.s_beta": ".sampler.point_bias",
+    ".adaptive_mixing.tuo_proj.": ".sampler.out.",
+    ".adaptive_mixing.out_proj.": ".sampler.out.",
+}
+
+
+def _our_name(theirs: str) -> str:
+    ours = theirs
+    for part, replacement in _RELEASED_NAMES.items():
+        ours = ours.replace(part, replacement)
+    return re.sub(r"^layers\.(\d+)\.", lambda found: f"cortex.{int(found[1]) - 2}.", ours)
 
 
 def _initial_rois(num_tokens: int) -> Tensor:

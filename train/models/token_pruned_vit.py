@@ -28,6 +28,7 @@ from zpipe.train.models.backbone import (
     square_side,
     untrained_cfgs,
 )
+from zpipe.train.models.operating_points import ImageCost, OperatingPoint, Requested, ScoreUse, points_of
 
 
 class TokenPrunedViT(WrappedModel):
@@ -120,6 +121,22 @@ class TokenPrunedViT(WrappedModel):
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens as of `forward_features` -> logits [B, num_classes], or what enters the classifier with pre_logits."""
         return self.backbone.forward_head(features, pre_logits=pre_logits)
+
+    setting_names = ("keep",)
+
+    @property
+    def score_use(self) -> ScoreUse:
+        return ScoreUse(grid=self.score_grid, any_grid=True, has_own=True)
+
+    def operating_points(self, requested: Requested) -> list[OperatingPoint]:
+        """Numbers of patch tokens kept; without any requested, the model's own."""
+        keeps = requested.get("keep", (self.resolve_keep(),))
+        return points_of("keep", keeps, "keep_tokens", lambda keep: self.resolve_keep(keep_tokens=keep))
+
+    def cost(self, point: OperatingPoint, kind: int | None = None) -> ImageCost:
+        depth, first = len(self.backbone.blocks), self.prune_block
+        kept = self.resolve_keep(keep_tokens=point.arguments.get("keep_tokens"))
+        return ImageCost((first * self.score_grid**2 + (depth - first) * kept) / depth, point.arguments)
 
     def resolve_keep(self, keep: float | None = None, keep_tokens: int | None = None) -> int:
         """How many patch tokens stay. Errors as in `forward`."""

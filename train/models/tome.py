@@ -27,6 +27,7 @@ from zpipe.train.models.backbone import (
     square_side,
     untrained_cfgs,
 )
+from zpipe.train.models.operating_points import ImageCost, OperatingPoint, Requested, points_of
 
 
 class Matching(NamedTuple):
@@ -156,6 +157,16 @@ class ToMeViT(WrappedModel):
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens as of `forward_features` -> logits [B, num_classes], or what enters the classifier with pre_logits."""
         return self.backbone.forward_head(features, pre_logits=pre_logits)
+
+    setting_names = ("merge",)
+
+    def operating_points(self, requested: Requested) -> list[OperatingPoint]:
+        """Numbers of tokens merged in each block; without any requested, the model's own."""
+        return points_of("merge", requested.get("merge", (self.r,)), "r", self.resolve_r)
+
+    def cost(self, point: OperatingPoint, kind: int | None = None) -> ImageCost:
+        merged = point.arguments.get("r", self.r) * (len(self.backbone.blocks) - 1) / 2  # the mean over blocks
+        return ImageCost(self.backbone.patch_embed.num_patches - merged, point.arguments)
 
     def resolve_r(self, r: int) -> int:
         """r itself. Raises ValueError unless every block has tokens enough to merge as many."""

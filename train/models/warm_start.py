@@ -1,17 +1,18 @@
-"""Models of two grids that start from the weights of a plain ViT: one kernel for both, the positions to both grids."""
+"""Models that start from the weights of others: of their own kind, or of a plain ViT of the same width and depth."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import timm
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from zpipe.train.models.cfvit import CFViT
-from zpipe.train.models.zoomvit import ZoomViT
+Positions = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
 class WarmStart(NamedTuple):
@@ -21,114 +22,161 @@ class WarmStart(NamedTuple):
     left: tuple[str, ...]
 
 
-@torch.no_grad()
-def load_vit(model: ZoomViT | CFViT, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart:
+def load_vit(model: nn.Module, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart:
     """Start a ZoomViT, a CFViT or an LFViT from a plain ViT or DeiT of the same width and depth, in place.
 
-    Blocks, norm, patch kernel and class token are copied. The ViT's position table goes to the grid of its patch
-    size: the coarse one at zoom factor 2, whose fine positions are it enlarged x2 (bicubic), the fine one at 0.5,
-    whose coarse positions are its 2 x 2 means. With nothing zoomed at zoom factor 2, or everything at 0.5, the
-    logits are those of the ViT. A position table for another number of patches is resized (bicubic) first.
-
-    The two stages of a CFViT take the ViT's table, resized to their grids, and its class position each. Where nothing is
-    reused and all cells are refined, with positions, the fine stage's logits are those of the ViT.
+    Blocks, norm, patch kernel and class token are copied; `load_from_vit` of each model says what becomes of the
+    position table. A table for another number of patches is resized (bicubic) first.
 
     Left as they were, each with a line in the result: a head for another number of classes, the positions of a model
     with fixed ones, the reuse MLP of a CFViT, and the distillation token of a distilled DeiT.
 
     Args:
-        model: the ZoomViT, CFViT or LFViT.
+        model: the model to fill; one with a method `load_from_vit`.
         vit: a timm VisionTransformer or its state dict.
 
     Raises:
         ValueError: the two differ in any other way (width, depth, patch size, LayerScale, norms, register tokens).
             The model is then untouched.
     """
-    source = dict(vit.state_dict() if isinstance(vit, nn.Module) else vit)
-    target = model.state_dict()
-    updates: dict[str, Tensor] = {}
-    left: list[str] = []
+    result: WarmStart = model.load_from_vit(vit)
+    return result
 
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> WarmStart:
+    """Fill a model, in place, from the weights of its kind, or of a plain ViT where it can start from one.
+
+    A timm ViT may have another image or patch size. A head for other classes is left as it was.
+
+    Raises:
+        ValueError, RuntimeError: the two aren't built alike.
+    """
+    if hasattr(model, "load_from_vit") and not any(name.startswith(model.own_prefix) for name in state):
+        result: WarmStart = model.load_from_vit(state)
+        return result
+    fitting = checkpoint_filter_fn(dict(state), model) if isinstance(model, VisionTransformer) else dict(state)
+    heads = model.pretrained_cfg["classifier"] if hasattr(model, "pretrained_cfg") else "head"
+    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    own = model.state_dict()
+    left = []
+    for name in own:
+        if name.startswith(prefixes) and (name not in fitting or fitting[name].shape[0] != own[name].shape[0]):
+            fitting[name] = own[name]
+            left.append(f"{name}: of other classes")
+    model.load_state_dict(fitting)
+    return WarmStart(filled=tuple(fitting), left=tuple(left))
+
+
+@torch.no_grad()
+def fill_from_vit(
+    model: nn.Module,
+    vit: nn.Module | Mapping[str, Tensor],
+    positions: Positions | None,
+    left: Sequence[str] = (),
+) -> WarmStart:
+    """Copy a plain ViT into a model with the same blocks, `norm`, `head` and `cls_token`, and `patch_embed` as its kernel.
+
+    Args:
+        model: the model to fill, in place.
+        vit: a timm VisionTransformer or its state dict.
+        positions: turns the ViT's positions, of the class token [1, 1, E] and of the patches [1, E, side, side], into
+            the model's tables by name; None leaves the model's as they are.
+        left: lines of what the model leaves out by itself.
+
+    Raises:
+        ValueError: as of `load_vit`.
+    """
+    source = dict(vit.state_dict() if isinstance(vit, nn.Module) else vit)
+    updates: dict[str, Tensor] = {}
+    notes = [*_take_distillation(model, source)]
+    prefix = 2 if notes else 1
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
         if name not in source:
             raise ValueError(f"not the state dict of a plain ViT: it has no {name}")
     updates["cls_token"] = source.pop("cls_token")
     updates["patch_embed.weight"] = source.pop("patch_embed.proj.weight")
     updates["patch_embed.bias"] = source.pop("patch_embed.proj.bias")
-
-    positions = source.pop("pos_embed")
-    prefix = 1
-    if "dist_token" in source:
-        prefix = 2
-        for name in [name for name in source if name == "dist_token" or name.startswith("head_dist.")]:
-            left.append(f"{name}: {type(model).__name__} has no distillation token")
-            source.pop(name)
-    elif math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+    table = source.pop("pos_embed")
+    if prefix == 1 and math.isqrt(table.shape[1]) ** 2 == table.shape[1]:
         prefix = 0  # DeiT-III: the class token has no position
-    if isinstance(model, CFViT):
-        updates |= _positions_of_stages(model, positions, prefix)
-        if model.reuse is not None:
-            left.append("reuse: a ViT has none")
-    elif model.pos != "learned":
-        left.append("pos_embed: the model's positions are fixed")
+    if positions is not None:
+        updates |= positions(*_class_and_grid(table, prefix))
     else:
-        updates |= _positions_from_vit(model, positions, prefix)
+        notes.append("pos_embed: the model's positions are fixed")
+    notes += left
 
     head = {name: source.pop(name) for name in ("head.weight", "head.bias") if name in source}
     classes = len(head["head.bias"]) if "head.bias" in head else 0
     if classes == model.num_classes:
         updates |= head
     else:
-        left.append(f"head: the ViT has {classes} classes, the model {model.num_classes}")
+        notes.append(f"head: the ViT has {classes} classes, the model {model.num_classes}")
+    _check_alike(model.state_dict(), updates, source)
+    target = model.state_dict()
+    for name, value in (updates | source).items():
+        target[name].copy_(value)
+    return WarmStart(filled=(*updates, *source), left=tuple(notes))
 
-    body = {name for name in target if name.startswith(("blocks.", "norm."))}
-    if differ := sorted(body ^ source.keys()):
-        remedy = "; give the model init_values=1e-4" if ".ls1." in differ[0] and differ[0] in source else ""
+
+def zooming_twin(plain: nn.Module, image_size: int, zoom_factor: float) -> nn.Module:
+    """A ZoomViT with the weights of a plain ViT, not trained further, in eval mode (ZoomViT, Table 13).
+
+    Raises:
+        ValueError: another kind of model, or a ViT that a ZoomViT can't start from.
+    """
+    if not isinstance(plain, VisionTransformer):
+        raise ValueError(f"zooms with a plain ViT, not with {type(plain).__name__}")
+    block = plain.blocks[0]
+    model = timm.create_model(
+        "zoomvit_small_patch16_224",
+        zoom_factor=zoom_factor,
+        zfe="none",
+        img_size=image_size,
+        patch_size=plain.patch_embed.patch_size[0],
+        embed_dim=plain.embed_dim,
+        depth=len(plain.blocks),
+        num_heads=block.attn.num_heads,
+        mlp_ratio=block.mlp.fc1.out_features / plain.embed_dim,
+        init_values=None if getattr(block.ls1, "gamma", None) is None else 1e-4,
+        num_classes=plain.num_classes,
+    )
+    load_vit(model, plain)
+    return model.eval()
+
+
+def resize_positions(grid: Tensor, side: int) -> Tensor:
+    """Positions [1, E, s, s] -> [1, E, side, side], bicubic; those of the same side stay as they are."""
+    if grid.shape[-1] == side:
+        return grid
+    return F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False, antialias=True)
+
+
+def _take_distillation(model: nn.Module, source: dict[str, Tensor]) -> list[str]:
+    """Remove what a distilled DeiT has besides; a line for each."""
+    if "dist_token" not in source:
+        return []
+    names = [name for name in source if name == "dist_token" or name.startswith("head_dist.")]
+    for name in names:
+        source.pop(name)
+    return [f"{name}: {type(model).__name__} has no distillation token" for name in names]
+
+
+def _check_alike(target: dict[str, Tensor], updates: dict[str, Tensor], body: dict[str, Tensor]) -> None:
+    """Raise ValueError unless `body` has exactly the model's blocks and norm, and all shapes agree."""
+    own = {name for name in target if name.startswith(("blocks.", "norm."))}
+    if differ := sorted(own ^ body.keys()):
+        remedy = "; give the model init_values=1e-4" if ".ls1." in differ[0] and differ[0] in body else ""
         raise ValueError(f"the ViT and the model are not built alike: {differ[0]} is only in one of them{remedy}")
-    updates |= source
-    for name, value in updates.items():
+    for name, value in (updates | body).items():
         if value.shape != target[name].shape:
             raise ValueError(f"{name}: the ViT has {list(value.shape)}, the model {list(target[name].shape)}")
-    for name, value in updates.items():
-        target[name].copy_(value)
-    return WarmStart(filled=tuple(updates), left=tuple(left))
-
-
-def _positions_from_vit(model: ZoomViT, positions: Tensor, prefix: int) -> dict[str, Tensor]:
-    """positions [1, prefix + side * side, E] of a ViT -> the model's three position tables."""
-    first, grid = _class_and_grid(positions, prefix)
-    if grid.shape[-1] != model.score_grid:
-        grid = _resize(grid, model.score_grid)
-    if model.zoom_factor == 2.0:
-        coarse, fine = grid, _resize(grid, 2 * model.score_grid)
-    else:
-        coarse, fine = F.avg_pool2d(grid, 2), grid
-    return {
-        "pos_cls": first,
-        "pos_coarse": coarse.flatten(2).transpose(1, 2),  # [1, C, E]
-        "pos_fine": fine.flatten(2).transpose(1, 2),  # [1, 4C, E]
-    }
-
-
-def _positions_of_stages(model: CFViT, positions: Tensor, prefix: int) -> dict[str, Tensor]:
-    """positions [1, prefix + side * side, E] of a ViT -> the model's two tables, [1, 1 + C, E] and [1, 1 + 4C, E]."""
-    first, grid = _class_and_grid(positions, prefix)
-    tables = {}
-    for name, side in (("pos_coarse", model.coarse_grid), ("pos_fine", model.score_grid)):
-        resized = grid if grid.shape[-1] == side else _resize(grid, side)
-        tables[name] = torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1)
-    return tables
 
 
 def _class_and_grid(positions: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """positions [1, prefix + side * side, E] -> the class token's [1, 1, E], 0 if it has none, and [1, E, side, side]."""
+    """Positions [1, prefix + side * side, E] -> the class token's [1, 1, E], 0 if it has none, and [1, E, side, side]."""
     side = math.isqrt(positions.shape[1] - prefix)
     if side * side != positions.shape[1] - prefix:
         raise ValueError(f"pos_embed: {positions.shape[1]} positions are no square grid with {prefix} before it")
     positions = positions.float()
     first = positions[:, :1] if prefix else torch.zeros_like(positions[:, :1])
     return first, positions[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
-
-
-def _resize(grid: Tensor, side: int) -> Tensor:
-    return F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False, antialias=True)

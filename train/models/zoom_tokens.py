@@ -31,6 +31,22 @@ ZFE_KINDS = ("none", "fixed", "soft")
 PRUNE_KINDS = ("backward", "forward", "backward-zoomed", "forward-zoomed", "backward-rest", "forward-rest")
 
 
+class Zoom(NamedTuple):
+    """How a call of a ZoomViT chooses its tokens; see `ZoomViT.forward`.
+
+    Attributes:
+        alpha: threshold above which a coarse cell is zoomed.
+        budget: instead of a threshold, the number of cells zoomed, or a text such as "300 tokens".
+        keep_tokens: the length that sequences are pruned to; None prunes nothing.
+        prune: which tokens pruning takes away, one of `PRUNE_KINDS`.
+    """
+
+    alpha: float | None = None
+    budget: int | str | None = None
+    keep_tokens: int | None = None
+    prune: str = "backward"
+
+
 class TokenOrder(NamedTuple):
     """Which tokens cover each image of a batch, and in which order.
 

@@ -68,6 +68,16 @@ class Zoomer(nn.Module):
             elif isinstance(module, BasicBlock):
                 module.zero_init_last()
 
+    def model_args(self) -> dict[str, int]:
+        """The arguments of the constructor that made this zoomer."""
+        stem = self.trunk[0]
+        return {
+            "num_blocks": self.num_blocks,
+            "grid": self.grid,
+            "width": stem.out_channels,
+            "in_chans": stem.in_channels,
+        }
+
     def freeze(self) -> Zoomer:
         """Stop gradients and stay in eval for good. Returns the zoomer itself."""
         self.requires_grad_(False)

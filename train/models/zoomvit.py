@@ -8,6 +8,7 @@ transformer blocks. Importing this module registers zoomvit_{tiny,small,base}_pa
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -21,8 +22,17 @@ from torch import Tensor, nn
 
 from zpipe.train.models import zoom_tokens
 from zpipe.train.models.backbone import build, square_side, untrained_cfgs
+from zpipe.train.models.operating_points import (
+    ImageCost,
+    OperatingPoint,
+    Requested,
+    ScoreUse,
+    SettingError,
+    zoom_points,
+)
 from zpipe.train.models.packing import packing, rows_of, run_blocks
-from zpipe.train.models.zoom_tokens import TokenOrder
+from zpipe.train.models.warm_start import WarmStart, fill_from_vit, resize_positions
+from zpipe.train.models.zoom_tokens import TokenOrder, Zoom
 
 __all__ = ["TokenGroup", "Tokens", "ZoomViT"]
 
@@ -55,6 +65,13 @@ class Tokens(NamedTuple):
     ids: Tensor
     lengths: tuple[int, ...]
     index: Tensor
+
+    def by_image(self) -> list[Tensor]:
+        """The token ids of each image in the batch's order, int64 [n], the class token not among them."""
+        ids: dict[int, Tensor] = {}
+        for group in self.groups():
+            ids |= dict(zip(group.index.tolist(), group.ids, strict=True))
+        return [ids[image] for image in range(len(ids))]
 
     def groups(self) -> list[TokenGroup]:
         """The same, images of equal token count together, shortest first."""
@@ -237,7 +254,7 @@ class ZoomViT(nn.Module):
         prune: str = "backward",
     ) -> Tensor:
         """The normalised class token after the last block, [B, embed_dim]. Arguments and errors as in `forward`."""
-        choice = self._choose_for(images, scores, alpha, keep_tokens, budget, prune)
+        choice = self._choose_for(images, scores, Zoom(alpha, budget, keep_tokens, prune))
         if choice.fixed is not None:
             return self.norm(self.blocks(self._embed_fixed(images, choice)[0])[:, 0])
         return self._run_packed(self._embed_packed(images, choice))
@@ -261,7 +278,7 @@ class ZoomViT(nn.Module):
         prune: str = "backward",
     ) -> Tokens:
         """The sequences that enter the first block. Arguments and errors as in `forward`."""
-        choice = self._choose_for(images, scores, alpha, keep_tokens, budget, prune)
+        choice = self._choose_for(images, scores, Zoom(alpha, budget, keep_tokens, prune))
         if choice.fixed is None:
             return self._embed_packed(images, choice)
         tokens, ids = self._embed_fixed(images, choice)
@@ -280,7 +297,76 @@ class ZoomViT(nn.Module):
 
         Without pruning that is C + 3 * (zoomed cells). Arguments and errors as in `forward`.
         """
-        return self._choose(scores, alpha, keep_tokens, budget, prune, len(scores), scores.device).order.counts
+        return self._choose(scores, Zoom(alpha, budget, keep_tokens, prune), len(scores), scores.device).order.counts
+
+    # How it is run
+
+    own_prefix = "pos_fine"  # in state dicts of this model, and not in those of plain ViTs
+    setting_names = ("alpha", "budget", "keep", "prune")
+
+    @property
+    def score_use(self) -> ScoreUse:
+        return ScoreUse(grid=self.score_grid, zooms=True, class_attention=True)
+
+    def operating_points(self, requested: Requested) -> list[OperatingPoint]:
+        """Thresholds and budgets, and each of them also pruned to `keep` tokens, as `prune` says."""
+        points = zoom_points(requested, self.resolve_budget)
+        (prune,) = requested.get("prune", ("backward",))
+        if prune not in zoom_tokens.PRUNE_KINDS:
+            raise SettingError("prune", prune, f"choose one of {', '.join(zoom_tokens.PRUNE_KINDS)}")
+        pruned = []
+        for keep in requested.get("keep", ()):
+            if not 1 <= keep <= 4 * self.coarse_grid**2:
+                raise SettingError("keep", keep, f"give a number from 1 to {4 * self.coarse_grid**2}")
+            suffix = f" keep={keep}" + ("" if prune == "backward" else f" {prune}")
+            pruned += [
+                OperatingPoint(
+                    name=zoom.name + suffix,
+                    arguments={**zoom.arguments, "keep_tokens": keep, "prune": prune},
+                    settings={**zoom.settings, "keep": keep, "prune": prune},
+                )
+                for zoom in points
+            ]
+        return points + pruned
+
+    def cost_kinds(self, point: OperatingPoint, scores: Tensor | None, output: Any) -> Tensor | None:
+        """The number of cells zoomed of each image, int64 [B]."""
+        if scores is None:
+            return None
+        zoom = {name: point.arguments[name] for name in ("alpha", "budget") if name in point.arguments}
+        return (self.token_counts(scores, **zoom) - self.coarse_grid**2) // 3
+
+    def cost(self, point: OperatingPoint, kind: int | None = None) -> ImageCost:
+        """The cost of an image with `kind` cells zoomed; None is an image without scores, of which nothing is."""
+        length = self.coarse_grid**2 + 3 * (kind or 0)
+        if kind is None:
+            return ImageCost(length, {})
+        pruning = {name: point.arguments[name] for name in ("keep_tokens", "prune") if name in point.arguments}
+        if pruning:
+            length = zoom_tokens.pruned_counts(4 * kind, length, pruning["keep_tokens"], pruning["prune"])[1]
+        return ImageCost(length, {"budget": kind, **pruning})
+
+    def load_from_vit(self, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart:
+        """Start from a plain ViT or DeiT of the same width and depth, in place; see `warm_start.load_vit`.
+
+        The ViT's position table goes to the grid of its patch size: the coarse one at zoom factor 2, whose fine
+        positions are it enlarged x2 (bicubic), the fine one at 0.5, whose coarse positions are its 2 x 2 means. With
+        nothing zoomed at zoom factor 2, or everything at 0.5, the logits are those of the ViT.
+        """
+
+        def positions(class_position: Tensor, grid: Tensor) -> dict[str, Tensor]:
+            grid = resize_positions(grid, self.score_grid)  # [1, E, s, s]
+            if self.zoom_factor == 2.0:
+                coarse, fine = grid, resize_positions(grid, 2 * self.score_grid)
+            else:
+                coarse, fine = F.avg_pool2d(grid, 2), grid
+            return {
+                "pos_cls": class_position,
+                "pos_coarse": coarse.flatten(2).transpose(1, 2),  # [1, C, E]
+                "pos_fine": fine.flatten(2).transpose(1, 2),  # [1, 4C, E]
+            }
+
+        return fill_from_vit(self, vit, positions if self.pos == "learned" else None)
 
     # Budgets
 
@@ -331,49 +417,31 @@ class ZoomViT(nn.Module):
 
     # Choosing and embedding
 
-    def _choose_for(
-        self,
-        images: Tensor,
-        scores: Tensor | None,
-        alpha: float | None,
-        keep_tokens: int | None,
-        budget: int | str | None,
-        prune: str,
-    ) -> _Choice:
+    def _choose_for(self, images: Tensor, scores: Tensor | None, zoom: Zoom) -> _Choice:
         chans = self.patch_embed.in_channels
         if images.ndim != 4 or tuple(images.shape[1:]) != (chans, self.img_size, self.img_size) or images.shape[0] == 0:
             raise ValueError(
                 f"images must be [batch, {chans}, {self.img_size}, {self.img_size}], got {list(images.shape)}"
             )
-        return self._choose(scores, alpha, keep_tokens, budget, prune, images.shape[0], images.device)
+        return self._choose(scores, zoom, images.shape[0], images.device)
 
-    def _choose(
-        self,
-        scores: Tensor | None,
-        alpha: float | None,
-        keep_tokens: int | None,
-        budget: int | str | None,
-        prune: str,
-        batch: int,
-        device: torch.device,
-    ) -> _Choice:
-        cells = self.score_grid**2
-        if alpha is not None:
-            zoom_tokens.check_alpha(alpha)
+    def _choose(self, scores: Tensor | None, zoom: Zoom, batch: int, device: torch.device) -> _Choice:
+        if zoom.alpha is not None:
+            zoom_tokens.check_alpha(zoom.alpha)
         if scores is None:
-            if keep_tokens is not None or budget is not None:
+            if zoom.keep_tokens is not None or zoom.budget is not None:
                 raise ValueError("keep_tokens and budget need scores to choose by, got scores=None")
-            scores, alpha, budget = torch.zeros(batch, cells, device=device), None, 0
-        count = None if budget is None else self.resolve_budget(budget)
-        zoomed = zoom_tokens.choose_cells(scores, batch, self.score_grid, alpha, count, self.zoom_factor)
+            scores, zoom = torch.zeros(batch, self.score_grid**2, device=device), Zoom(budget=0)
+        count = None if zoom.budget is None else self.resolve_budget(zoom.budget)
+        zoomed = zoom_tokens.choose_cells(scores, batch, self.score_grid, zoom.alpha, count, self.zoom_factor)
         fixed = None if count is None else (4 * count, self.coarse_grid**2 + 3 * count)
         cell_scores = zoom_tokens.coarse_scores(scores.detach(), self.zoom_factor)
         places = zoom_tokens.fine_scores(scores.detach(), self.zoom_factor)
         order = zoom_tokens.order_tokens(cell_scores, places, zoomed)
-        if keep_tokens is not None:
-            order = zoom_tokens.prune(order, keep_tokens, prune)
+        if zoom.keep_tokens is not None:
+            order = zoom_tokens.prune(order, zoom.keep_tokens, zoom.prune)
             if fixed is not None:
-                fixed = zoom_tokens.pruned_counts(*fixed, keep_tokens, prune)
+                fixed = zoom_tokens.pruned_counts(*fixed, zoom.keep_tokens, zoom.prune)
         return _Choice(order, fixed)
 
     def _positions(self) -> Tensor:

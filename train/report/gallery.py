@@ -18,22 +18,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from zpipe.schemas.progress import Progress
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.shard_index import INDEX_NAME, find_shards, read_index
 from zpipe.schemas.storage import as_path
-from zpipe.train.checkpoint import Preprocessing, Run, load_run
+from zpipe.train.checkpoint import Preprocessing, load_run
 from zpipe.train.data.labels import check_labels
-from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.device import resolve_device
-from zpipe.train.evaluation.operating_points import EvalConfig, choose_run_source, trained_with
-from zpipe.train.models.tome import ToMeViT
-from zpipe.train.models.zoomvit import ZoomViT
+from zpipe.train.evaluation.inference import OpenRun, choose_run_source, eval_loader, trained_with
+from zpipe.train.evaluation.operating_points import one_point
+from zpipe.train.models.operating_points import OperatingPoint, cost, setting_names
 from zpipe.train.report.runs import RunRecord
-from zpipe.train.scoring import ScoreSource, takes_scores, zooms
+from zpipe.train.scoring import score_use
 
 THUMBNAIL = 224  # pixels a side at most
 JPEG_QUALITY = 85
@@ -48,7 +45,22 @@ SCORES_SAID = {
     "centre": "A Gaussian around the centre, the same for every image.",
     "random": "Random scores, which know nothing of the image.",
 }
-FALLBACK_ZOOM = {"alpha": 0.1}  # of a run that has not been evaluated
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryConfig:
+    """Settings of the gallery."""
+
+    count: int
+    """Samples that are shown."""
+    seed: int
+    """The seed that they are drawn by."""
+    batch_size: int
+    """Images a batch."""
+    device: str
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    precision: str = "float32"
+    """The precision of scores and models, see `EvalConfig`."""
 
 
 @dataclass
@@ -56,13 +68,16 @@ class _Shown:
     """A model in the gallery. view: its place among the crops; source: the place of its scores in an entry."""
 
     record: RunRecord
-    opened: Run
-    source: ScoreSource | None
-    zoom: dict[str, Any]
+    opened: OpenRun
+    point: OperatingPoint
     view: int = 0
     top: list[list[list[float]]] = field(default_factory=list)  # an entry, a class: [index, probability]
     truth: list[float] = field(default_factory=list)  # probability of the true class
     scores: list[np.ndarray] = field(default_factory=list)  # float32 [s * s] an entry
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return self.opened.run.preprocessing
 
 
 @dataclass
@@ -82,31 +97,31 @@ def build_gallery(
     records: Sequence[RunRecord],
     shards: Path,
     maps: Path | None,
-    *,
-    count: int,
-    seed: int,
-    batch_size: int,
-    device: str,
+    config: GalleryConfig,
     progress: Progress,
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Run the finished classifiers among `records` on `count` samples of `shards`, drawn by seed.
+    """Run the finished classifiers among `records` on samples of `shards`.
 
-    Every model takes the middle zoom of its evaluation, or FALLBACK_ZOOM; "settings" says which. Returns the gallery, None when no model can be shown, and a line for
-    every run that was left out and why: one of other classes than the shards' would answer with names that aren't its own.
-    Errors: :class:`UsageError`, :class:`ZpipeError` naming shards, store or key.
+    Every model runs at the middle operating point of its evaluation, or at a default one; "settings" says which.
+
+    Returns:
+        The gallery, None when no model can be shown, and a line for every run that was left out, with the reason: a run
+        of other classes than the shards' would answer with names that aren't its own.
+
+    Raises:
+        UsageError, ZpipeError: naming shards, store or key.
     """
     store = None if maps is None else RelevanceMaps(maps, normalise="minmax")
     fitting, notes = _of_these_classes(records, shards)
-    shown, more = _open(fitting, store)
+    shown, more = _open(fitting, store, config)
     notes += more
     if not shown:
         return None, notes
-    target = resolve_device(device)
     views: list[_View] = []
     groups: dict[tuple[float, int], list[_Shown]] = {}
     for model in shown:
-        crop = model.opened.preprocessing.crop_pct
-        groups.setdefault((crop, model.opened.preprocessing.image_size), []).append(model)
+        crop = model.preprocessing.crop_pct
+        groups.setdefault((crop, model.preprocessing.image_size), []).append(model)
         if all(view.crop_pct != crop for view in views):
             views.append(_View(crop_pct=crop))
         model.view = [view.crop_pct for view in views].index(crop)
@@ -117,9 +132,15 @@ def build_gallery(
     total = 0
     done = 0
     for (_, side), models in groups.items():
-        loader = _loader(models[0].opened.preprocessing, shards, store, batch_size)
+        loader = eval_loader(
+            models[0].preprocessing,
+            shards,
+            store,
+            batch_size=config.batch_size,
+            missing="error" if store is None else "skip",
+        )
         total, classes = loader.sample_count, loader.index.classes
-        drawn_from = (loader.draw(count, shards=SHARDS_READ, seed=seed), len(loader.shards))
+        drawn_from = (loader.draw(config.count, shards=SHARDS_READ, seed=config.seed), len(loader.shards))
         view = views[models[0].view]
         larger = side > view.side
         if larger:  # of two models with one crop, the one that sees more pixels gives the pictures
@@ -131,10 +152,10 @@ def build_gallery(
             if larger:
                 _look(view, batch)
             for model in models:
-                _run(model, batch, target)
+                _run(model, batch)
             done += len(batch["key"])
-            progress("gallery", done, len(groups) * min(count, total))
-    return _assemble(shown, views, keys, labels, classes, store, total, drawn_from, shards, seed), notes
+            progress("gallery", done, len(groups) * min(config.count, total))
+    return _assemble(shown, views, keys, labels, classes, store, total, drawn_from, shards, config.seed), notes
 
 
 def _of_these_classes(records: Sequence[RunRecord], shards: Path) -> tuple[list[RunRecord], list[str]]:
@@ -155,7 +176,9 @@ def _of_these_classes(records: Sequence[RunRecord], shards: Path) -> tuple[list[
     return fitting, notes
 
 
-def _open(records: Sequence[RunRecord], store: RelevanceMaps | None) -> tuple[list[_Shown], list[str]]:
+def _open(
+    records: Sequence[RunRecord], store: RelevanceMaps | None, config: GalleryConfig
+) -> tuple[list[_Shown], list[str]]:
     vits = [record for record in records if record.kind == "vit"]
     evaluated = [record for record in vits if record.evaluated]
     notes = [f"{record.name}: not in the gallery, it has not been evaluated" for record in vits if evaluated and not record.evaluated]  # fmt: skip
@@ -164,45 +187,28 @@ def _open(records: Sequence[RunRecord], store: RelevanceMaps | None) -> tuple[li
         if not record.finished:
             notes.append(f"{record.name}: not in the gallery, it is not finished")
             continue
-        opened = load_run(record.path)
-        if _needs_maps(opened) and store is None:
+        run = load_run(record.path)
+        if trained_with(run) == "maps" and store is None:
             notes.append(f"{record.name}: not in the gallery, its scores are the teacher's maps; give --maps")
             continue
-        source = choose_run_source(opened, EvalConfig(), store)
-        zooming = zooms(opened.model) and source is not None and source.name != "none"
-        alike = [zoom for zoom in record.zooms if zoom.keys() == record.zooms[0].keys()]  # thresholds, or budgets
-        middle = alike[len(alike) // 2] if alike else dict(FALLBACK_ZOOM)
-        shown.append(_Shown(record, opened, source, middle if zooming else {}))
+        source = choose_run_source(run, None, store)
+        alike = [point for point in record.points if point.keys() == record.points[0].keys()]  # such as thresholds
+        middle = alike[len(alike) // 2] if alike else {}
+        opened = OpenRun(run, source, device=config.device, precision=config.precision)
+        shown.append(_Shown(record, opened, one_point(run.model, source, middle)))
     return shown, notes
 
 
-def _needs_maps(opened: Run) -> bool:
-    return trained_with(opened) == "maps"
+def _zooms(model: nn.Module) -> bool:
+    """Whether a model cuts cells into finer patches by a threshold or a budget."""
+    use = score_use(model)
+    return use is not None and use.zooms
 
 
-def _loader(
-    preprocessing: Preprocessing, shards: Path, store: RelevanceMaps | None, batch_size: int
-) -> RelevanceLoader:
-    return RelevanceLoader(
-        shards,
-        store,
-        batch_size=batch_size,
-        image_size=preprocessing.image_size,
-        augment="eval",
-        missing="error" if store is None else "skip",
-        view=ViewConfig(crop_pct=preprocessing.crop_pct),
-    )
-
-
-def _run(model: _Shown, batch: dict[str, Any], device: torch.device) -> None:
-    """One batch through one model; adds to what the model has said so far."""
-    net = model.opened.model.to(device)
-    check_labels(batch["label"], batch["key"], net.num_classes)
-    pixels = model.opened.preprocessing.normalise(batch["image"].to(device))
-    if model.source is not None and model.source.zoomer is not None:
-        model.source.zoomer.to(device)
-    scores = None if model.source is None else model.source.score(pixels, batch)
-    logits = net(pixels) if scores is None else net(pixels, scores, **model.zoom)
+def _run(model: _Shown, batch: dict[str, Any]) -> None:
+    """Run one batch through one model; its answers are added to those before."""
+    check_labels(batch["label"], batch["key"], model.opened.model.num_classes)
+    logits, scores, _ = model.opened.answer(batch, model.point)
     probabilities = logits.float().softmax(dim=1).cpu()
     best = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)
     for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
@@ -305,21 +311,20 @@ def _model(model: _Shown, scores: int | None, store: RelevanceMaps | None) -> di
         "name": model.record.name,
         "model": model.record.model,
         "view": model.view,
-        "pixels": model.opened.preprocessing.image_size,
+        "pixels": model.preprocessing.image_size,
         "zoom": None,
     }
-    if scores is None or model.source is None or not zooms(net):
+    source = model.opened.source
+    if scores is None or source is None or not _zooms(net):
         return described
-    chosen = dict(model.zoom)
-    if "budget" in chosen:
-        chosen = {"budget": net.resolve_budget(chosen["budget"])}
+    chosen = {name: model.point.arguments[name] for name in ("alpha", "budget") if name in model.point.arguments}
     described["zoom"] = {
         "scores": scores,
-        "source": model.source.name,
-        "scores_said": SCORES_SAID[model.source.name].format(made_for=_made_for(store)),
-        "factor": net.zoom_factor if isinstance(net, ZoomViT) else 2.0,
+        "source": source.name,
+        "scores_said": SCORES_SAID[source.name].format(made_for=_made_for(store)),
+        "factor": getattr(net, "zoom_factor", 2.0),
         "side": net.coarse_grid,
-        "fixed_tokens": None if isinstance(net, ZoomViT) else net.num_patches(),
+        "fixed_tokens": None if hasattr(net, "cost_kinds") else cost(net, model.point).tokens,
         "chosen": chosen,
         "evaluated": model.record.zooms,
     }
@@ -331,15 +336,15 @@ def _settings(shown: list[_Shown]) -> list[str]:
     evaluated, fallback, usual = [], [], []
     for model in shown:
         net, name = model.opened.model, model.record.name
-        if model.zoom:
-            told = ", ".join(f"{kind} {value}" for kind, value in model.zoom.items())
-            (evaluated if model.record.zooms else fallback).append(f"{name} ({told})")
-        elif not zooms(net) and (takes_scores(net) or isinstance(net, ToMeViT)):
+        if model.point.settings:
+            values = ", ".join(f"{setting} {value}" for setting, value in model.point.settings.items())
+            (evaluated if model.record.points else fallback).append(f"{name} ({values})")
+        elif setting_names(net) and not _zooms(net):
             usual.append(name)
     groups = (
-        ("Shown at the middle zoom of the evaluation", evaluated),
+        ("Shown at the middle setting of the evaluation", evaluated),
         ("Shown at a default zoom, as none was evaluated", fallback),
-        ("Shown with the model's own settings, whichever were evaluated", usual),
+        ("Shown with the model's own settings, as none were evaluated", usual),
     )
     return [f"{said}: {', '.join(names)}." for said, names in groups if names]
 
@@ -370,6 +375,6 @@ def _difficulty(shown: list[_Shown], keys: list[str], store: RelevanceMaps | Non
         known = dict(zip(table["key"].to_pylist(), table["target_probability"].to_pylist(), strict=True))
         said = "the probability that the teacher of the maps gives to the true class"
         return said, [None if not np.isfinite(known[key]) else round(known[key], 4) for key in keys]
-    judge = next((model for model in shown if model.source is None), shown[0])
+    judge = next((model for model in shown if model.opened.source is None), shown[0])
     said = f"the probability that {judge.record.name} gives to the true class"
     return said, [round(value, 4) for value in judge.truth]

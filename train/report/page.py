@@ -75,17 +75,17 @@ def _gallery(
             return None, [
                 f"No gallery: the evaluation was on {named}, which does not exist here. Give --shards VAL_SHARDS."
             ]
-    from zpipe.train.report.gallery import build_gallery  # torch and the models, which figures alone don't need
+    from zpipe.train.report.gallery import (  # torch and the models, which figures alone don't need
+        GalleryConfig,
+        build_gallery,
+    )
 
     gallery, notes = build_gallery(
         vits,
         shards,
         config.maps,
-        count=config.gallery,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        device=config.device,
-        progress=progress,
+        GalleryConfig(count=config.gallery, seed=config.seed, batch_size=config.batch_size, device=config.device),
+        progress,
     )
     if gallery is not None and config.maps is None:
         notes.append("No teacher's maps in the gallery. Give --maps VAL_MAPS.")

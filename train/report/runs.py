@@ -32,7 +32,7 @@ class RunRecord:
     """One training run. name: of its folder, with as many folders above it as make it unique.
 
     curve: the lines of metrics.jsonl in the order of their steps, none of them twice. shards: of its evaluation.json.
-    zooms: the zooms evaluated there, each {"alpha": a} or {"budget": b}. error_kinds: key -> kind, of the error analysis.
+    points: the settings evaluated there, such as {"alpha": 0.1} or {"exit": 0.5}. error_kinds: key -> kind, of the error analysis.
     """
 
     path: Path
@@ -43,12 +43,17 @@ class RunRecord:
     finished: bool
     curve: list[dict[str, Any]]
     shards: str | None = None
-    zooms: list[dict[str, Any]] = field(default_factory=list)
+    points: list[dict[str, Any]] = field(default_factory=list)
     error_kinds: dict[str, str] = field(default_factory=dict)
 
     @property
     def evaluated(self) -> bool:
         return self.shards is not None
+
+    @property
+    def zooms(self) -> list[dict[str, Any]]:
+        """The thresholds and budgets among the points, without pruning."""
+        return [point for point in self.points if len(point) == 1 and point.keys() <= {"alpha", "budget"}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +164,10 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     if not path.is_file():
         return run
     found = _read_evaluation(path)
-    zooms = [_setting(row) for row in found["rows"]]
-    zooms = [
-        {name: zoom[name]} for zoom in zooms for name in ("alpha", "budget") if name in zoom and "keep" not in zoom
-    ]
-    return replace(run, shards=str(found.get("shards", "")), zooms=zooms)
+    about = ("scores", *USUAL)
+    settings = [_setting(row) for row in found["rows"]]
+    points = [{name: value for name, value in each.items() if name not in about} for each in settings]
+    return replace(run, shards=str(found.get("shards", "")), points=[point for point in points if point])
 
 
 def _read_curve(path: Path) -> list[dict[str, Any]]:

@@ -12,40 +12,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
 
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.storage import as_path
 from zpipe.train.checkpoint import Run, load_run, load_zoomer
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.device import autocast_of, keep_freed_memory, resolve_device
+from zpipe.train.device import keep_freed_memory, resolve_device
 from zpipe.train.evaluation.answers import Answers
 from zpipe.train.evaluation.error_analysis import analyse_errors, error_results, write_errors
 from zpipe.train.evaluation.evaluate import EvalRow, answers_for, measure, measure_zoomer
-from zpipe.train.evaluation.operating_points import (
-    EvalConfig,
-    choose_run_source,
-    eval_loader,
-    forward,
-    logits_of,
-    modes_asked,
-    trained_with,
-)
+from zpipe.train.evaluation.inference import OpenRun, choose_run_source, eval_loader, trained_with
+from zpipe.train.evaluation.operating_points import EvalConfig, operating_points
 from zpipe.train.evaluation.results import Result, share, write_results
 from zpipe.train.fit.distributed import Workers, run_training
 from zpipe.train.fit.train_vit import VitConfig, check_normalisation, train_vit
 from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
 from zpipe.train.macs import count_macs
-from zpipe.train.models.cfvit import CFViT
-from zpipe.train.models.warm_start import load_vit
+from zpipe.train.models.operating_points import setting_names
+from zpipe.train.models.warm_start import zooming_twin
 from zpipe.train.models.zoom_tokens import PRUNE_KINDS
 from zpipe.train.models.zoomer import Zoomer
-from zpipe.train.models.zoomvit import ZoomViT
-from zpipe.train.scoring import ScoreSource, choose_source, zooms
+from zpipe.train.scoring import ScoreSource, choose_source
 from zpipe.train.settings import rebuild, with_settings
 
 PAPER_ALPHAS = (1.0, 0.15, 0.05, 0.01, 0.005)  # Table 9
@@ -104,8 +93,8 @@ class Bench:
         config = rebuild(VitConfig(), run.settings)
         return replace(config, mean=tuple(run.preprocessing.mean), std=tuple(run.preprocessing.std))
 
-    def need_zoomvit(self) -> ZoomViT:
-        if not isinstance(self.opened.model, ZoomViT):
+    def need_zoomvit(self) -> Any:
+        if not hasattr(self.opened.model, "tokenise"):
             raise UsageError(f"{self.opened.path}: --study {self.study} needs a zoomvit_* run")
         return self.opened.model
 
@@ -115,7 +104,7 @@ class Bench:
         if asked.alphas or asked.budgets:
             return {"alphas": asked.alphas, "budgets": asked.budgets}
         config = self.vit_config()
-        if config.zoom_draw == "alpha" or not isinstance(self.opened.model, ZoomViT):
+        if config.zoom_draw == "alpha" or not hasattr(self.opened.model, "tokenise"):
             return {"alphas": PAPER_ALPHAS, "budgets": ()}
         most = self.opened.model.coarse_grid**2 if config.max_zoomed is None else config.max_zoomed
         budgets = sorted({round(most * times * quarter / 4) for quarter in range(5)})
@@ -180,7 +169,14 @@ class Bench:
         if image_size is not None:
             preprocessing = replace(preprocessing, image_size=image_size)
         given = self.config.evaluation
-        return eval_loader(preprocessing, self.shards, self.maps, given.batch_size, given.data_workers, missing)
+        return eval_loader(
+            preprocessing,
+            self.shards,
+            self.maps,
+            batch_size=given.batch_size,
+            data_workers=given.data_workers,
+            missing=missing,
+        )
 
     def measured(
         self,
@@ -198,21 +194,12 @@ class Bench:
                 "zoomer", opened.model, zoomer=zoomer, origin=self.zoomer or "the zoomer", store=loader.maps
             )
         else:
-            source = choose_run_source(opened, config, loader.maps)
-        each = (modes_asked(opened.model, source, replace(config, **zooming)) for zooming in zoomings)
+            source = choose_run_source(opened, config.scores, loader.maps)
+        each = (operating_points(opened.model, source, replace(config, **zooming)) for zooming in zoomings)
         asked = list({zoom.name: zoom for zoom in itertools.chain.from_iterable(each)}.values())
         answers = answers_for(opened, loader, config)
-        rows = measure(
-            opened.model,
-            opened.preprocessing,
-            loader,
-            source,
-            asked,
-            answers,
-            self.device,
-            self._evaluating,
-            config.precision,
-        )
+        ready = OpenRun(opened, source, device=config.device, precision=config.precision)
+        rows = measure(ready, loader, asked, answers, self._evaluating)
         return list(itertools.chain.from_iterable(self.tidy(opened, row, setting) for row in rows))
 
     def tidy(self, opened: Run, row: EvalRow, setting: dict[str, Any]) -> list[Result]:
@@ -280,7 +267,6 @@ def run_study(
     if name not in STUDIES:
         raise UsageError(f"--study {name}: choose one of {', '.join(STUDIES)}")
     asked = config.evaluation
-    autocast_of(asked.precision, torch.device("cpu"))  # an unknown one now, not when all is trained
     trains = STUDIES[name].trains
     unused = {
         "--seeds": config.seeds and not trains,
@@ -411,9 +397,6 @@ def _score_sources(bench: Bench) -> list[Result]:
 
 
 def _test_time_zoom(bench: Bench) -> list[Result]:
-    plain = bench.opened.model
-    if not isinstance(plain, VisionTransformer):
-        raise UsageError(f"{bench.opened.path}: --study test-time-zoom zooms with a plain ViT; give such a run")
     if bench.zoomer is None:
         raise UsageError("--study test-time-zoom: give --zoomer RUN, whose scores a plain ViT is to zoom by")
     zoomer, wanted = load_zoomer(bench.zoomer)
@@ -421,73 +404,53 @@ def _test_time_zoom(bench: Bench) -> list[Result]:
     rows = bench.measured(bench.opened, {"zoom": "none"}, {"alphas": (), "budgets": ()})
     asked = bench.config.evaluation
     for eta in (2.0, 0.5):
-        opened = replace(bench.opened, model=zooming_twin(plain, bench.opened.preprocessing.image_size, eta))
+        try:
+            twin = zooming_twin(bench.opened.model, bench.opened.preprocessing.image_size, eta)
+        except ValueError as error:
+            raise UsageError(f"{bench.opened.path}: --study test-time-zoom: {error}") from error
+        opened = replace(bench.opened, model=twin)
         sweep = {"alphas": asked.alphas or (() if asked.budgets else PAPER_ALPHAS), "budgets": asked.budgets}
         rows += bench.measured(opened, {"zoom": "at test time", "eta": eta}, sweep, scores="zoomer", zoomer=zoomer)
     return rows
 
 
-def zooming_twin(plain: VisionTransformer, image_size: int, zoom_factor: float) -> ZoomViT:
-    """A ZoomViT with the weights of a plain ViT, not trained further. Errors: :class:`UsageError` when it can't be."""
-    block = plain.blocks[0]
-    scale = getattr(block.ls1, "gamma", None)
-    arguments = {
-        "img_size": image_size,
-        "patch_size": plain.patch_embed.patch_size[0],
-        "embed_dim": plain.embed_dim,
-        "depth": len(plain.blocks),
-        "num_heads": block.attn.num_heads,
-        "mlp_ratio": block.mlp.fc1.out_features / plain.embed_dim,
-        "init_values": None if scale is None else 1e-4,
-        "num_classes": plain.num_classes,
-    }
-    try:
-        model = timm.create_model("zoomvit_small_patch16_224", zoom_factor=zoom_factor, zfe="none", **arguments)
-        load_vit(model, plain)
-    except ValueError as error:
-        raise UsageError(f"--study test-time-zoom: {error}") from error
-    return model.eval()
-
-
 @torch.inference_mode()
 def _nine_crops(bench: Bench) -> list[Result]:
     opened = bench.opened
-    model: nn.Module = opened.model.to(bench.device)
     side = opened.preprocessing.image_size
     large = round(side * 384 / 224)
     loader = bench.loader(opened, image_size=large)
     config = replace(bench.config.evaluation, **bench.one_zoom())
-    source = choose_run_source(opened, config, loader.maps)
+    source = choose_run_source(opened, config.scores, loader.maps)
     if source is not None and source.name == "maps":
         raise UsageError("--study nine-crops: maps are of whole images; choose --scores zoomer or another")
-    zoom = modes_asked(model, source, config)[0]
-    if source is not None and source.zoomer is not None:
-        source.zoomer.to(bench.device)
+    zoom = operating_points(opened.model, source, config)[0]
+    ready = OpenRun(opened, source, device=config.device, precision=config.precision)
     answers: Answers = answers_for(opened, loader, config)
-    lowered = autocast_of(config.precision, bench.device)
     places = [round((large - side) * step / 2) for step in range(3)]
     ranks: dict[str, list[torch.Tensor]] = {"any of 9": [], "centre of 9": [], "mean of 9": []}
     for number, batch in enumerate(loader):
-        images = opened.preprocessing.normalise(batch["image"].to(bench.device))
+        prepared = ready.prepare(batch)
         each, logits = [], []
         for top, left in itertools.product(places, places):
-            crop = images[:, :, top : top + side, left : left + side]
-            with lowered():
-                found = logits_of(forward(model, source, crop, batch, zoom)[0])
+            crop = prepared["image"][:, :, top : top + side, left : left + side]
+            found = ready.respond(prepared | {"image": crop}, zoom).logits
             logits.append(found.softmax(1))
             each.append(answers.ranks(found, batch))
         ranks["any of 9"].append(torch.stack(each).amin(0))
         ranks["centre of 9"].append(each[4])
         ranks["mean of 9"].append(answers.ranks(torch.stack(logits).mean(0), batch))
         bench.progress("nine-crops", number + 1, len(loader))
-    rows = bench.measured(opened, {"view": "whole image"}, bench.one_zoom() if zooms(model) else {"alphas": ()})
+    rows = bench.measured(
+        opened, {"view": "whole image"}, bench.one_zoom() if "alpha" in setting_names(opened.model) else {"alphas": ()}
+    )
     for name, found in ranks.items():
         judged = torch.cat(found)
         judged = judged[judged >= 0]
-        about = bench.about(opened) | {"setting": {"view": name, **zoom.asked}}
+        about = bench.about(opened) | {"setting": {"view": name, **zoom.settings}}
         rows.append(share(**about, metric="top1", n=len(judged), right=int((judged == 0).sum())))
     once = next(row.value for row in rows if row.metric == "gmacs")
-    about = bench.about(opened) | {"setting": {"view": "any of 9", **zoom.asked}}
+    about = bench.about(opened) | {"setting": {"view": "any of 9", **zoom.settings}}
     return [*rows, Result(**about, metric="gmacs", n=1, value=9 * once)]
 
 
@@ -514,7 +477,7 @@ def _backbone_size(bench: Bench) -> list[Result]:
 
 def _selection(bench: Bench) -> list[Result]:
     model = bench.opened.model
-    if not isinstance(model, CFViT):
+    if "exit" not in setting_names(model):
         raise UsageError(f"{bench.opened.path}: --study selection needs a cfvit_* or lfvit_* run")
     if trained_with(bench.opened) != "own":
         raise UsageError(f"{bench.opened.path}: --study selection compares how the model chooses by itself")
@@ -530,16 +493,13 @@ def _errors(bench: Bench) -> list[Result]:
     opened, loader = bench.opened, bench.loader(bench.opened)
     bench.need_zoomvit()
     config = replace(bench.config.evaluation, **bench.one_zoom())
-    source = choose_run_source(opened, config, loader.maps)
-    zoom = modes_asked(opened.model, source, config)[0]
+    source = choose_run_source(opened, config.scores, loader.maps)
+    zoom = operating_points(opened.model, source, config)[0]
     if source is None or source.name == "none":
         raise UsageError("--study errors: nothing is zoomed")
-    if source.zoomer is not None:
-        source.zoomer.to(bench.device)
+    ready = OpenRun(opened, source, device=config.device, precision=config.precision)
     answers = answers_for(opened, loader, config)
-    verdicts, pictured = analyse_errors(
-        opened, loader, source, zoom, answers, bench.device, bench.progress, config.precision
-    )
+    verdicts, pictured = analyse_errors(ready, loader, zoom, answers, bench.progress)
     write_errors(opened.path, verdicts, pictured, opened.settings.get("classes") or [])
     about = bench.about(opened)
     return error_results(verdicts, about["run"], about["model"], about["seed"], zoom)

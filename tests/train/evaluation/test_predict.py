@@ -122,7 +122,7 @@ def test_the_command(data, tmp_path):
         ("with-maps", {}, UsageError, "with-maps: was trained with maps as scores, .*: single images have no maps"),
         ("zoom", {"scores": "maps"}, UsageError, "--scores maps: single images have no maps in a store; choose zoomer"),
         ("zoom", {"alpha": 0.1, "budget": 3}, UsageError, "not both"),
-        ("zoom", {"alpha": 1.5}, UsageError, "alpha must lie in"),
+        ("zoom", {"alpha": 1.5}, UsageError, r"zoom: alpha 1.5: a threshold lies in \[0, 1\]"),
         ("zoom", {"budget": 99}, UsageError, "budget must lie between"),
         ("nothing", {}, UsageError, "not a training run"),
     ],

@@ -110,10 +110,10 @@ def test_sweeps_of_their_own(data):
         ("cfvit", {"exits": (1.2,)}, "--exits 1.2"),
         ("cfvit", {"exits": (0.5, 0.5)}, "exit=0.5: asked for twice"),
         ("cfvit", {"scores": "none"}, "choose own"),
-        ("cfvit", {"merges": (2,)}, "--merge: only tome_vit"),
+        ("cfvit", {"merges": (2,)}, "--merge: CFViT has no such setting; it takes --exits"),
         ("merged", {"merges": (40,)}, "--merge 40: r must lie between 0 and 12"),
         ("pruned", {"keeps": (65,)}, "--keep 65"),
-        ("sparse", {"exits": (0.5,)}, "--exits: only models of two stages"),
+        ("sparse", {"exits": (0.5,)}, "--exits: SparseFormer has no such setting; it takes none"),
         ("box", {"scores": "own"}, "can't choose by itself"),
     ):
         with pytest.raises(UsageError) as error:

@@ -26,6 +26,7 @@ from zpipe.train.checkpoint import load_run, save_model
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.evaluation.evaluate import evaluate
 from zpipe.train.evaluation.operating_points import EvalConfig
+from zpipe.train.evaluation.predict import Classifier, PredictConfig
 from zpipe.train.evaluation.results import Result, write_results
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.initialise import build_vit
@@ -689,7 +690,7 @@ def test_maps_that_do_not_know_the_true_class_are_not_said_to(data, tmp_path, ta
 
 def test_the_gallery_says_at_which_settings_the_models_answer(data, page_file, open_page, tmp_path):
     about = open_page(page_file).locator("#gallery-about").inner_text()
-    assert "at the middle zoom of the evaluation: double (alpha 0.5), half (budget 1)." in about
+    assert "at the middle setting of the evaluation: double (alpha 0.5), half (budget 1)." in about
     assert "default zoom" not in about and "own settings" not in about
     merging = VitConfig(
         model="tome_vit",
@@ -705,8 +706,38 @@ def test_the_gallery_says_at_which_settings_the_models_answer(data, page_file, o
     about = open_page(report(runs, tmp_path / "out", replace(CONFIG, gallery=4, shards=data / "shards")))
     about = about.locator("#gallery-about").inner_text()
     assert "at a default zoom, as none was evaluated: fresh (alpha 0.1)." in about
-    assert "with the model's own settings, whichever were evaluated: merging." in about
-    assert "middle zoom" not in about
+    assert "with the model's own settings, as none were evaluated: merging." in about
+    assert "middle setting" not in about
+
+
+def test_the_gallery_shows_rivals_at_the_settings_that_were_evaluated(data, tmp_path):
+    config = VitConfig(
+        model="cfvit_small",
+        model_args={"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3},
+        image_size=SIDE,
+        train=replace(LOOP, batch_size=COUNT),
+    )
+    train_vit(data / "shards", tmp_path / "stages", config)
+    evaluation = EvalConfig(exits=(0.0, 1.0), batch_size=COUNT, device="cpu")
+    for threshold in (0.0, 1.0):
+        only = replace(evaluation, exits=(threshold,))
+        evaluate(tmp_path / "stages", data / "shards", only, out=tmp_path / "stages" / "evaluation.json")
+        html = report([tmp_path / "stages"], tmp_path / "out", replace(CONFIG, gallery=4, shards=data / "shards"))
+        gallery = embedded(html.read_text(), "gallery-data")
+        assert gallery["settings"] == [f"Shown at the middle setting of the evaluation: stages (exit {threshold})."]
+        classifier = Classifier(
+            load_run(tmp_path / "stages"), PredictConfig(settings={"exit": threshold}, device="cpu")
+        )
+        loader = RelevanceLoader(data / "shards", batch_size=COUNT, image_size=SIDE, augment="eval")
+        answers = {}
+        for batch in loader:
+            answers |= dict(zip(batch["key"], classifier(batch["image"]).softmax(1), strict=True))
+        for entry in gallery["entries"]:
+            shown = torch.zeros(len(gallery["classes"]))
+            for index, probability in entry["top"][0]:
+                shown[index] = probability
+            expected = answers[entry["key"]].topk(5)
+            torch.testing.assert_close(shown[expected.indices], expected.values, atol=1e-3, rtol=0)
 
 
 def wait_until(page, expression):

@@ -23,8 +23,9 @@ from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.distributed import Workers
 from zpipe.train.fit.train_vit import VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
+from zpipe.train.models.warm_start import zooming_twin
 from zpipe.train.settings import rebuild
-from zpipe.train.studies.bench import STUDIES, StudyConfig, run_study, zooming_twin
+from zpipe.train.studies.bench import STUDIES, StudyConfig, run_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -205,7 +206,6 @@ def test_what_is_trained_is_normalised_as_the_run_is(data, tmp_path):
         ("zfe", {"zoomer": Path("zoomer")}, {}, "--zoomer: --study zfe"),
         ("zfe", {}, {"evaluation": EvalConfig(target_gmacs=1.0)}, "--target-gmacs"),
         ("zfe", {}, {"evaluation": EvalConfig(calibration=Path("shards"))}, "--calibration"),
-        ("errors", {}, {"evaluation": EvalConfig(precision="int8")}, "--precision int8: choose"),
     ],
 )
 def test_what_a_study_has_no_use_for_is_refused(data, name, options, changes, told):

@@ -1,0 +1,147 @@
+"""A finished run, ready to answer: the one place where images are normalised, scored and run through a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from zpipe.schemas.errors import UsageError
+from zpipe.schemas.relevance_maps import RelevanceMaps
+from zpipe.train.checkpoint import Preprocessing, Run
+from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.data.transforms import ViewConfig
+from zpipe.train.device import autocast, keep_freed_memory, resolve_device
+from zpipe.train.models.operating_points import OperatingPoint, logits_of
+from zpipe.train.scoring import ScoreSource, choose_source, run_model, score_use
+
+
+class Answer(NamedTuple):
+    """What a run answers to a batch.
+
+    Attributes:
+        logits: [B, classes], of whichever stage of the model answered.
+        scores: [B, s * s], as the model was given them, or None.
+        output: what the model returned, the logits among it.
+    """
+
+    logits: Tensor
+    scores: Tensor | None
+    output: Any
+
+
+class OpenRun:
+    """A finished classifier with its normalisation and its source of scores, on one device, in one precision.
+
+    Args:
+        run: the run.
+        source: where its scores come from, see `choose_run_source`; None for a model that takes none.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        precision: float32, or bf16 or fp16 under autocast, of both the scores and the model.
+
+    Raises:
+        UsageError: a run of a zoomer, an unknown device or precision.
+        ZpipeError: a device that isn't there.
+    """
+
+    def __init__(
+        self, run: Run, source: ScoreSource | None, *, device: str = "auto", precision: str = "float32"
+    ) -> None:
+        if run.kind != "vit":
+            raise UsageError(f"{run.path}: holds a {run.kind}, no classifier")
+        self.run, self.source, self.precision = run, source, precision
+        self.device = resolve_device(device)
+        self._autocast = autocast(precision, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.model = run.model.to(self.device)
+        if source is not None and source.zoomer is not None:
+            source.zoomer.to(self.device)
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with its images on the device and normalised: uint8 [B, 3, S, S] -> float32 [B, 3, S, S]."""
+        return batch | {"image": self.run.preprocessing.normalise(batch["image"].to(self.device))}
+
+    @torch.inference_mode()
+    def respond(self, prepared: dict[str, Any], point: OperatingPoint) -> Answer:
+        """Score and classify the images of a prepared batch at an operating point."""
+        with self._autocast():
+            output, scores = run_model(self.model, self.source, prepared, point)
+        return Answer(logits_of(output), scores, output)
+
+    def answer(self, batch: dict[str, Any], point: OperatingPoint) -> Answer:
+        """Normalise, score and classify the images of a batch, uint8 [B, 3, S, S], at an operating point."""
+        return self.respond(self.prepare(batch), point)
+
+    @torch.inference_mode()
+    def scores(self, batch: dict[str, Any]) -> Tensor | None:
+        """The scores [B, s * s] that the model would be given for a batch; None where it would get none."""
+        with self._autocast():
+            return None if self.source is None else self.source.score(self.prepare(batch)["image"], batch)
+
+
+def trained_with(run: Run) -> str | None:
+    """The name of the source whose scores a run was trained with; None for a model that takes none."""
+    use = score_use(run.model)
+    if use is None:
+        return None
+    if run.settings.get("scores") is not None:
+        return str(run.settings["scores"])
+    if run.zoomer is not None:
+        return "zoomer"
+    return "own" if use.has_own and run.settings.get("maps") is None else "maps"
+
+
+def choose_run_source(run: Run, name: str | None, store: RelevanceMaps | None) -> ScoreSource | None:
+    """Where a run's scores come from.
+
+    Args:
+        run: the run.
+        name: one of `scoring.SOURCES`; None takes the source that it was trained with.
+        store: the relevance store of the images, for the source "maps".
+
+    Returns:
+        The source; None for a model that takes no scores.
+
+    Raises:
+        UsageError: what that source needs isn't there.
+    """
+    if score_use(run.model) is None:
+        return None
+    name = name or trained_with(run)
+    if name == "zoomer" and run.zoomer is None:
+        raise UsageError(f"{run.path}: was trained without a zoomer; give --scores, such as --maps STORE --scores maps")
+    return choose_source(name or "", run.model, zoomer=run.zoomer, origin=run.path, store=store)
+
+
+def eval_loader(
+    preprocessing: Preprocessing,
+    shards: Path,
+    maps: Path | RelevanceMaps | None,
+    *,
+    batch_size: int,
+    data_workers: int = 0,
+    missing: str = "uniform",
+) -> RelevanceLoader:
+    """Every sample of the shards once, in the view that a run was made for.
+
+    Args:
+        preprocessing: that of the run.
+        shards: a folder of shards, or a tar.
+        maps: their relevance store, where it is needed.
+        batch_size: images a batch.
+        data_workers: processes that load; 0 loads in this one.
+        missing: how samples without a usable map are handled, see `RelevanceLoader`.
+    """
+    return RelevanceLoader(
+        shards,
+        maps,
+        batch_size=batch_size,
+        image_size=preprocessing.image_size,
+        augment="eval",
+        num_workers=data_workers,
+        missing=missing,
+        view=ViewConfig(crop_pct=preprocessing.crop_pct),
+    )

@@ -1,0 +1,181 @@
+"""The ZoomViT that its authors released: evaluation code and weights that differ from the paper in the tokens.
+
+With these differences kept, published weights give published numbers. Importing this module registers zoomvit_released.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import timm
+import torch
+from timm.models import register_model
+from torch import Tensor
+
+from zpipe.train.models import zoom_tokens
+from zpipe.train.models.backbone import build, untrained_cfgs
+from zpipe.train.models.operating_points import ScoreUse
+from zpipe.train.models.released_weights import ReleasedWeights
+from zpipe.train.models.zoom_tokens import Zoom
+from zpipe.train.models.zoomer import Zoomer
+from zpipe.train.models.zoomvit import Tokens, ZoomViT
+
+_ZOOMER = "Importance_Score.model."
+
+
+class ReleasedZoomViT(ZoomViT):
+    """The ZoomViT of the authors' public code: DeiT-III blocks, 1-D sine-cosine positions, fixed zoom factor embedding.
+
+    It differs from `ZoomViT` in the tokens:
+
+    - A zero vector follows the fine and another the coarse tokens, and both take part in attention.
+    - Fine tokens are those whose own place scores above alpha. At zoom factor 0.5 a cell is split if any of its four
+      places does, and the other places of that cell are then not seen at all.
+    - Cells that score exactly alpha are not seen either.
+
+    Their batches pad shorter images with more zero vectors, so that logits depend on the batch; here every image is
+    computed as their code does it alone. Images are normalised with ImageNet's mean and standard deviation.
+
+    Args:
+        alpha: the threshold that the authors fix at construction (Small .01, Tiny .03); calls may give another.
+        Others as of `ZoomViT`.
+    """
+
+    def __init__(self, *args: Any, alpha: float, init_values: float | None = 1e-4, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, init_values=init_values, pos="sincos-1d", zfe="fixed")
+        self.alpha = zoom_tokens.check_alpha(alpha)
+
+    def forward_features(
+        self,
+        images: Tensor,
+        scores: Tensor | None = None,
+        alpha: float | None = None,
+        keep_tokens: int | None = None,
+        budget: int | str | None = None,
+        prune: str = "backward",
+    ) -> Tensor:
+        """As of `ZoomViT`, under the threshold only: ValueError for keep_tokens and budget, and without scores."""
+        return self._run_packed(self.tokenise(images, scores, alpha, keep_tokens, budget, prune))
+
+    def tokenise(
+        self,
+        images: Tensor,
+        scores: Tensor | None = None,
+        alpha: float | None = None,
+        keep_tokens: int | None = None,
+        budget: int | str | None = None,
+        prune: str = "backward",
+    ) -> Tokens:
+        """As of `ZoomViT`; the two zero vectors have id -1."""
+        if scores is None or keep_tokens is not None or budget is not None:
+            raise ValueError("the released ZoomViT works by threshold: give scores, and no keep_tokens or budget")
+        alpha = self.alpha if alpha is None else alpha
+        self._choose_for(images, scores, Zoom(alpha, prune=prune))  # checks the arguments
+        cell_scores = zoom_tokens.coarse_scores(scores, self.zoom_factor)
+        place_scores = zoom_tokens.fine_scores(scores, self.zoom_factor)
+        fine_patches, fine_kernel, coarse_patches, coarse_kernel = zoom_tokens.patches_and_kernels(
+            images, self.patch_embed.weight, self.zoom_factor
+        )
+        sequences, ids = [], []
+        for b in range(len(images)):
+            fine = (place_scores[b] > alpha).nonzero()[:, 0]
+            coarse = (cell_scores[b] < alpha).nonzero()[:, 0]
+            zero, bias = images.new_zeros(1, self.embed_dim), self.patch_embed.bias
+            fine_tokens = (
+                fine_patches[b, fine] @ fine_kernel.T + bias + self.pos_fine[0, fine] + 1
+            )  # 1: fixed embedding
+            coarse_tokens = coarse_patches[b, coarse] @ coarse_kernel.T + bias + self.pos_coarse[0, coarse]
+            cls = (self.cls_token + self.pos_cls)[0]
+            sequences.append(torch.cat([cls, fine_tokens, zero, coarse_tokens, zero]))
+            gap, last = fine.new_tensor([-1]), fine.new_tensor([5 * self.coarse_grid**2])
+            ids.append(torch.cat([last, fine, gap, coarse + self.pos_fine.shape[1], gap]))
+        rising = sorted(range(len(images)), key=lambda b: len(ids[b]))
+        return Tokens(
+            tokens=torch.cat([sequences[b] for b in rising]),
+            ids=torch.cat([ids[b] for b in rising]),
+            lengths=tuple(len(ids[b]) for b in rising),
+            index=torch.tensor(rising, device=images.device),
+        )
+
+    def token_counts(
+        self,
+        scores: Tensor,
+        alpha: float | None = None,
+        keep_tokens: int | None = None,
+        budget: int | str | None = None,
+        prune: str = "backward",
+    ) -> Tensor:
+        """As of `ZoomViT`, the two zero vectors included."""
+        if keep_tokens is not None or budget is not None:
+            raise ValueError("the released ZoomViT works by threshold: give no keep_tokens and no budget")
+        alpha = self.alpha if alpha is None else zoom_tokens.check_alpha(alpha)
+        fine = (zoom_tokens.fine_scores(scores, self.zoom_factor) > alpha).sum(1)
+        return fine + (zoom_tokens.coarse_scores(scores, self.zoom_factor) < alpha).sum(1) + 2
+
+    def macs(self, zoomed: int, keep_tokens: int | None = None) -> int:
+        """Not known by the number of zoomed cells alone, so ValueError: places that no token covers make sequences shorter."""
+        raise ValueError("what the released ZoomViT costs depends on the scores; count it by train.macs.count_macs")
+
+    @property
+    def score_use(self) -> ScoreUse:
+        """Evaluations and trainings don't take this model, whose tokens they can't count; so ValueError."""
+        raise ValueError(
+            "zoomvit_released is for published checkpoints, from Python: load_release(...); choose zoomvit_*"
+        )
+
+    RELEASE_NAME = "ZoomViT"
+    RELEASE_CONFIG = ("num_heads", "zoom_factor", "alpha")
+
+    @classmethod
+    def load_release(
+        cls, weights: ReleasedWeights, num_heads: int, zoom_factor: float, alpha: float
+    ) -> tuple[ReleasedZoomViT, Zoomer]:
+        """The model and its frozen zoomer, both in eval mode. See `release.load_release`.
+
+        Raises:
+            ValueError: weights that aren't those of a published ZoomViT.
+        """
+        of_zoomer, of_vit = weights.part(_ZOOMER), weights.part(_ZOOMER, inside=False)
+        width, chans, patch, _ = of_vit.shape("patch_embed.proj.weight")
+        grid = int(of_zoomer.shape("project.bias")[0] ** 0.5)
+        stages = of_zoomer.count(r"features\.(\d+)\.\d+\.conv1") - 4
+        zoomer = Zoomer(2 * stages, grid, width=of_zoomer.shape("features.0.weight")[0], in_chans=chans)
+        vit: ReleasedZoomViT = timm.create_model(
+            "zoomvit_released",
+            img_size=grid * patch,
+            patch_size=patch,
+            embed_dim=width,
+            depth=of_vit.count(r"blocks\.(\d+)\."),
+            num_heads=num_heads,
+            num_classes=of_vit.shape("head.weight")[0],
+            in_chans=chans,
+            mlp_ratio=of_vit.shape("blocks.0.mlp.fc1.weight")[0] / width,
+            zoom_factor=zoom_factor,
+            alpha=alpha,
+        )
+        of_zoomer.fill(zoomer, _our_zoomer_name)
+        of_vit.fill(vit, _our_name)
+        return vit.eval(), zoomer.freeze()
+
+
+def _our_name(theirs: str) -> str:
+    ours = re.sub(r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma", theirs)
+    return ours.replace("patch_embed.proj.", "patch_embed.")
+
+
+def _our_zoomer_name(theirs: str) -> str:
+    """features: conv, bn, relu, pool, then stages of two blocks; ours lists the blocks one after another."""
+    if found := re.match(r"features\.(\d+)\.([01])\.(.*)", theirs):
+        return f"trunk.{4 + 2 * (int(found[1]) - 4) + int(found[2])}.{found[3]}"
+    return theirs.replace("features.", "trunk.").replace("new_fc.0.", "reduce.")
+
+
+default_cfgs = untrained_cfgs("zoomvit_released")
+
+
+@register_model
+def zoomvit_released(pretrained: bool = False, **kwargs: Any) -> ReleasedZoomViT:
+    """`ReleasedZoomViT` as DeiT-III-S. Takes its arguments; alpha is .01 unless given."""
+    defaults = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, "alpha": 0.01}
+    return build(ReleasedZoomViT, "zoomvit_released", pretrained, defaults, kwargs)
