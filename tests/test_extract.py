@@ -99,8 +99,8 @@ def test_every_sample_has_the_map_of_its_own_image_and_label(store, shards, teac
         error = {each: np.abs(maps[key] - wanted).max() / np.abs(wanted).max() for each, wanted in expected.items()}
         assert min(error, key=error.get) == (key, label)
         own.append(error[key, label])
-    # Storing in float16 takes 2^-11 of the largest value at most. What float32 takes depends on how near zero an image's
-    # denominators come, and on the processor, so the bound is on the typical image and not on each.
+    # Storing in float16 takes 2^-11 of the largest value at most. What float32 takes depends on how near zero the
+    # denominators of an image come, and on the processor, so the bound is on the typical image and not on each.
     assert np.median(own) <= 2e-3
     provenance = maps.manifest.provenance
     assert provenance.teacher_digest == teacher.digest and provenance.grid == (4, 6)

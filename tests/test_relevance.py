@@ -269,7 +269,7 @@ def maps_of_moved_values(model, images, targets, units, draws=5):
 
 
 def share_worse_than_noise(maps, exact, noisy):
-    """Of the images: how many `maps` have a larger difference, and how many a lower rank correlation, than noise leaves.
+    """The shares of the images whose `maps` have a larger difference, or a lower rank correlation, than noise leaves.
 
     What noise does to an image is the median over its draws, `noisy` [draws, B, h, w].
     """
@@ -283,15 +283,15 @@ def share_worse_than_noise(maps, exact, noisy):
 def test_float32_loses_no_more_than_rounded_pixels_and_weights_would(golden):
     """The method divides by numbers near zero, so a fixed bound on the loss would hold on some processors only.
 
-    How near, differs by image, and an image with a large condition number may come out as anything in float32. So the
-    loss is held against the image's own conditioning: the float64 maps of pixels and weights that moved a little.
+    How near they come differs between images, and the map of an image with a large condition number may be anything in
+    float32. So the loss is held against the conditioning of each image: the float64 maps after a little noise.
     """
     model, images, targets, _, _ = golden
     exact = transformer_attribution(model.double(), images.double(), targets)
     # Float32 rounds not only pixels and weights, by one unit at most, but every result in six blocks, and sums of up to
     # 384 terms in an order that is the processor's own. Over 24 permutations of the network's channels, each of which
     # has it sum in another order, and over four instruction sets the typical loss was that of 2 to 5 units; 16 leave
-    # room for orders that round worse. TF32 or bfloat16 in place of float32 act like hundreds of units and more.
+    # room for orders that round worse. Bfloat16 or TF32 in place of float32 acts like hundreds of units and more.
     noisy = maps_of_moved_values(model, images.double(), targets, units=16)
     maps = transformer_attribution(model.float(), images.float(), targets)
     assert maps.dtype == torch.float32
@@ -312,7 +312,7 @@ def test_the_comparison_with_noise_finds_lost_precision(golden):
 
 @pytest.mark.parametrize(("sweep", "difference", "rank"), [("float32", 1e-5, 0.9999), ("bfloat16", 2e-2, 0.999)])
 def test_rounding_on_the_way_down_does_little(golden, sweep, difference, rank):
-    """What float32 loses, it loses in the forward: with that in float64 every image is near, not only the typical one."""
+    """What float32 loses, it loses in the forward: with that in float64 every image is near, not just the typical."""
     model, images, targets, expected, _ = golden
     maps, logits = attribute(model.double(), images.double(), targets, sweep=sweep)
     assert (maps.dtype, logits.dtype) == (torch.float32, torch.float64)
@@ -326,8 +326,8 @@ def test_a_bfloat16_sweep_under_a_float32_forward_loses_no_more_than_the_forward
     plain, reduced = (rank_correlation(each, expected) for each in maps)
     assert not torch.equal(plain, reduced)
     # The median, not the worst: what float32 makes of an image with a large condition number is luck, and so is what
-    # bfloat16 then makes of that. On the typical image bfloat16 swaps one or two pairs of neighbours among the 64 cells,
-    # 4.6e-5 each; on the way up it would lose 1e-2.
+    # bfloat16 then makes of that. On the typical image bfloat16 swaps one or two pairs of neighbours among 64 cells,
+    # which costs 4.6e-5 each; on the way up it would lose 1e-2.
     assert (plain - reduced).median() <= 1e-3
 
 
