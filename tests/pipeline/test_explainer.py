@@ -194,8 +194,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_told():
     tight = json.loads(tight)
     assert tight["batch_size"] < 16
     assert tight["notes"][0] == "a batch of 16 did not fit the memory of cpu: lowered to 8"
+    # The maps of the same images, though summed in batches of another size: of random weights rounding alone moves some
+    # by percents in float32, and on half of the images by less than 1e-3. A map of another image is off by about 1.
     wanted, found = np.array(roomy["maps"]), np.array(tight["maps"])
-    assert np.median(relative(found, wanted)) < 1e-3
+    assert np.median(relative(found, wanted)) < 0.1
 
     code, _, said = in_a_process(2, spare=1 << 20)
     assert code == 1 and "not even one image fits the memory of cpu" in said

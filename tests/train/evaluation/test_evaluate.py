@@ -179,8 +179,10 @@ def test_mean_tokens_between_the_extremes(data, by_hand):
     opened = load_run(data / "zoom")
     with torch.no_grad():
         scores = opened.zoomer(by_hand[1])
-    spread = scores[:, scores.std(dim=0).argmax()]
-    alpha = float(spread.median())  # half of the images have that cell above it
+    spread = scores[:, scores.std(dim=0).argmax()].double().sort().values
+    # Half of the images have that cell above it. Between two scores rather than at one, as the median of an even count
+    # of them is: a score that equals the threshold would be above it in one batch size and not in another.
+    alpha = float(spread[COUNT // 2 - 1] + spread[COUNT // 2]) / 2
     row = rows_of(data, "zoom", replace(CONFIG, alphas=(alpha,), budgets=()))[f"alpha={alpha!r}"]
     tokens = CELLS + 3 * (scores > alpha).sum(1).float()
     assert tokens.unique().numel() > 1
@@ -218,7 +220,11 @@ def test_a_zoomers_row(data, by_hand):
     assert row["mae"] == pytest.approx(float((scores - target).abs().mean()), rel=1e-4)
     ranks = [[values.argsort().argsort().double() for values in pair] for pair in zip(scores, target, strict=True)]
     by_rank = np.mean([np.corrcoef(*pair)[0, 1] for pair in ranks])
-    assert row["rank_correlation"] == pytest.approx(by_rank, abs=1e-6)
+    # Two scores closer than float32 rounds may come in the other order in batches of another size. Neighbours in the
+    # order of n cells that swap move an image's rank correlation by 12 / (n (n + 1)) at most.
+    close = int((scores.sort(1).values.diff(dim=1) < 1e-6).sum())
+    swaps = close * 12 / (CELLS * (CELLS + 1)) / COUNT
+    assert row["rank_correlation"] == pytest.approx(by_rank, abs=1e-6 + swaps)
     peaks = target.argmax(1)
     x, y = (peaks % GRID + 0.5) / GRID, (peaks // GRID + 0.5) / GRID
     x1, y1, x2, y2 = batch["object_box"].unbind(1)

@@ -60,8 +60,11 @@ def test_the_same_answer_as_in_evaluation(data, run):
     assert len(rows) == 10 and len(names) == 10
     for key, expected in zip(batch["key"], probabilities, strict=True):
         found = rows[str(data / "images" / f"{key}.jpg")]["classes"]
-        assert [each["index"] for each in found] == expected.argsort(descending=True)[:5].tolist()
-        assert [each["probability"] for each in found] == pytest.approx(sorted(expected.tolist())[::-1][:5], abs=1e-5)
+        # By what each class was given and not by place: in a batch of another size two that are all but equal may swap.
+        best = expected.sort(descending=True).values[:5].tolist()
+        assert [each["probability"] for each in found] == pytest.approx(best, abs=1e-5)
+        assert expected[[each["index"] for each in found]].tolist() == pytest.approx(best, abs=2e-5)
+        assert len({each["index"] for each in found}) == 5
         assert [each["name"] for each in found] == [names[each["index"]] for each in found]
 
 

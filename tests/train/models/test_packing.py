@@ -66,7 +66,10 @@ def test_stochastic_depth_drops_whole_sequences():
     lengths = [3] * 400
     tokens = torch.randn(1, 3, 24).expand(400, -1, -1).flatten(0, 1)
     out = run_blocks(body, tokens, packing(lengths, CPU)).unflatten(0, (400, 3))
-    kinds = out.flatten(1).round(decimals=4).unique(dim=0)
+    kinds = []  # not by unique values: a matrix product may round equal rows differently, by where they lie in it
+    for row in out.flatten(1):
+        if not any(torch.allclose(row, kind, atol=1e-4) for kind in kinds):
+            kinds.append(row)
     assert len(kinds) == 4  # each of the two branches dropped, or kept and doubled
     kept = (out != tokens.unflatten(0, (400, 3))).flatten(1).any(1).float().mean()
     assert 0.65 < kept < 0.85  # 3 of 4: at least one branch kept

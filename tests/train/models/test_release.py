@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 
 from zpipe.train.checkpoint import Preprocessing, load_run, save_model
 from zpipe.train.models import Zoomer, load_release
@@ -45,7 +46,8 @@ def test_the_authors_numbers(name):
     values, images, state, config = opened(name)
     vit, zoomer = load_release(state, **config)
     scores = zoomer(images)
-    np.testing.assert_allclose(scores.numpy(), values["scores"], atol=1e-6)
+    # Scores are sigmoids of float32 sums over hundreds of terms, which another machine takes in another order.
+    np.testing.assert_allclose(scores.numpy(), values["scores"], atol=1e-5)
     logits = torch.cat([vit(images[b : b + 1], scores[b : b + 1]) for b in range(3)])
     np.testing.assert_allclose(logits.numpy(), values["logits"], atol=1e-4)
     assert logits.std() > 0.1
@@ -55,8 +57,9 @@ def test_the_authors_numbers(name):
         for b, tokens in zip(group.index.tolist(), group.tokens, strict=True):
             theirs = values[f"tokens{b}"]
             ours = tokens[1:, : theirs.shape[1]].numpy()
-            rows = [array[np.lexsort(array.round(3).T)] for array in (ours, theirs)]
-            np.testing.assert_allclose(*rows, atol=1e-3)
+            # Each of theirs with one of ours: sorting both would pair others where rounding tips the order of two rows.
+            gaps = np.abs(ours[:, None] - theirs[None]).max(axis=2)
+            assert gaps[linear_sum_assignment(gaps)].max() <= 1e-3
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -52,7 +52,9 @@ def test_the_authors_numbers(tmp_path):
     model = load_release(state, "sparseformer", **CONFIG)
     torch.testing.assert_close(model(images), logits, atol=1e-4, rtol=0)
     assert logits.std() > 0.5 and not model.training
-    torch.testing.assert_close(torch.cat([model(image[None]) for image in images]), model(images), atol=1e-5, rtol=0)
+    # In batches of another size sums may run in another order, as on the authors' machine: the same bound. Rounding
+    # grows on the way, for where to look is computed in float32, and each repeat looks where the one before it said.
+    torch.testing.assert_close(torch.cat([model(image[None]) for image in images]), model(images), atol=1e-4, rtol=0)
     assert count_macs(lambda: model(images[:1])) == model.macs()
     later = {"token_roi.weight": "initial_roi.weight", "token_embedding.weight": "initial_embedding.weight"}
     renamed = {later.get(key, key).replace("tuo_proj", "out_proj"): value for key, value in state.items()}

@@ -348,9 +348,11 @@ def test_entries_are_what_the_models_say(data, page_file):
         assert entry["label"] == int(batch["label"][place])
         exact = torch.frombuffer(bytearray(base64.b64decode(entry["scores"][0])), dtype=torch.float32)
         assert len(exact) == GRID**2 and torch.allclose(exact, scores[place], atol=1e-6)
-        expected = probabilities[place].topk(5)
-        assert [index for index, _ in entry["top"][1]] == expected.indices.tolist()
-        assert [share for _, share in entry["top"][1]] == pytest.approx(expected.values.tolist(), abs=1e-4)
+        # By what each class was given and not by place: in a batch of another size two that are all but equal may swap.
+        best = probabilities[place].topk(5).values.tolist()
+        assert [share for _, share in entry["top"][1]] == pytest.approx(best, abs=1e-4)
+        indices = [index for index, _ in entry["top"][1]]
+        assert len(set(indices)) == 5 and probabilities[place][indices].tolist() == pytest.approx(best, abs=2e-4)
         grey = torch.frombuffer(bytearray(base64.b64decode(entry["views"][0]["map"])), dtype=torch.uint8) / 255
         assert torch.allclose(grey, batch["relevance"][place].flatten(), atol=1 / 255)
         assert entry["views"][0]["box"] == pytest.approx(batch["object_box"][place].tolist(), abs=1e-4)

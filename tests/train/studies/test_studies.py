@@ -171,7 +171,8 @@ def test_a_plain_vit_that_zooms_is_itself_where_nothing_is_zoomed(data):
         assert torch.allclose(zooming_twin(plain, SIDE, 0.5)(images, everything, alpha=0.0), expected, atol=1e-5)
     rows, _ = study(data, "test-time-zoom", "plain", zoomer=data / "zoomer")
     top1 = values(rows, "top1", "zoom", "eta", "alpha")
-    assert top1["at test time", 2.0, 1.0] == top1["none", None, None]
+    # Logits that are equal up to rounding may differ in the answer to an image in which two classes all but tie.
+    assert top1["at test time", 2.0, 1.0] == pytest.approx(top1["none", None, None], abs=1.01 / COUNT)
     with pytest.raises(UsageError, match="give --zoomer RUN"):
         run_study("test-time-zoom", data / "plain", data / "shards", CONFIG)
     with pytest.raises(UsageError, match="zooms with a plain ViT"):
