@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
+from tiny import header, write_tar
 
 from zpipe.pipeline.datasets import DATASETS
 from zpipe.pipeline.make_shards import make_shards
@@ -37,16 +38,8 @@ def samples_of(out):
 
 def pack(path, members, links=()):
     """A .tar.gz of {name: bytes}, as GNU tar makes it, with symbolic links (name, target) in front."""
-    with tarfile.open(path, "w:gz") as tar:
-        for name, target in links:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = tarfile.SYMTYPE, target
-            tar.addfile(info)
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+    linked = [(header(name, tarfile.SYMTYPE, target), b"") for name, target in links]
+    return write_tar(path, [*linked, *members.items()], "w:gz")
 
 
 @pytest.fixture(scope="module")

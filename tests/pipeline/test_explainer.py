@@ -3,13 +3,13 @@
 import json
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import write_tar
 
 from zpipe.pipeline.explainer import (
     PRECISIONS,
@@ -249,11 +249,8 @@ def test_another_method_is_refused_in_the_same_store(store_copy, shards, cli, te
 
 def test_images_without_a_label_can_be_explained_by_what_the_teacher_sees(photos, tmp_path, cli, teacher_flags):
     tars = tmp_path / "tars"
-    tars.mkdir()
     files = sorted(photos.rglob("*.jpg"))[:3]
-    with tarfile.open(tars / "a.tar", "w") as tar:
-        for file in files:
-            tar.add(file, file.name)
+    write_tar(tars / "a.tar", {file.name: file.read_bytes() for file in files})
     command = ["extract-teacher-maps", tars, "--executor", "local", *teacher_flags]
     refused = cli(*command, "--out", tmp_path / "truth")
     assert refused.code == 1 and "has no label" in refused.details[0] and "--target predicted" in refused.details[0]

@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import late_profile, write_tar
+from tiny import header, late_profile, write_tar
 
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
@@ -484,21 +484,14 @@ def test_a_full_disk(photos, small_disk, tmp_path, cli, contents, encode):
 def public(tmp_path, encode):
     """Two tars as public data sets have them: folders in names, .JPEG, labels as .cls or in .json, files that aren't ours."""
     root = tmp_path / "public"
-    root.mkdir()
     for number in range(2):
-        with tarfile.open(root / f"imagenet-{number:04d}.tar", "w") as tar:
-
-            def add(name, data, tar=tar):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-
-            add("README.md", b"hello")
-            for sample in range(3):
-                key = f"n0144/n0144_{number}{sample}"
-                add(f"{key}.JPEG", encode("JPEG", 30 + sample, 20, seed=sample))
-                add(f"{key}.json", json.dumps({"label": sample, "filename": "x"}).encode())
-                add(f"{key}.txt", b"a fish")
+        members = {"README.md": b"hello"}
+        for sample in range(3):
+            key = f"n0144/n0144_{number}{sample}"
+            members[f"{key}.JPEG"] = encode("JPEG", 30 + sample, 20, seed=sample)
+            members[f"{key}.json"] = json.dumps({"label": sample, "filename": "x"}).encode()
+            members[f"{key}.txt"] = b"a fish"
+        write_tar(root / f"imagenet-{number:04d}.tar", members)
     return root
 
 
@@ -676,16 +669,9 @@ def test_a_tar_that_is_gone_or_a_folder(tmp_path):
 
 
 def test_links_and_devices_in_a_tar_are_not_followed(tmp_path, encode):
-    path = tmp_path / "x.tar"
-    with tarfile.open(path, "w") as tar:
-        for name, kind in (("a.cls", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE), ("c.png", tarfile.CHRTYPE)):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, "/etc/hostname"
-            tar.addfile(info)
-        data = encode("JPEG", 30, 20)
-        info = tarfile.TarInfo("../../d.jpg")
-        info.size = len(data)
-        tar.addfile(info, io.BytesIO(data))
+    kinds = (("a.cls", tarfile.SYMTYPE), ("b.jpg", tarfile.LNKTYPE), ("c.png", tarfile.CHRTYPE))
+    special = [(header(name, kind, "/etc/hostname"), b"") for name, kind in kinds]
+    path = write_tar(tmp_path / "x.tar", [*special, ("../../d.jpg", encode("JPEG", 30, 20))])
     assert [(s.key, s.label) for s in read_samples(path)] == [("../../d", None)]
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.tar"]
 

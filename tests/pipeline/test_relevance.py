@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from timm.layers import GELUTanh, RmsNorm, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from tiny_vit import pixels, tiny_vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,25 +30,6 @@ from zpipe.pipeline.relevance import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "relevance_small_vit.npz"
-
-
-def tiny_vit(seed=0, dtype=torch.float64, **kwargs):
-    """A small ViT with weights large enough that every rule and every bias matters; LayerScale of both signs."""
-    size = dict(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5)
-    model = VisionTransformer(**(size | kwargs)).to(dtype).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.25
-            parameter.copy_(noise + 1 if "norm" in name and name.endswith("weight") else noise)
-    return model
-
-
-def pixels(model, batch=3, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    images = torch.randn(shape, generator=generator, dtype=torch.float64).to(model.head.weight.dtype)
-    return images, torch.randint(model.num_classes, (batch,), generator=generator)
 
 
 def min_max(maps):

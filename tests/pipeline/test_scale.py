@@ -11,19 +11,8 @@ import threading
 import time
 
 import pytest
-from test_extract import (  # noqa: F401 (fixtures)
-    SLOWER,
-    committed,
-    descendants,
-    extract,
-    many,
-    name_of,
-    start,
-    state,
-    undisturbed,
-    wait_for,
-    write_tar,
-)
+from extraction_runs import SLOWER, committed, descendants, name_of, state, wait_for
+from tiny import write_tar
 
 from zpipe.pipeline import executor
 from zpipe.pipeline import extract as extraction
@@ -47,9 +36,9 @@ def errors_in(said):
 
 @pytest.mark.parametrize("flags", [LOCAL, RAY])
 def test_termination_drops_the_shard_in_hand_and_tells_how_to_go_on(
-    undisturbed,  # noqa: F811
+    undisturbed,
     tmp_path,
-    start,  # noqa: F811
+    start,
     contents,
     flags,
 ):
@@ -67,7 +56,7 @@ def test_termination_drops_the_shard_in_hand_and_tells_how_to_go_on(
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments(undisturbed, tmp_path, start, contents):  # noqa: F811
+def test_killed_at_ten_random_moments(undisturbed, tmp_path, start, contents):
     """Kills begin before the first shard and end when a run gets through between two of them."""
     import random
 
@@ -85,7 +74,7 @@ def test_killed_at_ten_random_moments(undisturbed, tmp_path, start, contents):  
 # ---------------------------------------------------------------------------------------------------------------- lease
 
 
-def test_a_second_run_is_refused_while_the_first_is_at_work(undisturbed, tmp_path, start, contents):  # noqa: F811
+def test_a_second_run_is_refused_while_the_first_is_at_work(undisturbed, tmp_path, start, contents):
     out = tmp_path / "store"
     first = start(out, *LOCAL)
     assert wait_for(lambda: (out / LEASE_NAME).exists(), 120, first), first.said()
@@ -101,7 +90,7 @@ def test_a_second_run_is_refused_while_the_first_is_at_work(undisturbed, tmp_pat
     assert contents(out) == contents(undisturbed)  # the lease is given back
 
 
-def test_a_dead_run_holds_nothing(tmp_path, start):  # noqa: F811
+def test_a_dead_run_holds_nothing(tmp_path, start):
     out = tmp_path / "store"
     first = start(out, *LOCAL)
     assert wait_for(lambda: committed(out) >= 1, 120, first), first.said()
@@ -403,7 +392,7 @@ def test_a_dead_run_whose_clock_was_ahead_is_taken_over(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------------- starting over
 
 
-def test_replace_starts_over(store_copy, store, shards, extract, contents):  # noqa: F811
+def test_replace_starts_over(store_copy, store, shards, extract, contents):
     with pytest.raises(ZpipeError, match="--replace to start over"):
         extract(shards, store_copy, seed=1)
     assert extract(shards, store_copy, seed=1, replace=True).extracted == 4
@@ -433,7 +422,7 @@ def test_an_interrupted_replacement_goes_on_a_finished_one_starts_over(
     store_copy,
     store,
     shards,
-    extract,  # noqa: F811
+    extract,
     interrupted,
     contents,
 ):
@@ -451,7 +440,7 @@ def test_an_interrupted_replacement_goes_on_without_the_flag_too(
     store_copy,
     store,
     shards,
-    extract,  # noqa: F811
+    extract,
     interrupted,
     contents,
 ):
@@ -460,7 +449,7 @@ def test_an_interrupted_replacement_goes_on_without_the_flag_too(
     assert extract(shards, store_copy, replace=True).extracted == 4
 
 
-def test_what_the_replaced_run_finishes_late_is_removed(store_copy, store, shards, extract, interrupted, contents):  # noqa: F811
+def test_what_the_replaced_run_finishes_late_is_removed(store_copy, store, shards, extract, interrupted, contents):
     """Its worker on a lost machine went on: it commits a shard, and one of a tar that isn't there any more."""
     interrupted(shards, store_copy, seed=1)
     for late, of in (("shard-00003", "shard-00003"), ("shard-00009", "shard-00000")):
@@ -472,7 +461,7 @@ def test_what_the_replaced_run_finishes_late_is_removed(store_copy, store, shard
     assert contents(store_copy) == contents(store_copy.with_name("fresh")) and fresh.extracted == 4
 
 
-def test_a_replacement_from_other_tars_starts_over(store_copy, shards, shards_copy, extract, interrupted):  # noqa: F811
+def test_a_replacement_from_other_tars_starts_over(store_copy, shards, shards_copy, extract, interrupted):
     interrupted(shards, store_copy)
     for name in ("shards.json", "make-shards.jsonl", "shard-00000.tar"):
         (shards_copy / name).unlink()
@@ -480,7 +469,7 @@ def test_a_replacement_from_other_tars_starts_over(store_copy, shards, shards_co
     assert (report.extracted, report.shards) == (3, 3) and verify_store(store_copy, shards_copy) == []
 
 
-def test_an_interrupted_removal_is_done_again(store_copy, store, shards, extract, contents, monkeypatch):  # noqa: F811
+def test_an_interrupted_removal_is_done_again(store_copy, store, shards, extract, contents, monkeypatch):
     """What it left is what was to be removed, not what the replacement made."""
 
     def remove(path):
@@ -534,7 +523,7 @@ def workers():
     return {pid: name for pid, name in names.items() if "ray::ShardWorker" in name}
 
 
-def test_a_shard_is_not_handed_to_workers_that_died_while_idle(uneven, tmp_path, extract, monkeypatch):  # noqa: F811
+def test_a_shard_is_not_handed_to_workers_that_died_while_idle(uneven, tmp_path, extract, monkeypatch):
     """One worker ends for want of work and dies; then the other one dies at work. Its shard has one more try, which has to do."""
     monkeypatch.setattr(executor, "MAX_RETRIES", 1)
     out, killed = tmp_path / "out", []
@@ -560,7 +549,7 @@ def test_a_shard_is_not_handed_to_workers_that_died_while_idle(uneven, tmp_path,
     assert killed and (report.count, report.extracted) == (9, 2) and verify_store(out, uneven) == []
 
 
-def test_a_worker_that_hangs_is_replaced(uneven, tmp_path, extract, monkeypatch):  # noqa: F811
+def test_a_worker_that_hangs_is_replaced(uneven, tmp_path, extract, monkeypatch):
     """Stopped at work it answers no more; the time it has is that of `image_timeout_s`."""
     monkeypatch.setattr(executor, "GRACE_S", 0.0)
     stopped = []
@@ -635,7 +624,7 @@ def cluster():
         running.wait(30)
 
 
-def test_two_machines_and_the_loss_of_one(undisturbed, tmp_path, start, cluster, contents):  # noqa: F811
+def test_two_machines_and_the_loss_of_one(undisturbed, tmp_path, start, cluster, contents):
     """The shard that was on the lost machine is done by the other; the store is that of an undisturbed run.
 
     More images at once than any memory holds are asked for, which tells how many workers each takes to share it: one on

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_loader import data, load  # noqa: F401 (fixture)
+from ramps import load
 from tiny import GRID, SIDE, scenes, store
 
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -32,7 +32,7 @@ from zpipe.train.data.transforms import (
 
 
 @pytest.mark.parametrize("colour", ["deit", "deit3"])
-def test_colours_change_and_nothing_else(data, colour):  # noqa: F811
+def test_colours_change_and_nothing_else(data, colour):
     plain, coloured = load(data), load(data, view=ViewConfig(colour=colour))
     changed = 0
     for one, other in zip(plain, coloured, strict=True):
@@ -69,7 +69,7 @@ def test_the_weakest_and_the_strongest_operation_can_be_done(monkeypatch, name, 
         assert out.shape == pixels.shape and len(np.unique(out)) > 1
 
 
-def test_evaluation_leaves_colours_alone(data):  # noqa: F811
+def test_evaluation_leaves_colours_alone(data):
     plain, asked = (load(data, augment="eval", view=ViewConfig(colour=colour)) for colour in ("none", "deit3"))
     assert all(torch.equal(one["image"], other["image"]) for one, other in zip(plain, asked, strict=True))
 

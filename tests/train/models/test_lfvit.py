@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import timm
 import torch
+from golden_models import check_golden, golden
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cfvit import GRIDS, check_golden, few, pixels, small
-from test_release import golden
+from tiny_cfvit import GRIDS, few, pixels, small
 
 from zpipe.train.macs import count_macs
 from zpipe.train.models import LFViT, load_release
