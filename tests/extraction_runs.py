@@ -41,7 +41,7 @@ def committed(out):
 
 
 def wait_for(condition, seconds, running=None):
-    """Poll until `condition()`; also stops when the process `running` has ended. Returns what the condition said last."""
+    """Poll until `condition()` holds or the process `running` has ended; returns the condition's last value."""
     deadline = time.monotonic() + seconds
     while not (met := condition()) and time.monotonic() < deadline and (running is None or running.poll() is None):
         time.sleep(0.002)

@@ -1,4 +1,4 @@
-"""Images that are pictures of their own relevance maps, ramps in as many directions, and what a loader gives of them."""
+"""Images that are pictures of their own relevance maps: ramps, each in a direction of its own."""
 
 from __future__ import annotations
 

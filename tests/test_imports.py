@@ -106,7 +106,7 @@ def test_a_module_imports_only_what_its_layer_may(path):
 
 
 @pytest.mark.parametrize(
-    "path, source",
+    ("path", "source"),
     [
         ("schemas/x.py", "import torch"),
         ("schemas/x.py", "def f():\n    from zpipe.pipeline import worker"),

@@ -1,5 +1,7 @@
-"""What docs/security.md promises, where no other module proves it: files of strangers don't run, don't lead elsewhere, don't
-swell; secrets stay where they are. What is proven elsewhere that page says.
+"""The promises of docs/security.md that no other module tests.
+
+Files of strangers are not executed, lead to no other place and do not swell; secrets stay where they are. The page
+names the test of each of its promises.
 """
 
 import io
@@ -155,7 +157,7 @@ def test_file_urls_are_paths(store, cli):
     assert cli("maps", "info", f"file://{store}").code == 0
 
 
-# ------------------------------------------------------------------------------------------------- nothing leads elsewhere
+# ---------------------------------------------------------------------------------------------- nothing leads elsewhere
 
 
 @pytest.mark.parametrize("name", ["../../a.jpg", "/a.jpg", "b/../../a.jpg"])
@@ -201,7 +203,7 @@ def test_a_shard_index_names_only_tars_of_its_folder(shards_copy, tmp_path):
     refused(list_shards, shards_copy, match="listed in shards.json but not there")
 
 
-# ---------------------------------------------------------------------------------------------------------- nothing swells
+# ------------------------------------------------------------------------------------------------------- nothing swells
 
 
 def chunk(kind, data):
@@ -272,7 +274,7 @@ def test_json_nested_without_end_is_one_line(tmp_path, members):
     refused(lambda: list(read_samples(tmp_path / "one.tar")), match="key a: its .json can't be read")
 
 
-# -------------------------------------------------------------------------------------------------- secrets stay where they are
+# ------------------------------------------------------------------------------------------ secrets stay where they are
 
 
 @pytest.mark.parametrize(
@@ -338,8 +340,26 @@ def test_secrets_of_the_environment_are_written_nowhere(tmp_path, cli, contents,
     tiny.store(shards, maps)
     run, said = tmp_path / "zoomer", ""
     for line in (
-        ["train-zoomer", shards, "--maps", maps, "--out", run, "--num-blocks", 2, "--image-size", tiny.SIDE]
-        + ["--epochs", 1, "--batch-size", 8, "--data-workers", 0, "--set", "width=8"],
+        [
+            "train-zoomer",
+            shards,
+            "--maps",
+            maps,
+            "--out",
+            run,
+            "--num-blocks",
+            2,
+            "--image-size",
+            tiny.SIDE,
+            "--epochs",
+            1,
+            "--batch-size",
+            8,
+            "--data-workers",
+            0,
+            "--set",
+            "width=8",
+        ],
         ["evaluate", run, shards, "--maps", maps],
         ["report", run, "--out", tmp_path / "report", "--gallery", 0],
         ["maps", "info", maps],
@@ -354,7 +374,7 @@ def test_secrets_of_the_environment_are_written_nowhere(tmp_path, cli, contents,
     assert [name for name, data in written.items() if CANARY.encode() in data] == []
 
 
-# ----------------------------------------------------------------------------------------------------------- the page itself
+# ------------------------------------------------------------------------------------------------------ the page itself
 
 
 def test_every_proof_that_the_page_names_is_there():

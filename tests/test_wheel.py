@@ -1,6 +1,6 @@
 """What is installed: the wheel holds what it needs, its bare part needs neither torch nor ray, and its command starts.
 
-Nothing is fetched: the wheel is built by the setuptools that is here, and its dependencies are those of this environment.
+Nothing is fetched: the installed setuptools builds the wheel, whose dependencies are those of this environment.
 """
 
 import compileall

@@ -57,7 +57,7 @@ def encode(pixels: np.ndarray, kind: str = "PNG") -> bytes:
 
 
 def late_profile(image: bytes) -> bytes:
-    """A PNG with an empty colour profile chunk behind its pixels: Pillow 13 opens it, then raises IndexError on decoding it."""
+    """A PNG with an empty colour profile chunk after its pixels; Pillow 13 opens it, and decoding raises IndexError."""
     end = image.rindex(b"IEND") - 4
     return image[:end] + bytes(4) + b"iCCP" + zlib.crc32(b"iCCP").to_bytes(4, "big") + image[end:]
 

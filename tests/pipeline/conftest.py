@@ -1,9 +1,9 @@
 """Extractions with the tiny teacher, in this process and in one of their own."""
 
+import contextlib
 import os
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
 from extraction_runs import SLOWER, descendants
@@ -45,13 +45,16 @@ def start(command, teacher_flags, many, tmp_path):
     started: list[tuple[subprocess.Popen, set[int]]] = []
 
     def run(out, *flags):
-        log = open(tmp_path / f"log{len(started)}", "w+")
+        log = tmp_path / f"log{len(started)}"
         slower = [part for name, value in SLOWER.items() for part in ("--model-arg", f"{name}={value}")]
         all_flags = [*teacher_flags, *slower, "--batch-size", "1", *flags]
         line = command("extract-teacher-maps", many, "--out", out, *all_flags)
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        running = subprocess.Popen(line, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
-        running.said = lambda: Path(log.name).read_text()
+        with log.open("w") as out_and_err:
+            running = subprocess.Popen(
+                line, stdout=out_and_err, stderr=out_and_err, stdin=subprocess.DEVNULL, env=environment
+            )
+        running.said = log.read_text
         started.append(running)
         return running
 
@@ -60,8 +63,6 @@ def start(command, teacher_flags, many, tmp_path):
         below = descendants(running.pid) if running.poll() is None else []
         for pid in [running.pid, *below]:
             if running.poll() is None or pid != running.pid:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
         running.wait(30)

@@ -97,7 +97,7 @@ def make(source, out, split, **changes):
 # ---------------------------------------------------------------------------------------------------------- CIFAR-10
 
 
-@pytest.mark.parametrize("split, names", [("train", TRAIN), ("val", ("test_batch.bin",))])
+@pytest.mark.parametrize(("split", "names"), [("train", TRAIN), ("val", ("test_batch.bin",))])
 def test_cifar_keeps_every_pixel_and_label(cifar, batches, tmp_path, cli, split, names):
     done = cli("make-shards", f"cifar10:{cifar}", tmp_path / "out", "--split", split, "--no-shuffle")
     assert done.code == 0 and f"{ROWS * len(names)} images in 1 shards" in done.stdout
@@ -242,7 +242,7 @@ def test_a_cut_or_altered_archive_is_never_half_a_data_set(cifar, flowers, tmp_p
 
 
 @pytest.mark.parametrize(
-    "args, told",
+    ("args", "told"),
     [
         (["cifar10:{cifar}", "--split", "test"], "--split test: cifar10 has train, val"),
         (["flowers102:{flowers}", "--split", "all"], "--split all: flowers102 has train, val, test, trainval"),
@@ -265,7 +265,8 @@ def test_requests_that_make_no_sense(cifar, flowers, tmp_path, cli, args, told):
 
 @pytest.mark.parametrize("kind", ["archive", "folder", "archive named"])
 @pytest.mark.parametrize(
-    "split, lists", [("train", ["trnid"]), ("val", ["valid"]), ("test", ["tstid"]), ("trainval", ["trnid", "valid"])]
+    ("split", "lists"),
+    [("train", ["trnid"]), ("val", ["valid"]), ("test", ["tstid"]), ("trainval", ["trnid", "valid"])],
 )
 def test_flowers_keep_their_bytes_and_splits(flowers, tmp_path, cli, kind, split, lists):
     root, images = flowers

@@ -139,7 +139,7 @@ def other_seal(root):
 
 
 @pytest.mark.parametrize(
-    "damage, told",
+    ("damage", "told"),
     [
         (lambda root: shutil.rmtree(maps_path(root, "shard-00001")), "shard-00001.zarr: missing; run again"),
         (lambda root: altered(index_path(root, "shard-00001")), "its digest is not what it was"),
@@ -173,7 +173,7 @@ def test_looking_through_many_shards_is_told(store_copy, shards, teacher_setting
 
 
 def test_a_second_go_at_a_damaged_store_may_be_interrupted(store_copy, shards, extract, teacher_settings, contents):
-    """Shards that are made again needn't have the bytes that the manifest lists: here another batch size sums otherwise."""
+    """A recomputed shard need not have the bytes in the manifest: another batch size adds in another order."""
     before = contents(store_copy)
     for stem in ("shard-00000", "shard-00001"):
         index_path(store_copy, stem).unlink()
@@ -393,7 +393,7 @@ def test_a_cluster_that_does_not_answer_is_one_line_at_once(shards, tmp_path, ex
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    ("flags", "told"),
     [
         (["--seed", "1"], "made with teacher_digest = "),
         (["--num-classes", "6"], "made with teacher_digest = "),
@@ -436,7 +436,7 @@ def test_a_folder_that_holds_something_else_is_refused(shards, tmp_path, failing
 
 
 def test_a_truncated_tar_fails_alone(shards_copy, tmp_path, failing, extract, store, contents, shards):
-    """Of the right size and therefore found while it is read: the others are committed, and its return completes the store."""
+    """It has the right size, so that only reading it finds the damage; mended, it completes the store."""
     tar = shards_copy / "shard-00001.tar"
     good = tar.read_bytes()
     tar.write_bytes(good[: len(good) // 2] + bytes(len(good) - len(good) // 2))
@@ -464,7 +464,7 @@ def test_a_shortened_tar_is_refused_before_any_work(shards_copy, tmp_path, faili
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("limit, value", [("MAX_ROWS", 4), ("MAX_MAP_BYTES", 4 * 4 * 6 * 2)])
+@pytest.mark.parametrize(("limit", "value"), [("MAX_ROWS", 4), ("MAX_MAP_BYTES", 4 * 4 * 6 * 2)])
 def test_a_tar_whose_maps_could_not_be_read_is_refused_before_any_work(
     shards, tmp_path, extract, monkeypatch, limit, value
 ):
@@ -517,7 +517,7 @@ def test_images_that_cannot_be_decoded_are_named_and_the_rest_is_there(odd, tmp_
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    ("changes", "told"),
     [
         ({"b.cls": b"5"}, "key b: label 5 is outside the teacher's 5 classes"),
         ({"b.cls": b"-1"}, "key b: label -1 is outside"),
@@ -556,7 +556,7 @@ def test_a_source_without_tars(tmp_path, failing):
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    ("flags", "told"),
     [
         (["--executor", "spark"], "--executor spark: choose ray or local"),
         (["--teacher", "deit_tinny"], "timm has no such model"),
@@ -630,11 +630,11 @@ def test_reports_are_counted_as_they_come_and_those_that_say_nothing_are_let_go(
     assert told == [(10, None, 6), (11, 0, 5), (12, 1, 4), (13, 1, 3), (14, 2, 2), (15, 2, 1), (16, 3, 0)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- threads
+# -------------------------------------------------------------------------------------------------------------- threads
 
 
 @pytest.mark.parametrize(
-    "cpus, shards, expected",
+    ("cpus", "shards", "expected"),
     [
         (2, 1, 2),
         (2, 2, 1),

@@ -43,7 +43,7 @@ def worst_per_image(maps, expected):
 
 
 def rank_correlation(maps, expected):
-    """Of the cells of each image, by Spearman; [B]"""
+    """Spearman's rank correlation of the cells of each image, [B]."""
     ranks = [m.flatten(1).argsort(1).argsort(1).double().numpy() for m in (maps, expected)]
     return torch.tensor([np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks, strict=True)])
 
@@ -113,8 +113,16 @@ def reference(model, image, target):
         active = block.mlp.act(block.mlp.fc1(normed2))
         mixed = block.ls2(block.mlp.fc2(active))
         x = middle + mixed
-        tape |= dict(q=q, k=k, v=v, attention=attention, context=context, attended=attended, middle=middle)
-        saved.append(tape | dict(normed2=normed2, active=active, mixed=mixed))
+        tape |= {
+            "q": q,
+            "k": k,
+            "v": v,
+            "attention": attention,
+            "context": context,
+            "attended": attended,
+            "middle": middle,
+        }
+        saved.append(tape | {"normed2": normed2, "active": active, "mixed": mixed})
     normed = model.norm(x)
     logits = model.head(normed[:, 0])
     attentions = [tape["attention"] for tape in saved]

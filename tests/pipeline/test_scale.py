@@ -1,5 +1,6 @@
 """Extraction that is left running: signals, two runs at once, starting over, several machines and the loss of one."""
 
+import itertools
 import json
 import os
 import shutil
@@ -127,18 +128,17 @@ def foreign(folder, age):
 def test_a_run_on_another_machine_is_believed_while_it_renews(tmp_path, monkeypatch):
     monkeypatch.setattr(leases, "EXPIRY_S", 2.0)
     foreign(tmp_path, age=0)
-    with pytest.raises(ZpipeError, match="process 1 on elsewhere has been writing to this store since noon"):
-        with held_lease(tmp_path):
-            pytest.fail("both hold it")
+    told = "process 1 on elsewhere has been writing to this store since noon"
+    with pytest.raises(ZpipeError, match=told), held_lease(tmp_path):
+        pytest.fail("both hold it")
     # Its clock is behind ours, but it renews: not dead.
     renewing = subprocess.Popen(
         [sys.executable, "-c", RENEW, str(tmp_path / LEASE_NAME)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     try:
         assert renewing.stdout.readline()
-        with pytest.raises(ZpipeError, match="process 1 on elsewhere"):
-            with held_lease(tmp_path):
-                pytest.fail("both hold it")
+        with pytest.raises(ZpipeError, match="process 1 on elsewhere"), held_lease(tmp_path):
+            pytest.fail("both hold it")
     finally:
         renewing.kill()
         renewing.wait(30)
@@ -196,9 +196,8 @@ def test_of_another_boot_or_namespace_only_the_beat_counts(tmp_path, monkeypatch
     dead.wait(30)
     monkeypatch.setattr(leases, "EXPIRY_S", 1.5)
     holder_of(tmp_path, pid=dead.pid, **change)
-    with pytest.raises(ZpipeError, match=f"process {dead.pid} on"):
-        with held_lease(tmp_path):
-            pytest.fail("both hold it")
+    with pytest.raises(ZpipeError, match=f"process {dead.pid} on"), held_lease(tmp_path):
+        pytest.fail("both hold it")
     holder_of(tmp_path, pid=dead.pid, beat=time.time() - 100, **change)
     with held_lease(tmp_path) as lease:
         lease.check()
@@ -212,7 +211,7 @@ def test_who_loses_the_lease_stops(tmp_path, monkeypatch):
         first = json.loads((tmp_path / LEASE_NAME).read_text())["beat"]
         assert wait_for(lambda: json.loads((tmp_path / LEASE_NAME).read_text())["beat"] > first, 10)
         foreign(tmp_path, age=0)
-        # Who writes at the same moment as the heir may write over it once; then it has the lease, and the heir learns it.
+        # A process that writes at the same moment as the heir may overwrite its lease once; the heir then notices it.
         time.sleep(0.3)
         mine = json.loads((tmp_path / LEASE_NAME).read_text())["host"] != "elsewhere"
         if mine:
@@ -234,7 +233,7 @@ def test_of_many_that_begin_together_one_works(tmp_path):
     ]
     said = [racer.communicate(timeout=120)[0].strip() for racer in racers]
     spans = sorted(tuple(map(float, line.split())) for line in said if line)
-    assert spans and all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+    assert spans and all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
     assert not (tmp_path / LEASE_NAME).exists()
 
 
@@ -255,7 +254,7 @@ except ZpipeError:
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    ("text", "told"),
     [
         ("not json", "not a lease"),
         ("[]", "no JSON object"),
@@ -266,9 +265,8 @@ except ZpipeError:
 )
 def test_a_lease_that_is_no_lease_is_one_line(tmp_path, text, told):
     (tmp_path / LEASE_NAME).write_text(text)
-    with pytest.raises(ZpipeError, match=told) as error:
-        with held_lease(tmp_path):
-            pass
+    with pytest.raises(ZpipeError, match=told) as error, held_lease(tmp_path):
+        pass
     assert "\n" not in str(error.value) and ("upgrade" in told or "delete it when no run" in str(error.value))
 
 
@@ -278,9 +276,9 @@ def test_a_lease_without_one_of_its_fields_is_one_line(tmp_path):
         lease = json.loads((tmp_path / LEASE_NAME).read_text())
         del lease[field]
         (tmp_path / LEASE_NAME).write_text(json.dumps(lease))
-        with pytest.raises(ZpipeError, match=f"not a lease .{field} missing or wrong.; delete it when"):
-            with held_lease(tmp_path):
-                pass
+        told = f"not a lease .{field} missing or wrong.; delete it when"
+        with pytest.raises(ZpipeError, match=told), held_lease(tmp_path):
+            pass
 
 
 def test_the_lease_of_an_heir_is_not_removed(tmp_path):
@@ -373,10 +371,9 @@ def test_a_lease_that_is_lost_during_the_audit_signs_nothing(store_copy, shards,
 
 
 def test_a_lease_that_can_not_be_given_back_hides_nothing(tmp_path):
-    with pytest.raises(ZpipeError, match="^3 of 9 shards failed$"):
-        with held_lease(tmp_path):
-            (tmp_path / LEASE_NAME).write_text("no lease")
-            raise ZpipeError("3 of 9 shards failed")
+    with pytest.raises(ZpipeError, match="^3 of 9 shards failed$"), held_lease(tmp_path):
+        (tmp_path / LEASE_NAME).write_text("no lease")
+        raise ZpipeError("3 of 9 shards failed")
     (tmp_path / LEASE_NAME).unlink()
     with held_lease(tmp_path):
         (tmp_path / LEASE_NAME).write_text("no lease")
@@ -524,7 +521,7 @@ def workers():
 
 
 def test_a_shard_is_not_handed_to_workers_that_died_while_idle(uneven, tmp_path, extract, monkeypatch):
-    """One worker ends for want of work and dies; then the other one dies at work. Its shard has one more try, which has to do."""
+    """An idle worker dies, then the other one dies at work. Its shard has one more try, which must succeed."""
     monkeypatch.setattr(executor, "MAX_RETRIES", 1)
     out, killed = tmp_path / "out", []
 
@@ -567,7 +564,7 @@ def test_a_worker_that_hangs_is_replaced(uneven, tmp_path, extract, monkeypatch)
     assert stopped and (report.count, report.extracted) == (9, 2) and verify_store(tmp_path / "out", uneven) == []
 
 
-# ------------------------------------------------------------------------------------------------------ several machines
+# ----------------------------------------------------------------------------------------------------- several machines
 
 CLUSTER = """
 import sys

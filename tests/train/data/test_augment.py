@@ -1,4 +1,4 @@
-"""What happens to pixels, maps and targets beyond crop and flip: colours, mixing, frames, and decoding at a fraction."""
+"""Pixels, maps and targets beyond crop and flip: colours, mixing, frames, and decoding at a reduced size."""
 
 import io
 import random
@@ -46,7 +46,7 @@ def test_colours_change_and_nothing_else(data, colour):
 
 @pytest.mark.parametrize("colour", ["deit", "deit3"])
 def test_no_pixel_moves(colour):
-    """An image that is black but for one bright square: whatever is done to it, the square's place stays the odd one."""
+    """A black image with one bright square, whose place stays the odd one whatever is done to the image."""
     pixels = np.zeros((3, 32, 32), np.uint8)
     pixels[:, 8:20, 4:12] = 200
     for seed in range(60):
@@ -91,7 +91,9 @@ def photo(width, height):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("size, loaded", [(700, (1600, 1200)), (400, (800, 600)), (300, (400, 300)), (60, (200, 150))])
+@pytest.mark.parametrize(
+    ("size", "loaded"), [(700, (1600, 1200)), (400, (800, 600)), (300, (400, 300)), (60, (200, 150))]
+)
 def test_a_jpeg_is_decoded_at_a_fraction_where_that_is_enough(size, loaded):
     whole = View(Box(0, 0, 1600, 1200), False)
     image, view, source = decode(photo(1600, 1200), lambda _: whole, size)

@@ -1,5 +1,6 @@
 """The order of an epoch: every sample once, whoever reads; and going on in the middle of one."""
 
+import itertools
 import json
 import random
 import subprocess
@@ -93,7 +94,7 @@ def test_every_rank_takes_its_part_of_every_batch(counts, part, world_size, lane
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("batch_size, repeats", [(64, 1), (1024, 3), (48, 2)])
+@pytest.mark.parametrize(("batch_size", "repeats"), [(64, 1), (1024, 3), (48, 2)])
 def test_a_shard_is_read_by_one_rank_when_the_lanes_come_out_even(world_size, batch_size, repeats):
     plan = whole_batches(epoch_plan([150] * 32, 8), batch_size, repeats)
     rank = deal(plan, batch_size, world_size)
@@ -270,7 +271,7 @@ def test_gone_on_with_by_another_number_of_ranks(data):
             loader = loader_of(data, batch_size=6 // world_size, rank=rank, world_size=world_size)
             loader.load_state_dict(state)
             parts.append([entries(batch) for batch in loader])
-        assert [sorted(sum(part, [])) for part in zip(*parts, strict=True)] == wholes[1:]
+        assert [sorted(itertools.chain(*part)) for part in zip(*parts, strict=True)] == wholes[1:]
     # In evaluation ranks have other batches altogether.
     state = loader_of(data, augment="eval", rank=1, world_size=2).state_dict()
     with pytest.raises(UsageError, match="taken with batch_size=4, this loader has 8"):

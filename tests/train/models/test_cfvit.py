@@ -99,8 +99,8 @@ def by_the_book(model: CFViT, image: torch.Tensor, count: int) -> torch.Tensor:
     tokens = [fine[:1]]
     for cell in best:
         row, column = divmod(cell, n)
-        for place in (2 * row * 2 * n + 2 * column + step for step in (0, 1, 2 * n, 2 * n + 1)):
-            tokens.append((fine[1 + place] + reused[cell])[None])
+        first = 2 * row * 2 * n + 2 * column
+        tokens += [(fine[1 + first + step] + reused[cell])[None] for step in (0, 1, 2 * n, 2 * n + 1)]
     tokens += [coarse[1 + cell][None] for cell in range(n * n) if cell not in best]
     return model.head(model.norm(model.blocks(torch.cat(tokens)[None])[:, 0]))
 

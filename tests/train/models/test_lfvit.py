@@ -70,7 +70,7 @@ def test_regions_by_brute_force(side, size, seed):
             window = grid[row : row + size, column : column + size]
             assert window.shape == (size, size) and (sign * window).max() == (sign * grid).max()
     rows, columns = region_corner(scores, size, "random")
-    assert 0 <= min(rows.min(), columns.min()) and max(rows.max(), columns.max()) <= side - size
+    assert min(rows.min(), columns.min()) >= 0 and max(rows.max(), columns.max()) <= side - size
 
 
 @torch.no_grad()

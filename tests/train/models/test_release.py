@@ -93,7 +93,7 @@ def test_deeper_zoomers(num_blocks):
 
 
 def test_saved_and_opened_again(tmp_path):
-    values, images, state, config = opened("release_eta2")
+    _, images, state, config = opened("release_eta2")
     vit, zoomer = load_release(state, **config)
     save_model(tmp_path, vit, Preprocessing(image_size=224, mean=(0.5,) * 3, std=(0.2,) * 3))
     again = load_run(tmp_path).model
