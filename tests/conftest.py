@@ -1,4 +1,4 @@
-"""Small real inputs that several test modules share: photos, tar shards, a relevance store, a full disk, the command line."""
+"""Small real inputs for all tests: photos, tar shards, a relevance store, a full disk, the command line."""
 
 import io
 import os
@@ -48,6 +48,13 @@ class Outcome:
         after = lines[[line.startswith("error: ") for line in lines].index(True) + 1 :]
         assert all(line.startswith("  ") for line in after), self.stderr
         return [line.strip() for line in after]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Allow slow tests half an hour; pyproject.toml has the limit of the others."""
+    for item in items:
+        if "slow" in item.keywords and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +134,7 @@ def encode():
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory, encode) -> Path:
-    """An ImageFolder tree: classes ant, bee, cat with 6 JPEGs each, of different sizes and shapes. Leave it unchanged."""
+    """An ImageFolder tree: classes ant, bee, cat with 6 JPEGs each of different sizes. Leave it unchanged."""
     root = tmp_path_factory.mktemp("photos")
     sizes = np.random.default_rng(7).integers(40, 160, (18, 2))
     for number, (width, height) in enumerate(sizes):

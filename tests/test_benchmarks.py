@@ -1,4 +1,4 @@
-"""What benchmarks/run.py takes for worse, what it compares at all, and the shape that the benchmarks write. Nothing is timed."""
+"""What benchmarks/run.py compares and calls worse, and the format that benchmarks write. Nothing is timed."""
 
 import copy
 import importlib.util
@@ -61,7 +61,7 @@ def test_what_got_worse_is_named_with_both_spreads_and_ends_with_1(run, last, ca
     assert run.check(last, last) == 0 and "nothing got worse" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name, value", [("cpu", "abacus"), ("cores", 64), ("quick", False), ("threads", 1)])
+@pytest.mark.parametrize(("name", "value"), [("cpu", "abacus"), ("cores", 64), ("quick", False), ("threads", 1)])
 def test_another_machine_is_not_compared(run, last, capsys, name, value):
     new = copy.deepcopy(last)
     new["machine"][name] = value

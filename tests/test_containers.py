@@ -1,4 +1,4 @@
-"""Image, compose, KubeRay and Slurm files: they fit their schemas, and what they run are commands that zpipe and Ray have."""
+"""Image, compose, KubeRay and Slurm files: they fit their schemas and run commands that zpipe and Ray have."""
 
 import importlib.util
 import json
@@ -37,7 +37,7 @@ def rests(stage, name):
     return [step.rest for step in stage.steps if step.name == name]
 
 
-# ------------------------------------------------------------------------------------------------------------- the image
+# ------------------------------------------------------------------------------------------------------------ the image
 
 
 def test_both_images_run_without_root_and_without_build_tools(dockerfile):
@@ -82,7 +82,7 @@ def test_everything_it_needs_is_copied_and_nothing_else_is_sent(dockerfile):
     assert set(extras) <= set(project["project"]["optional-dependencies"])
 
 
-@pytest.mark.parametrize("arguments, simd, code", [(["--now"], "auto", 2), ([], "avx512", 2), ([], "none", 0)])
+@pytest.mark.parametrize(("arguments", "simd", "code"), [(["--now"], "auto", 2), ([], "avx512", 2), ([], "none", 0)])
 def test_the_pillow_simd_step_knows_what_it_is_asked(arguments, simd, code):
     done = subprocess.run(
         ["sh", DOCKER / "install-pillow-simd.sh", *arguments], env={"BIN": "/none", "SIMD": simd}, capture_output=True
@@ -109,7 +109,7 @@ def test_shell_scripts_parse(path):
     assert subprocess.run([shell, "-n", path], capture_output=True, text=True).stderr == ""
 
 
-# ------------------------------------------------------------------------------------------------------------ the schemas
+# ---------------------------------------------------------------------------------------------------------- the schemas
 
 
 def test_compose_fits_its_schema():
@@ -121,7 +121,7 @@ def test_compose_fits_its_schema():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# No package carries KubeRay's own schema. These are the fields of its v1 API reference (RayJobSpec and below) that such files
+# No package carries KubeRay's own schema. These are the fields of its v1 API reference (RayJobSpec and below) that such
 # may use, with their types; pod templates are held against Kubernetes' schema.
 RAY_JOB = {
     "entrypoint": str,
@@ -210,7 +210,7 @@ def test_no_ray_is_open_to_its_neighbours():
     assert "export RAY_AUTH_TOKEN RAY_AUTH_MODE=token" in (DOCKER / "slurm.sh").read_text()
 
 
-# ----------------------------------------------------------------------------------------------------------- the commands
+# --------------------------------------------------------------------------------------------------------- the commands
 
 
 def parses(words):
@@ -277,7 +277,7 @@ def test_a_command_that_is_none_is_noticed(words):
         parses(words)
 
 
-# -------------------------------------------------------------------------------------------------- Slurm, as far as it goes
+# --------------------------------------------------------------------------------------------- Slurm, as far as it goes
 
 SRUN = """#!/bin/bash
 tasks=1

@@ -71,10 +71,16 @@ def test_the_python_of_the_readme(here, cli):
 
 
 SMALLER = {
-    "--teacher deit_base_patch16_224 --weights pretrained": "--teacher deit_tiny_patch16_224 --weights random --num-classes 3 --model-arg depth=1 --executor local",
+    "--teacher deit_base_patch16_224 --weights pretrained": (
+        "--teacher deit_tiny_patch16_224 --weights random --num-classes 3 --model-arg depth=1 --executor local"
+    ),
     "--maps maps/train --out zoomer": "--maps maps/train --out zoomer --num-blocks 2 --epochs 0.5 --batch-size 4",
-    "--model zoomvit_small_patch16_224": "--model zoomvit_tiny_patch16_224 --model-arg depth=1 --epochs 0.5 --batch-size 4",
-    "--model deit_base_patch16_224 --init-from timm:deit_base_patch16_224": "--model deit_tiny_patch16_224 --model-arg depth=1 --batch-size 4 --epochs 0.5",
+    "--model zoomvit_small_patch16_224": (
+        "--model zoomvit_tiny_patch16_224 --model-arg depth=1 --epochs 0.5 --batch-size 4"
+    ),
+    "--model deit_base_patch16_224 --init-from timm:deit_base_patch16_224": (
+        "--model deit_tiny_patch16_224 --model-arg depth=1 --batch-size 4 --epochs 0.5"
+    ),
     "--out maps/train --weights teacher": "--out maps/of-teacher --weights teacher --executor local",
 }
 
@@ -202,13 +208,13 @@ def test_there_are_commands_in_the_documents():
     assert len(WRITTEN) > 30 and {words[1] for _, words in WRITTEN} >= COMMANDS - {"demo"}
 
 
-@pytest.mark.parametrize("name, words", WRITTEN, ids=[" ".join(words)[:60] for _, words in WRITTEN])
+@pytest.mark.parametrize(("name", "words"), WRITTEN, ids=[" ".join(words)[:60] for _, words in WRITTEN])
 def test_a_command_that_is_written_down_parses(name, words):
     check(words)
 
 
 @pytest.mark.parametrize(
-    "line, told",
+    ("line", "told"),
     [("zpipe maps info x --nope", "nope"), ("zpipe evaluate a b c d", "c: no such"), ("zpipe nothing", "nothing")],
 )
 def test_a_wrong_command_does_not(line, told):

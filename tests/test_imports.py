@@ -1,8 +1,10 @@
-"""Who may import whom. The rules keep the two programs apart, the contracts light, and `import zpipe` cheap."""
+"""Who may import whom: the two programs stay apart, the contracts light, `import zpipe` cheap, a model one file."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -16,35 +18,63 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 TAR_READERS = ("pipeline/make_shards.py", "pipeline/datasets.py", "pipeline/shard_reader.py", "train/data/")
 RAY_USERS = ("pipeline/executor.py", "train/fit/distributed.py")
 PURE = ("train/models/", "train/losses.py")
+# What models may share: the frozen backbone's parts, the token maths, and batches of unequal lengths.
+SHARED_BY_MODELS = {"backbone", "zoom_tokens", "packing"}
+# Models that are built on another one: LF-ViT is a CF-ViT that refines one region.
+PARENTS = {"lfvit": {"cfvit"}}
+# Modules of train/models that still know several models; each model is to have these functions as its own methods.
+KNOW_SEVERAL_MODELS = {
+    "release": {"cfvit", "sparseformer", "zoomer", "zoomvit"},
+    "scores": {"zoomvit"},
+    "warm_start": {"cfvit", "zoomvit"},
+}
+# Files that still ask what class a model has. What differs between models belongs into the models' methods.
+ASK_FOR_MODEL_CLASSES = {
+    "train/checkpoint.py",
+    "train/evaluation/calibrate.py",
+    "train/evaluation/error_analysis.py",
+    "train/evaluation/operating_points.py",
+    "train/evaluation/pictures.py",
+    "train/evaluation/predict.py",
+    "train/fit/initialise.py",
+    "train/fit/train_vit.py",
+    "train/report/gallery.py",
+    "train/scoring.py",
+    "train/studies/bench.py",
+}
 
 
 def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def imports_of(source: str, *, module_level: bool = False) -> list[str]:
-    """Full names that a module imports: `from a.b import c` gives a.b and a.b.c. Relative imports start with a dot.
+def import_nodes(source: str, *, module_level: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """The import statements of a module.
 
-    module_level: only what is run by importing it (not inside functions, not under TYPE_CHECKING).
+    module_level: only those that run when it is imported (not inside functions, not under TYPE_CHECKING).
     """
-    found: list[str] = []
+    todo: list[ast.AST] = [ast.parse(source)]
+    while todo:
+        node = todo.pop(0)
+        if module_level and (
+            isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or is_type_checking(node)
+        ):
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        todo.extend(ast.iter_child_nodes(node))
 
-    def visit(node: ast.AST) -> None:
-        if module_level and (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)):
-            return
-        if module_level and is_type_checking(node):
-            return
+
+def imports_of(source: str, *, module_level: bool = False) -> list[str]:
+    """Full names that a module imports: `from a.b import c` gives a.b and a.b.c. Relative imports start with a dot."""
+    names: list[str] = []
+    for node in import_nodes(source, module_level=module_level):
         if isinstance(node, ast.Import):
-            found.extend(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+            names.extend(alias.name for alias in node.names)
+        else:
             base = "." * node.level + (node.module or "")
-            found.append(base)
-            found.extend(f"{base}.{alias.name}" for alias in node.names)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(source))
-    return found
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return names
 
 
 def within(name: str, package: str) -> bool:
@@ -87,6 +117,14 @@ def broken_rules(path: str, source: str) -> list[str]:
             for name in names
             if name.partition(".")[0] not in allowed | {""}
         )
+    if path.startswith("train/models/") and path != "train/models/__init__.py":
+        model = Path(path).stem
+        allowed = SHARED_BY_MODELS | PARENTS.get(model, set()) | KNOW_SEVERAL_MODELS.get(model, set())
+        broken.extend(
+            f"{name}: models share backbone, zoom_tokens and packing, or are built on a documented parent"
+            for name in names
+            if within(name, "zpipe.train.models") and name != "zpipe.train.models" and name.split(".")[3] not in allowed
+        )
     if path.startswith("train/fit/"):
         forbid("fitting and measuring do not know each other", "zpipe.train.evaluation")
     if path.startswith("train/evaluation/"):
@@ -106,7 +144,7 @@ def test_a_module_imports_only_what_its_layer_may(path):
 
 
 @pytest.mark.parametrize(
-    "path, source",
+    ("path", "source"),
     [
         ("schemas/x.py", "import torch"),
         ("schemas/x.py", "def f():\n    from zpipe.pipeline import worker"),
@@ -122,11 +160,92 @@ def test_a_module_imports_only_what_its_layer_may(path):
         ("train/loop.py", "import webdataset as wds"),
         ("train/losses.py", "import numpy"),
         ("train/models/x.py", "from zpipe.schemas.errors import ZpipeError"),
+        ("train/models/x.py", "from zpipe.train.models.zoomvit import ZoomViT"),
+        ("train/models/x.py", "from zpipe.train.models import tome"),
+        ("train/models/x.py", "from zpipe.train.models import ToMeViT"),
         ("zpipe/x.py", "import ray.data"),
     ],
 )
 def test_the_rules_notice_a_breach(path, source):
     assert broken_rules(path, source)
+
+
+MODEL_CLASSES = {
+    node.name
+    for path in (ROOT / "train" / "models").glob("*.py")
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, ast.ClassDef)
+}
+
+
+def model_classes_asked_for(source: str) -> list[str]:
+    """The classes of train/models that a module tests objects for, as `line: class`."""
+    asked: list[tuple[int, ast.expr]] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) == 2:
+            if node.func.id in ("isinstance", "issubclass"):
+                asked.append((node.lineno, node.args[1]))
+        elif isinstance(node, ast.MatchClass):
+            asked.append((node.cls.lineno, node.cls))
+    names = [
+        (line, part.id if isinstance(part, ast.Name) else part.attr)
+        for line, classes in asked
+        for part in ast.walk(classes)
+        if isinstance(part, ast.Name | ast.Attribute)
+    ]
+    return [f"{line}: {name}" for line, name in names if name in MODEL_CLASSES]
+
+
+def test_a_new_model_is_one_file():
+    """No file outside train/models depends on what class a model has."""
+    asking = {
+        path: asked
+        for path in NAMES
+        if not path.startswith("train/models/") and (asked := model_classes_asked_for((ROOT / path).read_text()))
+    }
+    assert {path: asked for path, asked in asking.items() if path not in ASK_FOR_MODEL_CLASSES} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "isinstance(model, ZoomViT)",
+        "isinstance(model, (str, models.CFViT | ToMeViT))",
+        "match model:\n    case LFViT():\n        pass",
+    ],
+)
+def test_a_question_for_a_class_is_noticed(source):
+    assert model_classes_asked_for(source)
+
+
+def module_name(path: Path) -> str:
+    """The name under which a file of ours is imported."""
+    folder, *parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join([FOLDERS[folder], *parts]).removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def modules_run_by(name: str) -> set[str]:
+    """Our modules that importing this one imports; `from a import b` counts as a.b if that is a module, else as a."""
+    found: set[str] = set()
+    for node in import_nodes(MODULES[name].read_text(), module_level=True):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif node.module:
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= members & MODULES.keys()
+            if members - MODULES.keys():
+                found.add(node.module)
+    return (found & MODULES.keys()) - {name}
+
+
+def test_no_module_imports_itself_through_others():
+    try:
+        list(TopologicalSorter({name: modules_run_by(name) for name in MODULES}).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
 
 
 def module_file(name: str) -> Path | None:

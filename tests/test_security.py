@@ -1,5 +1,7 @@
-"""What docs/security.md promises, where no other module proves it: files of strangers don't run, don't lead elsewhere, don't
-swell; secrets stay where they are. What is proven elsewhere that page says.
+"""The promises of docs/security.md that no other module tests.
+
+Files of strangers are not executed, lead to no other place and do not swell; secrets stay where they are. The page
+names the test of each of its promises.
 """
 
 import io
@@ -73,19 +75,10 @@ def members(encode):
     return {"a.jpg": encode("JPEG", 20, 20), "a.cls": b"0"}
 
 
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def test_pickles_in_a_tar_are_not_looked_at(tmp_path, bomb, members):
     for suffix in ("pyd", "pickle", "pkl", "pth", "pt", "npy", "npz", "ten", "mp"):
         members |= {f"a.{suffix}": pickle.dumps(bomb)}
-    write_tar(tmp_path / "one.tar", members)
+    tiny.write_tar(tmp_path / "one.tar", members)
     (sample,) = read_samples(tmp_path / "one.tar")
     assert sample.key == "a" and sample.label == 0 and sample.meta == {}
     (batch,) = RelevanceLoader(tmp_path, batch_size=1, image_size=16)
@@ -164,14 +157,14 @@ def test_file_urls_are_paths(store, cli):
     assert cli("maps", "info", f"file://{store}").code == 0
 
 
-# ------------------------------------------------------------------------------------------------- nothing leads elsewhere
+# ---------------------------------------------------------------------------------------------- nothing leads elsewhere
 
 
 @pytest.mark.parametrize("name", ["../../a.jpg", "/a.jpg", "b/../../a.jpg"])
 def test_names_in_a_tar_are_keys_and_no_paths(tmp_path, encode, extract_store, contents, name):
     folder = tmp_path / "deep" / "shards"
     folder.mkdir(parents=True)
-    write_tar(folder / "one.tar", {name: encode("JPEG", 20, 20), name.replace("jpg", "cls"): b"0"})
+    tiny.write_tar(folder / "one.tar", {name: encode("JPEG", 20, 20), name.replace("jpg", "cls"): b"0"})
     index_shards(folder)
     maps = extract_store(folder, tmp_path / "deep" / "store")
     assert list(maps) == [name.removesuffix(".jpg")]
@@ -185,7 +178,7 @@ def test_links_and_devices_in_a_tar_are_not_followed(tmp_path, members, kind):
     secret.write_bytes(members["a.jpg"])
     link = tarfile.TarInfo("b.jpg")
     link.type, link.linkname = kind, str(secret)
-    write_tar(tmp_path / "one.tar", {link: b""} | members)
+    tiny.write_tar(tmp_path / "one.tar", {link: b""} | members)
     assert [sample.key for sample in read_samples(tmp_path / "one.tar")] == ["a"]
     (shard,), _ = list_shards(tmp_path)
     assert [sample.key for sample in read_tar(shard)] == ["a"]
@@ -210,7 +203,7 @@ def test_a_shard_index_names_only_tars_of_its_folder(shards_copy, tmp_path):
     refused(list_shards, shards_copy, match="listed in shards.json but not there")
 
 
-# ---------------------------------------------------------------------------------------------------------- nothing swells
+# ------------------------------------------------------------------------------------------------------- nothing swells
 
 
 def chunk(kind, data):
@@ -250,7 +243,7 @@ def test_a_hole_in_a_tar_is_refused(tmp_path):
     hole = tarfile.TarInfo("a.jpg")
     hole.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a.jpg"}
     hole.pax_headers["GNU.sparse.realsize"] = "3000000000"
-    write_tar(tmp_path / "one.tar", {hole: b"0\n".ljust(512, b"\0")})
+    tiny.write_tar(tmp_path / "one.tar", {hole: b"0\n".ljust(512, b"\0")})
     refused(lambda: list(read_samples(tmp_path / "one.tar")), match="one.tar: a.jpg is a sparse member")
     refused(list_shards, tmp_path, match="one.tar: a.jpg is a sparse member")
 
@@ -277,11 +270,11 @@ def test_an_index_of_too_many_rows_is_not_read(tmp_path, monkeypatch):
 def test_json_nested_without_end_is_one_line(tmp_path, members):
     (tmp_path / "deep.json").write_text("[" * 200_000)
     refused(read_json, tmp_path / "deep.json", "a manifest", match="deep.json: not readable as a manifest")
-    write_tar(tmp_path / "one.tar", members | {"a.json": b"[" * 200_000})
+    tiny.write_tar(tmp_path / "one.tar", members | {"a.json": b"[" * 200_000})
     refused(lambda: list(read_samples(tmp_path / "one.tar")), match="key a: its .json can't be read")
 
 
-# -------------------------------------------------------------------------------------------------- secrets stay where they are
+# ------------------------------------------------------------------------------------------ secrets stay where they are
 
 
 @pytest.mark.parametrize(
@@ -347,8 +340,26 @@ def test_secrets_of_the_environment_are_written_nowhere(tmp_path, cli, contents,
     tiny.store(shards, maps)
     run, said = tmp_path / "zoomer", ""
     for line in (
-        ["train-zoomer", shards, "--maps", maps, "--out", run, "--num-blocks", 2, "--image-size", tiny.SIDE]
-        + ["--epochs", 1, "--batch-size", 8, "--data-workers", 0, "--set", "width=8"],
+        [
+            "train-zoomer",
+            shards,
+            "--maps",
+            maps,
+            "--out",
+            run,
+            "--num-blocks",
+            2,
+            "--image-size",
+            tiny.SIDE,
+            "--epochs",
+            1,
+            "--batch-size",
+            8,
+            "--data-workers",
+            0,
+            "--set",
+            "width=8",
+        ],
         ["evaluate", run, shards, "--maps", maps],
         ["report", run, "--out", tmp_path / "report", "--gallery", 0],
         ["maps", "info", maps],
@@ -363,13 +374,13 @@ def test_secrets_of_the_environment_are_written_nowhere(tmp_path, cli, contents,
     assert [name for name, data in written.items() if CANARY.encode() in data] == []
 
 
-# ----------------------------------------------------------------------------------------------------------- the page itself
+# ------------------------------------------------------------------------------------------------------ the page itself
 
 
 def test_every_proof_that_the_page_names_is_there():
     page = (ROOT / "docs" / "security.md").read_text()
-    named = re.findall(r"`(test_\w+)`(?: \(`?(tests/\w+\.py)`?\))?", page)
-    sources = {path: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    named = re.findall(r"`(test_\w+)`(?: \(`?(tests/[\w/]+\.py)`?\))?", page)
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
     assert len(named) >= 15
-    for name, _ in named:
-        assert any(f"def {name}(" in source for source in sources.values()), name
+    for name, place in named:
+        assert any(f"def {name}(" in source for path, source in sources.items() if place in ("", path)), (name, place)

@@ -1,6 +1,6 @@
 """What is installed: the wheel holds what it needs, its bare part needs neither torch nor ray, and its command starts.
 
-Nothing is fetched: the wheel is built by the setuptools that is here, and its dependencies are those of this environment.
+Nothing is fetched: the installed setuptools builds the wheel, whose dependencies are those of this environment.
 """
 
 import compileall
@@ -70,6 +70,7 @@ def test_every_module_and_the_files_of_the_report_are_in_it(wheel):
             if path.suffix in (".py", ".html", ".css", ".js") and "__pycache__" not in path.parts:
                 assert f"{package}/{path.relative_to(ROOT / folder).as_posix()}" in names
     assert not [name for name in names if not name.startswith(("zpipe/", "zpipe-"))]
+    assert "zpipe/py.typed" in names  # PEP 561: one marker at the top holds for the packages below, too
 
 
 def test_it_says_whose_it_is_and_under_what_licence(wheel):

@@ -6,7 +6,9 @@ import dataclasses
 import io
 import tarfile
 import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -55,18 +57,31 @@ def encode(pixels: np.ndarray, kind: str = "PNG") -> bytes:
 
 
 def late_profile(image: bytes) -> bytes:
-    """A PNG with an empty colour profile chunk behind its pixels: Pillow 13 opens it, then raises IndexError on decoding it."""
+    """A PNG with an empty colour profile chunk after its pixels; Pillow 13 opens it, and decoding raises IndexError."""
     end = image.rindex(b"IEND") - 4
     return image[:end] + bytes(4) + b"iCCP" + zlib.crc32(b"iCCP").to_bytes(4, "big") + image[end:]
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> None:
+def write_tar(
+    path: Path,
+    members: Mapping[str, bytes] | Iterable[tuple[str | tarfile.TarInfo, bytes]],
+    mode: Literal["w", "w:gz"] = "w",
+) -> Path:
+    """Write a tar with members of the given names or headers, in this order; `mode` as in `tarfile.open`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
+    with tarfile.open(path, mode) as tar:
+        for name, data in members.items() if isinstance(members, Mapping) else members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def header(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    """The header of a member that is no regular file: `kind` as `tarfile.SYMTYPE`, `target` of a link."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
 
 
 def write_shards(folder: Path, tars: list[dict[str, bytes]]) -> Path:

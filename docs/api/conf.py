@@ -1,4 +1,4 @@
-"""Sphinx: the reference of the Python interface, made of the docstrings. `make docs` builds it, and a warning fails it."""
+"""Sphinx settings of the Python reference, which is made of the docstrings. In `make docs` a warning is an error."""
 
 from importlib.metadata import version as _version
 

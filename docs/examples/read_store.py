@@ -1,4 +1,6 @@
-"""A relevance store read without zpipe: zarr, pyarrow and numpy are enough. docs/store-format.md says what is read here.
+"""A relevance store read without zpipe: zarr, pyarrow and numpy are enough.
+
+docs/store-format.md describes the files that are read here.
 
 python docs/examples/read_store.py STORE
 """

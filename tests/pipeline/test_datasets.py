@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
+from tiny import header, write_tar
 
 from zpipe.pipeline.datasets import DATASETS
 from zpipe.pipeline.make_shards import make_shards
@@ -37,16 +38,8 @@ def samples_of(out):
 
 def pack(path, members, links=()):
     """A .tar.gz of {name: bytes}, as GNU tar makes it, with symbolic links (name, target) in front."""
-    with tarfile.open(path, "w:gz") as tar:
-        for name, target in links:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = tarfile.SYMTYPE, target
-            tar.addfile(info)
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+    linked = [(header(name, tarfile.SYMTYPE, target), b"") for name, target in links]
+    return write_tar(path, [*linked, *members.items()], "w:gz")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +97,7 @@ def make(source, out, split, **changes):
 # ---------------------------------------------------------------------------------------------------------- CIFAR-10
 
 
-@pytest.mark.parametrize("split, names", [("train", TRAIN), ("val", ("test_batch.bin",))])
+@pytest.mark.parametrize(("split", "names"), [("train", TRAIN), ("val", ("test_batch.bin",))])
 def test_cifar_keeps_every_pixel_and_label(cifar, batches, tmp_path, cli, split, names):
     done = cli("make-shards", f"cifar10:{cifar}", tmp_path / "out", "--split", split, "--no-shuffle")
     assert done.code == 0 and f"{ROWS * len(names)} images in 1 shards" in done.stdout
@@ -249,7 +242,7 @@ def test_a_cut_or_altered_archive_is_never_half_a_data_set(cifar, flowers, tmp_p
 
 
 @pytest.mark.parametrize(
-    "args, told",
+    ("args", "told"),
     [
         (["cifar10:{cifar}", "--split", "test"], "--split test: cifar10 has train, val"),
         (["flowers102:{flowers}", "--split", "all"], "--split all: flowers102 has train, val, test, trainval"),
@@ -272,7 +265,8 @@ def test_requests_that_make_no_sense(cifar, flowers, tmp_path, cli, args, told):
 
 @pytest.mark.parametrize("kind", ["archive", "folder", "archive named"])
 @pytest.mark.parametrize(
-    "split, lists", [("train", ["trnid"]), ("val", ["valid"]), ("test", ["tstid"]), ("trainval", ["trnid", "valid"])]
+    ("split", "lists"),
+    [("train", ["trnid"]), ("val", ["valid"]), ("test", ["tstid"]), ("trainval", ["trnid", "valid"])],
 )
 def test_flowers_keep_their_bytes_and_splits(flowers, tmp_path, cli, kind, split, lists):
     root, images = flowers

@@ -3,13 +3,13 @@
 import json
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import write_tar
 
 from zpipe.pipeline.explainer import (
     PRECISIONS,
@@ -118,7 +118,7 @@ SIDES = st.integers(1, 3000)
 @given(SIDES, SIDES, st.sampled_from([(224, 224), (64, 96)]), st.floats(0.1, 1.0))
 def test_the_center_frame_is_centred_in_the_image_and_has_the_teachers_shape(width, height, size, crop_pct):
     box = Frame(kind="center", size=size, interpolation="bicubic", crop_pct=crop_pct).box(width, height)
-    assert 0 <= box.x1 and box.x2 <= width and 0 <= box.y1 and box.y2 <= height
+    assert box.x1 >= 0 and box.x2 <= width and box.y1 >= 0 and box.y2 <= height
     assert box.x1 + box.x2 == pytest.approx(width) and box.y1 + box.y2 == pytest.approx(height)
     assert box.width / box.height == pytest.approx(size[1] / size[0])
     assert max(box.width / width, box.height / height) == pytest.approx(crop_pct)
@@ -162,14 +162,15 @@ explain = Explainer(teacher, ExplainConfig(), batch_size=batch, device="cpu")
 pixels = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)
 labels = np.arange(batch)
 explain(pixels[:1], labels[:1])
-held = lambda name: next(int(l.split()[1]) * 1024 for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(name))
+status = lambda: Path("/proc/self/status").read_text().splitlines()
+held = lambda name: next(int(line.split()[1]) * 1024 for line in status() if line.startswith(name))
 if spare:
     resource.setrlimit(resource.RLIMIT_AS, (held("VmSize:") + spare,) * 2)
 Path("/proc/self/clear_refs").write_text("5")
 before = held("VmRSS:")
 maps = explain(pixels, labels).maps
-print(json.dumps({"peak": held("VmHWM:") - before, "reckoned": bytes_per_image(teacher.model) * batch, "notes": explain.notes,
-                  "batch_size": explain.batch_size, "maps": maps.tolist()}))
+print(json.dumps({"peak": held("VmHWM:") - before, "reckoned": bytes_per_image(teacher.model) * batch,
+                  "notes": explain.notes, "batch_size": explain.batch_size, "maps": maps.tolist()}))
 """
 
 
@@ -251,11 +252,8 @@ def test_another_method_is_refused_in_the_same_store(store_copy, shards, cli, te
 
 def test_images_without_a_label_can_be_explained_by_what_the_teacher_sees(photos, tmp_path, cli, teacher_flags):
     tars = tmp_path / "tars"
-    tars.mkdir()
     files = sorted(photos.rglob("*.jpg"))[:3]
-    with tarfile.open(tars / "a.tar", "w") as tar:
-        for file in files:
-            tar.add(file, file.name)
+    write_tar(tars / "a.tar", {file.name: file.read_bytes() for file in files})
     command = ["extract-teacher-maps", tars, "--executor", "local", *teacher_flags]
     refused = cli(*command, "--out", tmp_path / "truth")
     assert refused.code == 1 and "has no label" in refused.details[0] and "--target predicted" in refused.details[0]

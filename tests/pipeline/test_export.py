@@ -44,7 +44,7 @@ def same(found, expected):
         assert np.array_equal(values * np.float32(scale), expected[key])
 
 
-# ------------------------------------------------------------------------------------------------ other people's readers
+# ----------------------------------------------------------------------------------------------- other people's readers
 
 
 def test_pandas_opens_it(parquet, expected):

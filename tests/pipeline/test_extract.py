@@ -1,26 +1,25 @@
 """Extraction: the same bytes whoever computes them and however often they are interrupted; one line for what fails."""
 
-import io
 import json
 import os
 import shutil
 import signal
-import subprocess
 import tarfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from extraction_runs import committed, descendants, name_of, state, wait_for
+from tiny import write_tar
 
 from zpipe.pipeline import extract as extraction
 from zpipe.pipeline.executor import Resources, run_ray
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, _threads, extract_teacher_maps
-from zpipe.pipeline.make_shards import FolderSource, index_shards, make_shards
+from zpipe.pipeline.make_shards import index_shards
 from zpipe.pipeline.relevance import transformer_attribution
 from zpipe.pipeline.shard_reader import frame_image, open_shards, read_samples
 from zpipe.pipeline.teacher import load_teacher
@@ -31,16 +30,6 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import read_manifest
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.relevance_store import index_path, maps_path, read_index, read_stored, write_shard
-
-
-@pytest.fixture
-def extract(teacher_settings):
-    """Extract in this process with the tiny teacher: `extract(shards, out, **changes) -> ExtractReport`."""
-
-    def run(shards, out, **changes):
-        return extract_teacher_maps(shards, out, ExtractConfig(**(teacher_settings | {"executor": "local"} | changes)))
-
-    return run
 
 
 @pytest.fixture
@@ -56,23 +45,9 @@ def failing(cli, teacher_flags):
     return run
 
 
-def state(root):
-    """Name -> time of last change, of every file and folder."""
-    return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in sorted(root.rglob("*"))}
-
-
 def tar_members(path):
     with tarfile.open(path) as tar:
         return [(member.name, tar.extractfile(member).read()) for member in tar]
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
 
 
 # ------------------------------------------------------------------------------------------------ what is in a store
@@ -173,7 +148,7 @@ def other_seal(root):
 
 
 @pytest.mark.parametrize(
-    "damage, told",
+    ("damage", "told"),
     [
         (lambda root: shutil.rmtree(maps_path(root, "shard-00001")), "shard-00001.zarr: missing; run again"),
         (lambda root: altered(index_path(root, "shard-00001")), "its digest is not what it was"),
@@ -207,7 +182,7 @@ def test_looking_through_many_shards_is_told(store_copy, shards, teacher_setting
 
 
 def test_a_second_go_at_a_damaged_store_may_be_interrupted(store_copy, shards, extract, teacher_settings, contents):
-    """Shards that are made again needn't have the bytes that the manifest lists: here another batch size sums otherwise."""
+    """A recomputed shard need not have the bytes in the manifest: another batch size adds in another order."""
     before = contents(store_copy)
     for stem in ("shard-00000", "shard-00001"):
         index_path(store_copy, stem).unlink()
@@ -304,90 +279,6 @@ def test_a_random_teacher_is_not_held_against_the_labels(odd, tmp_path, extract)
 
 
 # ----------------------------------------------------------------------------------------------------- interruptions
-
-# Slow enough for a signal to arrive between the first shard and the last.
-SLOWER = {"img_size": [160, 240], "depth": 12, "embed_dim": 192}
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory, photos):
-    """18 shards of one image: fine steps to be interrupted at."""
-    out = tmp_path_factory.mktemp("many") / "shards"
-    make_shards(FolderSource(photos, shard_size=1, shuffle_seed=0, key_rule="stem"), out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, many, teacher_settings):
-    """The store of `many` by the local executor, never interrupted."""
-    out = tmp_path_factory.mktemp("undisturbed") / "store"
-    config = ExtractConfig(**(teacher_settings | {"teacher_args": SLOWER, "executor": "local", "batch_size": 1}))
-    extract_teacher_maps(many, out, config)
-    return out
-
-
-def descendants(pid):
-    """The process ids below `pid`, from /proc."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it ended meanwhile
-            continue
-        children.setdefault(parent, []).append(int(path.parent.name))
-    found, todo = [], [pid]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found += below
-        todo += below
-    return found
-
-
-def name_of(pid):
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def committed(out):
-    return len(list(out.glob("index/shard-*.parquet")))
-
-
-def wait_for(condition, seconds, running=None):
-    """Poll until `condition()`; also stops when the process `running` has ended. Returns what the condition said last."""
-    deadline = time.monotonic() + seconds
-    while not (met := condition()) and time.monotonic() < deadline and (running is None or running.poll() is None):
-        time.sleep(0.002)
-    return met
-
-
-@pytest.fixture
-def start(command, teacher_flags, many, tmp_path):
-    """Start an extraction of `many` as a process; whatever is left of it and of its children is killed at the end."""
-    started: list[tuple[subprocess.Popen, set[int]]] = []
-
-    def run(out, *flags):
-        log = open(tmp_path / f"log{len(started)}", "w+")
-        slower = [part for name, value in SLOWER.items() for part in ("--model-arg", f"{name}={value}")]
-        all_flags = [*teacher_flags, *slower, "--batch-size", "1", *flags]
-        line = command("extract-teacher-maps", many, "--out", out, *all_flags)
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        running = subprocess.Popen(line, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
-        running.said = lambda: Path(log.name).read_text()
-        started.append(running)
-        return running
-
-    yield run
-    for running in started:
-        below = descendants(running.pid) if running.poll() is None else []
-        for pid in [running.pid, *below]:
-            if running.poll() is None or pid != running.pid:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-        running.wait(30)
 
 
 def kill_in_mid_run(running, out):
@@ -511,7 +402,7 @@ def test_a_cluster_that_does_not_answer_is_one_line_at_once(shards, tmp_path, ex
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    ("flags", "told"),
     [
         (["--seed", "1"], "made with teacher_digest = "),
         (["--num-classes", "6"], "made with teacher_digest = "),
@@ -554,7 +445,7 @@ def test_a_folder_that_holds_something_else_is_refused(shards, tmp_path, failing
 
 
 def test_a_truncated_tar_fails_alone(shards_copy, tmp_path, failing, extract, store, contents, shards):
-    """Of the right size and therefore found while it is read: the others are committed, and its return completes the store."""
+    """It has the right size, so that only reading it finds the damage; mended, it completes the store."""
     tar = shards_copy / "shard-00001.tar"
     good = tar.read_bytes()
     tar.write_bytes(good[: len(good) // 2] + bytes(len(good) - len(good) // 2))
@@ -582,7 +473,7 @@ def test_a_shortened_tar_is_refused_before_any_work(shards_copy, tmp_path, faili
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("limit, value", [("MAX_ROWS", 4), ("MAX_MAP_BYTES", 4 * 4 * 6 * 2)])
+@pytest.mark.parametrize(("limit", "value"), [("MAX_ROWS", 4), ("MAX_MAP_BYTES", 4 * 4 * 6 * 2)])
 def test_a_tar_whose_maps_could_not_be_read_is_refused_before_any_work(
     shards, tmp_path, extract, monkeypatch, limit, value
 ):
@@ -635,7 +526,7 @@ def test_images_that_cannot_be_decoded_are_named_and_the_rest_is_there(odd, tmp_
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    ("changes", "told"),
     [
         ({"b.cls": b"5"}, "key b: label 5 is outside the teacher's 5 classes"),
         ({"b.cls": b"-1"}, "key b: label -1 is outside"),
@@ -674,7 +565,7 @@ def test_a_source_without_tars(tmp_path, failing):
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    ("flags", "told"),
     [
         (["--executor", "spark"], "--executor spark: choose ray or local"),
         (["--teacher", "deit_tinny"], "timm has no such model"),
@@ -748,11 +639,11 @@ def test_reports_are_counted_as_they_come_and_those_that_say_nothing_are_let_go(
     assert told == [(10, None, 6), (11, 0, 5), (12, 1, 4), (13, 1, 3), (14, 2, 2), (15, 2, 1), (16, 3, 0)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- threads
+# -------------------------------------------------------------------------------------------------------------- threads
 
 
 @pytest.mark.parametrize(
-    "cpus, shards, expected",
+    ("cpus", "shards", "expected"),
     [
         (2, 1, 2),
         (2, 2, 1),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_relevance import pixels, tiny_vit
+from tiny_vit import pixels, tiny_vit
 
 from zpipe.pipeline.methods import CLASS_BLIND, METHODS
 from zpipe.pipeline.relevance import attribute

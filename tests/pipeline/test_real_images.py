@@ -123,7 +123,7 @@ def test_every_photo_has_a_finite_map_of_its_own(line):
 
 
 def test_the_manifest_says_what_was_done(line):
-    rows, root = line
+    _, root = line
     origin = open_maps(root / "maps").manifest.provenance
     assert (origin.teacher, origin.weights, origin.seed) == ("deit_base_patch16_224", "random", 0)
     assert (origin.num_classes, origin.grid, origin.frame) == (1000, (14, 14), "full")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from timm.layers import GELUTanh, RmsNorm, SwiGLU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from tiny_vit import pixels, tiny_vit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,25 +33,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GOLDEN = Path(__file__).parents[1] / "golden" / "relevance_small_vit.npz"
 
 
-def tiny_vit(seed=0, dtype=torch.float64, **kwargs):
-    """A small ViT with weights large enough that every rule and every bias matters; LayerScale of both signs."""
-    size = dict(img_size=16, patch_size=4, embed_dim=24, depth=3, num_heads=3, num_classes=5)
-    model = VisionTransformer(**(size | kwargs)).to(dtype).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.25
-            parameter.copy_(noise + 1 if "norm" in name and name.endswith("weight") else noise)
-    return model
-
-
-def pixels(model, batch=3, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    images = torch.randn(shape, generator=generator, dtype=torch.float64).to(model.head.weight.dtype)
-    return images, torch.randint(model.num_classes, (batch,), generator=generator)
-
-
 def min_max(maps):
     flat = maps.double().flatten(1)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
@@ -62,7 +44,7 @@ def worst_per_image(maps, expected):
 
 
 def rank_correlation(maps, expected):
-    """Of the cells of each image, by Spearman; [B]"""
+    """Spearman's rank correlation of the cells of each image, [B]."""
     ranks = [m.flatten(1).argsort(1).argsort(1).double().numpy() for m in (maps, expected)]
     return torch.tensor([np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks, strict=True)])
 
@@ -132,8 +114,16 @@ def reference(model, image, target):
         active = block.mlp.act(block.mlp.fc1(normed2))
         mixed = block.ls2(block.mlp.fc2(active))
         x = middle + mixed
-        tape |= dict(q=q, k=k, v=v, attention=attention, context=context, attended=attended, middle=middle)
-        saved.append(tape | dict(normed2=normed2, active=active, mixed=mixed))
+        tape |= {
+            "q": q,
+            "k": k,
+            "v": v,
+            "attention": attention,
+            "context": context,
+            "attended": attended,
+            "middle": middle,
+        }
+        saved.append(tape | {"normed2": normed2, "active": active, "mixed": mixed})
     normed = model.norm(x)
     logits = model.head(normed[:, 0])
     attentions = [tape["attention"] for tape in saved]
@@ -248,7 +238,7 @@ UNIT_ROUNDOFF = torch.finfo(torch.float32).eps / 2  # the largest relative error
 
 
 def maps_of_moved_values(model, images, targets, units, draws=5):
-    """float64 maps of the float64 model after its pixels and weights moved by up to `units` roundoffs; [draws, B, h, w]
+    """float64 maps of the float64 model after its pixels and weights moved by up to `units` roundoffs; [draws, B, h, w].
 
     Each draw moves every value on its own, uniformly and with a fixed seed.
     """

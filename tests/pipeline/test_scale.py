@@ -1,5 +1,6 @@
 """Extraction that is left running: signals, two runs at once, starting over, several machines and the loss of one."""
 
+import itertools
 import json
 import os
 import shutil
@@ -11,19 +12,8 @@ import threading
 import time
 
 import pytest
-from test_extract import (  # noqa: F401 (fixtures)
-    SLOWER,
-    committed,
-    descendants,
-    extract,
-    many,
-    name_of,
-    start,
-    state,
-    undisturbed,
-    wait_for,
-    write_tar,
-)
+from extraction_runs import SLOWER, committed, descendants, name_of, state, wait_for
+from tiny import write_tar
 
 from zpipe.pipeline import executor
 from zpipe.pipeline import extract as extraction
@@ -47,9 +37,9 @@ def errors_in(said):
 
 @pytest.mark.parametrize("flags", [LOCAL, RAY])
 def test_termination_drops_the_shard_in_hand_and_tells_how_to_go_on(
-    undisturbed,  # noqa: F811
+    undisturbed,
     tmp_path,
-    start,  # noqa: F811
+    start,
     contents,
     flags,
 ):
@@ -67,7 +57,7 @@ def test_termination_drops_the_shard_in_hand_and_tells_how_to_go_on(
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments(undisturbed, tmp_path, start, contents):  # noqa: F811
+def test_killed_at_ten_random_moments(undisturbed, tmp_path, start, contents):
     """Kills begin before the first shard and end when a run gets through between two of them."""
     import random
 
@@ -85,7 +75,7 @@ def test_killed_at_ten_random_moments(undisturbed, tmp_path, start, contents):  
 # ---------------------------------------------------------------------------------------------------------------- lease
 
 
-def test_a_second_run_is_refused_while_the_first_is_at_work(undisturbed, tmp_path, start, contents):  # noqa: F811
+def test_a_second_run_is_refused_while_the_first_is_at_work(undisturbed, tmp_path, start, contents):
     out = tmp_path / "store"
     first = start(out, *LOCAL)
     assert wait_for(lambda: (out / LEASE_NAME).exists(), 120, first), first.said()
@@ -101,7 +91,7 @@ def test_a_second_run_is_refused_while_the_first_is_at_work(undisturbed, tmp_pat
     assert contents(out) == contents(undisturbed)  # the lease is given back
 
 
-def test_a_dead_run_holds_nothing(tmp_path, start):  # noqa: F811
+def test_a_dead_run_holds_nothing(tmp_path, start):
     out = tmp_path / "store"
     first = start(out, *LOCAL)
     assert wait_for(lambda: committed(out) >= 1, 120, first), first.said()
@@ -138,18 +128,17 @@ def foreign(folder, age):
 def test_a_run_on_another_machine_is_believed_while_it_renews(tmp_path, monkeypatch):
     monkeypatch.setattr(leases, "EXPIRY_S", 2.0)
     foreign(tmp_path, age=0)
-    with pytest.raises(ZpipeError, match="process 1 on elsewhere has been writing to this store since noon"):
-        with held_lease(tmp_path):
-            pytest.fail("both hold it")
+    told = "process 1 on elsewhere has been writing to this store since noon"
+    with pytest.raises(ZpipeError, match=told), held_lease(tmp_path):
+        pytest.fail("both hold it")
     # Its clock is behind ours, but it renews: not dead.
     renewing = subprocess.Popen(
         [sys.executable, "-c", RENEW, str(tmp_path / LEASE_NAME)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     try:
         assert renewing.stdout.readline()
-        with pytest.raises(ZpipeError, match="process 1 on elsewhere"):
-            with held_lease(tmp_path):
-                pytest.fail("both hold it")
+        with pytest.raises(ZpipeError, match="process 1 on elsewhere"), held_lease(tmp_path):
+            pytest.fail("both hold it")
     finally:
         renewing.kill()
         renewing.wait(30)
@@ -207,9 +196,8 @@ def test_of_another_boot_or_namespace_only_the_beat_counts(tmp_path, monkeypatch
     dead.wait(30)
     monkeypatch.setattr(leases, "EXPIRY_S", 1.5)
     holder_of(tmp_path, pid=dead.pid, **change)
-    with pytest.raises(ZpipeError, match=f"process {dead.pid} on"):
-        with held_lease(tmp_path):
-            pytest.fail("both hold it")
+    with pytest.raises(ZpipeError, match=f"process {dead.pid} on"), held_lease(tmp_path):
+        pytest.fail("both hold it")
     holder_of(tmp_path, pid=dead.pid, beat=time.time() - 100, **change)
     with held_lease(tmp_path) as lease:
         lease.check()
@@ -223,7 +211,7 @@ def test_who_loses_the_lease_stops(tmp_path, monkeypatch):
         first = json.loads((tmp_path / LEASE_NAME).read_text())["beat"]
         assert wait_for(lambda: json.loads((tmp_path / LEASE_NAME).read_text())["beat"] > first, 10)
         foreign(tmp_path, age=0)
-        # Who writes at the same moment as the heir may write over it once; then it has the lease, and the heir learns it.
+        # A process that writes at the same moment as the heir may overwrite its lease once; the heir then notices it.
         time.sleep(0.3)
         mine = json.loads((tmp_path / LEASE_NAME).read_text())["host"] != "elsewhere"
         if mine:
@@ -245,7 +233,7 @@ def test_of_many_that_begin_together_one_works(tmp_path):
     ]
     said = [racer.communicate(timeout=120)[0].strip() for racer in racers]
     spans = sorted(tuple(map(float, line.split())) for line in said if line)
-    assert spans and all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False))
+    assert spans and all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
     assert not (tmp_path / LEASE_NAME).exists()
 
 
@@ -266,7 +254,7 @@ except ZpipeError:
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    ("text", "told"),
     [
         ("not json", "not a lease"),
         ("[]", "no JSON object"),
@@ -277,9 +265,8 @@ except ZpipeError:
 )
 def test_a_lease_that_is_no_lease_is_one_line(tmp_path, text, told):
     (tmp_path / LEASE_NAME).write_text(text)
-    with pytest.raises(ZpipeError, match=told) as error:
-        with held_lease(tmp_path):
-            pass
+    with pytest.raises(ZpipeError, match=told) as error, held_lease(tmp_path):
+        pass
     assert "\n" not in str(error.value) and ("upgrade" in told or "delete it when no run" in str(error.value))
 
 
@@ -289,9 +276,9 @@ def test_a_lease_without_one_of_its_fields_is_one_line(tmp_path):
         lease = json.loads((tmp_path / LEASE_NAME).read_text())
         del lease[field]
         (tmp_path / LEASE_NAME).write_text(json.dumps(lease))
-        with pytest.raises(ZpipeError, match=f"not a lease .{field} missing or wrong.; delete it when"):
-            with held_lease(tmp_path):
-                pass
+        told = f"not a lease .{field} missing or wrong.; delete it when"
+        with pytest.raises(ZpipeError, match=told), held_lease(tmp_path):
+            pass
 
 
 def test_the_lease_of_an_heir_is_not_removed(tmp_path):
@@ -384,10 +371,9 @@ def test_a_lease_that_is_lost_during_the_audit_signs_nothing(store_copy, shards,
 
 
 def test_a_lease_that_can_not_be_given_back_hides_nothing(tmp_path):
-    with pytest.raises(ZpipeError, match="^3 of 9 shards failed$"):
-        with held_lease(tmp_path):
-            (tmp_path / LEASE_NAME).write_text("no lease")
-            raise ZpipeError("3 of 9 shards failed")
+    with pytest.raises(ZpipeError, match="^3 of 9 shards failed$"), held_lease(tmp_path):
+        (tmp_path / LEASE_NAME).write_text("no lease")
+        raise ZpipeError("3 of 9 shards failed")
     (tmp_path / LEASE_NAME).unlink()
     with held_lease(tmp_path):
         (tmp_path / LEASE_NAME).write_text("no lease")
@@ -403,7 +389,7 @@ def test_a_dead_run_whose_clock_was_ahead_is_taken_over(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------------- starting over
 
 
-def test_replace_starts_over(store_copy, store, shards, extract, contents):  # noqa: F811
+def test_replace_starts_over(store_copy, store, shards, extract, contents):
     with pytest.raises(ZpipeError, match="--replace to start over"):
         extract(shards, store_copy, seed=1)
     assert extract(shards, store_copy, seed=1, replace=True).extracted == 4
@@ -433,7 +419,7 @@ def test_an_interrupted_replacement_goes_on_a_finished_one_starts_over(
     store_copy,
     store,
     shards,
-    extract,  # noqa: F811
+    extract,
     interrupted,
     contents,
 ):
@@ -451,7 +437,7 @@ def test_an_interrupted_replacement_goes_on_without_the_flag_too(
     store_copy,
     store,
     shards,
-    extract,  # noqa: F811
+    extract,
     interrupted,
     contents,
 ):
@@ -460,7 +446,7 @@ def test_an_interrupted_replacement_goes_on_without_the_flag_too(
     assert extract(shards, store_copy, replace=True).extracted == 4
 
 
-def test_what_the_replaced_run_finishes_late_is_removed(store_copy, store, shards, extract, interrupted, contents):  # noqa: F811
+def test_what_the_replaced_run_finishes_late_is_removed(store_copy, store, shards, extract, interrupted, contents):
     """Its worker on a lost machine went on: it commits a shard, and one of a tar that isn't there any more."""
     interrupted(shards, store_copy, seed=1)
     for late, of in (("shard-00003", "shard-00003"), ("shard-00009", "shard-00000")):
@@ -472,7 +458,7 @@ def test_what_the_replaced_run_finishes_late_is_removed(store_copy, store, shard
     assert contents(store_copy) == contents(store_copy.with_name("fresh")) and fresh.extracted == 4
 
 
-def test_a_replacement_from_other_tars_starts_over(store_copy, shards, shards_copy, extract, interrupted):  # noqa: F811
+def test_a_replacement_from_other_tars_starts_over(store_copy, shards, shards_copy, extract, interrupted):
     interrupted(shards, store_copy)
     for name in ("shards.json", "make-shards.jsonl", "shard-00000.tar"):
         (shards_copy / name).unlink()
@@ -480,7 +466,7 @@ def test_a_replacement_from_other_tars_starts_over(store_copy, shards, shards_co
     assert (report.extracted, report.shards) == (3, 3) and verify_store(store_copy, shards_copy) == []
 
 
-def test_an_interrupted_removal_is_done_again(store_copy, store, shards, extract, contents, monkeypatch):  # noqa: F811
+def test_an_interrupted_removal_is_done_again(store_copy, store, shards, extract, contents, monkeypatch):
     """What it left is what was to be removed, not what the replacement made."""
 
     def remove(path):
@@ -534,8 +520,8 @@ def workers():
     return {pid: name for pid, name in names.items() if "ray::ShardWorker" in name}
 
 
-def test_a_shard_is_not_handed_to_workers_that_died_while_idle(uneven, tmp_path, extract, monkeypatch):  # noqa: F811
-    """One worker ends for want of work and dies; then the other one dies at work. Its shard has one more try, which has to do."""
+def test_a_shard_is_not_handed_to_workers_that_died_while_idle(uneven, tmp_path, extract, monkeypatch):
+    """An idle worker dies, then the other one dies at work. Its shard has one more try, which must succeed."""
     monkeypatch.setattr(executor, "MAX_RETRIES", 1)
     out, killed = tmp_path / "out", []
 
@@ -560,7 +546,7 @@ def test_a_shard_is_not_handed_to_workers_that_died_while_idle(uneven, tmp_path,
     assert killed and (report.count, report.extracted) == (9, 2) and verify_store(out, uneven) == []
 
 
-def test_a_worker_that_hangs_is_replaced(uneven, tmp_path, extract, monkeypatch):  # noqa: F811
+def test_a_worker_that_hangs_is_replaced(uneven, tmp_path, extract, monkeypatch):
     """Stopped at work it answers no more; the time it has is that of `image_timeout_s`."""
     monkeypatch.setattr(executor, "GRACE_S", 0.0)
     stopped = []
@@ -578,7 +564,7 @@ def test_a_worker_that_hangs_is_replaced(uneven, tmp_path, extract, monkeypatch)
     assert stopped and (report.count, report.extracted) == (9, 2) and verify_store(tmp_path / "out", uneven) == []
 
 
-# ------------------------------------------------------------------------------------------------------ several machines
+# ----------------------------------------------------------------------------------------------------- several machines
 
 CLUSTER = """
 import sys
@@ -635,7 +621,7 @@ def cluster():
         running.wait(30)
 
 
-def test_two_machines_and_the_loss_of_one(undisturbed, tmp_path, start, cluster, contents):  # noqa: F811
+def test_two_machines_and_the_loss_of_one(undisturbed, tmp_path, start, cluster, contents):
     """The shard that was on the lost machine is done by the other; the store is that of an undisturbed run.
 
     More images at once than any memory holds are asked for, which tells how many workers each takes to share it: one on

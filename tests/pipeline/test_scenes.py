@@ -49,7 +49,7 @@ def test_the_splits_share_no_digit():
     """The digits themselves, as they lie in the scenes, and not only their numbers."""
     found = {}
     for split in ("train", "val"):
-        images, labels, boxes = scenes(6 * 1024, split=split, config=BARE)
+        images, _, boxes = scenes(6 * 1024, split=split, config=BARE)
         digits = set()
         for image, (x1, y1, x2, y2) in zip(images[..., 0], boxes.astype(int), strict=True):
             assert image[y1:y2, x1:x2].max() > 200

@@ -124,7 +124,7 @@ def test_a_teacher_can_be_rebuilt_from_what_it_says_of_itself(folder, tmp_path):
 
 def test_pretrained_weights_are_timms(teacher, tmp_path, monkeypatch):
     save_file(state_of(teacher), tmp_path / "weights.safetensors")
-    config = dict(file=str(tmp_path / "weights.safetensors"), num_classes=7, input_size=(3, 32, 32))
+    config = {"file": str(tmp_path / "weights.safetensors"), "num_classes": 7, "input_size": (3, 32, 32)}
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, pretrained_cfg_overlay=config, **k))
     loaded = load_teacher(NAME, "pretrained", model_args=ARGS)

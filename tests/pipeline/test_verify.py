@@ -78,7 +78,7 @@ def other_grid(root):
 
 
 @pytest.mark.parametrize(
-    "damage, told",
+    ("damage", "told"),
     [
         (damage_index, "shard-00002.parquet: its digest is not the manifest's"),
         (cut_index, "shard-00002.parquet: its digest is not the manifest's"),

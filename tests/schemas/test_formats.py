@@ -129,7 +129,7 @@ def change(path: Path, **fields: object) -> None:
 
 @pytest.mark.parametrize("file", READERS)
 @pytest.mark.parametrize(
-    "fields, told",
+    ("fields", "told"),
     [
         ({"version": 99}, "version 99, made by a newer zpipe; this one reads up to version 1: upgrade zpipe"),
         ({"version": 0}, "version 0, which is no longer read; "),

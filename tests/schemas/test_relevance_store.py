@@ -121,7 +121,7 @@ def test_a_column_that_is_not_there_is_named(tmp_path):
 def test_rows_and_maps_must_agree(tmp_path):
     stored, scale = rs.encode_maps(np.ones((3, 4, 6), np.float32))
     for maps, rows in ((stored, index_of(2, scale[:2])), (stored.astype(np.float32), index_of(3, scale))):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="rows for . maps of"):
             rs.write_shard(tmp_path, "s", maps, rows, input_sha256="", fingerprint="")
     assert rs.read_seal(tmp_path, "s") is None
 
@@ -172,8 +172,10 @@ def test_whatever_byte_is_damaged_the_error_is_one_line(tmp_path, file):
         reads = [lambda: rs.read_seal(tmp_path, "s"), lambda: rs.read_index(tmp_path, "s", ["status", "scale"])]
     failed = 0
     damaged = [good[:cut] for cut in (0, 1, len(good) // 2, len(good) - 1)]
-    for place in rng.integers(0, len(good), 400):
-        damaged.append(good[:place] + bytes([good[place] ^ int(rng.choice([1, 16, 128, 255]))]) + good[place + 1 :])
+    damaged += [
+        good[:place] + bytes([good[place] ^ int(rng.choice([1, 16, 128, 255]))]) + good[place + 1 :]
+        for place in rng.integers(0, len(good), 400)
+    ]
     for data in damaged:
         path.write_bytes(data)
         for read in reads:
@@ -185,7 +187,7 @@ def test_whatever_byte_is_damaged_the_error_is_one_line(tmp_path, file):
     assert failed > 4
 
 
-@pytest.mark.parametrize("limit, value", [("MAX_ROWS", 5), ("MAX_MAP_BYTES", 5 * 4 * 6 * 2)])
+@pytest.mark.parametrize(("limit", "value"), [("MAX_ROWS", 5), ("MAX_MAP_BYTES", 5 * 4 * 6 * 2)])
 def test_what_is_written_can_be_read(tmp_path, monkeypatch, limit, value):
     monkeypatch.setattr(rs, limit, value)
     assert rs.max_rows((4, 6)) == 5
@@ -243,7 +245,7 @@ def test_unknown_keys(store):
 
 def test_maps_handed_out_cannot_be_written_to(store):
     maps = RelevanceMaps(store)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="read-only"):
         maps[next(iter(maps))][0, 0] = 1
 
 

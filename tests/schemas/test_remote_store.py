@@ -201,7 +201,7 @@ def test_an_endpoint_that_is_dead_is_one_line(process, shards, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "source, told",
+    ("source", "told"),
     [
         ("pipe:cat /etc/passwd", "no such folder"),
         ("pipe:curl http://x/y.tar", "no such folder"),

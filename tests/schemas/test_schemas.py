@@ -27,7 +27,7 @@ def names_below(root):
 
 
 @pytest.mark.parametrize(
-    "name, key, suffix",
+    ("name", "key", "suffix"),
     [
         ("0001.jpg", "0001", "jpg"),
         ("0001.JPEG", "0001", "jpeg"),
@@ -69,7 +69,7 @@ def test_members_of_other_kinds_are_not_looked_at(name):
 
 
 @pytest.mark.parametrize(
-    "members, told",
+    ("members", "told"),
     [
         ([("k.cls", b"1")], "one image, found cls"),
         ([("k.jpg", b"A"), ("k.png", b"B")], "one image, found jpg, png"),
@@ -100,7 +100,7 @@ def test_labels_go_as_far_as_a_store_keeps_them():
 
 
 @pytest.mark.parametrize(
-    "path, stem, whole",
+    ("path", "stem", "whole"),
     [
         ("ant/a.jpg", "a", "ant__a"),
         ("ant/v1.2/a.b.JPEG", "a_b", "ant__v1_2__a_b"),
@@ -120,7 +120,7 @@ def test_a_key_comes_back_from_the_member_name_it_gets(path):
     assert split_name(f"{key}.jpg") == (key, "jpg")
 
 
-@pytest.mark.parametrize("name, stem", [("a/b-00.tar", "b-00"), ("b.v1.tar", "b.v1"), ("c", "c")])
+@pytest.mark.parametrize(("name", "stem"), [("a/b-00.tar", "b-00"), ("b.v1.tar", "b.v1"), ("c", "c")])
 def test_the_stem_of_a_shard(name, stem):
     assert shard_stem(name) == stem
 
@@ -132,7 +132,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("error, seen", [(Stop(), Stop), (OSError(28, "No space left on device"), ZpipeError)])
+@pytest.mark.parametrize(("error", "seen"), [(Stop(), Stop), (OSError(28, "No space left on device"), ZpipeError)])
 @pytest.mark.parametrize("before", [b"old", None])
 def test_a_failed_commit_leaves_the_old_file_and_nothing_else(tmp_path, before, error, seen):
     path = tmp_path / "file.json"
@@ -211,7 +211,7 @@ def test_claiming_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content, told", [(None, "no such file"), (b"{", "not readable"), (b"[]", "not a JSON object")]
+    ("content", "told"), [(None, "no such file"), (b"{", "not readable"), (b"[]", "not a JSON object")]
 )
 def test_reading_json_that_is_not_there_or_not_json(tmp_path, content, told):
     if content is not None:
@@ -224,7 +224,7 @@ def test_json_keeps_any_text_and_refuses_nan(tmp_path):
     value = {"class": "Bär 🐻", "n": [1, 2.5, None]}
     atomic.write_json(tmp_path / "x.json", value)
     assert atomic.read_json(tmp_path / "x.json", "a thing") == value
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         atomic.write_json(tmp_path / "x.json", {"n": float("nan")})
     assert atomic.read_json(tmp_path / "x.json", "a thing") == value and names_below(tmp_path) == ["x.json"]
 
@@ -275,7 +275,7 @@ def test_the_crop_of_a_ramp_is_the_ramp_at_the_crop(case, flip, axis):
 
 @given(crops(), st.booleans())
 def test_any_crop_of_a_ramp_stays_within_a_cell_of_it(case, flip):
-    """Unaligned crops too: a staircase leaves its line by at most half a cell, in x and in y each with its own scale."""
+    """Unaligned crops, too: a staircase is at most half a cell away from its line, in x and y at their own scales."""
     (gh, gw), frame, crop, (out_h, out_w) = case
     for n, origin, extent, low, high, out, axis in (
         (gw, frame.x1, frame.width, crop.x1, crop.x2, out_w, 1),
@@ -428,7 +428,7 @@ def test_a_shard_index_comes_back_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    ("change", "told"),
     [
         ({"format": "other"}, "is 'other' version 1, expected 'zpipe-shards' version 1; run make-shards again"),
         ({"version": 2}, "version 2"),
@@ -564,7 +564,7 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, told",
+    ("change", "told"),
     [
         ({"num_classes": 6}, "made with num_classes = 5, this run has 6; give another --out folder"),
         ({"grid": (14, 14)}, r"grid = \[4, 6\], this run has \[14, 14\]"),

@@ -1,4 +1,4 @@
-"""The command line: each verb on real data, every wrong use one `error:` line, nothing overwritten, progress as promised."""
+"""The command line: each verb on real data, one `error:` line for each wrong use, nothing overwritten, progress."""
 
 import json
 import os

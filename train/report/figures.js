@@ -32,8 +32,8 @@ zpipe.figures = (() => {
     return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   }
 
-  function traces(figure) {
-    return figure.data.map(({ series, dashed, ...trace }) => {
+  function traces({ data }) {
+    return data.map(({ series, dashed, ...trace }) => {
       const ink = COLOURS[series % COLOURS.length];
       const round = Math.floor(series / COLOURS.length);
       const out = { ...trace };
@@ -49,21 +49,21 @@ zpipe.figures = (() => {
     });
   }
 
-  function layout(figure) {
+  function layout(plotted) {
     const axis = { gridcolor: colour("--grid"), zerolinecolor: colour("--line"), linecolor: colour("--line"), automargin: true };
     const titled = (own) => ({ ...axis, ...own, title: { ...own.title, font: { size: 13 }, standoff: 10 } });
-    const few = figure.data.length <= 8;
+    const few = plotted.data.length <= 8;
     return {
-      ...figure.layout,
-      xaxis: titled(figure.layout.xaxis),
-      yaxis: titled(figure.layout.yaxis),
+      ...plotted.layout,
+      xaxis: titled(plotted.layout.xaxis),
+      yaxis: titled(plotted.layout.yaxis),
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: colour("--text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
       hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--quiet"), font: { color: colour("--text") }, align: "left" },
       hovermode: "closest",
       margin: { l: 60, r: 16, t: 16, b: 48 },
-      height: few ? 380 : 380 + 10 * figure.data.length,
+      height: few ? 380 : 380 + 10 * plotted.data.length,
       showlegend: true,
       legend: { orientation: "h", y: -0.18, yanchor: "top", x: 0 },
     };

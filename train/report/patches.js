@@ -45,7 +45,7 @@ zpipe.patches = (() => {
       const alpha = Math.fround(zoom.alpha);
       return Array.from(cells, (score) => score > alpha);
     }
-    const chosen = new Array(cells.length).fill(false);
+    const chosen = Array.from({ length: cells.length }, () => false);
     for (const cell of falling(cells, cells.keys()).slice(0, zoom.budget)) chosen[cell] = true;
     return chosen;
   }

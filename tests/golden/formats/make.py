@@ -2,10 +2,11 @@
 
     python tests/golden/formats/make.py FOLDER
 
-An example is made once, when a version is new, and never again: later zpipes must read what this one wrote. When a version
-changes, make a new folder and leave the old one to tests/test_formats.py.
+An example is made once, when a version is new, and never again: later zpipes must read what this one wrote. When a
+version changes, make a new folder and leave the old one to tests/test_formats.py.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -64,10 +65,8 @@ def main(folder: Path) -> None:
             raise Stop
 
     saving = dataclasses.replace(VIT, train=dataclasses.replace(TRAIN, checkpoint_s=0.0))
-    try:
+    with contextlib.suppress(Stop):
         train_vit(shards, Path("stopped"), saving, maps=maps, progress=stop)
-    except Stop:
-        pass
     for run in ("zoomer", "zoomvit"):
         (Path(run) / "checkpoint.pt").unlink()  # the stopped run has one
     row = Result(study="example", run="zoomvit", model="zoomvit", setting={"alpha": 0.5}, metric="top1", n=6, value=0.5)

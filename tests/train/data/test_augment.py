@@ -1,4 +1,4 @@
-"""What happens to pixels, maps and targets beyond crop and flip: colours, mixing, frames, and decoding at a fraction."""
+"""Pixels, maps and targets beyond crop and flip: colours, mixing, frames, and decoding at a reduced size."""
 
 import io
 import random
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_loader import data, load  # noqa: F401 (fixture)
+from ramps import load
 from tiny import GRID, SIDE, scenes, store
 
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -32,7 +32,7 @@ from zpipe.train.data.transforms import (
 
 
 @pytest.mark.parametrize("colour", ["deit", "deit3"])
-def test_colours_change_and_nothing_else(data, colour):  # noqa: F811
+def test_colours_change_and_nothing_else(data, colour):
     plain, coloured = load(data), load(data, view=ViewConfig(colour=colour))
     changed = 0
     for one, other in zip(plain, coloured, strict=True):
@@ -46,7 +46,7 @@ def test_colours_change_and_nothing_else(data, colour):  # noqa: F811
 
 @pytest.mark.parametrize("colour", ["deit", "deit3"])
 def test_no_pixel_moves(colour):
-    """An image that is black but for one bright square: whatever is done to it, the square's place stays the odd one."""
+    """A black image with one bright square, whose place stays the odd one whatever is done to the image."""
     pixels = np.zeros((3, 32, 32), np.uint8)
     pixels[:, 8:20, 4:12] = 200
     for seed in range(60):
@@ -69,7 +69,7 @@ def test_the_weakest_and_the_strongest_operation_can_be_done(monkeypatch, name, 
         assert out.shape == pixels.shape and len(np.unique(out)) > 1
 
 
-def test_evaluation_leaves_colours_alone(data):  # noqa: F811
+def test_evaluation_leaves_colours_alone(data):
     plain, asked = (load(data, augment="eval", view=ViewConfig(colour=colour)) for colour in ("none", "deit3"))
     assert all(torch.equal(one["image"], other["image"]) for one, other in zip(plain, asked, strict=True))
 
@@ -91,7 +91,9 @@ def photo(width, height):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("size, loaded", [(700, (1600, 1200)), (400, (800, 600)), (300, (400, 300)), (60, (200, 150))])
+@pytest.mark.parametrize(
+    ("size", "loaded"), [(700, (1600, 1200)), (400, (800, 600)), (300, (400, 300)), (60, (200, 150))]
+)
 def test_a_jpeg_is_decoded_at_a_fraction_where_that_is_enough(size, loaded):
     whole = View(Box(0, 0, 1600, 1200), False)
     image, view, source = decode(photo(1600, 1200), lambda _: whole, size)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import cut, encode, late_profile, rewrite_store, store, write_shards, write_tar
+from ramps import CELLS, KEYS, LENGTHS, SIZES, angle_of, copy_shards, keys_of, load, ramp
+from tiny import cut, encode, late_profile, store, write_shards, write_tar
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import read_manifest, write_manifest
@@ -18,66 +19,6 @@ from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig, draw_view
 
 torch.set_num_threads(1)
-SIZES = [(96, 48), (40, 100), (64, 64), (33, 57)]  # width, height
-CELLS = 32
-# Tars of unequal length: the hard case for ranks that must take equally many steps.
-LENGTHS = (7, 3, 6, 1, 5, 2)
-KEYS = [f"img_{number:03d}" for number in range(sum(LENGTHS))]
-
-
-def ramp(angle: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A plane over the unit square that rises towards `angle`, 0 and 1 at the outermost cell centres of a map."""
-    cos, sin = np.cos(angle), np.sin(angle)
-    edge = 0.5 / CELLS
-    corners = [cos * a + sin * b for a in (edge, 1 - edge) for b in (edge, 1 - edge)]
-    return (cos * x + sin * y - min(corners)) / (max(corners) - min(corners))
-
-
-def plane(angle: float, width: int, height: int) -> np.ndarray:
-    x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
-    return ramp(angle, x, y)
-
-
-def angle_of(number: int) -> float:
-    return 2 * np.pi * number / len(KEYS)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Every image is the picture of its own map: a ramp in a direction that no other image has."""
-    root = tmp_path_factory.mktemp("loader")
-    tars, number = [], 0
-    for length in LENGTHS:
-        members = {}
-        for _ in range(length):
-            grey = np.clip(plane(angle_of(number), *SIZES[number % len(SIZES)]) * 255, 0, 255).round().astype(np.uint8)
-            members[f"{KEYS[number]}.png"] = encode(grey)
-            members[f"{KEYS[number]}.cls"] = str(number).encode()
-            number += 1
-        tars.append(members)
-    shards = write_shards(root / "shards", tars)
-    maps = {key: plane(angle_of(number), CELLS, CELLS) for number, key in enumerate(KEYS)}
-    return shards, rewrite_store(store(shards, root / "maps", num_classes=len(KEYS)), maps)
-
-
-def load(data, **options) -> list[dict]:
-    loader = RelevanceLoader(*data, **{"batch_size": 4, "image_size": CELLS} | options)
-    batches = list(loader)
-    assert len(batches) == len(loader)
-    return batches
-
-
-def keys_of(batches: list[dict]) -> list[str]:
-    return [key for batch in batches for key in batch["key"]]
-
-
-def copy_shards(data, folder):
-    folder.mkdir()
-    for path in data[0].iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
 # ------------------------------------------------------------------------------------- a map belongs to its image
 
 
@@ -252,15 +193,6 @@ def test_training_drops_partial_batches_of_each_worker(data):
 
 
 # -------------------------------------------------------------------------------------------- samples without a map
-
-
-@pytest.fixture(scope="module")
-def holes(data, tmp_path_factory):
-    """The same store with two maps that hold no relevance."""
-    shards = data[0]
-    maps = {key: plane(angle_of(number), CELLS, CELLS) for number, key in enumerate(KEYS)}
-    root = store(shards, tmp_path_factory.mktemp("holes") / "maps", num_classes=len(KEYS))
-    return shards, rewrite_store(root, maps, {KEYS[2]: "zero", KEYS[12]: "nonfinite"})
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

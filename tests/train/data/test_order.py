@@ -1,5 +1,6 @@
 """The order of an epoch: every sample once, whoever reads; and going on in the middle of one."""
 
+import itertools
 import json
 import random
 import subprocess
@@ -13,8 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loader import CELLS, KEYS, copy_shards, data, holes, keys_of, load  # noqa: F401 (fixtures)
-from tiny import cut, write_shards
+from ramps import CELLS, KEYS, copy_shards, keys_of, load
+from tiny import cut, encode, write_shards
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.data import order as ordering
@@ -34,7 +35,7 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
-def loader_of(data, **options):  # noqa: F811
+def loader_of(data, **options):
     return RelevanceLoader(*data, **{"batch_size": 4, "image_size": CELLS} | options)
 
 
@@ -93,7 +94,7 @@ def test_every_rank_takes_its_part_of_every_batch(counts, part, world_size, lane
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("batch_size, repeats", [(64, 1), (1024, 3), (48, 2)])
+@pytest.mark.parametrize(("batch_size", "repeats"), [(64, 1), (1024, 3), (48, 2)])
 def test_a_shard_is_read_by_one_rank_when_the_lanes_come_out_even(world_size, batch_size, repeats):
     plan = whole_batches(epoch_plan([150] * 32, 8), batch_size, repeats)
     rank = deal(plan, batch_size, world_size)
@@ -172,12 +173,12 @@ def test_a_batch_is_mixed_from_many_shards():
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
-def test_how_many_processes_read_changes_nothing(data, num_workers):  # noqa: F811
+def test_how_many_processes_read_changes_nothing(data, num_workers):
     same_batches(load(data, num_workers=num_workers), load(data))
 
 
 @pytest.mark.parametrize("workers", [(0, 2), (2, 0), (2, 4), (3, 1), (1, 3)])
-def test_gone_on_with_in_the_middle_it_is_the_same_epoch(data, workers):  # noqa: F811
+def test_gone_on_with_in_the_middle_it_is_the_same_epoch(data, workers):
     """From every batch on, in a new loader with another number of workers."""
     before, after = workers
     first = loader_of(data, num_workers=before)
@@ -198,14 +199,14 @@ def test_gone_on_with_in_the_middle_it_is_the_same_epoch(data, workers):  # noqa
     same_batches(list(second), list(fresh))
 
 
-def test_a_state_of_another_order_is_refused(data):  # noqa: F811
+def test_a_state_of_another_order_is_refused(data):
     state = loader_of(data).state_dict()
     for options in ({"seed": 1}, {"batch_size": 3}, {"world_size": 2}, {"repeats": 2}):
         with pytest.raises(UsageError, match=f"taken with {next(iter(options))}="):
             loader_of(data, **options).load_state_dict(state)
 
 
-def test_a_state_over_other_shards_is_refused(data, tmp_path):  # noqa: F811
+def test_a_state_over_other_shards_is_refused(data, tmp_path):
     loader = loader_of(data)
     next(iter(loader))
     state = json.loads(json.dumps(loader.state_dict()))
@@ -227,7 +228,7 @@ def test_a_state_over_other_shards_is_refused(data, tmp_path):  # noqa: F811
         fewer.load_state_dict(state | {"batch": len(fewer) + 1})
 
 
-def together(data, world_size, *, batch_size, **options):  # noqa: F811
+def together(data, world_size, *, batch_size, **options):
     """The batches of all ranks, put together."""
     ranks = [
         loader_of(data, batch_size=batch_size // world_size, rank=rank, world_size=world_size, **options)
@@ -243,7 +244,7 @@ def entries(batch):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(0, 20), st.integers(0, 100))
-def test_ranks_together_have_the_batches_of_one_process(data, world_size, part, repeats, epoch, seed):  # noqa: F811
+def test_ranks_together_have_the_batches_of_one_process(data, world_size, part, repeats, epoch, seed):
     options = {"batch_size": part * world_size, "repeats": repeats, "seed": seed, "image_size": 4}
     one = loader_of(data, **options, num_workers=0)
     one._lanes = loader_of(data, **options | {"batch_size": part}, world_size=world_size)._lanes  # 9 for 3 ranks
@@ -252,14 +253,14 @@ def test_ranks_together_have_the_batches_of_one_process(data, world_size, part, 
     assert len({len(rank) for rank in ranks}) == 1
 
 
-def test_a_rank_keeps_the_order_of_the_batch(data):  # noqa: F811
+def test_a_rank_keeps_the_order_of_the_batch(data):
     wholes = [batch["key"] for batch in loader_of(data, batch_size=6)]
     for rank in range(2):
         for whole, batch in zip(wholes, loader_of(data, batch_size=3, rank=rank, world_size=2), strict=True):
             assert batch["key"] == [key for key in whole if key in batch["key"]]
 
 
-def test_gone_on_with_by_another_number_of_ranks(data):  # noqa: F811
+def test_gone_on_with_by_another_number_of_ranks(data):
     wholes = [entries(batch) for batch in loader_of(data, batch_size=6)]
     first = loader_of(data, batch_size=3, rank=1, world_size=2)
     next(iter(first))
@@ -270,14 +271,14 @@ def test_gone_on_with_by_another_number_of_ranks(data):  # noqa: F811
             loader = loader_of(data, batch_size=6 // world_size, rank=rank, world_size=world_size)
             loader.load_state_dict(state)
             parts.append([entries(batch) for batch in loader])
-        assert [sorted(sum(part, [])) for part in zip(*parts, strict=True)] == wholes[1:]
+        assert [sorted(itertools.chain(*part)) for part in zip(*parts, strict=True)] == wholes[1:]
     # In evaluation ranks have other batches altogether.
     state = loader_of(data, augment="eval", rank=1, world_size=2).state_dict()
     with pytest.raises(UsageError, match="taken with batch_size=4, this loader has 8"):
         loader_of(data, augment="eval", batch_size=8).load_state_dict(state)
 
 
-def test_repeats_are_gone_on_with_and_let_go(data):  # noqa: F811
+def test_repeats_are_gone_on_with_and_let_go(data):
     first, second = (loader_of(data, repeats=3, num_workers=workers) for workers in (2, 0))
     batches = list(first)
     assert all(len(set(batch["key"])) == 2 and len(set(entries(batch))) == 4 for batch in batches)
@@ -288,13 +289,13 @@ def test_repeats_are_gone_on_with_and_let_go(data):  # noqa: F811
     assert first.epoch_counts() == {"served": 12, "dropped": 12}
 
 
-def test_the_first_of_the_repeats_is_what_comes_without_them(data):  # noqa: F811
+def test_the_first_of_the_repeats_is_what_comes_without_them(data):
     alone = {item for batch in loader_of(data) for item in entries(batch)}
     batch = next(iter(loader_of(data, repeats=2)))
     assert sum(item in alone for item in entries(batch)) == 2
 
 
-def test_reading_draws_nothing_from_the_users_random_numbers(data):  # noqa: F811
+def test_reading_draws_nothing_from_the_users_random_numbers(data):
     for colour in ("none", "deit", "deit3"):
         torch.manual_seed(0)
         random.seed(0)
@@ -337,7 +338,7 @@ for batch in loader:
 """
 
 
-def killed_and_gone_on_with(data, folder, times, rng):  # noqa: F811
+def killed_and_gone_on_with(data, folder, times, rng):
     kills = 0
     for _ in range(200):
         line = [sys.executable, "-c", KILLED, str(data[0]), str(data[1]), str(folder), str(rng.choice([0, 1, 2, 3]))]
@@ -353,14 +354,14 @@ def killed_and_gone_on_with(data, folder, times, rng):  # noqa: F811
     return json.loads((folder / "state.json").read_text())["seen"], kills
 
 
-def test_killed_in_mid_epoch_no_sample_is_lost_or_doubled(data, tmp_path):  # noqa: F811
+def test_killed_in_mid_epoch_no_sample_is_lost_or_doubled(data, tmp_path):
     seen, _ = killed_and_gone_on_with(data, tmp_path, 2, random.Random(0))
     whole = keys_of(load(data, batch_size=2, image_size=16, seed=5))
     assert seen == whole and sorted(whole) == sorted(KEYS)
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_points(data, tmp_path):  # noqa: F811
+def test_killed_at_twenty_points(data, tmp_path):
     rng, kills, round_number = random.Random(1), 0, 0
     while kills < 20:
         folder = tmp_path / str(round_number)
@@ -373,7 +374,7 @@ def test_killed_at_twenty_points(data, tmp_path):  # noqa: F811
 # ---------------------------------------------------------------------------------------- counts, damage, public tars
 
 
-def test_what_became_of_the_samples_is_told(data, holes):  # noqa: F811
+def test_what_became_of_the_samples_is_told(data, holes):
     assert loader_of(data, batch_size=5).epoch_counts() == {"served": 20, "dropped": 4}
     assert loader_of(data, batch_size=5, augment="eval").epoch_counts() == {"served": 24, "dropped": 0}
     two = loader_of(data, batch_size=2, world_size=2)
@@ -386,7 +387,7 @@ def test_what_became_of_the_samples_is_told(data, holes):  # noqa: F811
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_damaged_tar_may_be_left_out_and_is_told(data, tmp_path, num_workers):  # noqa: F811
+def test_a_damaged_tar_may_be_left_out_and_is_told(data, tmp_path, num_workers):
     folder = copy_shards(data, tmp_path / "s")
     loader = RelevanceLoader(folder, data[1], batch_size=6, image_size=CELLS, num_workers=num_workers, damaged="skip")
     cut(folder / "shard-00002.tar", "on")
@@ -400,7 +401,7 @@ def test_a_damaged_tar_may_be_left_out_and_is_told(data, tmp_path, num_workers):
         )
 
 
-def test_public_tars_are_read_as_they_are(data, tmp_path):  # noqa: F811
+def test_public_tars_are_read_as_they_are(data, tmp_path):
     """No index beside them; the same order and the same samples as with one."""
     folder = copy_shards(data, tmp_path / "s")
     for name in ("shards.json",):
@@ -409,7 +410,7 @@ def test_public_tars_are_read_as_they_are(data, tmp_path):  # noqa: F811
     same_batches(load((folder,), augment="eval", num_workers=2), load((data[0],), augment="eval", num_workers=2))
 
 
-def test_public_tars_that_are_not_those_of_the_maps_are_noticed(data, tmp_path):  # noqa: F811
+def test_public_tars_that_are_not_those_of_the_maps_are_noticed(data, tmp_path):
     folder = copy_shards(data, tmp_path / "s")
     (folder / "shards.json").unlink()
     (folder / "shard-00001.tar").unlink()
@@ -423,8 +424,6 @@ def test_public_tars_that_are_not_those_of_the_maps_are_noticed(data, tmp_path):
 def test_a_mutated_tar_gives_its_samples_or_an_error(tmp_path_factory, draw):
     """Bytes changed, cut or repeated anywhere: the loader ends, with every label or with one line, never in between."""
     pixels = np.zeros((8, 8, 3), np.uint8)
-    from tiny import encode
-
     members = {}
     for number in range(3):
         members[f"{number}.png"] = encode(pixels + number)

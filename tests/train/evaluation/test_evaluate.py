@@ -127,7 +127,7 @@ def test_top1_with_the_teachers_maps_as_scores(data, by_hand):
     maps = data / "maps"
     config = replace(CONFIG, alphas=(), budgets=(5,), scores="maps")
     whole = open_maps(maps)
-    # crop_pct of a run is applied to its maps too; the map of a centre crop, by hand, from the definition of an average.
+    # The crop_pct of a run applies to its maps, too; by hand, the map of a centre crop is an average over its cells.
     weights = np.zeros((GRID, GRID))
     edges = np.linspace(0.0625, 0.9375, GRID + 1) * GRID
     for row in range(GRID):
@@ -315,7 +315,7 @@ def test_labels_beyond_the_models_classes(data, tmp_path):
         evaluate(tmp_path / "run", shards, CONFIG)
 
 
-# ------------------------------------------------------------------------------------------------- weights and precision
+# ------------------------------------------------------------------------------------------------ weights and precision
 
 
 def test_the_weights_of_the_best_epoch_and_of_a_kept_one(data, tmp_path):
@@ -336,7 +336,7 @@ def test_the_weights_of_the_best_epoch_and_of_a_kept_one(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "weights, told", [("best", "train with --val"), ("7", "train.keep"), ("first", "--weights first: choose")]
+    ("weights", "told"), [("best", "train with --val"), ("7", "train.keep"), ("first", "--weights first: choose")]
 )
 def test_weights_that_are_not_there(data, weights, told):
     with pytest.raises(UsageError, match=told):

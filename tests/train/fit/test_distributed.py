@@ -5,6 +5,7 @@ What the loop does on several ranks is tested in two processes joined by gloo al
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -95,7 +96,7 @@ def stop_in_step(number):
 
 
 def jobs(data, out):
-    """What both ranks do, one after the other: name -> (function, arguments, step in which the second rank stops it)."""
+    """The jobs of both ranks, in order: name -> (function, arguments, step in which the second rank stops it)."""
     shards = data / "shards"
 
     def vit(name, config, stop=0, **more):
@@ -142,7 +143,7 @@ def work(rank, port, data, out, told):
 
 @pytest.fixture(scope="module")
 def pair(data, tmp_path_factory):
-    """The folder of the runs of two ranks; what they failed on, as (job, rank) -> (kind, text), and what was saved then."""
+    """The folder of the runs of two ranks; their errors as (job, rank) -> (kind, text); what was saved then."""
     out = tmp_path_factory.mktemp("pair")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -167,7 +168,9 @@ def test_two_ranks_give_the_curve_of_one_process(data, pair, tmp_path):
     assert top1[0] == pytest.approx(top1[1])
 
 
-@pytest.mark.parametrize("name, changes", [("accumulated", {"accumulate": 2, "batch_size": 4, "ema": 0.9}), ("repeated", {"repeats": 3})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "changes"), [("accumulated", {"accumulate": 2, "batch_size": 4, "ema": 0.9}), ("repeated", {"repeats": 3})]
+)
 def test_and_with_accumulated_gradients_averages_and_repeats(data, pair, tmp_path, name, changes):
     train_vit(data / "shards", tmp_path / "one", with_loop(ZOOM, **changes))
     assert losses(pair[0] / name) == pytest.approx(losses(tmp_path / "one"), abs=LOSS_TOLERANCE)
@@ -186,7 +189,8 @@ def test_a_stop_that_one_rank_hears_of_ends_all_and_is_gone_on_with(pair):
     """Drop-path and mixing draw on each rank for itself; all of their generators come back."""
     out, errors = pair
     for rank in range(2):
-        assert errors["drop stopped", rank] == ("Stopped", f"{out / 'again'}: stopped in step 7 of 20; run the same command again to go on")  # fmt: skip
+        told = f"{out / 'again'}: stopped in step 7 of 20; run the same command again to go on"
+        assert errors["drop stopped", rank] == ("Stopped", told)
     assert same_weights(out / "again", out / "drop")
     assert [line["step"] for line in lines(out / "again")] == list(range(1, STEPS + 1))
 
@@ -194,7 +198,8 @@ def test_a_stop_that_one_rank_hears_of_ends_all_and_is_gone_on_with(pair):
 def test_no_rank_leaves_before_the_state_is_saved(pair):
     """Ray ends the others when the first of them leaves."""
     saved = {key: step for key, (kind, step) in pair[1].items() if kind == "step"}
-    assert saved == {(f"{name}: saved", rank): at for name, at in (("drop stopped", 7), ("for one", 8)) for rank in (0, 1)}  # fmt: skip
+    stops = (("drop stopped", 7), ("for one", 8))
+    assert saved == {(f"{name}: saved", rank): step for name, step in stops for rank in (0, 1)}
 
 
 def test_ranks_draw_apart_what_is_theirs(pair):
@@ -219,7 +224,7 @@ def test_a_zoomer_is_trained_by_two(pair):
 
 
 def test_all_ranks_end_with_one_error(pair):
-    out, errors = pair
+    _, errors = pair
     for rank in range(2):
         assert "the loss became" in errors["not finite", rank][1]
         assert errors["wrong", rank][0] == "UsageError"
@@ -279,7 +284,8 @@ def test_a_run_that_is_there_may_be_refused(cli, data, tmp_path):
     options += ["--data-workers", 0, "--device", "cpu", "--set", f"model_args={json.dumps(BODY)}"]
     assert cli("train-vit", data / "shards", *options, "--resume", "never").code == 0
     told = cli("train-vit", data / "shards", *options, "--resume", "never")
-    assert told.code == 2 and told.error.endswith("holds a run already; give another --out, or --resume auto to go on with it")  # fmt: skip
+    assert told.code == 2
+    assert told.error.endswith("holds a run already; give another --out, or --resume auto to go on with it")
     assert cli("train-vit", data / "shards", *options, "--data-workers", 1).code == 0
     assert cli("train-vit", data / "shards", *options, "--resume", "always").code == 2
 
@@ -314,7 +320,7 @@ class Running:
         return self.log.read_text()
 
     def look(self):
-        """Its descendants, of which it remembers the names. int -> str"""
+        """The names of its descendants that are alive, by process id. Remembers those that it saw."""
         now, known = processes(), {self.process.pid, *self.below}
         while more := {pid for pid, (parent, _) in now.items() if parent in known and pid not in known}:
             known |= more
@@ -362,10 +368,8 @@ def on_ray(command, data, tmp_path):
     for running in started:
         left = running.look()
         for pid in [running.process.pid, *left] if running.process.poll() is None else left:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         running.process.wait(30)
 
 
@@ -375,7 +379,7 @@ def steps_done(run):
 
 
 def test_a_killed_worker_changes_nothing(pair, on_ray, tmp_path):
-    """All begin again from the last checkpoint, in mid-epoch, and end as an undisturbed run of two ranks, bit for bit."""
+    """All ranks restart from the last checkpoint, in mid-epoch, and end bit for bit as an undisturbed run."""
     run = tmp_path / "run"
     running = on_ray(run, LONG, "--data-workers", 0)
 

@@ -1,4 +1,4 @@
-"""What the loop offers beyond one step after another: averages, accumulation, precision, schedules, best weights, logs."""
+"""What the loop offers beyond plain steps: averages, accumulation, precision, schedules, best weights, logs."""
 
 from __future__ import annotations
 
@@ -218,7 +218,8 @@ def test_a_run_keeps_its_id_at_wandb_and_shares_it_with_no_other(tmp_path, monke
         run.mkdir(parents=True, exist_ok=True)
         with metric_log(run, wandb="project") as log:
             log({"step": 3, "loss": 1.0})
-    assert {(each["project"], each["name"], each["resume"], each["logged"]) for each in begun} == {("project", "run", "allow", 3)}  # fmt: skip
+    fields = {tuple(each[name] for name in ("project", "name", "resume", "logged")) for each in begun}
+    assert fields == {("project", "run", "allow", 3)}
     ids = [each["id"] for each in begun]
     assert ids[0] == ids[1] != ids[2] and all(ids)
 

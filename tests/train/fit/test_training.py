@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -279,7 +280,7 @@ def test_a_killed_data_process_is_one_line(data, tmp_path):
         wait_for(lambda: (tmp_path / "run" / "checkpoint.pt").is_file(), process)
 
         def kill_worker():
-            children = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             for child in children:
                 os.kill(int(child), signal.SIGKILL)
             return children
@@ -556,7 +557,7 @@ def test_images_are_normalised_as_the_weights_to_start_from_want(data, finished,
     halfway, settings = tmp_path / "halfway", {"init_from": str(begun), "train__checkpoint_s": 0.0}
     with pytest.raises(Stop):
         run(data, PLAIN, halfway, progress=stop, **settings)
-    # A zoomer's model that wants another normalisation than it is refused; and an attempt that left no state binds nothing.
+    # A model that wants another normalisation than its zoomer is refused; an attempt that left no state binds nothing.
     with pytest.raises(
         UsageError, match=r"--zoomer: was trained with mean \[0.485,.* --set mean=\[0.485,0.456,0.406\] --set std"
     ):

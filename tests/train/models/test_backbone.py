@@ -25,7 +25,7 @@ WRAPPED = [
 ]
 
 
-@pytest.mark.parametrize("kind, name", WRAPPED)
+@pytest.mark.parametrize(("kind", "name"), WRAPPED)
 @pytest.mark.parametrize("coarse", [False, True])
 def test_layers_are_those_of_the_backbone(kind, name, coarse):
     backbone = timm.create_model(name, num_classes=3)
@@ -51,7 +51,7 @@ def test_layer_wise_learning_rates_reach_them():
     assert min(scales) == 0.5**13 and max(scales) == 1  # embedding, 12 blocks, head
 
 
-@pytest.mark.parametrize("kind, name", WRAPPED)
+@pytest.mark.parametrize(("kind", "name"), WRAPPED)
 def test_the_head_is_the_backbones(kind, name):
     model = kind(timm.create_model(name, num_classes=3))
     assert model.get_classifier() is model.backbone.get_classifier() and model.num_classes == 3

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 import onnxruntime
 import pytest
 import timm
 import timm.optim
 import torch
-from hypothesis import given, settings
+from golden_models import check_golden, golden
+from hypothesis import given
 from hypothesis import strategies as st
-from test_release import golden
 from timm.models.vision_transformer import VisionTransformer
+from tiny_cfvit import GRIDS, SMALL, few, pixels, shake, small
 from torch import nn
 
 from zpipe.train.checkpoint import Preprocessing, load_run, save_model
@@ -23,45 +23,7 @@ from zpipe.train.models import CFViT, load_release, load_vit
 from zpipe.train.models.cfvit import REUSES, attention_weights, share_of
 
 torch.set_num_threads(1)
-SMALL = {"img_size": 48, "patch_size": 4, "embed_dim": 24, "depth": 5, "num_heads": 3, "num_classes": 5}
-GRIDS = pytest.mark.parametrize("img_size", [48, 72])  # 6 x 6 and 9 x 9 coarse cells
-few = settings(max_examples=25, deadline=None)
-
-
-def shake(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights large enough that every one of them shows in the logits."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.2 if p.ndim > 1 else 0.3))
-            if "norm" in name and name.endswith("weight"):
-                p.add_(1)
-    return module
-
-
-def small(cls: type[CFViT] = CFViT, **kwargs) -> CFViT:
-    return shake(cls(**SMALL | kwargs)).eval()
-
-
-def pixels(n: int = 6, img_size: int = 48, seed: int = 0) -> torch.Tensor:
-    """Images whose coarse cells differ, as the ones that the model attends to must."""
-    generator = torch.Generator().manual_seed(seed)
-    rough = torch.randn(n, 3, 12, 12, generator=generator)
-    return nn.functional.interpolate(rough, img_size) + 0.3 * torch.randn(n, 3, img_size, img_size, generator=generator)
-
-
 # -- the authors' numbers ----------------------------------------------------------------------------------------------
-
-
-def check_golden(name: str, model: str, **config) -> None:
-    values, state, images = golden(name)
-    vit = load_release(state, model=model, num_heads=int(values["config"][4]), **config)
-    coarse, fine = vit(images, return_stages=True)
-    np.testing.assert_allclose(coarse.numpy(), values["coarse_logits"], atol=1e-5)
-    np.testing.assert_allclose(fine.numpy(), values["fine_logits"], atol=1e-5)
-    np.testing.assert_allclose(vit(images, full_split=True).numpy(), values["fine_logits_full_split"], atol=1e-5)
-    assert fine.std() > 0.1 and not vit.training
-    assert [*vit.lengths(full_split=True), *vit.lengths()] == values["tokens"].tolist()
 
 
 @torch.no_grad()
@@ -137,8 +99,8 @@ def by_the_book(model: CFViT, image: torch.Tensor, count: int) -> torch.Tensor:
     tokens = [fine[:1]]
     for cell in best:
         row, column = divmod(cell, n)
-        for place in (2 * row * 2 * n + 2 * column + step for step in (0, 1, 2 * n, 2 * n + 1)):
-            tokens.append((fine[1 + place] + reused[cell])[None])
+        first = 2 * row * 2 * n + 2 * column
+        tokens += [(fine[1 + first + step] + reused[cell])[None] for step in (0, 1, 2 * n, 2 * n + 1)]
     tokens += [coarse[1 + cell][None] for cell in range(n * n) if cell not in best]
     return model.head(model.norm(model.blocks(torch.cat(tokens)[None])[:, 0]))
 

@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import timm
 import torch
+from golden_models import check_golden, golden
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cfvit import GRIDS, check_golden, few, pixels, small
-from test_release import golden
+from tiny_cfvit import GRIDS, few, pixels, small
 
 from zpipe.train.macs import count_macs
 from zpipe.train.models import LFViT, load_release
@@ -70,7 +70,7 @@ def test_regions_by_brute_force(side, size, seed):
             window = grid[row : row + size, column : column + size]
             assert window.shape == (size, size) and (sign * window).max() == (sign * grid).max()
     rows, columns = region_corner(scores, size, "random")
-    assert 0 <= min(rows.min(), columns.min()) and max(rows.max(), columns.max()) <= side - size
+    assert min(rows.min(), columns.min()) >= 0 and max(rows.max(), columns.max()) <= side - size
 
 
 @torch.no_grad()

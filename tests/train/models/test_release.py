@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pickle
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from golden_models import golden
 from scipy.optimize import linear_sum_assignment
 
 from zpipe.train.checkpoint import Preprocessing, load_run, save_model
@@ -18,20 +18,7 @@ from zpipe.train.models import Zoomer, load_release
 from zpipe.train.models.release import ReleasedZoomViT
 
 torch.set_num_threads(1)
-GOLDEN = Path(__file__).parents[2] / "golden"
 FACTORS = {"release_eta2": 2.0, "release_eta05": 0.5}
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-
-
-def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, torch.Tensor], torch.Tensor]:
-    """What is in the file, its state dict, and the images as the model sees them."""
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        values = dict(file)
-    state = {key[2:]: torch.from_numpy(value) for key, value in values.items() if key.startswith("w/")}
-    pixels = torch.from_numpy(values["images_uint8"]).float().repeat_interleave(4, 2).repeat_interleave(4, 3)
-    images = (F.avg_pool2d(pixels, 5, 1, 2) / 255 - MEAN) / STD
-    return values, state, images
 
 
 def opened(name: str):
@@ -109,7 +96,7 @@ def test_deeper_zoomers(num_blocks):
 
 
 def test_saved_and_opened_again(tmp_path):
-    values, images, state, config = opened("release_eta2")
+    _, images, state, config = opened("release_eta2")
     vit, zoomer = load_release(state, **config)
     save_model(tmp_path, vit, Preprocessing(image_size=224, mean=(0.5,) * 3, std=(0.2,) * 3))
     again = load_run(tmp_path).model

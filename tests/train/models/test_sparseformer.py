@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_glimpses_are_what_the_forward_pass_saw():
     stages = model.glimpses(images)
     assert len(stages) == 5  # four repeats, and the cortex
     assert stages[0].rois.shape == (2, 9, 4) and stages[0].points.shape == (2, 9, 16, 2)
-    moved = [not torch.equal(a.rois, b.rois) for a, b in zip(stages, stages[1:], strict=False)]
+    moved = [not torch.equal(a.rois, b.rois) for a, b in itertools.pairwise(stages)]
     assert all(moved)
     for rois, points in stages:  # the points are centred on the RoI; a third of a standard deviation from it
         centre, extent = (rois[..., :2] + rois[..., 2:]) / 2, rois[..., 2:] - rois[..., :2]

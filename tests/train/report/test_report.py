@@ -601,7 +601,7 @@ def test_the_rules_of_patches_on_ties_and_thresholds(page_file, open_page):
         for zoom in ({"alpha": 0.1}, {"alpha": 0.2}, {"alpha": 0.3}, {"alpha": 0.0}, {"budget": 4}, {"budget": 0}):
             zoomed = zoom_tokens.choose_cells(scores, 12, side, zoom.get("alpha"), zoom.get("budget"), factor)
             order = zoom_tokens.order_tokens(cells, zoom_tokens.fine_scores(scores, factor), zoomed)
-            call = "([rows, factor, zoom]) => rows.map(row => zpipe.patches.tokenIds(Float32Array.from(row), factor, zoom))"
+            call = "([rows, factor, zoom]) => rows.map(r => zpipe.patches.tokenIds(Float32Array.from(r), factor, zoom))"
             found = page.evaluate(call, [scores.tolist(), factor, zoom])
             assert found == [ids[:count].tolist() for ids, count in zip(order.ids, order.counts, strict=True)]
 
@@ -777,7 +777,8 @@ def test_by_keyboard_alone(page_file, open_page):
     page.keyboard.press("Escape")
     assert dialog.is_hidden()
     wait_until(page, f"{at} === '2'")  # a dialog tells that it was closed a moment later
-    unnamed = """() => [...document.querySelectorAll("canvas, select, input, button, article, dialog, [role=img]")].filter(
+    unnamed = """() => [
+        ...document.querySelectorAll("canvas, select, input, button, article, dialog, [role=img]")].filter(
         (node) => !(node.getAttribute("aria-label") || node.getAttribute("aria-labelledby") || node.labels?.length
         || node.textContent.trim())).map((node) => node.outerHTML)"""
     assert page.evaluate(unnamed) == []
@@ -845,7 +846,8 @@ def test_focus_stays_at_the_ends_of_the_enlarged_view(page_file, open_page):
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     focused, shown = "document.activeElement.id", page.locator("#enlarged .key")
-    for button, back, last, beside in (("before", "ArrowRight", "1 of 20", "2 of 20"), ("after", "ArrowLeft", "20 of 20", "19 of 20")):  # fmt: skip
+    ends = (("before", "ArrowRight", "1 of 20", "2 of 20"), ("after", "ArrowLeft", "20 of 20", "19 of 20"))
+    for button, back, last, beside in ends:
         page.locator(f"#{button}").focus()
         while last not in (before := shown.inner_text()):
             page.keyboard.press("Enter")
@@ -935,7 +937,8 @@ def test_two_thousand_entries(page_file, open_page, tmp_path):
     middle = page.evaluate("""() => new Promise((resolve) => {
         const times = []; let last = performance.now(); let step = 0;
         const tick = (now) => { times.push(now - last); last = now; scrollBy(0, 400);
-            if (++step < 60) requestAnimationFrame(tick); else resolve(times.sort((a, b) => a - b)[Math.floor(times.length / 2)]); };
+            if (++step < 60) requestAnimationFrame(tick);
+            else resolve(times.sort((a, b) => a - b)[Math.floor(times.length / 2)]); };
         requestAnimationFrame(tick); })""")
     assert middle < 100
     page.evaluate("scrollTo(0, document.body.scrollHeight)")

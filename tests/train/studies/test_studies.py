@@ -154,9 +154,7 @@ def test_zoomers_of_every_depth(data):
         (row,) = evaluate(run, data / "shards", CONFIG.evaluation, maps=data / "maps")["rows"]
         assert values(rows, "mse", "blocks")[blocks,] == pytest.approx(row["mse"])
     assert sorted(weights) == [(2,), (4,), (6,)] and weights[2,] < weights[4,] < weights[6,]
-    assert {names for names in values(rows, "top1", "blocks", "budget")} == set(
-        itertools.product((2, 4, 6), (0, 2, 4, 6, 8))
-    )
+    assert set(values(rows, "top1", "blocks", "budget")) == set(itertools.product((2, 4, 6), (0, 2, 4, 6, 8)))
     with pytest.raises(UsageError, match="give --maps"):
         run_study("zoomer-depth", data / "zoom", data / "shards", CONFIG)
 

@@ -1,0 +1,68 @@
+"""Extractions with the tiny teacher, in this process and in one of their own."""
+
+import contextlib
+import os
+import signal
+import subprocess
+
+import pytest
+from extraction_runs import SLOWER, descendants
+
+from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
+from zpipe.pipeline.make_shards import FolderSource, make_shards
+
+
+@pytest.fixture
+def extract(teacher_settings):
+    """Extract in this process with the tiny teacher: `extract(shards, out, **changes) -> ExtractReport`."""
+
+    def run(shards, out, **changes):
+        return extract_teacher_maps(shards, out, ExtractConfig(**(teacher_settings | {"executor": "local"} | changes)))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory, photos):
+    """18 shards of one image: a run can be interrupted between any two of them."""
+    out = tmp_path_factory.mktemp("many") / "shards"
+    make_shards(FolderSource(photos, shard_size=1, shuffle_seed=0, key_rule="stem"), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory, many, teacher_settings):
+    """The store of `many` by the local executor, never interrupted. Leave it unchanged."""
+    out = tmp_path_factory.mktemp("undisturbed") / "store"
+    config = ExtractConfig(**(teacher_settings | {"teacher_args": SLOWER, "executor": "local", "batch_size": 1}))
+    extract_teacher_maps(many, out, config)
+    return out
+
+
+@pytest.fixture
+def start(command, teacher_flags, many, tmp_path):
+    """Start an extraction of `many` as a process; whatever is left of it and of its children is killed at the end."""
+    started: list[tuple[subprocess.Popen, set[int]]] = []
+
+    def run(out, *flags):
+        log = tmp_path / f"log{len(started)}"
+        slower = [part for name, value in SLOWER.items() for part in ("--model-arg", f"{name}={value}")]
+        all_flags = [*teacher_flags, *slower, "--batch-size", "1", *flags]
+        line = command("extract-teacher-maps", many, "--out", out, *all_flags)
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        with log.open("w") as out_and_err:
+            running = subprocess.Popen(
+                line, stdout=out_and_err, stderr=out_and_err, stdin=subprocess.DEVNULL, env=environment
+            )
+        running.said = log.read_text
+        started.append(running)
+        return running
+
+    yield run
+    for running in started:
+        below = descendants(running.pid) if running.poll() is None else []
+        for pid in [running.pid, *below]:
+            if running.poll() is None or pid != running.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        running.wait(30)
