@@ -14,9 +14,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS
-from zpipe.pipeline.recorded_forward import Attribution, Targets
+from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
+from zpipe.pipeline.supported import Targets
 from zpipe.pipeline.teacher import Teacher
+from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
 
 # FORWARD or FORWARD+SWEEP: the dtype of the model, and the arithmetic of the way down where it is another.
@@ -46,10 +48,8 @@ class ExplainConfig:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"--method {self.method}: choose one of {', '.join(METHODS)}")
-        if self.precision not in PRECISIONS:
-            raise UsageError(f"--precision {self.precision}: choose one of {', '.join(PRECISIONS)}")
+        check_choice("--method", self.method, METHODS)
+        check_choice("--precision", self.precision, PRECISIONS)
         if "+" in self.precision and self.method != DEFAULT_METHOD:
             raise UsageError(f"--precision {self.precision}: {self.method} has float32 and float64 only")
         kind, colon, number = self.target.partition(":")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from zpipe.schemas.atomic import commit, write_bytes, write_json
+from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.manifest import MapShard
 from zpipe.schemas.progress import Progress, silent
@@ -32,6 +33,7 @@ def export_parquet(
     relevance is `map * scale`), "minmax" scales it to [0, 1]. One shard is in memory at a time. Errors: :class:`UsageError`
     when `out` exists; :class:`ZpipeError` for what can't be read or written.
     """
+    check_choice("--values", values, get_args(Values))
     schema = _schema(maps)
     if not per_shard:
         _check_free(out)
@@ -52,6 +54,7 @@ def export_numpy(maps: RelevanceMaps, out: Path, *, values: Values = "raw", prog
 
     0.8 KB a map at 14 x 14 on disk, one shard in memory. Errors as :func:`export_parquet`.
     """
+    check_choice("--values", values, get_args(Values))
     _check_free(out)
     with commit(out) as folder:
         folder.mkdir()

@@ -22,13 +22,14 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from zpipe.pipeline.scenes import SceneConfig, Split, make_scenes
+from zpipe.pipeline.scenes import SPLITS, SceneConfig, make_scenes
 from zpipe.pipeline.shard_reader import open_image, scan_shards
 from zpipe.schemas.atomic import claim_folder, commit, write_bytes
+from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import check_format, header
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.sample import DECODE_ERRORS, IMAGE_SUFFIXES, key_for_file
+from zpipe.schemas.sample import DECODE_ERRORS, IMAGE_SUFFIXES, KEY_RULES, key_for_file
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -106,6 +107,7 @@ class FolderSource:
     """
 
     def __init__(self, root: Path, *, shard_size: int, shuffle_seed: int | None, key_rule: str) -> None:
+        check_choice("--keys", key_rule, KEY_RULES)
         self.root = as_local(root)
         if not self.root.is_dir():
             raise UsageError(
@@ -226,14 +228,12 @@ class SceneSource:
     classes = tuple(str(digit) for digit in range(10))
     JPEG_QUALITY = 92
 
-    def __init__(self, *, count: int, split: Split | str, seed: int, config: SceneConfig, shard_size: int) -> None:
-        if split not in ("train", "val"):
-            raise UsageError(f"--split {split}: the embedded scenes have splits train and val")
+    def __init__(self, *, count: int, split: str, seed: int, config: SceneConfig, shard_size: int) -> None:
+        check_choice("--split", split, SPLITS)
         if count < 1:
             raise UsageError(f"--count {count}: give a number of scenes >= 1")
         check_seed(seed)
-        self.count, self.seed, self.config, self.shard_size = count, seed, config, shard_size
-        self.split: Split = "train" if split == "train" else "val"
+        self.count, self.split, self.seed, self.config, self.shard_size = count, split, seed, config, shard_size
 
     def describe(self) -> dict[str, Any]:
         settings = {"count": self.count, "split": self.split, "seed": self.seed, "shard_size": self.shard_size}

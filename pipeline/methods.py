@@ -21,8 +21,6 @@ from zpipe.pipeline.recorded_forward import (
     BlockRecord,
     Linear,
     Recorded,
-    Targets,
-    check_request,
     gelu_kind,
     join_heads,
     record_forward,
@@ -31,6 +29,7 @@ from zpipe.pipeline.recorded_forward import (
     split_heads,
 )
 from zpipe.pipeline.relevance import attribute
+from zpipe.pipeline.supported import Targets, check_request
 
 Method = Callable[[VisionTransformer, Tensor, Targets], Attribution]
 

@@ -40,9 +40,6 @@ from zpipe.pipeline.recorded_forward import (
     BlockRecord,
     Linear,
     Recorded,
-    Targets,
-    check_request,
-    check_supported,
     gelu_kind,
     join_heads,
     record_forward,
@@ -50,8 +47,9 @@ from zpipe.pipeline.recorded_forward import (
     softmax_grad,
     split_heads,
 )
+from zpipe.pipeline.supported import Targets, check_request
 
-__all__ = ["SWEEPS", "Attribution", "attribute", "check_supported", "transformer_attribution"]
+__all__ = ["SWEEPS", "Attribution", "attribute", "transformer_attribution"]
 
 SWEEPS = ("model", "float32", "tf32", "bfloat16")
 GUARD = 1e-9  # added to every denominator, as in the public implementation; it does not look at the sign
@@ -249,9 +247,8 @@ def _sweep(model: VisionTransformer, recorded: Recorded, k: int, matmul: Product
         relevance_q, relevance_k = matmul_rule(record.q, record.k.mT, record.scores, relevance_attention, matmul)
         grad_scores = softmax_grad(attention, grad_attention).mul_(block.attn.scale)
         grad_q, grad_k = matmul(grad_scores, record.k), matmul(grad_scores.mT, record.q)
-        grad, relevance = _sweep_to_input(
-            block, record, grad, relevance, (grad_q, grad_k, grad_v), (relevance_q, relevance_k.mT, relevance_v), matmul
-        )
+        grads, relevances = (grad_q, grad_k, grad_v), (relevance_q, relevance_k.mT, relevance_v)
+        grad, relevance = _sweep_to_input(block, record, (grad, relevance), grads, relevances, matmul)
     assert row is not None  # check_supported refuses a model without blocks
     return row
 
@@ -282,15 +279,15 @@ def _sweep_to_context(
 def _sweep_to_input(
     block: Block,
     record: BlockRecord,
-    grad_skip: Tensor,
-    relevance_skip: Tensor,
+    skip: tuple[Tensor, Tensor],
     grads: tuple[Tensor, Tensor, Tensor],
     relevances: tuple[Tensor, Tensor, Tensor],
     matmul: Product,
 ) -> tuple[Tensor, Tensor]:
     """Down from q, k and v to the block's input -> gradient and relevance [B, N, D].
 
-    `grads` and `relevances` are those of q [B, H, Q, d], k and v [B, H, N, d]; the skip branch brings [B, Q, D].
+    `skip` is the gradient and relevance [B, Q, D] of the skip branch; `grads` and `relevances` are those of q [B, H, Q, d],
+    k and v [B, H, N, d].
     """
     qkv, normed, live = Linear.of(block.attn.qkv), record.norm1.out, record.q.shape[2]
     if live == normed.shape[1]:
@@ -308,6 +305,6 @@ def _sweep_to_input(
         grad[:, :live] += by_q[0]
         relevance[:, :live] += by_q[1]
     grad = record.norm1.grad(block.norm1, record.x, grad)
-    grad[:, :live] += grad_skip
-    relevance[:, :live] += relevance_skip
+    grad[:, :live] += skip[0]
+    relevance[:, :live] += skip[1]
     return grad, clone_rule(record.x, relevance)

@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
 
-Split = Literal["train", "val"]
+SPLITS = ("train", "val")
 
 NUM_CLASSES = 10
 
@@ -99,20 +100,19 @@ class SceneBatch:
     boxes: np.ndarray
 
 
-def make_scenes(count: int, *, split: Split, seed: int, config: SceneConfig | None = None) -> Iterator[SceneBatch]:
+def make_scenes(count: int, *, split: str, seed: int, config: SceneConfig | None = None) -> Iterator[SceneBatch]:
     """Yield ``count`` scenes in batches of up to 1,024; the same arguments always give the same scenes.
 
     The first n scenes are the same for every ``count >= n``. Labels are uniform over the ten digits up to chance.
     Arguments are checked at the call, before the first batch is asked for.
     """
-    if split not in ("train", "val"):
-        raise UsageError(f"no split {split!r}; scenes come in 'train' and 'val'")
+    check_choice("--split", split, SPLITS)
     if count < 0 or seed < 0:
         raise UsageError(f"count {count} and seed {seed} must not be negative")
     return _batches(count, _load_source(split), split, seed, config or SceneConfig())
 
 
-def _batches(count: int, source: _Source, split: Split, seed: int, config: SceneConfig) -> Iterator[SceneBatch]:
+def _batches(count: int, source: _Source, split: str, seed: int, config: SceneConfig) -> Iterator[SceneBatch]:
     for index, start in enumerate(range(0, count, _BATCH)):
         # The split is part of the stream: train and val of one seed must not share layouts either.
         rng = np.random.default_rng([seed, int(split == "val"), index])
@@ -133,7 +133,7 @@ class _Source(NamedTuple):
 
 
 @lru_cache(maxsize=2)
-def _load_source(split: Split) -> _Source:
+def _load_source(split: str) -> _Source:
     try:
         from sklearn.datasets import load_digits, load_sample_images
     except ImportError as error:

@@ -15,6 +15,7 @@ from typing import BinaryIO, cast
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.geometry import Box
 from zpipe.schemas.progress import Progress, silent
@@ -222,16 +223,25 @@ FRAMES = ("full", "center")
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """What part of an image the teacher sees, and how.
+    """Which part of an image the teacher sees, and at which size.
 
-    kind: `full` squashes the whole image to `size`, (height, width); `center` takes the centred box of that aspect ratio
-    that fills `crop_pct` of the image: the teacher's own evaluation view, but for the rounding of its two steps to pixels.
+    Raises:
+        UsageError: `kind` or `interpolation` is none of its choices.
     """
 
     kind: str
+    """``full`` squashes the whole image to `size`. ``center`` takes the centred box of the aspect ratio of `size` that fills
+    `crop_pct` of the image: the teacher's own evaluation view, except that this one rounds its two steps to pixels."""
     size: tuple[int, int]
+    """Height and width of the teacher's input in pixels."""
     interpolation: str
+    """How the image is resized: a name of `PIL_FILTERS`."""
     crop_pct: float = 1.0
+    """Fraction of the image, 0 to 1, that ``center`` takes."""
+
+    def __post_init__(self) -> None:
+        check_choice("--frame", self.kind, FRAMES)
+        check_choice("interpolation", self.interpolation, PIL_FILTERS)
 
     def box(self, width: int, height: int) -> Box:
         """The part in source pixels."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import ZpipeError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -18,6 +19,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # what PIL calls them; it knows others,
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error)
 LABEL_SUFFIXES = ("cls", "json")
 ALLOWED_SUFFIXES = IMAGE_SUFFIXES + LABEL_SUFFIXES
+KEY_RULES = ("stem", "path")
 TAR_BLOCK = 512  # bytes
 
 
@@ -49,6 +51,7 @@ def key_for_file(relative_path: str, rule: str = "stem") -> str:
 
     Dots become underscores, because readers cut names at the first dot.
     """
+    check_choice("--keys", rule, KEY_RULES)
     path = relative_path.replace("\\", "/")
     folder, slash, base = path.rpartition("/")
     stem = base.rpartition(".")[0] or base

@@ -9,7 +9,9 @@ import typer
 
 from zpipe.cli_options import Address, Device, ModelArgs, Shards
 from zpipe.console import count_or_auto, local_path, parse_settings, path_or_url, reporting, tell, warn
+from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.sample import KEY_RULES
 
 
 def make_shards_command(
@@ -71,8 +73,7 @@ def make_shards_command(
             return
         if output is None:
             raise UsageError("give an output folder: zpipe make-shards SOURCE OUTPUT")
-        if keys not in ("stem", "path"):
-            raise UsageError(f"--keys {keys}: choose stem or path")
+        check_choice("--keys", keys, KEY_RULES)  # here too: most sources have keys of their own
         if source == "scenes":
             config = scene_config(image_size, parse_settings(settings, "--set"))
             chosen = SceneSource(count=count, split=split, seed=seed, config=config, shard_size=shard_size)
@@ -172,10 +173,6 @@ def extract_command(
         from zpipe.pipeline.explainer import ExplainConfig
         from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 
-        if executor not in ("ray", "local"):
-            raise UsageError(f"--executor {executor}: choose ray or local")
-        if weights == "random":
-            warn("warning: random weights were asked for: these maps mean nothing; the manifest says so")
         config = ExtractConfig(
             teacher=teacher,
             weights=weights,
@@ -194,6 +191,8 @@ def extract_command(
             image_timeout_s=image_timeout,
             replace=replace,
         )
+        if weights == "random":
+            warn("warning: random weights were asked for: these maps mean nothing; the manifest says so")
         report = extract_teacher_maps(shards, output, config, progress=progress)
         named = "" if report.top1 is None else f"; the teacher names {100 * report.top1:.1f} % of these labels"
         tell(f"{output}: {report.count} maps in {report.shards} shards ({report.extracted} extracted now){named}")

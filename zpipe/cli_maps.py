@@ -127,8 +127,6 @@ def maps_export(
 
         if parquet and numpy or numpy and per_shard:
             raise UsageError("choose one of --parquet and --numpy; --per-shard goes with --parquet")
-        if values not in ("raw", "minmax"):
-            raise UsageError(f"--values {values}: choose raw or minmax")
         maps = open_maps(store)
         if numpy:
             export_numpy(maps, output, values=values, progress=progress)
