@@ -28,7 +28,8 @@ from zpipe.schemas.storage import as_path, is_remote
 
 Executor = Literal["ray", "local"]
 
-# A teacher whose top-1 accuracy on the labels (0 to 1) is lower was most likely trained for other classes of the same numbers.
+# A teacher whose top-1 accuracy on the labels (0 to 1) is lower was most likely trained for other classes of the same
+# numbers.
 MIN_PLAUSIBLE_TOP1 = 0.1
 
 
@@ -53,7 +54,8 @@ class ExtractConfig:
     explain: ExplainConfig = field(default_factory=ExplainConfig)
     """Method, target class, symmetrisation and precision of the maps."""
     frame: str = "full"
-    """``full``: the teacher sees the whole image, so that the map can serve any crop; ``center``: its evaluation view."""
+    """``full``: the teacher sees the whole image, so that the map can serve any crop; ``center``: its evaluation
+    view."""
     executor: Executor = "ray"
     """``ray``: workers on this machine or a cluster; ``local``: this process."""
     batch_size: int = 0
@@ -69,8 +71,8 @@ class ExtractConfig:
     device: str = "auto"
     """``cpu``, ``cuda`` or ``auto``: CUDA where there is any, on a Ray cluster where the cluster has any."""
     image_timeout_s: float = 10.0
-    """Seconds per image of a shard, beside ten minutes, after which a silent Ray worker counts as hung and is replaced. An
-    image takes about a second on a slow CPU; the largest teachers in float64 may need more than the default."""
+    """Seconds per image of a shard, beside ten minutes, after which a silent Ray worker counts as hung and is replaced.
+    An image takes about a second on a slow CPU; the largest teachers in float64 may need more than the default."""
     replace: bool = False
     """Remove what the store holds and start over. A replacement that was interrupted is resumed."""
 
@@ -122,8 +124,8 @@ def extract_teacher_maps(
 ) -> ExtractReport:
     """Run the frozen teacher over every shard and write its relevance maps to a store.
 
-    Shards that are finished, with the digests of their input and of the teacher, are kept. The memory of this process grows
-    by about 2 KB per shard.
+    Shards that are finished, with the digests of their input and of the teacher, are kept. The memory of this process
+    grows by about 2 KB per shard.
 
     Args:
         shards: Folder or fsspec URL of tar shards, or one tar.
@@ -234,8 +236,8 @@ def _device(config: ExtractConfig) -> str:
 def _threads(config: ExtractConfig, shards: int) -> int:
     """CPU threads of each worker.
 
-    More processes with fewer threads are faster, fewer processes take less memory: up to 4 threads each. The number must not
-    depend on how much is left to do, or a resumed run would sum in another order than an undisturbed one.
+    More processes with fewer threads are faster, fewer processes take less memory: up to 4 threads each. The number
+    must not depend on how much is left to do, or a resumed run would sum in another order than an undisturbed one.
     """
     cpus = os.cpu_count() or 1
     if config.threads:

@@ -1,8 +1,8 @@
-"""A timm ViT's forward pass that keeps what a downward sweep needs, and the check that its parts are known.
+"""The forward pass of a timm ViT, with records of everything that a downward sweep needs.
 
-Symbols in the shape comments: B images, N tokens, Q the rows that are live (N, or 1 in the last block, where only the
-class token reaches the logits), D width, F hidden width of the MLP, H heads, E width of all heads together, d of one,
-K target classes an image.
+Symbols in the shape comments: B images, N tokens, Q live rows (N, or 1 in the last block, where only the class token
+reaches the logits), D width, F hidden width of the MLP, H heads, E width of all heads together, d width of one head,
+K target classes per image.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from zpipe.pipeline.supported import Targets, check_targets
 
 
 class Attribution(NamedTuple):
-    """What one call gives, in the model's dtype and on its device.
-
-    maps: [B, gh, gw] for targets [B], [B, K, gh, gw] for targets [B, K]; raw, not normalised, row-major over the patches.
-    logits: [B, classes].
-    """
+    """Maps and logits of a batch, in the dtype and on the device of the model."""
 
     maps: Tensor
+    """[B, gh, gw] for targets [B], or [B, K, gh, gw] for targets [B, K]; raw, not normalised."""
     logits: Tensor
+    """[B, classes]."""
 
 
 class Linear(NamedTuple):
+    """Weight and bias of a linear layer."""
+
     weight: Tensor  # [out, in]
     bias: Tensor | None  # [out]
 
     @classmethod
     def of(cls, layer: nn.Linear, scale: nn.Module | None = None) -> Linear:
-        """The layer together with the LayerScale that may follow it.
+        """The layer, merged with the LayerScale that may follow it.
 
-        A per-channel factor after a linear layer is one linear layer with scaled rows, and is given relevance as such:
-        a network then has the same map whether the factor is stored apart or multiplied in.
+        A linear layer and a factor per channel are one linear layer with scaled rows, and get relevance as such. So a
+        network has the same map whether the factor is stored separately or multiplied in.
         """
         if not isinstance(scale, LayerScale):
             return cls(layer.weight, layer.bias)
@@ -58,7 +58,7 @@ class Linear(NamedTuple):
 
 
 class Normed(NamedTuple):
-    """A LayerNorm's output with what its gradient needs."""
+    """The output of a LayerNorm, with what its gradient needs."""
 
     out: Tensor  # [B, tokens, D]
     mean: Tensor  # [B, tokens, 1]
@@ -79,21 +79,21 @@ class Normed(NamedTuple):
 
 @dataclass(slots=True)
 class BlockRecord:
-    """What the sweep needs of one block."""
+    """What the sweep needs from one block."""
 
     x: Tensor  # [B, N, D] input
     norm1: Normed
     q: Tensor  # [B, H, Q, d]
     k: Tensor  # [B, H, N, d]
     v: Tensor  # [B, H, N, d]
-    scores: Tensor  # [B, H, Q, N] Q K^T without its scale; the softmax is taken again rather than kept
+    scores: Tensor  # [B, H, Q, N] Q K^T before it is scaled; the softmax is computed again rather than kept
     context: Tensor  # [B, H, Q, d] A V
-    attended: Tensor  # [B, Q, D] what the attention adds
+    attended: Tensor  # [B, Q, D] output of the attention branch
     middle: Tensor  # [B, Q, D] input plus attended
     norm2: Normed
     hidden: Tensor  # [B, Q, F] before GELU
     active: Tensor  # [B, Q, F] after GELU
-    mixed: Tensor  # [B, Q, D] what the MLP adds
+    mixed: Tensor  # [B, Q, D] output of the MLP branch
     out: Tensor  # [B, Q, D]
 
     def to(self, dtype: torch.dtype) -> BlockRecord:
@@ -102,7 +102,7 @@ class BlockRecord:
 
 @dataclass(slots=True)
 class TopRecord:
-    """What the sweep needs of the final norm and the head."""
+    """What the sweep needs from the final norm and the head."""
 
     x: Tensor  # [B, 1, D]
     norm: Normed
@@ -113,22 +113,22 @@ class TopRecord:
 
 
 class Recorded(NamedTuple):
-    """A forward pass with everything a downward sweep needs."""
+    """A forward pass with everything that a downward sweep needs."""
 
     blocks: list[BlockRecord]
     top: TopRecord
     targets: Tensor  # int64 [B, K]
-    single: bool  # the targets came as [B], so the maps leave without the K
-    logits: Tensor  # [B, classes], in the model's dtype whatever that of the records
+    single: bool  # the targets were [B], so the maps are [B, gh, gw]
+    logits: Tensor  # [B, classes], in the dtype of the model, whatever that of the records
 
     def one_hot(self, k: int) -> Tensor:
         """The k-th target of each image as [B, classes], in the dtype of the records."""
         return F.one_hot(self.targets[:, k], self.logits.shape[1]).to(self.top.logits.dtype)
 
     def as_maps(self, model: VisionTransformer, rows: list[Tensor]) -> Tensor:
-        """The class token's rows [B, N], one for each of the K targets -> maps [B, gh, gw] or [B, K, gh, gw].
+        """Turn the class token's rows [B, N], one for each of the K targets, into maps [B, gh, gw] or [B, K, gh, gw].
 
-        The prefix tokens have no place in the image and are left out.
+        Prefix tokens have no place in the image and are left out.
         """
         grid = model.patch_embed.grid_size
         maps = torch.stack([row[:, model.num_prefix_tokens :].unflatten(1, grid) for row in rows], dim=1)
@@ -138,9 +138,16 @@ class Recorded(NamedTuple):
 def record_forward(
     model: VisionTransformer, images: Tensor, targets: Targets, dtype: torch.dtype | None = None
 ) -> Recorded:
-    """Run the model on images [B, C, H, W] in its own dtype and settle which classes [B, K] are asked about.
+    """Run the model on a batch in its own dtype and determine the target classes.
 
-    The records are kept in `dtype` (None: the model's), and it is that in which the sweep computes. What was asked has passed `check_request`. Errors: ValueError for targets made of the logits that don't fit.
+    Args:
+        model: The model; it and the other arguments have passed `check_request`.
+        images: [B, C, H, W].
+        targets: Class numbers [B] or [B, K], or a function that computes them from the logits [B, classes].
+        dtype: The dtype of the records, in which the sweep computes; None keeps the dtype of the model.
+
+    Raises:
+        ValueError: Targets that were computed from the logits do not fit.
     """
     dtype = dtype or images.dtype
     blocks, top = _forward(model, images, dtype)
@@ -154,7 +161,8 @@ def record_forward(
 
 
 def _forward(model: VisionTransformer, images: Tensor, dtype: torch.dtype) -> tuple[list[BlockRecord], TopRecord]:
-    # Below block 1's attention nothing carries relevance, so timm's own embedding serves; in eval it drops nothing.
+    # Relevance ends at the attention of block 1, so timm's own embedding needs no record; in eval mode it drops
+    # nothing.
     x = model._pos_embed(model.patch_embed(images))  # [B, N, D]
     records = []
     for number, block in enumerate(model.blocks, start=1):
@@ -189,22 +197,25 @@ def _record_block(block: Block, x: Tensor, only_class_token: bool) -> BlockRecor
 
 
 def split_heads(x: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
-    """[B, tokens, parts * E] -> `parts` views [B, H, tokens, d]."""
+    """Split [B, tokens, parts * E] into `parts` views [B, H, tokens, d]."""
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def join_heads(*parts: Tensor) -> Tensor:
-    """The inverse: [B, H, tokens, d] each -> [B, tokens, parts * E]."""
+    """The inverse of `split_heads`: join parts [B, H, tokens, d] to [B, tokens, parts * E]."""
     return torch.stack([part.transpose(1, 2) for part in parts], dim=2).flatten(2)
 
 
 def softmax(scores: Tensor, scale: float) -> Tensor:
+    """Attention [B, H, Q, N] from the scores before they are scaled."""
     return torch.softmax(scores * scale, dim=-1)
 
 
 def gelu_kind(act: nn.Module) -> str:
+    """The approximation of a GELU module, as torch names it."""
     return "tanh" if isinstance(act, GELUTanh) else getattr(act, "approximate", "none")
 
 
 def softmax_grad(attention: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of the input of a softmax over the last axis, from its output and the gradient of its output."""
     return torch.ops.aten._softmax_backward_data(grad, attention, -1, attention.dtype)

@@ -27,8 +27,8 @@ from zpipe.schemas.shard_index import (
     check_listed,
     digest_keys,
     find_shards,
-    met_again,
     read_index,
+    rows_with_repeated_hashes,
 )
 from zpipe.schemas.storage import as_path, storage_errors
 
@@ -196,7 +196,7 @@ def scan_shards(tars: Sequence[Path], *, progress: Progress = silent, remedy: st
 def _check_unique(tars: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:
     """Only tars where a hash is met again are read again, to compare the keys themselves."""
     owner: dict[str, Path] = {}
-    for number, rows in met_again(hashes):
+    for number, rows in rows_with_repeated_hashes(hashes):
         tar = tars[number]
         keys = _read_keys(tar)[0]
         for key in (keys[row] for row in rows):

@@ -1,7 +1,7 @@
 """What an extraction has to do in its store before and after the work: plan, retract, audit. No torch, no ray.
 
-The store decides what is done, not the reports of workers: a shard is finished when its index lies in the store with the
-digest of its tar and the fingerprint of this run.
+The store decides what is done, not the reports of workers: a shard is finished when its index lies in the store with
+the digest of its tar and the fingerprint of this run.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def clear_unfinished(root: Path) -> None:
 def _start_over(store: WantedStore) -> None:
     """Remove what the store holds, unless this same replacement did so before and was interrupted: then it is resumed.
 
-    A mark says what is being replaced by what. It is written after the removal and deleted after the manifest is written, so
-    that neither an interrupted removal nor a finished store is resumed.
+    A mark says what is being replaced by what. It is written after the removal and deleted after the manifest is
+    written, so that neither an interrupted removal nor a finished store is resumed.
     """
     replacement = hashlib.sha256(store.provenance.fingerprint().encode())
     for entry in store.entries:
@@ -161,7 +161,10 @@ def _start_over(store: WantedStore) -> None:
 
 
 def _plan(store: WantedStore, progress: Progress) -> Plan:
-    """Find the finished shards. While a replacement is in progress, remove what a worker of the replaced run left since."""
+    """Find the finished shards.
+
+    While a replacement is in progress, remove what a worker of the replaced run left since.
+    """
     root, by_stem = store.root, {entry.stem for entry in store.entries}
     if len(by_stem) != len(store.tars):
         raise ZpipeError(f"{store.tars[0][0].parent}: two tars share a name; rename one")

@@ -1,7 +1,7 @@
 """Which models and requests the closed-form attribution can explain.
 
-`zpipe.pipeline.recorded_forward` and `zpipe.pipeline.relevance` reimplement a ViT's forward pass and its relevance rules
-part by part, so a part that they do not know would silently give wrong maps. These checks refuse it by name.
+`zpipe.pipeline.recorded_forward` computes the forward pass of a ViT part by part, so a part that it does not know would
+silently give wrong maps. These checks refuse such a part by name.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ Targets = Tensor | Callable[[Tensor], Tensor]
 
 
 def check_supported(model: nn.Module) -> None:
-    """Raise ValueError, naming the part, for a model with a part whose rule is not implemented.
+    """Check that the relevance rules of every part of a model are implemented.
 
-    Supported: timm's VisionTransformer with a class token that alone feeds the head, pre-norm blocks of plain
-    attention and GELU MLP, with or without LayerScale, biases and register tokens.
+    timm's VisionTransformer is supported with a class token that alone feeds the head, and with pre-norm blocks of
+    plain attention and a GELU MLP, with or without LayerScale, biases and register tokens.
+
+    Raises:
+        ValueError: A part has no rule; the message names it.
     """
     if type(model) is not VisionTransformer:
         raise ValueError(f"no relevance rules for {type(model).__name__}: a timm VisionTransformer is needed")
@@ -68,14 +71,23 @@ def check_supported(model: nn.Module) -> None:
 
 
 def _check_part(name: str, module: nn.Module, *kinds: type[nn.Module]) -> None:
-    # The exact class: a subclass may compute something else under the same name.
+    # Only the exact class, because a subclass may compute something else.
     if type(module) not in kinds:
         wanted = " or ".join(dict.fromkeys(kind.__name__ for kind in kinds))
         raise ValueError(f"no relevance rule for {name}, a {type(module).__name__}: {wanted} is needed")
 
 
 def check_request(model: nn.Module, images: Tensor, targets: Targets) -> None:
-    """Raise ValueError for a model, images or targets that an attribution can't work with, naming what and why."""
+    """Check the arguments of an attribution; an attribution method calls this first.
+
+    Args:
+        model: The model.
+        images: [B, C, H, W].
+        targets: Class numbers [B] or [B, K]; a function of the logits cannot be checked here.
+
+    Raises:
+        ValueError: The attribution cannot work with one of them; the message says which and why.
+    """
     check_supported(model)
     check_input(model, images)
     if isinstance(targets, Tensor):
@@ -83,7 +95,7 @@ def check_request(model: nn.Module, images: Tensor, targets: Targets) -> None:
 
 
 def check_input(model: VisionTransformer, images: Tensor) -> None:
-    """Raise ValueError for a model in train mode or of mixed dtype or device, and for images that don't fit it."""
+    """Raise ValueError for a model in train mode or with mixed dtypes or devices, and for images that do not fit it."""
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise ValueError(f"the model is in train mode ({training or 'all of it'}): call model.eval() first")
@@ -108,7 +120,7 @@ def check_input(model: VisionTransformer, images: Tensor) -> None:
 
 
 def check_targets(model: VisionTransformer, targets: Tensor, count: int) -> None:
-    """Raise ValueError for targets that are not [B] or [B, K] class numbers of the model."""
+    """Raise ValueError for targets that are not class numbers of the model, [count] or [count, K]."""
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise ValueError(f"targets are {targets.dtype}, class numbers are integers")
     if targets.ndim not in (1, 2) or len(targets) != count or (targets.ndim == 2 and targets.shape[1] == 0):

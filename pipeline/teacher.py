@@ -1,4 +1,5 @@
-"""A frozen timm ViT that is ready for attribution, wherever its weights come from, and the digest that identifies it."""
+"""A frozen timm ViT that is ready for attribution, wherever its weights come from, and the digest that identifies
+it."""
 
 from __future__ import annotations
 
@@ -38,10 +39,10 @@ class TeacherSpec:
 
     - ``pretrained``: timm's weights of that name, from its cache or the hub.
     - ``random``: timm's initialisation, drawn from `seed`; the global random state is left alone.
-    - a file: a timm state dict as .safetensors, .pth, .pt, .bin or .pth.tar, also under the key `model`, `state_dict` or
-      `state_dict_ema` (the exponential average is preferred). It is loaded strictly, and nothing is resized.
-    - a folder: what timm's `save_for_hf` and our training runs write, config.json and model.safetensors. The architecture
-      comes from config.json; `name`, `num_classes` and `model_args` may repeat it.
+    - a file: a timm state dict as .safetensors, .pth, .pt, .bin or .pth.tar, also under the key `model`, `state_dict`
+      or `state_dict_ema` (the exponential average is preferred). It is loaded strictly, and nothing is resized.
+    - a folder: what timm's `save_for_hf` and our training runs write, config.json and model.safetensors. The
+      architecture comes from config.json; `name`, `num_classes` and `model_args` may repeat it.
     """
     num_classes: int | None = None
     """Number of classes. None takes it from the folder, the head in the file, or the architecture."""
@@ -106,7 +107,8 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu") -> Te
 
     Raises:
         UsageError: The request contradicts itself or names something that does not exist.
-        ZpipeError: The weights cannot be fetched, read or fitted, or the relevance rules of the model are not implemented.
+        ZpipeError: The weights cannot be fetched, read or fitted, or the relevance rules of the model are not
+            implemented.
     """
     model, name, model_args = _build(spec)
     try:

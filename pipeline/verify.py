@@ -20,7 +20,7 @@ from zpipe.schemas.relevance_store import (
     maps_path,
     read_stored,
 )
-from zpipe.schemas.shard_index import digest_keys, met_again
+from zpipe.schemas.shard_index import digest_keys, rows_with_repeated_hashes
 from zpipe.schemas.storage import as_path, map_files, names_in
 
 
@@ -106,7 +106,7 @@ def _doubled_keys(root: Path, stems: list[str], hashes: list[np.ndarray]) -> lis
     """Keys that are there twice. Only shards where a hash is met again are read again, to compare the keys themselves."""
     problems = []
     owner: dict[str, str] = {}
-    for number, rows in met_again(hashes):
+    for number, rows in rows_with_repeated_hashes(hashes):
         stem = stems[number]
         for key in IndexFile(index_path(root, stem)).table(["key"])["key"].take(rows).to_pylist():
             if key in owner:

@@ -59,7 +59,8 @@ class WorkerSpec:
     threads: int
     """CPU threads of this worker."""
     sharing: int
-    """How many workers share the memory of a machine at most: the number of shards, fewer where an executor knows better."""
+    """How many workers share the memory of a machine at most: the number of shards, fewer where an executor knows
+    better."""
     device: str
     """Device of the teacher; `auto` until an executor has resolved it."""
 
@@ -120,7 +121,10 @@ class ShardWorker:
         return True
 
     def process(self, task: ShardTask) -> ShardReport:
-        """Run one shard and commit its maps. After a :class:`ZpipeError`, the report's `error`, nothing is committed."""
+        """Run one shard and commit its maps.
+
+        After a :class:`ZpipeError`, the report's `error`, nothing is committed.
+        """
         try:
             return self._process(task)
         except ZpipeError as error:
