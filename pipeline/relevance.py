@@ -56,7 +56,7 @@ GUARD = 1e-9  # added to every denominator whatever its sign, as in the public i
 
 
 def transformer_attribution(model: VisionTransformer, images: Tensor, targets: Targets) -> Tensor:
-    """Relevance maps [B, gh, gw] (or [B, K, gh, gw]) of `images` for the classes `targets`: `attribute` without logits."""
+    """Relevance maps, [B, gh, gw] or [B, K, gh, gw], of images for their target classes: the maps of `attribute`."""
     return attribute(model, images, targets).maps
 
 

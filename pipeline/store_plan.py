@@ -47,7 +47,7 @@ PROGRESS_EVERY = 1000  # shards: seconds in a local store, a minute in a remote 
 
 @dataclass(frozen=True, kw_only=True)
 class WantedStore:
-    """The store that a run shall leave behind."""
+    """The store that a run shall make: where, from which tars, under which provenance."""
 
     root: Path
     """Folder or URL of the store."""
@@ -112,7 +112,7 @@ def prepare(store: WantedStore, *, replace: bool, progress: Progress) -> Plan:
     """Bring the store into a state in which the shards still to be made can be written, and list them.
 
     Args:
-        store: The store that the run shall leave behind. This run holds its lease.
+        store: The store to make. This run holds its lease.
         replace: Remove what the store holds. A replacement that was interrupted is resumed instead.
         progress: Reports the search for finished shards.
 
@@ -259,7 +259,7 @@ def audit(store: WantedStore, plan: Plan, progress: Progress) -> Audit:
     """Read the index of every shard and describe the store by what lies in it, not by what workers reported.
 
     Args:
-        store: The store that the run shall leave behind.
+        store: The store to make.
         plan: The plan of this run; the indexes of kept shards must not have changed since.
         progress: Reports the shards as they are read.
 

@@ -242,7 +242,7 @@ def _read_config(folder: Path, spec: TeacherSpec) -> tuple[str, dict[str, Any], 
             f"{file}: architecture is {known}, not {spec.name}; leave the name out or give the right folder"
         )
     for key, value in spec.model_args.items():
-        # timm writes a size that it was given as one number as a pair.
+        # timm writes some sizes as pairs, though the argument was one number.
         if key not in saved_args or saved_args[key] not in (value, [value, value]):
             raise UsageError(f"{file}: model_args has {key}={saved_args.get(key)!r}, not {value!r}; leave {key} out")
     classes = saved_args.pop("num_classes", classes)
