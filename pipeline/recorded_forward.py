@@ -51,9 +51,11 @@ class Linear(NamedTuple):
         return Linear(self.weight[rows], None if self.bias is None else self.bias[rows])
 
     def to(self, dtype: torch.dtype) -> Linear:
+        """The layer in another dtype."""
         return Linear(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
         return F.linear(x, self.weight, self.bias)
 
 
@@ -66,12 +68,15 @@ class Normed(NamedTuple):
 
     @classmethod
     def of(cls, norm: nn.LayerNorm, x: Tensor) -> Normed:
+        """Normalise x [B, tokens, D]."""
         return cls(*torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
 
     def to(self, dtype: torch.dtype) -> Normed:
+        """The record in another dtype."""
         return Normed(*(part.to(dtype) for part in self))
 
     def grad(self, norm: nn.LayerNorm, x: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of the input x, from that of the output; all [B, tokens, D]."""
         weight = None if norm.weight is None else norm.weight.to(grad.dtype)
         args = (norm.normalized_shape, self.mean, self.rstd, weight, None)
         return torch.ops.aten.native_layer_norm_backward(grad, x, *args, [True, False, False])[0]
@@ -97,6 +102,7 @@ class BlockRecord:
     out: Tensor  # [B, Q, D]
 
     def to(self, dtype: torch.dtype) -> BlockRecord:
+        """The record in another dtype."""
         return BlockRecord(**{field.name: getattr(self, field.name).to(dtype) for field in fields(self)})
 
 
@@ -109,6 +115,7 @@ class TopRecord:
     logits: Tensor  # [B, 1, classes]
 
     def to(self, dtype: torch.dtype) -> TopRecord:
+        """The record in another dtype."""
         return TopRecord(self.x.to(dtype), self.norm.to(dtype), self.logits.to(dtype))
 
 

@@ -261,8 +261,7 @@ class Frame:
 
     kind: str
     """``full`` squashes the whole image to `size`. ``center`` takes the centred box of the aspect ratio of `size` that
-    fills `crop_pct` of the image: the teacher's own evaluation view, except that this one rounds its two steps to
-    pixels."""
+    fills `crop_pct` of the image: the teacher's own evaluation view, whose two steps (resize, crop) round to pixels."""
     size: tuple[int, int]
     """Height and width of the teacher's input in pixels."""
     interpolation: str

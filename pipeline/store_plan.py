@@ -60,6 +60,7 @@ class WantedStore:
 
     @property
     def entries(self) -> list[ShardEntry]:
+        """The index entries of the tars."""
         return [entry for _, entry in self.tars]
 
     @property

@@ -71,10 +71,12 @@ class ShardSeal:
 
 
 def maps_path(root: Path, stem: str) -> Path:
+    """The Zarr array of a shard."""
     return as_path(root) / "maps" / f"{stem}.zarr"
 
 
 def index_path(root: Path, stem: str) -> Path:
+    """The Parquet index of a shard."""
     return as_path(root) / "index" / f"{stem}.parquet"
 
 
