@@ -26,7 +26,7 @@ from zpipe.pipeline.executor import Resources, run_local, run_ray
 from zpipe.pipeline.explainer import ExplainConfig, Explainer
 from zpipe.pipeline.make_shards import FolderSource, make_shards
 from zpipe.pipeline.shard_reader import frame_image, open_shards, read_samples
-from zpipe.pipeline.teacher import load_teacher
+from zpipe.pipeline.teacher import TeacherSpec, load_teacher
 from zpipe.pipeline.worker import ShardTask, WorkerSpec, frame_of
 
 
@@ -61,7 +61,8 @@ def main() -> None:
     tasks = [ShardTask(path=str(path), entry=entry) for path, entry in open_shards(scratch / "shards")[0]]
 
     begun = time.perf_counter()
-    teacher = load_teacher(args.teacher, "random")
+    teacher_spec = TeacherSpec(name=args.teacher, weights="random")
+    teacher = load_teacher(teacher_spec)
     load_s = time.perf_counter() - begun
     frame = frame_of(teacher, "full")
     explain = Explainer(teacher, ExplainConfig(), batch_size=args.batch_size, device=args.device)
@@ -72,11 +73,7 @@ def main() -> None:
 
     def spec(out: Path) -> WorkerSpec:
         return WorkerSpec(
-            teacher=args.teacher,
-            weights="random",
-            teacher_args={},
-            num_classes=None,
-            seed=0,
+            teacher=teacher_spec,
             teacher_digest=teacher.digest,
             fingerprint="benchmark",
             out=str(out),

@@ -1,6 +1,7 @@
-"""CIFAR-10 and Oxford Flowers-102 from the files their makers publish, as sources of `make_shards`.
+"""CIFAR-10 and Oxford Flowers-102 from the files that their authors publish, as sources of `make_shards`.
 
-Archives are read into memory: no name in one becomes a path, links in one are not followed. Nothing is unpickled.
+Archives are read into memory: names in them never become paths, and links in them are not followed. Nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from zpipe.pipeline.make_shards import Record, Rejected, check_seed, inspect_image
 from zpipe.pipeline.mat_file import read_numbers
+from zpipe.pipeline.sources import Record, Rejected, check_seed, inspect_image
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.shard_index import digest_keys
 
 
 class _Numbered(ABC):
-    """Images with numbers from 0, in that order or in one drawn by seed, dealt to parts of `shard_size`."""
+    """Images that are numbered from 0, in this order or in one drawn from a seed, in parts of `shard_size`."""
 
     name: str
     classes: tuple[str, ...]
-    warning = ""
+    warning = ""  # shown to the user
 
     def __init__(self, path: Path, split: str, count: int, shard_size: int, shuffle_seed: int | None) -> None:
         self._settings = {"split": split, "shard_size": shard_size, "shuffle_seed": shuffle_seed}
@@ -50,7 +51,7 @@ class _Numbered(ABC):
 
     def records(self, part: int) -> Iterator[Record | Rejected]:
         numbers = self._order[part * self._shard_size : (part + 1) * self._shard_size].tolist()
-        # PIL works outside the interpreter lock.
+        # PIL releases the interpreter lock.
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             yield from pool.map(self._record, numbers)
 
@@ -62,14 +63,23 @@ class _Numbered(ABC):
 
 
 class Cifar10Source(_Numbered):
-    """CIFAR-10's binary version: `cifar-10-binary.tar.gz`, or the folder it unpacks to. Labels 0 to 9.
+    """CIFAR-10's binary version: `cifar-10-binary.tar.gz`, or the folder that it unpacks to. Labels are 0 to 9.
 
-    Each batch is a row of records: one byte label, then 3,072 bytes of a 32 x 32 image, channel by channel. There are no
-    image files, so the pixels go into PNG, which loses none. Split `val` is the official test batch. Keys are the split and
-    the place in it, `train-00000`. Memory holds the split, 154 MB at most.
+    Each batch is a sequence of records: a label of one byte, then 3,072 bytes of a 32 x 32 image, channel by channel.
+    The pixels are written as PNG, which is lossless. The split `val` is the official test batch. A key is the split and
+    the position in it, `train-00000`. The split is held in memory, 154 MB at most.
 
-    The Python version isn't read: it is a pickle, which may run code when it is opened, and holds the same images.
-    Errors: :class:`UsageError` / :class:`ZpipeError` naming the archive or folder, and the batch.
+    The Python version is not read: it is a pickle, which may run code when it is opened, and holds the same images.
+
+    Args:
+        path: The archive or its folder.
+        split: ``train`` or ``val``.
+        shard_size: Images per part.
+        shuffle_seed: Seed of the order of images; None keeps the order of the source.
+
+    Raises:
+        UsageError: The path is absent, or an argument makes no sense.
+        ZpipeError: The archive or a batch is not whole.
     """
 
     name = "cifar10"
@@ -95,7 +105,7 @@ class Cifar10Source(_Numbered):
         super().__init__(path, split, len(self._places), shard_size, shuffle_seed)
 
     def _read(self, path: Path, wanted: tuple[str, ...]) -> tuple[Path, dict[str, bytes]]:
-        """The files of those names, and the archive or folder that they are from."""
+        """The archive or folder, and its files of these names."""
         _check_there(path, f"give {self.ARCHIVE} or the folder it unpacks to")
         largest = self.BATCH * self.RECORD
         folder = next((folder for folder in (path, path / self.FOLDER) if (folder / wanted[0]).is_file()), None)
@@ -108,21 +118,23 @@ class Cifar10Source(_Numbered):
         for name in wanted:
             if name not in files:
                 raise ZpipeError(
-                    f"{where}: has no {self.FOLDER}/{name}; give {self.ARCHIVE}, CIFAR-10's binary version, or its folder "
-                    "(the Python version is a pickle, which may run code, and isn't read)"
+                    f"{where}: has no {self.FOLDER}/{name}; give {self.ARCHIVE}, CIFAR-10's binary version, "
+                    "or its folder (the Python version is a pickle, which may run code, and isn't read)"
                 )
         return where, files
 
     def _records_of(self, name: str, data: bytes, where: Path) -> np.ndarray:
         if not data or len(data) % self.RECORD:
             raise ZpipeError(
-                f"{where}: its {name} has {len(data)} bytes, not a whole number of records of {self.RECORD}; fetch it again"
+                f"{where}: its {name} has {len(data)} bytes, not a whole number of records of {self.RECORD}; "
+                "fetch it again"
             )
         records = np.frombuffer(data, np.uint8).reshape(-1, self.RECORD)
         wrong = np.flatnonzero(records[:, 0] >= self.NUM_CLASSES)
         if len(wrong):
             raise ZpipeError(
-                f"{where}: record {wrong[0]} of its {name} has label {records[wrong[0], 0]}, CIFAR-10's end at 9; fetch it again"
+                f"{where}: record {wrong[0]} of its {name} has label {records[wrong[0], 0]}, CIFAR-10's end at 9; "
+                "fetch it again"
             )
         return records
 
@@ -144,20 +156,29 @@ class Cifar10Source(_Numbered):
 
 
 class Flowers102Source(_Numbered):
-    """Oxford Flowers-102: a folder with `imagelabels.mat`, `setid.mat` and `102flowers.tgz` or what it unpacks to, `jpg/`.
+    """Oxford Flowers-102: a folder with `imagelabels.mat`, `setid.mat`, and `102flowers.tgz` or its folder `jpg/`.
 
-    The splits are those of `setid.mat`: train (trnid), val (valid), test (tstid), trainval (trnid, then valid). The files
-    number the classes from 1 and name none: class `"1"` of `shards.json` has label 0. Keys are the file names, `image_00001`.
-    JPEGs keep their bytes. An archive's images of the split are held in memory, 250 MB at most; those of `jpg/` aren't.
+    The splits are those of `setid.mat`: train (trnid), val (valid), test (tstid), trainval (trnid, then valid). The
+    files number the classes from 1 and name none: class `"1"` of `shards.json` has label 0. Keys are the file names,
+    `image_00001`. JPEGs keep their bytes. Images from the archive are held in memory, 250 MB per split at most; those
+    of `jpg/` are not.
 
-    Errors: :class:`UsageError` / :class:`ZpipeError` naming the file, and the image that is missing from it.
+    Args:
+        path: The folder, or the archive in it.
+        split: ``train``, ``val``, ``test`` or ``trainval``.
+        shard_size: Images per part.
+        shuffle_seed: Seed of the order of images; None keeps the order of the source.
+
+    Raises:
+        UsageError: The path is absent, or an argument makes no sense.
+        ZpipeError: A file is not whole, or an image is missing.
     """
 
     name = "flowers102"
     classes = tuple(str(number) for number in range(1, 103))
     SPLITS = {"train": ("trnid",), "val": ("valid",), "test": ("tstid",), "trainval": ("trnid", "valid")}
     FOLDER, ARCHIVE, LABELS, SPLIT_FILE = "jpg", "102flowers.tgz", "imagelabels.mat", "setid.mat"
-    LARGEST = 16 << 20  # bytes of an image; the official ones end far below
+    LARGEST = 16 << 20  # bytes of an image; the official ones are far smaller
 
     def __init__(self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None) -> None:
         lists = _choose(self.name, split, self.SPLITS)
@@ -176,7 +197,7 @@ class Flowers102Source(_Numbered):
         super().__init__(path, split, len(self._files), shard_size, shuffle_seed)
 
     def _find(self, path: Path, wanted: frozenset[str]) -> tuple[Path, dict[str, bytes]]:
-        """Where the images are, and their bytes when that is an archive."""
+        """The folder or archive of the images, and their bytes if it is an archive."""
         where = path / self.FOLDER if path.is_dir() else path
         if path.is_dir() and not where.is_dir():
             where = path / self.ARCHIVE
@@ -185,12 +206,13 @@ class Flowers102Source(_Numbered):
         missing = sorted(wanted - (set(archived) if where.is_file() else set(os.listdir(where))))
         if missing:
             raise ZpipeError(
-                f"{where}: lacks {len(missing)} of the images that {self.SPLIT_FILE} lists, {missing[0]} the first; give the whole of {self.ARCHIVE}"
+                f"{where}: lacks {len(missing)} of the images that {self.SPLIT_FILE} lists, {missing[0]} the first; "
+                f"give the whole of {self.ARCHIVE}"
             )
         return where, archived
 
     def _digest(self) -> str:
-        # What makes a folder source another one, too: which files, with which labels.
+        # Like a folder source, it is identified by its files and their labels.
         return digest_keys(f"{file}\t{label}" for file, label in zip(self._files, self._labels, strict=True))
 
     def _record(self, number: int) -> Record | Rejected:
@@ -221,8 +243,8 @@ def _check_there(path: Path, remedy: str) -> None:
 
 
 def _read_archive(path: Path, folder: str, wanted: Collection[str], largest: int) -> dict[str, bytes]:
-    """The plain files `folder`/name of a .tar.gz, for every wanted name it holds. All else in it is passed over."""
-    found: dict[str, bytes] = {}
+    """The contents of the plain files `folder`/name of a .tar.gz, for each wanted name that it holds, by name."""
+    contents: dict[str, bytes] = {}
     try:
         with gzip.open(path) as file:
             with tarfile.open(fileobj=file, mode="r|") as tar:
@@ -230,30 +252,30 @@ def _read_archive(path: Path, folder: str, wanted: Collection[str], largest: int
                     parent, _, name = member.name.removeprefix("./").rpartition("/")
                     if parent != folder or name not in wanted or not member.isfile():
                         continue
-                    if name in found:
+                    if name in contents:
                         raise ZpipeError(f"{path}: holds {name} twice; fetch it again")
                     if member.size > largest:  # so that no archive fills the memory
                         raise ZpipeError(
                             f"{path}: its {name} has {member.size} bytes, more than {largest}; fetch it again"
                         )
                     content = tar.extractfile(member)
-                    assert content is not None  # isfile() said so
-                    found[name] = content.read()
-            # The checksum stands behind all of the data.
+                    assert content is not None  # as isfile() is true
+                    contents[name] = content.read()
+            # The checksum comes after all of the data.
             while file.read(1 << 20):
                 pass
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise ZpipeError(f"{path}: not a whole .tar.gz ({error}); fetch it again") from error
-    return found
+    return contents
 
 
 def _read_lists(path: Path, names: tuple[str, ...], top: int) -> dict[str, np.ndarray]:
     """Variables of a MATLAB file, each as int64 [N], whole numbers from 1 to `top`."""
-    held = read_numbers(path)
-    found = {}
+    variables = read_numbers(path)
+    lists = {}
     for name in names:
-        values = held.get(name, np.empty(0))
+        values = variables.get(name, np.empty(0))
         if not values.size or not np.all((values >= 1) & (values <= top) & (values == np.rint(values))):
             raise ZpipeError(f"{path}: its {name!r} is not a list of whole numbers from 1 to {top}; fetch it again")
-        found[name] = values.astype(np.int64)
-    return found
+        lists[name] = values.astype(np.int64)
+    return lists

@@ -1,6 +1,6 @@
-"""Where shards run: in this process, or on Ray actors. Same signature; the only file of the pipeline that imports ray.
+"""Run shards in this process or on Ray actors, with the same signature. The only file of the pipeline that imports ray.
 
-Only paths and counts cross Ray, never pixels or maps: a worker reads its tar and writes its map shard itself.
+Only paths and counts pass through Ray, never pixels or maps: a worker reads its tar and writes its map shard itself.
 """
 
 from __future__ import annotations
@@ -23,34 +23,41 @@ from zpipe.schemas.errors import ZpipeError, first_line, last_line
 OnReport = Callable[[ShardReport], None]
 Check = Callable[[], None]
 
-# The smallest object store Ray accepts is 75 MiB; we put nothing in it.
+# The smallest object store that Ray accepts has 75 MiB; we put nothing into it.
 OBJECT_STORE_BYTES = 80 * 1024 * 1024
-READY_TIMEOUT_S = 300.0
+READY_TIMEOUT_S = 300.0  # without any worker
 CONNECT_TIMEOUT_S = 10.0
-TICK_S = 2.0
-GRACE_S = 600.0  # for what a shard takes besides its images: a slow store, a first compilation
-MAX_RETRIES = 2
+TICK_S = 2.0  # between two calls of `check`
+GRACE_S = 600.0  # per shard, beside the time for its images: a slow store, a first compilation
+MAX_RETRIES = 2  # of a shard whose worker died
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What the run may use.
-
-    actors: worker processes; 0 takes what Ray has room for. gpus_per_actor: fractions share a GPU; 0 chooses 1 where the
-    device is CUDA. address: of a Ray cluster. image_timeout_s: a worker that is silent for longer than this times the images of
-    its shard (and `GRACE_S`) is taken for hung.
-    """
+    """The resources that a run may use."""
 
     actors: int = 0
+    """Number of workers; 0 takes as many as Ray has resources for."""
     gpus_per_actor: float = 0.0
+    """GPUs of each worker, a fraction where workers share one; 0 takes 1 where the device is CUDA."""
     address: str | None = None
+    """Address of a Ray cluster; None takes RAY_ADDRESS, else starts Ray on this machine."""
     image_timeout_s: float = 10.0
+    """Seconds per image of a shard, beside `GRACE_S`, after which a silent worker counts as hung."""
 
 
 def run_local(
     spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, on_report: OnReport, check: Check
 ) -> None:
-    """Run the tasks one after the other in this process. `check` is called between them and may raise."""
+    """Run the tasks one after the other in this process.
+
+    Args:
+        spec: What the worker needs.
+        tasks: The shards.
+        resources: Not used here.
+        on_report: Called with the report of each shard.
+        check: Called before each shard; it may raise to end the run.
+    """
     worker = ShardWorker(replace(spec, sharing=1))
     for task in tasks:
         check()
@@ -60,12 +67,20 @@ def run_local(
 def run_ray(
     spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, on_report: OnReport, check: Check
 ) -> None:
-    """Run the tasks on Ray actors, one task at a time on each; reports arrive in the order of completion.
+    """Run the tasks on Ray actors, one task at a time on each.
 
-    Connects to `resources.address` or RAY_ADDRESS when given, else starts Ray on this machine for the time of the run.
-    A worker that dies, with its node or alone, or that hangs is replaced and its shard retried, `MAX_RETRIES` times; then the
-    shard is reported as failed and the rest goes on. `check` is called every few seconds and may raise. Errors:
-    :class:`ZpipeError` when Ray can't give the resources or no worker can begin.
+    A worker that hangs or dies, alone or with its node, is replaced, and its shard is retried up to `MAX_RETRIES`
+    times; then the shard is reported as failed, and the others continue.
+
+    Args:
+        spec: What each worker needs.
+        tasks: The shards.
+        resources: The resources to use. Without an address, Ray is started on this machine for the time of the run.
+        on_report: Called with the report of each shard, in the order of completion.
+        check: Called every few seconds; it may raise to end the run.
+
+    Raises:
+        ZpipeError: Ray cannot be reached or does not have the resources, or no worker can begin.
     """
     with _session(resources, spec.threads) as ray:
         _Fleet(ray, spec, tasks, resources, on_report).run(check)
@@ -73,7 +88,7 @@ def run_ray(
 
 @contextmanager
 def _session(resources: Resources, threads: int) -> Iterator[Any]:
-    # Ray reads these at import; without them it announces a change of its GPU defaults on every start.
+    # Ray reads this at import; without it, Ray announces a change of its GPU defaults on every start.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
     from ray.exceptions import RayError
@@ -102,7 +117,7 @@ def _session(resources: Resources, threads: int) -> Iterator[Any]:
         ) from error
     try:
         if on_main:
-            signal.signal(signal.SIGTERM, on_terminate)  # Ray puts its own in its place
+            signal.signal(signal.SIGTERM, on_terminate)  # ray.init() has replaced it
         yield ray
     finally:
         ray.shutdown()
@@ -110,17 +125,18 @@ def _session(resources: Resources, threads: int) -> Iterator[Any]:
 
 @dataclass
 class _Job:
-    """A task on an actor. `deadline`: when we take the actor for hung (monotonic seconds)."""
+    """A task that runs on an actor."""
 
     actor: Any
     task: ShardTask
-    deadline: float
+    deadline: float  # monotonic seconds after which the actor counts as hung
 
 
 class _Fleet:
-    """Actors that are starting (no task yet, so that none waits for a worker that never comes) or running one task.
+    """The actors of a run, each starting or running one task.
 
-    One that finds nothing to do is ended: kept, it would hold what a new one needs, and die unseen with its node.
+    A starting actor has no task yet, so no task waits for a worker that never comes. An actor without a further task is
+    killed: it would hold the resources that a new one needs, and could die unnoticed with its node.
     """
 
     def __init__(
@@ -132,14 +148,15 @@ class _Fleet:
         room = has.get("GPU", 0) / gpus if gpus else has.get("CPU", 1) / spec.threads
         self._ray, self._on_report = ray, on_report
         self._wanted = min(resources.actors or max(1, int(room)), len(tasks))
-        # What the machines have is Ray's to say: this one may be none of theirs. The fullest one tells, as any may be it.
+        # Ask Ray for the CPUs of the machines, which this one need not belong to; any worker may be on the largest one.
         most = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
-        # Not what is left to do: it bounds the batch, and a resumed run would sum in another order than an undisturbed one.
+        # It bounds the batch size, so it must not depend on how many tasks are left: a resumed run would sum in another
+        # order than an undisturbed one.
         sharing = max(1, min(resources.actors or int(room), int(most / spec.threads), spec.sharing))
         self._spec = replace(spec, device=device, sharing=sharing)
         self._image_timeout_s = resources.image_timeout_s
         self._gpus = gpus
-        # GPU workers wait more than they compute: they must not queue for CPUs that nobody uses.
+        # GPU workers hardly use CPUs, so they must not wait until some are free.
         self._actor_class = ray.remote(
             num_cpus=0 if gpus else spec.threads, num_gpus=gpus, max_restarts=0, max_task_retries=0
         )(ShardWorker)
@@ -148,10 +165,10 @@ class _Fleet:
         self._starting: dict[Any, Any] = {}  # reference of ready() -> actor
         self._running: dict[Any, _Job] = {}  # reference of process() -> job
         self._failed_starts = 0
-        self._working_since = time.monotonic()  # when a worker last was at work
+        self._last_active = time.monotonic()  # when a worker last had a task
 
     def run(self, check: Check) -> None:
-        """Until every task has been reported."""
+        """Run until every task has been reported."""
         for _ in range(self._wanted):
             self._start_actor()
         while self._queue or self._running:
@@ -165,7 +182,7 @@ class _Fleet:
                     self._on_started(reference)
                 else:
                     self._on_finished(reference)
-            self._end_hung_ones()
+            self._kill_hung_actors()
 
     def _start_actor(self) -> None:
         actor = self._actor_class.remote(self._spec)
@@ -180,7 +197,7 @@ class _Fleet:
             self._ray.kill(actor)
 
     def _replace_actor(self) -> None:
-        # One that is starting takes a shard from the queue, too.
+        # Each starting actor will take a shard from the queue.
         if len(self._queue) > len(self._starting):
             self._start_actor()
 
@@ -191,7 +208,7 @@ class _Fleet:
         try:
             self._ray.get(reference)
         except RayError as error:
-            # A constructor that raises, or a node lost under it. Some failures may be of one node: go on with the others.
+            # The constructor raised, or its node was lost. If others may still start, one failure is no reason to end.
             self._failed_starts += 1
             if self._failed_starts > MAX_RETRIES * self._wanted:
                 raise ZpipeError(f"{self._failed_starts} workers could not begin: {last_line(error)}") from error
@@ -209,26 +226,27 @@ class _Fleet:
         try:
             self._on_report(self._ray.get(reference))
         except RayActorError as error:
-            # The worker died: killed, out of memory, node lost. A new actor, not a restart: Ray refuses calls to an actor
-            # while it restarts, and counts restarts over the whole run, so that one bad shard would use up the others'.
+            # The worker died: killed, out of memory, node lost. It gets a new actor, not a restart, because Ray refuses
+            # calls to an actor while it restarts, and counts restarts over the whole run, so that one bad shard would
+            # use up those of the others.
             self._retry(job.task, f"worker failed: {last_line(error)}")
             self._replace_actor()
         except RayError as error:
-            # It lives, but raised what no worker should: a defect of ours, the same on every try.
+            # The worker lives, but raised an exception that none should raise: a bug of ours, the same on every retry.
             self._on_report(ShardReport(stem=job.task.entry.stem, error=f"{job.task.path}: {last_line(error)}"))
             self._assign(job.actor)
         else:
             self._assign(job.actor)
 
-    def _retry(self, task: ShardTask, why: str) -> None:
+    def _retry(self, task: ShardTask, reason: str) -> None:
         stem = task.entry.stem
         self._tries[stem] = self._tries.get(stem, 0) + 1
         if self._tries[stem] <= MAX_RETRIES:
             self._queue.append(task)
         else:
-            self._on_report(ShardReport(stem=stem, error=f"{task.path}: {why}"))
+            self._on_report(ShardReport(stem=stem, error=f"{task.path}: {reason}"))
 
-    def _end_hung_ones(self) -> None:
+    def _kill_hung_actors(self) -> None:
         now = time.monotonic()
         for reference, job in list(self._running.items()):
             if now > job.deadline:
@@ -237,8 +255,8 @@ class _Fleet:
                 self._retry(job.task, "worker gave no answer in time; give more by --image-timeout")
                 self._replace_actor()
         if self._running:
-            self._working_since = now
-        elif now - self._working_since > READY_TIMEOUT_S:
+            self._last_active = now
+        elif now - self._last_active > READY_TIMEOUT_S:
             wants = f"{self._gpus:g} GPU" if self._gpus else f"{self._spec.threads} CPU"
             raise ZpipeError(
                 f"no worker came up in {READY_TIMEOUT_S:.0f} s: each wants {wants}, Ray has "
@@ -247,7 +265,7 @@ class _Fleet:
 
 
 def _is_death(error: Exception) -> bool:
-    """Whether the process or its node died, as against a constructor that raised."""
+    """Whether the process or its node died, and not merely its constructor raised."""
     from ray.exceptions import ActorDiedError, RayActorError
 
     raised = isinstance(error, ActorDiedError) and "creation task" in str(error)
@@ -255,7 +273,7 @@ def _is_death(error: Exception) -> bool:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself goes on for many minutes where nobody answers. Errors: OSError."""
+    """Raise OSError if nothing answers at the address, for which Ray itself would wait many minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
-    if port.isdecimal():  # not the `auto` or `local` that Ray understands too
+    if port.isdecimal():  # not so for `auto` and `local`, which Ray understands too
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()

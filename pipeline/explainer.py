@@ -1,4 +1,4 @@
-"""A teacher, a method and a precision as one function from pixels to maps, with memory that is bounded and told."""
+"""A teacher, a method and a precision as one function from pixels to maps, with bounded memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS
-from zpipe.pipeline.recorded_forward import Attribution, Targets
+from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
+from zpipe.pipeline.supported import Targets
 from zpipe.pipeline.teacher import Teacher
+from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
 
-# FORWARD or FORWARD+SWEEP: the dtype of the model, and the arithmetic of the way down where it is another.
+# FORWARD or FORWARD+SWEEP: the dtype of the model, and the arithmetic of the downward sweep where it is another.
 PRECISIONS: dict[str, tuple[torch.dtype, str]] = {
     "float32": (torch.float32, "model"),
     "float64": (torch.float64, "model"),
@@ -28,28 +30,30 @@ PRECISIONS: dict[str, tuple[torch.dtype, str]] = {
     "float32+bfloat16": (torch.float32, "bfloat16"),
     "float32+tf32": (torch.float32, "tf32"),
 }
-NO_CLASS = -1  # the target of a method that asks nothing about a class, and of an image that has none
+NO_CLASS = -1  # the target of a method that depends on no class, and the label of an image that has none
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExplainConfig:
-    """What a map is of.
+    """What a map explains and how it is computed.
 
-    method: a name of `zpipe.pipeline.methods.METHODS`. target: `ground-truth`, `predicted` (the teacher's own best
-    class) or `class:K`. symmetrise: mean of the map and of the mirrored image's map mirrored back, for twice the price:
-    such a map changes with the image when that is mirrored. precision: a name of `PRECISIONS`.
+    Raises:
+        UsageError: A value is none of its choices, or the method does not have the precision.
     """
 
     method: str = DEFAULT_METHOD
+    """Attribution method: a name of `zpipe.pipeline.methods.METHODS`."""
     target: str = "ground-truth"
+    """Class that a map explains: ``ground-truth``, ``predicted`` (the teacher's best class) or ``class:K``."""
     symmetrise: bool = False
+    """Average each map with that of the mirrored image, mirrored back: then mirroring an image mirrors its map. Takes
+    twice the time."""
     precision: str = "float32"
+    """Precision of the forward pass and of the downward sweep: a name of `PRECISIONS`."""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"--method {self.method}: choose one of {', '.join(METHODS)}")
-        if self.precision not in PRECISIONS:
-            raise UsageError(f"--precision {self.precision}: choose one of {', '.join(PRECISIONS)}")
+        check_choice("--method", self.method, METHODS)
+        check_choice("--precision", self.precision, PRECISIONS)
         if "+" in self.precision and self.method != DEFAULT_METHOD:
             raise UsageError(f"--precision {self.precision}: {self.method} has float32 and float64 only")
         kind, colon, number = self.target.partition(":")
@@ -58,33 +62,45 @@ class ExplainConfig:
 
     @property
     def asks_label(self) -> bool:
-        """Whether images need a label that is one of the teacher's classes."""
+        """Whether each image needs a label that is one of the teacher's classes."""
         return self.target == "ground-truth" and self.method not in CLASS_BLIND
 
     @property
     def fixed_class(self) -> int | None:
-        """The K of `class:K`."""
+        """The K of ``class:K``; None for other targets."""
         return int(self.target.removeprefix("class:")) if self.target.startswith("class:") else None
 
     @property
     def recorded_target(self) -> str:
-        """What the manifest says: `none` for methods that ask nothing about a class."""
+        """The target that the manifest records: ``none`` for methods that depend on no class."""
         return "none" if self.method in CLASS_BLIND else self.target
 
 
 class Explained(NamedTuple):
-    """maps float32 [n, gh, gw], raw; logits float32 [n, classes]; targets int64 [n], -1 for methods without a class."""
+    """The maps of a batch, with what they explain."""
 
     maps: np.ndarray
+    """float32 [n, gh, gw], raw."""
     logits: np.ndarray
+    """float32 [n, classes]."""
     targets: np.ndarray
+    """int64 [n], the classes that the maps explain; `NO_CLASS` for methods without one."""
 
 
 class Explainer:
-    """Maps of pixel batches of any size, at most `batch_size` images at once.
+    """Computes the maps of batches of any size, at most `batch_size` images at once.
 
-    A batch that doesn't fit the device's memory is halved and tried again; `notes` says so. Errors: :class:`UsageError`
-    for a class the teacher hasn't; :class:`ZpipeError` when not even one image fits.
+    A batch that does not fit the memory of the device is halved and tried again; `notes` has a line about it.
+
+    Args:
+        teacher: The teacher; its model is moved to the device.
+        config: Method, target class, symmetrisation and precision.
+        batch_size: Most images at once.
+        device: Device to compute on.
+
+    Raises:
+        UsageError: The teacher does not have the class of the target.
+        ZpipeError: Not even one image fits the memory; raised by the call.
     """
 
     def __init__(self, teacher: Teacher, config: ExplainConfig, *, batch_size: int, device: str) -> None:
@@ -100,7 +116,12 @@ class Explainer:
         self._std = torch.tensor(teacher.std, device=device, dtype=dtype).view(1, 3, 1, 1)
 
     def __call__(self, pixels: np.ndarray, labels: np.ndarray) -> Explained:
-        """pixels: uint8 [n, H, W, 3] in the teacher's size; labels: int64 [n], looked at for `ground-truth` only."""
+        """Explain a batch.
+
+        Args:
+            pixels: uint8 [n, H, W, 3], in the size of the teacher's input.
+            labels: int64 [n]; used for the target ``ground-truth`` only.
+        """
         parts = list(self._parts(pixels, labels))
         return Explained(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
@@ -131,15 +152,15 @@ class Explainer:
     def _explain(self, pixels: np.ndarray, labels: np.ndarray) -> Explained:
         images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).to(self._dtype) / 255.0  # [n, 3, H, W]
         images = (images - self._mean) / self._std
-        found = self._attribute(images, self._targets(labels))
-        targets = self._settled(found.logits, labels)
-        maps = found.maps
+        attribution = self._attribute(images, self._targets(labels))
+        targets = self._explained_classes(attribution.logits, labels)
+        maps = attribution.maps
         if self.config.symmetrise:
-            # The mirrored image is asked about the same class, also where the teacher would see another in it.
+            # Both maps explain the same class, even if the teacher predicts another one for the mirrored image.
             mirrored = self._attribute(images.flip(-1), targets.clamp(min=0)).maps.flip(-1)
             maps = (maps + mirrored) / 2
         return Explained(
-            maps.float().cpu().numpy(), found.logits.float().cpu().numpy(), targets.cpu().numpy().astype(np.int64)
+            maps.float().cpu().numpy(), attribution.logits.float().cpu().numpy(), targets.cpu().numpy().astype(np.int64)
         )
 
     def _attribute(self, images: Tensor, targets: Targets) -> Attribution:
@@ -154,24 +175,25 @@ class Explainer:
             return torch.from_numpy(labels).to(self.device)
         return torch.full((len(labels),), self.config.fixed_class or 0, device=self.device)
 
-    def _settled(self, logits: Tensor, labels: np.ndarray) -> Tensor:
+    def _explained_classes(self, logits: Tensor, labels: np.ndarray) -> Tensor:
         if self.config.method in CLASS_BLIND:
             return torch.full((len(labels),), NO_CLASS, device=self.device)
-        asked = self._targets(labels)
-        return asked if isinstance(asked, Tensor) else asked(logits)
+        targets = self._targets(labels)
+        return targets if isinstance(targets, Tensor) else targets(logits)
 
 
 def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    # The CPU's allocators have no exception of their own. oneDNN's message has other causes too: one that isn't memory
-    # stays when the batch is down to one image.
-    told = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in str(error) for part in told)
+    # The allocators of the CPU raise no exception of their own. oneDNN's messages have other causes too; such an error
+    # remains when the batch is down to one image.
+    messages = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in str(error) for part in messages)
 
 
 def bytes_per_image(model: VisionTransformer, dtype: torch.dtype = torch.float32) -> int:
-    """About how much memory transformer attribution holds for one image at its peak, in bytes.
+    """Estimate of the peak memory of transformer attribution for one image, in bytes.
 
-    The records of all blocks, and the work in one: three arrays of the attention's size and six of the MLP's.
+    It counts the records of all blocks, and temporaries of one block: three arrays of the attention's size and six of
+    the MLP's.
     """
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     block = model.blocks[0]
@@ -182,7 +204,17 @@ def bytes_per_image(model: VisionTransformer, dtype: torch.dtype = torch.float32
 
 
 def batch_that_fits(batch_size: int, image_bytes: int, workers: int, available: int | None) -> int:
-    """`batch_size`, or the largest power of two below it whose images take half of the `available` bytes at most."""
+    """The largest batch size that fits the memory.
+
+    Args:
+        batch_size: The requested batch size.
+        image_bytes: Memory of one image, in bytes.
+        workers: Number of workers that share the memory.
+        available: Memory in bytes; None if it is unknown.
+
+    Returns:
+        `batch_size`, or the largest power of two below it with which the workers take at most half of the memory.
+    """
     if available is None or batch_size * image_bytes * workers * 2 <= available:
         return batch_size
     fits = max(1, available // (image_bytes * workers * 2))
@@ -190,12 +222,12 @@ def batch_that_fits(batch_size: int, image_bytes: int, workers: int, available: 
 
 
 def available_memory() -> int | None:
-    """Bytes of main memory that are free to use, of the machine or of the container; None where it isn't told."""
+    """Free main memory of the machine or the container, in bytes; None where the system does not report it."""
     if sys.platform != "linux":
         return None
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (told := limit.read_text().strip()).isdecimal():
-        free = min(free, int(told) - int(used.read_text()))
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdecimal():
+        free = min(free, int(most) - int(used.read_text()))
     return max(0, free)

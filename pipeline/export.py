@@ -1,17 +1,18 @@
-"""A store in the formats of others: Parquet with the maps in it, or plain NumPy files."""
+"""Export a store to formats that other programs read: Parquet files that include the maps, or plain NumPy files."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from zpipe.schemas.atomic import commit, write_bytes, write_json
+from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.manifest import MapShard
 from zpipe.schemas.progress import Progress, silent
@@ -25,13 +26,27 @@ Values = Literal["raw", "minmax"]
 def export_parquet(
     maps: RelevanceMaps, out: Path, *, per_shard: bool = False, values: Values = "raw", progress: Progress = silent
 ) -> int:
-    """Write index and maps as one Parquet file, or as one a shard in the folder `out`; returns how many files.
+    """Write index and maps as Parquet. One shard is in memory at a time.
 
-    Column `map` is FixedSizeList<float16>[gh * gw], row-major, its grid in the field's metadata (`shape`) and the store's
-    provenance in the file's (`zpipe`). values: "raw" divides each map by its `scale` (float16 alone would lose small maps:
-    relevance is `map * scale`), "minmax" scales it to [0, 1]. One shard is in memory at a time. Errors: :class:`UsageError`
-    when `out` exists; :class:`ZpipeError` for what can't be read or written.
+    The column `map` is FixedSizeList<float16>[gh * gw], row-major. The metadata of the field has its grid (`shape`),
+    those of the file the provenance of the store (`zpipe`).
+
+    Args:
+        maps: The store.
+        out: File to write, or folder with `per_shard`; it must not exist.
+        per_shard: Write one file per shard.
+        values: ``raw`` divides each map by its `scale`, because float16 alone would lose small maps: the relevance is
+            `map * scale`. ``minmax`` scales each map to [0, 1].
+        progress: Reports the samples that have been written.
+
+    Returns:
+        Number of files.
+
+    Raises:
+        UsageError: `out` exists or is a URL, or `values` is none of its choices.
+        ZpipeError: A file cannot be read or written.
     """
+    check_choice("--values", values, get_args(Values))
     schema = _schema(maps)
     if not per_shard:
         _check_free(out)
@@ -48,10 +63,13 @@ def export_parquet(
 
 
 def export_numpy(maps: RelevanceMaps, out: Path, *, values: Values = "raw", progress: Progress = silent) -> None:
-    """Write the folder `out`: maps.npy float32 [N, gh, gw], keys.txt, index.parquet and manifest.json, in one order.
+    """Write a folder with maps.npy (float32 [N, gh, gw]), keys.txt and index.parquet, in the same order, and
+    manifest.json.
 
-    0.8 KB a map at 14 x 14 on disk, one shard in memory. Errors as :func:`export_parquet`.
+    It takes 0.8 KB per map at 14 x 14 on disk. One shard is in memory at a time. Arguments and exceptions are those of
+    :func:`export_parquet`.
     """
+    check_choice("--values", values, get_args(Values))
     _check_free(out)
     with commit(out) as folder:
         folder.mkdir()
@@ -80,7 +98,7 @@ def _check_free(out: Path) -> None:
 def _schema(maps: RelevanceMaps) -> pa.Schema:
     gh, gw = maps.manifest.provenance.grid
     rows = maps.table(["key"]).schema if not maps.manifest.shards else maps.index(maps.manifest.shards[0].stem).schema
-    # A plain list, not arrow.fixed_shape_tensor: Hugging Face's datasets refuses that.
+    # A plain list, not arrow.fixed_shape_tensor, which Hugging Face's datasets refuses.
     field = pa.field("map", pa.list_(pa.float16(), gh * gw), nullable=False, metadata={"shape": json.dumps([gh, gw])})
     provenance = json.dumps(maps.manifest.provenance.compared())
     return pa.schema([*rows, field], metadata={"zpipe": provenance})
@@ -89,8 +107,8 @@ def _schema(maps: RelevanceMaps) -> pa.Schema:
 def _tables(maps: RelevanceMaps, schema: pa.Schema, values: Values, progress: Progress) -> Iterator[pa.Table]:
     done = 0
     for shard in maps.manifest.shards:
-        found = _shard_values(maps, shard, values)
-        stored = encode_maps(found)[0] if values == "raw" else found.astype(np.float16)
+        shard_maps = _shard_values(maps, shard, values)
+        stored = encode_maps(shard_maps)[0] if values == "raw" else shard_maps.astype(np.float16)
         flat = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), stored[0].size)
         table = maps.index(shard.stem)
         yield pa.table([*table.columns, flat], schema=schema)
@@ -99,5 +117,5 @@ def _tables(maps: RelevanceMaps, schema: pa.Schema, values: Values, progress: Pr
 
 
 def _shard_values(maps: RelevanceMaps, shard: MapShard, values: Values) -> np.ndarray:
-    found = maps.read_shard(shard.stem)
-    return normalise_minmax(found) if values == "minmax" else found
+    shard_maps = maps.read_shard(shard.stem)
+    return normalise_minmax(shard_maps) if values == "minmax" else shard_maps

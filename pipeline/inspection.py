@@ -1,4 +1,4 @@
-"""Look into a store: what it holds in numbers, and one sample as a picture."""
+"""Look into a store: statistics of its maps, and one sample as a picture."""
 
 from __future__ import annotations
 
@@ -25,31 +25,38 @@ from zpipe.schemas.storage import as_path, check_reachable, folder_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreFigures:
-    """A store in numbers. `bytes` is its size on disk; `teacher_top1` the share of usable, labelled samples whose label the
-    teacher predicts, None where there are none; the quantiles are (5, 25, 50, 75, 95) % of entropy (nats), decimal logarithm of the scale, and mass in the
-    top 10 % of cells, over samples with a usable map.
-    """
+class StoreStatistics:
+    """Statistics of a store. Quantiles are (5, 25, 50, 75, 95) %, over samples with a usable map."""
 
     manifest: StoreManifest
+    """Its manifest."""
     bytes: int
+    """Its size on disk in bytes."""
     teacher_top1: float | None
+    """Fraction of the usable, labelled samples whose label is the teacher's best class; None where there are none."""
     entropy: tuple[float, ...]
+    """Quantiles of the entropy of a map, in nats."""
     log10_scale: tuple[float, ...]
+    """Quantiles of the decimal logarithm of the scale."""
     top10_mass: tuple[float, ...]
+    """Quantiles of the mass in the top 10 % of cells, 0 to 1."""
     histograms: dict[str, Histogram]
+    """Histograms of these three, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Counts in equal steps from the smallest value to the largest."""
+    """Counts of values in bins of equal width."""
 
     counts: tuple[int, ...]
+    """Number of values in each bin."""
     low: float
+    """The smallest value."""
     high: float
+    """The largest value."""
 
     def bars(self) -> str:
-        """One character a step, its height the share of the fullest step."""
+        """One character per bin, whose height is the bin's fraction of the fullest one."""
         most = max(self.counts, default=0) or 1
         return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // most)] for count in self.counts)
 
@@ -61,24 +68,24 @@ def _histogram(values: np.ndarray, steps: int = 32) -> Histogram:
     return Histogram(counts=tuple(int(count) for count in counts), low=float(edges[0]), high=float(edges[-1]))
 
 
-def store_figures(root: Path) -> StoreFigures:
-    """Read a store's index (not its maps). About 40 bytes a sample are read."""
+def store_statistics(root: Path) -> StoreStatistics:
+    """Compute the statistics of a store from its index, about 40 bytes per sample; the maps are not read."""
     maps = RelevanceMaps(root)
     table = maps.table(["label", "predicted", "entropy", "scale", "top10_mass", "status"])
     usable = table["status"].to_numpy(zero_copy_only=False) == OK
     columns = {name: table[name].to_numpy() for name in ("entropy", "scale", "top10_mass")}
-    named, labelled = labels_named(table)
-    shown = {
+    correct, labelled = labels_named(table)
+    measures = {
         "entropy": columns["entropy"][usable],
         "log10_scale": np.log10(columns["scale"][usable]),
         "top10_mass": columns["top10_mass"][usable],
     }
-    return StoreFigures(
+    return StoreStatistics(
         manifest=maps.manifest,
         bytes=folder_bytes(as_path(root)),
-        teacher_top1=named / labelled if labelled else None,
-        **{name: _quantiles(values) for name, values in shown.items()},
-        histograms={name: _histogram(values) for name, values in shown.items()},
+        teacher_top1=correct / labelled if labelled else None,
+        **{name: _quantiles(values) for name, values in measures.items()},
+        histograms={name: _histogram(values) for name, values in measures.items()},
     )
 
 
@@ -89,9 +96,20 @@ def _quantiles(values: np.ndarray) -> tuple[float, ...]:
 
 
 def show_map(root: Path, key: str, out: Path, shards: Path | None = None) -> Path:
-    """Write a PNG of one sample: image, map, map over image. `shards` defaults to where the manifest says they were.
+    """Write a PNG of one sample: its image, its map, and the map over the image.
 
-    Errors: :class:`UsageError` for an unknown key; :class:`ZpipeError` when the shards aren't there.
+    Args:
+        root: Folder or URL of the store.
+        key: Key of the sample.
+        out: The PNG to write.
+        shards: Folder or URL of the tars; None takes the one in the manifest.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UsageError: The key is unknown.
+        ZpipeError: The sample has no usable map, or its image is not there or cannot be decoded.
     """
     maps = RelevanceMaps(root, normalise="minmax")
     if key not in maps:
@@ -121,13 +139,13 @@ def show_map(root: Path, key: str, out: Path, shards: Path | None = None) -> Pat
 
 def _find_image(shards: Path, stem: str, key: str) -> Image.Image:
     check_reachable(shards)
-    # Its name is known: neither the index nor, where there is none, all other tars need be read.
+    # The name of the tar is known, so neither an index nor, without one, all other tars need to be read.
     tar = shards if shards.name == f"{stem}.tar" else shards / f"{stem}.tar"
     if tar.is_file():
         for sample in read_samples(tar):
             if sample.key == key:
                 return _decoded(sample, tar)
-    find_shards(shards)  # has more to say about a folder that isn't there or holds no tar
+    find_shards(shards)  # its message is better for a folder that is absent or holds no tar
     raise ZpipeError(f"{shards}: has no tar {stem}.tar with key {key}; give the shards of this store with --shards")
 
 

@@ -1,9 +1,9 @@
-"""One writer at a time: a lease on a store that a dead run does not hold for ever.
+"""One writer at a time: a lease on a store, which does not outlive a run that died.
 
-`lease.json` in the store names its holder and is renewed every `BEAT_S` seconds. A second run is refused while it is; a
-lease whose process is gone, where its number can be looked up (same boot, same PID namespace), or that nobody renews for
-`EXPIRY_S`, is taken over. Creating the file is decided by the file system or the object store, so of two runs that begin
-together one gets it.
+`lease.json` in the store names its holder and is renewed every `BEAT_S` seconds. While it is renewed, other runs are
+refused. A lease is taken over if its process no longer exists, where that can be looked up (same boot, same PID
+namespace), or if it has not been renewed for `EXPIRY_S` seconds. The file system or the object store decides which of
+two runs creates the file.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from zpipe.schemas.formats import check_format, header
 from zpipe.schemas.storage import create_exclusively, remove, storage_errors
 
 LEASE_NAME = "lease.json"
-BEAT_S = 10.0
-EXPIRY_S = 40.0
-SETTLE_S = 0.5
-# How long a run that slept past its lease waits for the renewal before it gives up.
-RENEWAL_S = 10.0
+BEAT_S = 10.0  # between two renewals
+EXPIRY_S = 40.0  # without a renewal, after which a lease is taken over
+SETTLE_S = 0.5  # after taking a lease, in which another run may take it too
+RENEWAL_S = 10.0  # how long a run that slept past its lease waits for the renewal before it fails
 FORMAT = "zpipe-lease"
 VERSION = 1
 FIELDS: dict[str, Any] = {
@@ -44,7 +43,7 @@ FIELDS: dict[str, Any] = {
 
 
 class Lease:
-    """A held lease. `check()` raises :class:`ZpipeError` once another run has taken it, or it could not be renewed in time."""
+    """A lease that this run holds. A thread renews it."""
 
     def __init__(self, path: Path, holder: dict[str, Any]) -> None:
         self._path, self._holder = path, holder
@@ -55,8 +54,9 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Whether we may still write."""
-        # Late, but continued (a machine that slept, Ctrl-Z): the thread renews it in a moment. Unless it hangs in the store.
+        """Raise :class:`ZpipeError` if another run has taken the lease, or if it could not be renewed in time."""
+        # A process that was suspended (a machine that slept, Ctrl-Z) is late, but the thread renews the lease in a
+        # moment, unless the store does not answer.
         waited_until = _now() + RENEWAL_S
         while not self._lost and self._late() and _now() < waited_until:
             time.sleep(RENEWAL_S / 100)
@@ -69,14 +69,14 @@ class Lease:
             raise ZpipeError(self._lost)
 
     def release(self) -> None:
-        """Give it back, if it is still ours. What can't be given back is left to expire: the work is done or has failed already."""
+        """Delete the lease if it is still ours. If that fails it expires: the work has succeeded or failed already."""
         self._end.set()
         self._thread.join(BEAT_S)
         if self._lost or self._thread.is_alive():
             return
         try:
-            found = _read(self._path)
-            if found is not None and found["token"] == self._holder["token"]:
+            current = _read(self._path)
+            if current is not None and current["token"] == self._holder["token"]:
                 remove(self._path)
         except storage_errors(ZpipeError):
             return
@@ -87,15 +87,15 @@ class Lease:
     def _keep(self) -> None:
         while not self._end.wait(BEAT_S):
             try:
-                found = _read(self._path)
-                if found is None or found["token"] != self._holder["token"]:
-                    holder = "nobody" if found is None else _name(found)
+                current = _read(self._path)
+                if current is None or current["token"] != self._holder["token"]:
+                    holder = "nobody" if current is None else _name(current)
                     self._lost = f"{self._path}: the lease is {holder}'s now; end the other run, then run this again"
                     return
                 write_bytes(self._path, _encode(self._holder))
                 self._renewed = _now()
             except storage_errors(ZpipeError) as error:
-                # A store that is out of reach for a moment; for longer, another run may believe us dead.
+                # The store may be out of reach for a moment. After that, another run may take this one for dead.
                 if _now() - self._renewed > EXPIRY_S - BEAT_S:
                     self._lost = f"{self._path}: the lease could not be renewed ({error}); run again to go on"
                     return
@@ -103,7 +103,11 @@ class Lease:
 
 @contextmanager
 def held_lease(root: Path) -> Iterator[Lease]:
-    """Hold the lease of the store at `root`. Errors: :class:`ZpipeError` naming the run that holds it."""
+    """Hold the lease of the store at `root` within the context.
+
+    Raises:
+        ZpipeError: Another run holds it; the message names its process and machine.
+    """
     path = root / LEASE_NAME
     holder = {
         "token": uuid.uuid4().hex,
@@ -124,67 +128,68 @@ def held_lease(root: Path) -> Iterator[Lease]:
 def _take(path: Path, holder: dict[str, Any]) -> None:
     try:
         while not create_exclusively(path, _encode(holder)):
-            found = _read(path)
-            if found is None:
-                continue  # given back this moment
-            if not _is_dead(path, found):
+            current = _read(path)
+            if current is None:
+                continue  # it was released at this moment
+            if not _is_dead(path, current):
                 raise ZpipeError(
-                    f"{path}: {_name(found)} has been writing to this store since {found['since']}; "
+                    f"{path}: {_name(current)} has been writing to this store since {current['since']}; "
                     "wait for it, or give another --out folder"
                 )
-            if _read(path) == found:  # and not another heir's by now
+            if _read(path) == current:  # no other run has taken it over meanwhile
                 remove(path)
-        # Two heirs may both have removed a dead run's lease; the last to write holds it, the other learns it here.
+        # Two runs may both have removed the lease of a dead run: the last one that wrote holds it.
         time.sleep(SETTLE_S)
-        found = _read(path)
+        current = _read(path)
     except storage_errors() as error:
         raise ZpipeError(f"{path}: could not be written ({error}); fix permissions, then run again") from error
-    if found is None or found["token"] != holder["token"]:
+    if current is None or current["token"] != holder["token"]:
         raise ZpipeError(f"{path}: another run took this store in the same moment; wait for it to end")
 
 
-def _is_dead(path: Path, found: dict[str, Any]) -> bool:
+def _is_dead(path: Path, lease: dict[str, Any]) -> bool:
+    """Whether the run that holds a lease has died. Takes `EXPIRY_S` where only the lack of a renewal can tell."""
     ours, namespace = _process(os.getpid()), _namespace()
-    # Containers and machines may share a name. A process number means the same to both only under one boot, in one namespace.
-    if ours and namespace and found["process"]:
-        boots = [process.partition(":")[0] for process in (ours, found["process"])]
-        if (found["host"], found["namespace"], boots[1]) == (socket.gethostname(), namespace, boots[0]):
-            return _process(found["pid"]) != found["process"]
-    # Elsewhere: the clocks of two machines differ, so only whether the file goes on being renewed tells. One that seems to come
-    # from the future may be a dead run's whose clock was ahead.
-    if 0 <= time.time() - found["beat"] < EXPIRY_S:
+    # Machines and containers may share a host name; a PID is unique only within one boot and one namespace.
+    if ours and namespace and lease["process"]:
+        boots = [process.partition(":")[0] for process in (ours, lease["process"])]
+        if (lease["host"], lease["namespace"], boots[1]) == (socket.gethostname(), namespace, boots[0]):
+            return _process(lease["pid"]) != lease["process"]
+    # The process is elsewhere. The clocks of two machines differ, so only a missing renewal proves that it died. A
+    # lease from the future may be that of a dead run whose clock was ahead.
+    if 0 <= time.time() - lease["beat"] < EXPIRY_S:
         return False
     time.sleep(EXPIRY_S)
     later = _read(path)
-    return later is None or later == found
+    return later is None or later == lease
 
 
 def _process(pid: int) -> str | None:
-    """What tells a process from a later one of the same number: boot and start time. None when there is none, or no /proc."""
+    """Boot and start time, which tell a process from a later one of the same PID; None if either is unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         if fields[0] in "ZX":
-            return None  # ended, its parent just hasn't looked
+            return None  # it has ended; only its parent has not waited for it yet
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + ":" + fields[19]
     except OSError:
         return None
 
 
 def _now() -> float:
-    """Seconds that go on while the machine sleeps, where its clock can."""
+    """Seconds since boot, including those in which the machine slept where it has such a clock."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _namespace() -> str | None:
-    """The PID namespace in which our own number counts. None where /proc is absent, or is that of another namespace."""
+    """The PID namespace of this process; None if /proc is absent or belongs to another namespace."""
     try:
         return os.readlink("/proc/self/ns/pid") if os.readlink("/proc/self") == str(os.getpid()) else None
     except OSError:
         return None
 
 
-def _name(found: dict[str, Any]) -> str:
-    return f"process {found['pid']} on {found['host']}"
+def _name(lease: dict[str, Any]) -> str:
+    return f"process {lease['pid']} on {lease['host']}"
 
 
 def _encode(holder: dict[str, Any]) -> bytes:
@@ -192,7 +197,7 @@ def _encode(holder: dict[str, Any]) -> bytes:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """The lease, None when there is none. Errors: :class:`ZpipeError` when the file is no lease."""
+    """The content of the lease; None if there is none. Raises :class:`ZpipeError` if the file is no lease."""
     remedy = "delete it when no run is writing here"
     try:
         value = json.loads(path.read_bytes())

@@ -1,7 +1,7 @@
-"""Arrays of real numbers out of a MATLAB 5 file (.mat), as Flowers-102 is published with.
+"""A reader of the real number arrays of a MATLAB 5 file (.mat), as published with Flowers-102.
 
-Source: "MAT-File Format", The MathWorks, "Level 5 MAT-file format". scipy reads all of the format, but its reader can crash
-the process on a damaged file; the few kinds of elements that number arrays are made of need no more than this.
+Source: "MAT-File Format", The MathWorks, "Level 5 MAT-file format". scipy reads the whole format, but its reader can
+crash the process on a damaged file. Number arrays consist of few kinds of elements and need no more than this.
 """
 
 from __future__ import annotations
@@ -20,13 +20,20 @@ _MATRIX, _COMPRESSED = 14, 15
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _NUMERIC_CLASSES = range(6, 16)  # double, single, and integers; below are cells, structs, text, sparse arrays
 _COMPLEX = 0x800
-_LARGEST = 1 << 24  # bytes of a variable; so that none unpacks to fill the memory
+_MAX_BYTES = 1 << 24  # of a variable, so that none can fill the memory
 
 
 def read_numbers(path: Path) -> dict[str, np.ndarray]:
-    """The file's variables that are arrays of real numbers: 1-D, in their stored (column-major) order and number type.
+    """Read the variables that are arrays of real numbers; others are left out.
 
-    Other variables are left out. Errors: :class:`ZpipeError` naming the file when it isn't whole or of another format.
+    Args:
+        path: The file.
+
+    Returns:
+        Name -> values, 1-D, in their stored (column-major) order and number type.
+
+    Raises:
+        ZpipeError: The file is not whole or has another format.
     """
     try:
         data = path.read_bytes()
@@ -35,28 +42,28 @@ def read_numbers(path: Path) -> dict[str, np.ndarray]:
     order = {b"IM": "<", b"MI": ">"}.get(data[126:_HEADER])
     if order is None:
         raise ZpipeError(f"{path}: not a MATLAB 5 file; fetch it again")
-    found: dict[str, np.ndarray] = {}
+    variables: dict[str, np.ndarray] = {}
     try:
         for kind, content in _elements(data[_HEADER:], order):
             if kind == _COMPRESSED:
                 kind, content = next(_elements(_unpacked(content), order), (0, b""))
             name, values = _variable(content, order) if kind == _MATRIX else ("", None)
             if values is not None:
-                found[name] = values
+                variables[name] = values
     except (ValueError, zlib.error) as error:
         raise ZpipeError(f"{path}: not a whole MATLAB 5 file ({error}); fetch it again") from error
-    return found
+    return variables
 
 
 def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
-    """The elements that follow each other in `data`: type and content."""
+    """Yield type and content of the consecutive elements of `data`."""
     place = 0
     while place < len(data):
         if len(data) - place < 8:
             raise ValueError("it ends inside a tag")
         kind, size = struct.unpack_from(f"{order}II", data, place)
         place += 8
-        if kind >> 16:  # a small element: its size and up to 4 bytes lie in the tag itself
+        if kind >> 16:  # a small element: the tag contains its size and up to 4 bytes
             kind, size = kind & 0xFFFF, kind >> 16
             content, place = data[place - 4 : place][:size], place
         else:
@@ -69,9 +76,9 @@ def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
 
 def _unpacked(content: bytes) -> bytes:
     unpacker = zlib.decompressobj()
-    data = unpacker.decompress(content, _LARGEST)
+    data = unpacker.decompress(content, _MAX_BYTES)
     if not unpacker.eof:
-        raise ValueError(f"a variable is cut, or larger than {_LARGEST} bytes")
+        raise ValueError(f"a variable is cut, or larger than {_MAX_BYTES} bytes")
     return data
 
 

@@ -1,11 +1,11 @@
-"""The ways to explain a teacher that extraction knows by name, all with the interface of `relevance.attribute`.
+"""The attribution methods that extraction knows by name, all with the interface of `relevance.attribute`.
 
     transformer-attribution   relevance times gradient, per class (Chefer et al., CVPR 2021; the ZoomViT paper's)
     gradient-attention        attention times gradient, per class (Chefer et al., ICCV 2021, Eq. 5-6 for self-attention)
     rollout                   attention alone, no class (Abnar and Zuidema, ACL 2020)
     class-attention           the class token's attention in the last block, no class (Caron et al., ICCV 2021)
 
-The last two ask nothing about a class: they give the same map for every target.
+The last two depend on no class: they give the same map for every target.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from zpipe.pipeline.recorded_forward import (
     BlockRecord,
     Linear,
     Recorded,
-    Targets,
-    check_request,
     gelu_kind,
     join_heads,
     record_forward,
@@ -31,15 +29,18 @@ from zpipe.pipeline.recorded_forward import (
     split_heads,
 )
 from zpipe.pipeline.relevance import attribute
+from zpipe.pipeline.supported import Targets, check_request
 
 Method = Callable[[VisionTransformer, Tensor, Targets], Attribution]
 
 
 @torch.no_grad()
 def gradient_attention(model: VisionTransformer, images: Tensor, targets: Targets) -> Attribution:
-    """The class token's row of the product of I + mean over heads of max(0, G_A * A), with G_A the gradient.
+    """The class token's row of the product over blocks of I + mean over heads of max(0, G_A * A), with G_A the
+    gradient.
 
-    Arguments, result and errors as in `relevance.attribute`. About 2.3 forward passes for one target.
+    Arguments, result and exceptions are those of `relevance.attribute`. It takes about 2.3 forward passes for one
+    target.
     """
     check_request(model, images, targets)
     with torch.autocast(images.device.type, enabled=False):
@@ -50,9 +51,9 @@ def gradient_attention(model: VisionTransformer, images: Tensor, targets: Target
 
 @torch.no_grad()
 def rollout(model: VisionTransformer, images: Tensor, targets: Targets) -> Attribution:
-    """The class token's row of the product of (I + mean over heads of A) / 2.
+    """The class token's row of the product over blocks of (I + mean over heads of A) / 2.
 
-    Arguments, result and errors as in `relevance.attribute`; the maps are the same for every target.
+    Arguments, result and exceptions are those of `relevance.attribute`; the maps are the same for every target.
     """
     check_request(model, images, targets)
     with torch.autocast(images.device.type, enabled=False):
@@ -67,9 +68,9 @@ def rollout(model: VisionTransformer, images: Tensor, targets: Targets) -> Attri
 
 @torch.no_grad()
 def class_attention(model: VisionTransformer, images: Tensor, targets: Targets) -> Attribution:
-    """The class token's attention in the last block, mean over heads.
+    """The class token's attention in the last block, averaged over heads.
 
-    Arguments, result and errors as in `relevance.attribute`; the maps are the same for every target.
+    Arguments, result and exceptions are those of `relevance.attribute`; the maps are the same for every target.
     """
     check_request(model, images, targets)
     with torch.autocast(images.device.type, enabled=False):
@@ -90,7 +91,7 @@ CLASS_BLIND = ("rollout", "class-attention")
 
 
 def _through(row: Tensor | None, matrices: Tensor) -> Tensor:
-    """row (I + mean over heads of matrices): [B, N], [B, H, Q, N] -> [B, N]; no row yet is the class token's unit row."""
+    """Multiply a row [B, N] with I + mean over heads of `matrices` [B, H, Q, N]; None is the class token's unit row."""
     if row is None:
         row = matrices.mean(dim=1)[:, 0].clone()
         row[:, 0] += 1
@@ -99,7 +100,7 @@ def _through(row: Tensor | None, matrices: Tensor) -> Tensor:
 
 
 def _gradient_row(model: VisionTransformer, recorded: Recorded, k: int) -> Tensor:
-    """From the k-th target's logit to block 1's attention -> the class token's row [B, N]."""
+    """Sweep from the logit of the k-th target to the attention of block 1. Returns the class token's row, [B, N]."""
     top = recorded.top
     grad = recorded.one_hot(k)[:, None] @ Linear.of(model.head).weight  # [B, 1, D]
     grad = top.norm.grad(model.norm, top.x, grad)
@@ -137,7 +138,7 @@ def _grad_to_input(
     grad_q, grad_k, grad_v = scores @ record.k, scores.mT @ record.q, attention.mT @ grad_context
     weight, width = block.attn.qkv.weight, record.q.shape[1] * record.q.shape[3]
     grad = join_heads(grad_k, grad_v) @ weight[width:]  # [B, N, D]
-    live = record.q.shape[2]  # in the last block only the class token asked
+    live = record.q.shape[2]  # in the last block only the class token has a query
     grad[:, :live] += join_heads(grad_q) @ weight[:width]
     grad = record.norm1.grad(block.norm1, record.x, grad)
     grad[:, :live] += grad_skip

@@ -1,46 +1,45 @@
-"""A timm ViT's forward pass that keeps what a downward sweep needs, and the check that its parts are known.
+"""The forward pass of a timm ViT, with records of everything that a downward sweep needs.
 
-Symbols in the shape comments: B images, N tokens, Q the rows that are live (N, or 1 in the last block, where only the
-class token reaches the logits), D width, F hidden width of the MLP, H heads, E width of all heads together, d of one,
-K target classes an image.
+Symbols in the shape comments: B images, N tokens, Q live rows (N, or 1 in the last block, where only the class token
+reaches the logits), D width, F hidden width of the MLP, H heads, E width of all heads together, d width of one head,
+K target classes per image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GELU, GELUTanh, LayerNorm, LayerScale, Mlp, PatchEmbed
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.layers import GELUTanh, LayerScale
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-Targets = Tensor | Callable[[Tensor], Tensor]
+from zpipe.pipeline.supported import Targets, check_targets
 
 
 class Attribution(NamedTuple):
-    """What one call gives, in the model's dtype and on its device.
-
-    maps: [B, gh, gw] for targets [B], [B, K, gh, gw] for targets [B, K]; raw, not normalised, row-major over the patches.
-    logits: [B, classes].
-    """
+    """Maps and logits of a batch, in the dtype and on the device of the model."""
 
     maps: Tensor
+    """[B, gh, gw] for targets [B], or [B, K, gh, gw] for targets [B, K]; raw, not normalised."""
     logits: Tensor
+    """[B, classes]."""
 
 
 class Linear(NamedTuple):
+    """Weight and bias of a linear layer."""
+
     weight: Tensor  # [out, in]
     bias: Tensor | None  # [out]
 
     @classmethod
     def of(cls, layer: nn.Linear, scale: nn.Module | None = None) -> Linear:
-        """The layer together with the LayerScale that may follow it.
+        """The layer, merged with the LayerScale that may follow it.
 
-        A per-channel factor after a linear layer is one linear layer with scaled rows, and is given relevance as such:
-        a network then has the same map whether the factor is stored apart or multiplied in.
+        A linear layer and a factor per channel are one linear layer with scaled rows, and get relevance as such. So a
+        network has the same map whether the factor is stored separately or multiplied in.
         """
         if not isinstance(scale, LayerScale):
             return cls(layer.weight, layer.bias)
@@ -52,14 +51,16 @@ class Linear(NamedTuple):
         return Linear(self.weight[rows], None if self.bias is None else self.bias[rows])
 
     def to(self, dtype: torch.dtype) -> Linear:
+        """The layer in another dtype."""
         return Linear(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
         return F.linear(x, self.weight, self.bias)
 
 
 class Normed(NamedTuple):
-    """A LayerNorm's output with what its gradient needs."""
+    """The output of a LayerNorm, with what its gradient needs."""
 
     out: Tensor  # [B, tokens, D]
     mean: Tensor  # [B, tokens, 1]
@@ -67,12 +68,15 @@ class Normed(NamedTuple):
 
     @classmethod
     def of(cls, norm: nn.LayerNorm, x: Tensor) -> Normed:
+        """Normalise x [B, tokens, D]."""
         return cls(*torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
 
     def to(self, dtype: torch.dtype) -> Normed:
+        """The record in another dtype."""
         return Normed(*(part.to(dtype) for part in self))
 
     def grad(self, norm: nn.LayerNorm, x: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of the input x, from that of the output; all [B, tokens, D]."""
         weight = None if norm.weight is None else norm.weight.to(grad.dtype)
         args = (norm.normalized_shape, self.mean, self.rstd, weight, None)
         return torch.ops.aten.native_layer_norm_backward(grad, x, *args, [True, False, False])[0]
@@ -80,56 +84,58 @@ class Normed(NamedTuple):
 
 @dataclass(slots=True)
 class BlockRecord:
-    """What the sweep needs of one block."""
+    """What the sweep needs from one block."""
 
     x: Tensor  # [B, N, D] input
     norm1: Normed
     q: Tensor  # [B, H, Q, d]
     k: Tensor  # [B, H, N, d]
     v: Tensor  # [B, H, N, d]
-    scores: Tensor  # [B, H, Q, N] Q K^T without its scale; the softmax is taken again rather than kept
+    scores: Tensor  # [B, H, Q, N] Q K^T before it is scaled; the softmax is computed again rather than kept
     context: Tensor  # [B, H, Q, d] A V
-    attended: Tensor  # [B, Q, D] what the attention adds
+    attended: Tensor  # [B, Q, D] output of the attention branch
     middle: Tensor  # [B, Q, D] input plus attended
     norm2: Normed
     hidden: Tensor  # [B, Q, F] before GELU
     active: Tensor  # [B, Q, F] after GELU
-    mixed: Tensor  # [B, Q, D] what the MLP adds
+    mixed: Tensor  # [B, Q, D] output of the MLP branch
     out: Tensor  # [B, Q, D]
 
     def to(self, dtype: torch.dtype) -> BlockRecord:
+        """The record in another dtype."""
         return BlockRecord(**{field.name: getattr(self, field.name).to(dtype) for field in fields(self)})
 
 
 @dataclass(slots=True)
 class TopRecord:
-    """What the sweep needs of the final norm and the head."""
+    """What the sweep needs from the final norm and the head."""
 
     x: Tensor  # [B, 1, D]
     norm: Normed
     logits: Tensor  # [B, 1, classes]
 
     def to(self, dtype: torch.dtype) -> TopRecord:
+        """The record in another dtype."""
         return TopRecord(self.x.to(dtype), self.norm.to(dtype), self.logits.to(dtype))
 
 
 class Recorded(NamedTuple):
-    """A forward pass with everything a downward sweep needs."""
+    """A forward pass with everything that a downward sweep needs."""
 
     blocks: list[BlockRecord]
     top: TopRecord
     targets: Tensor  # int64 [B, K]
-    single: bool  # the targets came as [B], so the maps leave without the K
-    logits: Tensor  # [B, classes], in the model's dtype whatever that of the records
+    single: bool  # the targets were [B], so the maps are [B, gh, gw]
+    logits: Tensor  # [B, classes], in the dtype of the model, whatever that of the records
 
     def one_hot(self, k: int) -> Tensor:
         """The k-th target of each image as [B, classes], in the dtype of the records."""
         return F.one_hot(self.targets[:, k], self.logits.shape[1]).to(self.top.logits.dtype)
 
     def as_maps(self, model: VisionTransformer, rows: list[Tensor]) -> Tensor:
-        """The class token's rows [B, N], one for each of the K targets -> maps [B, gh, gw] or [B, K, gh, gw].
+        """Turn the class token's rows [B, N], one for each of the K targets, into maps [B, gh, gw] or [B, K, gh, gw].
 
-        The prefix tokens have no place in the image and are left out.
+        Prefix tokens have no place in the image and are left out.
         """
         grid = model.patch_embed.grid_size
         maps = torch.stack([row[:, model.num_prefix_tokens :].unflatten(1, grid) for row in rows], dim=1)
@@ -139,9 +145,16 @@ class Recorded(NamedTuple):
 def record_forward(
     model: VisionTransformer, images: Tensor, targets: Targets, dtype: torch.dtype | None = None
 ) -> Recorded:
-    """Run the model on images [B, C, H, W] in its own dtype and settle which classes [B, K] are asked about.
+    """Run the model on a batch in its own dtype and determine the target classes.
 
-    The records are kept in `dtype` (None: the model's), and it is that in which the sweep computes. What was asked has passed `check_request`. Errors: ValueError for targets made of the logits that don't fit.
+    Args:
+        model: The model; it and the other arguments have passed `check_request`.
+        images: [B, C, H, W].
+        targets: Class numbers [B] or [B, K], or a function that computes them from the logits [B, classes].
+        dtype: The dtype of the records, in which the sweep computes; None keeps the dtype of the model.
+
+    Raises:
+        ValueError: Targets that were computed from the logits do not fit.
     """
     dtype = dtype or images.dtype
     blocks, top = _forward(model, images, dtype)
@@ -155,7 +168,8 @@ def record_forward(
 
 
 def _forward(model: VisionTransformer, images: Tensor, dtype: torch.dtype) -> tuple[list[BlockRecord], TopRecord]:
-    # Below block 1's attention nothing carries relevance, so timm's own embedding serves; in eval it drops nothing.
+    # Relevance ends at the attention of block 1, so timm's own embedding needs no record; in eval mode it drops
+    # nothing.
     x = model._pos_embed(model.patch_embed(images))  # [B, N, D]
     records = []
     for number, block in enumerate(model.blocks, start=1):
@@ -190,125 +204,25 @@ def _record_block(block: Block, x: Tensor, only_class_token: bool) -> BlockRecor
 
 
 def split_heads(x: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
-    """[B, tokens, parts * E] -> `parts` views [B, H, tokens, d]."""
+    """Split [B, tokens, parts * E] into `parts` views [B, H, tokens, d]."""
     return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def join_heads(*parts: Tensor) -> Tensor:
-    """The inverse: [B, H, tokens, d] each -> [B, tokens, parts * E]."""
+    """The inverse of `split_heads`: join parts [B, H, tokens, d] to [B, tokens, parts * E]."""
     return torch.stack([part.transpose(1, 2) for part in parts], dim=2).flatten(2)
 
 
 def softmax(scores: Tensor, scale: float) -> Tensor:
+    """Attention [B, H, Q, N] from the scores before they are scaled."""
     return torch.softmax(scores * scale, dim=-1)
 
 
 def gelu_kind(act: nn.Module) -> str:
+    """The approximation of a GELU module, as torch names it."""
     return "tanh" if isinstance(act, GELUTanh) else getattr(act, "approximate", "none")
 
 
 def softmax_grad(attention: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of the input of a softmax over the last axis, from its output and the gradient of its output."""
     return torch.ops.aten._softmax_backward_data(grad, attention, -1, attention.dtype)
-
-
-def check_supported(model: nn.Module) -> None:
-    """Raise ValueError, naming the part, for a model with a part whose rule is not implemented.
-
-    Supported: timm's VisionTransformer with a class token that alone feeds the head, pre-norm blocks of plain
-    attention and GELU MLP, with or without LayerScale, biases and register tokens.
-    """
-    if type(model) is not VisionTransformer:
-        raise ValueError(f"no relevance rules for {type(model).__name__}: a timm VisionTransformer is needed")
-    vit: VisionTransformer = model
-    top = {
-        "class_token=False": not vit.has_class_token,
-        f"global_pool={vit.global_pool!r} (only 'token')": vit.global_pool != "token",
-        "num_classes=0 (no classifier head)": type(vit.head) is nn.Identity,
-        "pre_norm=True (a norm before the blocks)": type(vit.norm_pre) is not nn.Identity,
-        "fc_norm=True (a norm after the pooling)": type(vit.fc_norm) is not nn.Identity,
-        "attention pooling": getattr(vit, "attn_pool", None) is not None,
-        "no blocks": len(vit.blocks) == 0,
-        "dynamic_img_pad=True": vit.patch_embed.dynamic_img_pad if type(vit.patch_embed) is PatchEmbed else False,
-    }
-    for part, present in top.items():
-        if present:
-            raise ValueError(f"no relevance rules for a VisionTransformer with {part}")
-    _check_part("patch_embed", vit.patch_embed, PatchEmbed)
-    _check_part("norm", vit.norm, LayerNorm, nn.LayerNorm)
-    _check_part("head", vit.head, nn.Linear)
-    for number, block in enumerate(vit.blocks):
-        name = f"blocks.{number}"
-        _check_part(name, block, Block)
-        attn, mlp = block.attn, block.mlp
-        _check_part(f"{name}.attn", attn, Attention)
-        for norm in ("q_norm", "k_norm"):
-            if type(getattr(attn, norm)) is not nn.Identity:
-                raise ValueError(f"no relevance rules for a VisionTransformer with qk_norm=True ({name}.attn.{norm})")
-        _check_part(f"{name}.attn.norm", getattr(attn, "norm", None) or nn.Identity(), nn.Identity)
-        _check_part(f"{name}.attn.gate", getattr(attn, "gate", None) or nn.Identity(), nn.Identity)
-        _check_part(f"{name}.mlp", mlp, Mlp)
-        _check_part(f"{name}.mlp.act", mlp.act, nn.GELU, GELU, GELUTanh)
-        _check_part(f"{name}.mlp.norm", mlp.norm, nn.Identity)
-        for part in ("norm1", "norm2"):
-            _check_part(f"{name}.{part}", getattr(block, part), LayerNorm, nn.LayerNorm)
-        for part in ("ls1", "ls2"):
-            _check_part(f"{name}.{part}", getattr(block, part), LayerScale, nn.Identity)
-        for part, layer in (
-            ("attn.qkv", attn.qkv),
-            ("attn.proj", attn.proj),
-            ("mlp.fc1", mlp.fc1),
-            ("mlp.fc2", mlp.fc2),
-        ):
-            _check_part(f"{name}.{part}", layer, nn.Linear)
-
-
-def _check_part(name: str, module: nn.Module, *kinds: type[nn.Module]) -> None:
-    # The exact class: a subclass may compute something else under the same name.
-    if type(module) not in kinds:
-        wanted = " or ".join(dict.fromkeys(kind.__name__ for kind in kinds))
-        raise ValueError(f"no relevance rule for {name}, a {type(module).__name__}: {wanted} is needed")
-
-
-def check_request(model: nn.Module, images: Tensor, targets: Targets) -> None:
-    """Raise ValueError for a model, images or targets that an attribution can't work with, naming what and why."""
-    check_supported(model)
-    check_input(model, images)
-    if isinstance(targets, Tensor):
-        check_targets(model, targets, len(images))
-
-
-def check_input(model: VisionTransformer, images: Tensor) -> None:
-    """Raise ValueError for a model in train mode or of mixed dtype or device, and for images that don't fit it."""
-    training = next((name for name, module in model.named_modules() if module.training), None)
-    if training is not None:
-        raise ValueError(f"the model is in train mode ({training or 'all of it'}): call model.eval() first")
-    weight = model.head.weight
-    for name, tensor in model.named_parameters():
-        if (tensor.dtype, tensor.device) != (weight.dtype, weight.device):
-            raise ValueError(
-                f"the model mixes dtypes or devices: {name} is {tensor.dtype} on {tensor.device}, "
-                f"head.weight {weight.dtype} on {weight.device}"
-            )
-    shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
-    if images.ndim != 4 or tuple(images.shape[1:]) != shape:
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"images have shape {list(images.shape)}, the model takes [B, {wanted}]")
-    if (images.dtype, images.device) != (weight.dtype, weight.device):
-        raise ValueError(
-            f"images are {images.dtype} on {images.device}, the model is {weight.dtype} on {weight.device}"
-        )
-    broken = ~images.isfinite().flatten(1).all(dim=1)
-    if broken.any():
-        raise ValueError(f"image {int(broken.nonzero()[0])} of the batch has pixels that are NaN or infinite")
-
-
-def check_targets(model: VisionTransformer, targets: Tensor, count: int) -> None:
-    """Raise ValueError for targets that are not [B] or [B, K] class numbers of the model."""
-    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise ValueError(f"targets are {targets.dtype}, class numbers are integers")
-    if targets.ndim not in (1, 2) or len(targets) != count or (targets.ndim == 2 and targets.shape[1] == 0):
-        raise ValueError(f"targets have shape {list(targets.shape)}, {count} images need [{count}] or [{count}, K]")
-    outside = (targets < 0) | (targets >= model.num_classes)
-    if outside.any():
-        first = int(targets[outside][0])
-        raise ValueError(f"target class {first} is outside 0..{model.num_classes - 1}, the classes of the model")

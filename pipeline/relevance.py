@@ -1,27 +1,27 @@
-"""Relevance maps of a vision transformer: which patches decided for a class. Tensors in, tensors out.
+"""Relevance maps of a vision transformer: which patches speak for a class. Tensors in, tensors out.
 
 The method is "transformer attribution": Chefer, Gur and Wolf, "Transformer Interpretability Beyond Attention
 Visualization", CVPR 2021, with start layer 0; ZoomViT restates it in its Eq. 1-4. For an image and a target class t:
 
-    R            relevance, going down from the one-hot of t at the logits by the rules below (layer-wise relevance
-                 propagation of deep Taylor kind)
-    G            gradient of logit t, going down beside it
+    R            relevance, propagated down from the one-hot of t at the logits by the rules below (layer-wise relevance
+                 propagation of the deep Taylor kind)
+    G            gradient of logit t, propagated down beside it
     Abar_b       I + mean over heads of max(0, G_A * R_A), A the attention matrix of block b
     C            Abar_B ... Abar_1
     map          C[class token, patches], rows not normalised
 
-Only the class row of C is asked for, so C is carried as a row vector on the way down and no [N, N] product is formed.
+Only the class token's row of C is needed, so C is carried down as a row vector and no [N, N] product is formed.
 
 Rules, with S = R / Z (see `guarded_divide`):
 
-    linear       Z = x+ W+ + x- W-, R_x = x+ (S W+) + x- (S W-); the bias takes no relevance
-    matmul       Z = a b, R_a = a (S b^T) / 2, R_b = b (a^T S) / 2; Q K^T is taken before its scale
+    linear       Z = x+ W+ + x- W-, R_x = x+ (S W+) + x- (S W-); the bias gets no relevance
+    matmul       Z = a b, R_a = a (S b^T) / 2, R_b = b (a^T S) / 2; Q K^T is taken before it is scaled
     residual     R_a = a S, R_b = b S, then rescaled so that each branch gets its share of sum R, per image
-    clone        x (R_1 + R_2) / x, which the guard makes differ from R_1 + R_2 where x is tiny
-    softmax, GELU, LayerNorm, dropout, pooling of the class token: relevance passes
+    clone        x (R_1 + R_2) / x, which differs from R_1 + R_2 where x is tiny, because of the guard
+    softmax, GELU, LayerNorm, dropout, pooling of the class token: relevance passes unchanged
 
-One recorded forward and one downward sweep, without autograd, for any batch size; no value of one image enters the map
-of another.
+One recorded forward pass and one downward sweep, without autograd, for any batch size. No value of one image enters the
+map of another.
 
 Symbols in the shape comments are those of `zpipe.pipeline.recorded_forward`.
 """
@@ -40,9 +40,6 @@ from zpipe.pipeline.recorded_forward import (
     BlockRecord,
     Linear,
     Recorded,
-    Targets,
-    check_request,
-    check_supported,
     gelu_kind,
     join_heads,
     record_forward,
@@ -50,47 +47,48 @@ from zpipe.pipeline.recorded_forward import (
     softmax_grad,
     split_heads,
 )
+from zpipe.pipeline.supported import Targets, check_request
 
-__all__ = ["SWEEPS", "Attribution", "attribute", "check_supported", "transformer_attribution"]
+__all__ = ["SWEEPS", "Attribution", "attribute", "transformer_attribution"]
 
 SWEEPS = ("model", "float32", "tf32", "bfloat16")
-GUARD = 1e-9  # added to every denominator, as in the public implementation; it does not look at the sign
+GUARD = 1e-9  # added to every denominator whatever its sign, as in the public implementation
 
 
 def transformer_attribution(model: VisionTransformer, images: Tensor, targets: Targets) -> Tensor:
-    """Relevance maps of `images` for the classes `targets`: `attribute` without the logits."""
+    """Relevance maps, [B, gh, gw] or [B, K, gh, gw], of images for their target classes: the maps of `attribute`."""
     return attribute(model, images, targets).maps
 
 
 @torch.no_grad()
 def attribute(model: VisionTransformer, images: Tensor, targets: Targets, *, sweep: str = "model") -> Attribution:
-    """Relevance maps and logits, from one forward and one sweep for each target.
-
-    Args:
-        model: a timm VisionTransformer in eval mode that passes `check_supported`. It is read, never changed.
-        images: [B, channels, height, width], already normalised, in the model's size, dtype and device.
-        targets: integer class numbers, the classes the maps explain: [B], or [B, K] for K maps an image that share the
-            forward; or a function that makes them of the logits [B, classes].
-        sweep: arithmetic of the way down, one of SWEEPS: "model" is the model's dtype; "float32" is for a float64
-            model; "tf32" and "bfloat16" compute in float32 but round the factors of its matrix products. The forward is
-            always the model's own: there every rounding error meets a division by a number near zero, while on the way
-            down rounding does little (on the way up bfloat16 brings the rank correlation with float64 to 0.99 in the
-            median and 0.7 at worst; on the way down it leaves 0.9999 and 0.9997).
-
-    Returns:
-        Attribution. Register tokens take part in every rule, but they have no place in the image, so the map leaves
-        them out. A map that is all zero or not finite is returned as it is; the caller records it.
-
-    Raises:
-        ValueError: the model is not supported, is in train mode, or mixes dtypes or devices; images of another shape,
-            dtype or device, or not finite; targets of another shape or outside the classes; a sweep that is unknown
-            or not to be had on this device.
+    """Compute relevance maps and logits, with one forward pass and one downward sweep for each target.
 
     Source: Chefer et al. 2021, Eq. 2-14; ZoomViT, Eq. 1-4.
+
+    Args:
+        model: A timm VisionTransformer in eval mode that `check_supported` accepts. It is not changed.
+        images: [B, channels, height, width], already normalised, in the size, dtype and device of the model.
+        targets: Class numbers that the maps explain: integers [B], or [B, K] for K maps per image that share the
+            forward pass; or a function that computes them from the logits [B, classes].
+        sweep: Arithmetic of the downward sweep, one of SWEEPS: "model" is the dtype of the model; "float32" is for a
+            float64 model; "tf32" and "bfloat16" compute in float32 but round the factors of matrix products. The
+            forward pass always has the precision of the model: its rounding errors are divided by numbers near zero,
+            while those of the sweep do little. bfloat16 in the forward pass lowers the rank correlation with float64 to
+            0.99 in the median and 0.7 at worst; in the sweep, to 0.9999 and 0.9997.
+
+    Returns:
+        Maps and logits. Register tokens take part in every rule, but they have no place in the image and are left out
+        of the map. A map that is all zero or not finite is returned as it is; the caller records it.
+
+    Raises:
+        ValueError: The model is not supported, is in train mode, or mixes dtypes or devices; images have another shape,
+            dtype or device, or are not finite; targets have another shape or are outside the classes; the sweep is
+            unknown or not available on this device.
     """
     check_request(model, images, targets)
     products = _products(sweep, images)
-    # Autocast would quietly compute the products, and so the divisions that follow, in another dtype than the model's.
+    # Autocast would silently compute the products, and so the divisions after them, in another dtype than the model's.
     with torch.autocast(images.device.type, enabled=False):
         recorded = record_forward(model, images, targets, images.dtype if sweep == "model" else torch.float32)
         count = recorded.targets.shape[1]
@@ -119,7 +117,7 @@ def _bfloat16(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _bfloat16_on_cuda(a: Tensor, b: Tensor) -> Tensor:
-    """Factors in bfloat16, sums and result in float32, for weights [k, n] and for batches of matrices."""
+    """Multiply bfloat16 factors with float32 sums and result, for weights [k, n] and for batches of matrices."""
     a, b = a.bfloat16(), b.bfloat16()
     if b.ndim == 2:
         return torch.mm(a.flatten(0, -2), b, out_dtype=torch.float32).unflatten(0, a.shape[:-1])
@@ -130,7 +128,7 @@ def _bfloat16_on_cuda(a: Tensor, b: Tensor) -> Tensor:
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    """Let CUDA round factors to TF32 meanwhile; a setting of the whole process."""
+    """Let CUDA round factors to TF32 within the context. This is a setting of the whole process."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
@@ -143,7 +141,7 @@ def _tf32() -> Iterator[None]:
 
 
 def guarded_divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / (b + 1e-9), and 0 where b == 0: the guard of the public implementation, kept to the letter for parity."""
+    """a / (b + 1e-9), and 0 where b == 0: exactly the guard of the public implementation."""
     denominator = b + GUARD
     denominator.masked_fill_(denominator == 0, GUARD)
     return torch.div(a, denominator, out=denominator).masked_fill_(b == 0, 0)
@@ -154,14 +152,23 @@ def linear_rule(
 ) -> Tensor:
     """Relevance of the input of a linear layer (alpha = 1, beta = 0).
 
-    `x` [..., in], `product` = x W^T [..., out] without bias, `weight` [out, in], `relevance` [..., out] -> [..., in].
-    x+ W+ + x- W- = (x W + |x| |W|) / 2 term by term, so the forward's product is used again and the rule costs three
-    products instead of four.
+    Term by term, x+ W+ + x- W- = (x W + |x| |W|) / 2. So the product of the forward pass is used again, and the rule
+    costs three products instead of four.
+
+    Args:
+        x: Input [..., in].
+        product: x W^T without bias [..., out].
+        weight: [out, in].
+        relevance: Relevance of the output [..., out].
+        matmul: Matrix product of the sweep.
+
+    Returns:
+        [..., in].
     """
     abs_x, abs_weight = x.abs(), weight.abs()
     magnitude = matmul(abs_x, abs_weight.T)  # [..., out]
     z = (product + magnitude).mul_(0.5)
-    # An output that no input speaks for has Z = 0, but as the difference of two rounded sums it comes out as noise.
+    # Z = 0 for an output that no input speaks for, but as the difference of two rounded sums it is noise.
     silent = z <= magnitude.mul_(16 * torch.finfo(z.dtype).eps)
     s = torch.div(relevance, z.add_(GUARD), out=z).masked_fill_(silent, 0)
     return matmul(s, weight).mul_(x).add_(matmul(s, abs_weight).mul_(abs_x)).mul_(0.5)
@@ -170,19 +177,36 @@ def linear_rule(
 def matmul_rule(
     a: Tensor, b: Tensor, product: Tensor, relevance: Tensor, matmul: Product = torch.matmul
 ) -> tuple[Tensor, Tensor]:
-    """Relevance of both factors of product = a b: [..., m, k], [..., k, n], [..., m, n] -> like a, like b.
+    """Relevance of both factors of a matrix product. Each gets half, so that the sum is conserved.
 
-    Each factor is given half, so that together they hold what came in.
+    Args:
+        a: First factor [..., m, k].
+        b: Second factor [..., k, n].
+        product: a b [..., m, n].
+        relevance: Relevance of the product [..., m, n].
+        matmul: Matrix product of the sweep.
+
+    Returns:
+        Relevance of `a` [..., m, k] and of `b` [..., k, n].
     """
     s = guarded_divide(relevance, product)
     return matmul(s, b.mT).mul_(a).mul_(0.5), matmul(a.mT, s).mul_(b).mul_(0.5)
 
 
 def residual_rule(a: Tensor, b: Tensor, total: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
-    """Relevance of both branches of total = a + b, all [B, tokens, D].
+    """Relevance of both branches of a residual connection.
 
-    The branches are rescaled to |sum a S| : |sum b S| of sum R. The sums run over one image: over the whole batch they
-    would let neighbours change the map.
+    The relevance of the branches is rescaled to sum to sum R, in the ratio |sum a S| : |sum b S|. The sums run over one
+    image: over the batch, other images would change the map.
+
+    Args:
+        a: First branch [B, tokens, D].
+        b: Second branch [B, tokens, D].
+        total: a + b [B, tokens, D].
+        relevance: Relevance of the total [B, tokens, D].
+
+    Returns:
+        Relevance of `a` and of `b`, [B, tokens, D] each.
     """
     s = guarded_divide(relevance, total)
     relevance_a = a * s
@@ -196,7 +220,7 @@ def residual_rule(a: Tensor, b: Tensor, total: Tensor, relevance: Tensor) -> tup
 
 
 def clone_rule(x: Tensor, relevance: Tensor) -> Tensor:
-    """Relevance of a value used more than once; `relevance` is the sum over its uses, in the shape of `x`."""
+    """Relevance of a value that is used more than once; `relevance` is the sum over its uses, in the shape of `x`."""
     return guarded_divide(relevance, x).mul_(x)
 
 
@@ -213,9 +237,10 @@ def _down(
 
 
 def _sweep(model: VisionTransformer, recorded: Recorded, k: int, matmul: Product, *, keep: bool) -> Tensor:
-    """From the k-th target's logit to block 1's attention -> the class token's row [B, N] of C.
+    """Sweep from the logit of the k-th target down to the attention of block 1.
 
-    Unless told to `keep` them for the next target, it lets go of the blocks' records as it passes, to free memory.
+    Returns the class token's row of C, [B, N]. The record of each block is freed after its use, unless `keep` is set
+    because the next target needs it.
     """
     top = recorded.top
     grad = relevance = recorded.one_hot(k)[:, None]  # [B, 1, classes]
@@ -233,8 +258,8 @@ def _sweep(model: VisionTransformer, recorded: Recorded, k: int, matmul: Product
         grad_attention = matmul(grad_context, record.v.mT)  # [B, H, Q, N]
         relevance_attention = matmul(s, record.v.mT).mul_(attention).mul_(0.5)
 
-        # C Abar = C + C mean(max(0, G R)): the row meets each head before the mean, so the mean is of rows. In the last
-        # block C is the class token's unit row.
+        # C Abar = C + C mean(max(0, G R)): the row is multiplied with each head first, so the mean is over rows, not
+        # matrices. In the last block C is the class token's unit row.
         positive = (grad_attention * relevance_attention).clamp_(min=0)
         if row is None:
             row = positive.mean(dim=1)[:, 0]
@@ -242,16 +267,15 @@ def _sweep(model: VisionTransformer, recorded: Recorded, k: int, matmul: Product
         else:
             row = row + (row[:, None, None] @ positive).mean(dim=1)[:, 0]
         if number == 0:
-            break  # block 1: nothing below its attention is asked for
+            break  # block 1: nothing below its attention is needed
 
         relevance_v = matmul(attention.mT, s).mul_(record.v).mul_(0.5)
         grad_v = matmul(attention.mT, grad_context)  # [B, H, N, d]
         relevance_q, relevance_k = matmul_rule(record.q, record.k.mT, record.scores, relevance_attention, matmul)
         grad_scores = softmax_grad(attention, grad_attention).mul_(block.attn.scale)
         grad_q, grad_k = matmul(grad_scores, record.k), matmul(grad_scores.mT, record.q)
-        grad, relevance = _sweep_to_input(
-            block, record, grad, relevance, (grad_q, grad_k, grad_v), (relevance_q, relevance_k.mT, relevance_v), matmul
-        )
+        grads, relevances = (grad_q, grad_k, grad_v), (relevance_q, relevance_k.mT, relevance_v)
+        grad, relevance = _sweep_to_input(block, record, (grad, relevance), grads, relevances, matmul)
     assert row is not None  # check_supported refuses a model without blocks
     return row
 
@@ -259,10 +283,10 @@ def _sweep(model: VisionTransformer, recorded: Recorded, k: int, matmul: Product
 def _sweep_to_context(
     block: Block, record: BlockRecord, grad: Tensor, relevance: Tensor, matmul: Product
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Down through the MLP and the output projection of the attention.
+    """Sweep down through the MLP and the output projection of the attention.
 
-    Takes gradient and relevance [B, Q, D] of the block's output. Gives those of the first residual's skip branch
-    [B, Q, D], and those of the context A V [B, H, Q, d].
+    Takes the gradient and relevance of the block's output, [B, Q, D]. Returns those of the skip branch of the first
+    residual connection, [B, Q, D], and those of the context A V, [B, H, Q, d].
     """
     heads, kind = block.attn.num_heads, gelu_kind(block.mlp.act)
     skip, r = residual_rule(record.middle, record.mixed, record.out, relevance)
@@ -282,22 +306,22 @@ def _sweep_to_context(
 def _sweep_to_input(
     block: Block,
     record: BlockRecord,
-    grad_skip: Tensor,
-    relevance_skip: Tensor,
+    skip: tuple[Tensor, Tensor],
     grads: tuple[Tensor, Tensor, Tensor],
     relevances: tuple[Tensor, Tensor, Tensor],
     matmul: Product,
 ) -> tuple[Tensor, Tensor]:
-    """Down from q, k and v to the block's input -> gradient and relevance [B, N, D].
+    """Sweep down from q, k and v. Returns the gradient and relevance of the block's input, [B, N, D].
 
-    `grads` and `relevances` are those of q [B, H, Q, d], k and v [B, H, N, d]; the skip branch brings [B, Q, D].
+    `skip` is the gradient and relevance [B, Q, D] of the skip branch; `grads` and `relevances` are those of q [B, H, Q,
+    d], k and v [B, H, N, d].
     """
     qkv, normed, live = Linear.of(block.attn.qkv), record.norm1.out, record.q.shape[2]
     if live == normed.shape[1]:
         out = join_heads(record.q, record.k, record.v)  # [B, N, 3E]
         grad, relevance = _down(qkv, normed, out, join_heads(*grads), join_heads(*relevances), matmul)  # [B, N, D]
     else:
-        # Last block: only the class token asked. The rule treats outputs one by one, so the layer may be split by them.
+        # Last block: only the class token has a query. The rule treats each output alone, so the layer can be split.
         width = qkv.weight.shape[0] // 3
         to_q, to_kv = qkv.rows(slice(0, width)), qkv.rows(slice(width, None))
         out = join_heads(record.k, record.v)  # [B, N, 2E]
@@ -308,6 +332,6 @@ def _sweep_to_input(
         grad[:, :live] += by_q[0]
         relevance[:, :live] += by_q[1]
     grad = record.norm1.grad(block.norm1, record.x, grad)
-    grad[:, :live] += grad_skip
-    relevance[:, :live] += relevance_skip
+    grad[:, :live] += skip[0]
+    relevance[:, :live] += skip[1]
     return grad, clone_rule(record.x, relevance)

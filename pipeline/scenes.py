@@ -1,9 +1,9 @@
 """A demo data set that needs no download: small photo scenes, each with one whole handwritten digit to find and name.
 
-A scene is a crop of a real photograph, flattened in contrast, with one whole handwritten digit on it and a handful of
+A scene is a crop of a real photograph of reduced contrast, with one whole handwritten digit on it and a handful of
 distractors: pieces cut from other digits, drawn with the same pens at the same stroke width. A model has to find the
-one whole digit among the pieces before it can name it, and the digit covers only a few per cent of the scene, so that
-most of the image decides nothing. The box of the digit comes with every scene.
+one whole digit among the pieces before it can name it. The digit covers only a few per cent of the scene, so most of
+the image does not matter for the class. Every scene comes with the box of its digit.
 
 Digits and photographs both ship inside scikit-learn (``load_digits``: 1,797 digits of 8 x 8 pixels;
 ``load_sample_images``: two photographs). ``train`` and ``val`` share neither a digit nor a photo pixel.
@@ -14,47 +14,50 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
 
-Split = Literal["train", "val"]
+SPLITS = ("train", "val")
 
 NUM_CLASSES = 10
 
-# Scenes per batch. Every batch has a random stream of its own and is always drawn in full, so the first n scenes do
-# not depend on how many were asked for; it also bounds memory (about 70 MB a batch at 48 px).
+# Scenes per batch. Every batch has its own random stream and is always drawn in full, so the first n scenes do not
+# depend on the number of scenes. It also bounds the memory, to about 70 MB per batch at 48 px.
 _BATCH = 1024
 _GLYPH = 8  # scikit-learn's digits are 8 x 8 cells with 17 grey levels, 0 to 16
 _PIECE = 4  # a distractor is a window of 4 x 4 cells out of such a digit: half its height and width
 _VAL_SHARE = 0.25  # of the digits, and of the width of each photograph (its right edge)
-_SPLIT_SEED = 20240  # fixes which digits are validation digits; not a knob, or splits of two data sets would mix
+_SPLIT_SEED = 20240  # of the validation digits; not a setting, or splits of two data sets would mix
 _PLACEMENT_TRIES = 24
-_MAX_IMAGE = 80  # the width of the validation strip of a photograph at half size
+_MAX_IMAGE = 80  # width of the validation area of a photograph at half size
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneConfig:
-    """What a scene looks like. Sizes are in pixels; ranges are inclusive ``(low, high)`` pairs, drawn uniformly.
+    """What a scene looks like. Ranges are inclusive ``(low, high)`` pairs, drawn uniformly.
 
-    image_size:     height and width of a scene.
-    digit_size:     height and width of the 8 x 8 cells of the whole digit (its ink box is a little narrower).
-    pieces:         how many distractors a scene holds.
-    piece_size:     height and width of a distractor; half of ``digit_size`` gives it the digit's own stroke width.
-    photo_contrast: what is left of the photograph's contrast around its mean, 0 to 1.
-    photo_level:    mean grey level of the background, 0 to 255.
-    ink_level:      grey levels of the pens, drawn per channel, so that pens are slightly tinted.
+    Raises:
+        UsageError: A value is out of range.
     """
 
     image_size: int = 48
+    """Height and width of a scene in pixels."""
     digit_size: tuple[int, int] = (11, 13)
+    """Height and width of the 8 x 8 cells of the whole digit in pixels; the box of its ink is a little narrower."""
     pieces: tuple[int, int] = (4, 5)
+    """Number of distractors."""
     piece_size: tuple[int, int] = (5, 6)
+    """Height and width of a distractor in pixels; half of `digit_size` gives it the stroke width of the digit."""
     photo_contrast: float = 0.35
+    """Remaining contrast of the photograph around its mean, 0 to 1."""
     photo_level: tuple[int, int] = (50, 90)
+    """Mean grey level of the background, 0 to 255."""
     ink_level: tuple[int, int] = (200, 255)
+    """Grey level of the pens, 0 to 255, drawn per channel, so that pens are slightly tinted."""
 
     def __post_init__(self) -> None:
         for name in ("digit_size", "pieces", "piece_size", "photo_level", "ink_level"):
@@ -77,7 +80,8 @@ class SceneConfig:
         if not max(self.digit_size[1], self.piece_size[1]) <= self.image_size <= _MAX_IMAGE:
             raise UsageError(
                 f"SceneConfig.image_size is {self.image_size}; it must hold a digit of {self.digit_size[1]} px "
-                f"and pieces of {self.piece_size[1]} px, and be at most {_MAX_IMAGE}, the width of the photo area kept for val"
+                f"and pieces of {self.piece_size[1]} px, and be at most {_MAX_IMAGE}, "
+                "the width of the photo area kept for val"
             )
 
 
@@ -87,34 +91,41 @@ def _whole(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class SceneBatch:
-    """Up to 1,024 scenes.
-
-    images: uint8 ``[B, H, W, 3]``, RGB.
-    labels: int64 ``[B]``, the digit, 0 to 9.
-    boxes:  float32 ``[B, 4]``, the ink of the whole digit as ``x1, y1, x2, y2`` in pixels, ``x2`` and ``y2`` exclusive.
-    """
+    """Up to 1,024 scenes."""
 
     images: np.ndarray
+    """uint8 [B, H, W, 3], RGB."""
     labels: np.ndarray
+    """int64 [B], the digit, 0 to 9."""
     boxes: np.ndarray
+    """float32 [B, 4], the ink of the whole digit as x1, y1, x2, y2 in pixels; x2 and y2 are exclusive."""
 
 
-def make_scenes(count: int, *, split: Split, seed: int, config: SceneConfig | None = None) -> Iterator[SceneBatch]:
-    """Yield ``count`` scenes in batches of up to 1,024; the same arguments always give the same scenes.
+def make_scenes(count: int, *, split: str, seed: int, config: SceneConfig | None = None) -> Iterator[SceneBatch]:
+    """Yield scenes in batches of up to 1,024. The same arguments always give the same scenes.
 
-    The first n scenes are the same for every ``count >= n``. Labels are uniform over the ten digits up to chance.
-    Arguments are checked at the call, before the first batch is asked for.
+    The first n scenes are the same for every ``count >= n``. Labels are drawn uniformly from the ten digits. The
+    arguments are checked by the call, not when the first batch is drawn.
+
+    Args:
+        count: Number of scenes.
+        split: ``train`` or ``val``, which share neither a digit nor a photo pixel.
+        seed: Seed of the scenes.
+        config: What a scene looks like; None takes the defaults.
+
+    Raises:
+        UsageError: The split is unknown, or a number is negative.
+        ZpipeError: scikit-learn is not installed.
     """
-    if split not in ("train", "val"):
-        raise UsageError(f"no split {split!r}; scenes come in 'train' and 'val'")
+    check_choice("--split", split, SPLITS)
     if count < 0 or seed < 0:
         raise UsageError(f"count {count} and seed {seed} must not be negative")
     return _batches(count, _load_source(split), split, seed, config or SceneConfig())
 
 
-def _batches(count: int, source: _Source, split: Split, seed: int, config: SceneConfig) -> Iterator[SceneBatch]:
+def _batches(count: int, source: _Source, split: str, seed: int, config: SceneConfig) -> Iterator[SceneBatch]:
     for index, start in enumerate(range(0, count, _BATCH)):
-        # The split is part of the stream: train and val of one seed must not share layouts either.
+        # The split is part of the seed: train and val must not share layouts either.
         rng = np.random.default_rng([seed, int(split == "val"), index])
         batch = _draw(rng, source, config)
         keep = min(_BATCH, count - start)
@@ -122,25 +133,25 @@ def _batches(count: int, source: _Source, split: Split, seed: int, config: Scene
 
 
 class _Source(NamedTuple):
-    """What one split may use."""
+    """The digits and photographs of one split."""
 
     glyphs: np.ndarray  # float32 [N, 8, 8], ink 0 to 1
     labels: np.ndarray  # int64 [N]
-    extents: np.ndarray  # float32 [N, 4], x1 y1 x2 y2 of the ink as shares of the glyph's width and height
+    extents: np.ndarray  # float32 [N, 4], x1 y1 x2 y2 of the ink as fractions of the width and height of the glyph
     by_label: tuple[np.ndarray, ...]  # ten int64 arrays: the glyphs of each digit
-    pieces: np.ndarray  # float32 [M, 4, 4], every window of every glyph that holds enough ink to distract
+    pieces: np.ndarray  # float32 [M, 4, 4], all windows of all glyphs that hold enough ink to distract
     photos: tuple[np.ndarray, ...]  # float32 [H, W, 3] each: both photographs at full and at half size
 
 
 @lru_cache(maxsize=2)
-def _load_source(split: Split) -> _Source:
+def _load_source(split: str) -> _Source:
     try:
         from sklearn.datasets import load_digits, load_sample_images
     except ImportError as error:
         raise ZpipeError("the demo scenes need scikit-learn: pip install 'zpipe[demo]'") from error
 
     digits = load_digits()
-    # Shuffled before the cut: the file is ordered by writer in part, and both splits should see every hand.
+    # Shuffled before it is split, because the file is partly ordered by writer and both splits should have all writers.
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(digits.target))
     num_val = round(len(order) * _VAL_SHARE)
     chosen = np.sort(order[:num_val] if split == "val" else order[num_val:])
@@ -171,7 +182,7 @@ def _load_source(split: Split) -> _Source:
 
 
 def _ink_extents(glyphs: np.ndarray) -> np.ndarray:
-    """Float32 ``[N, 4]``: the smallest box around the ink of float32 glyphs ``[N, G, G]``, as shares of their side."""
+    """The smallest box around the ink of glyphs, float32 [N, G, G] -> float32 [N, 4], as fractions of their side."""
     side = glyphs.shape[1]
     ink = glyphs > 0.2  # fainter cells are the blur around a stroke
     edges = []
@@ -194,7 +205,7 @@ def _draw(rng: np.random.Generator, source: _Source, config: SceneConfig) -> Sce
     corner = (rng.random((_BATCH, 2)) * (size - digit_size + 1)[:, None]).astype(np.int64)  # x, y
     _stamp(canvas, _enlarge(source.glyphs[glyph], digit_size), corner, _pens(rng, config))
 
-    # The whole glyph is kept free, not only its ink, plus a pixel: a piece that touches the digit would change it.
+    # The whole glyph and a margin of one pixel are kept free: a piece that touches the digit would change it.
     taken = [np.concatenate([corner - 1, corner + digit_size[:, None] + 1], axis=1)]
     pieces_here = _uniform(rng, config.pieces, _BATCH)
     for number in range(config.pieces[1]):
@@ -207,7 +218,7 @@ def _draw(rng: np.random.Generator, source: _Source, config: SceneConfig) -> Sce
         _stamp(canvas, sprite, place, pens)
         taken.append(np.concatenate([place, place + piece_size[:, None]], axis=1))
 
-    # The sprites are padded to their largest size, so the canvas has a margin on the right and at the bottom.
+    # Sprites are padded to the largest size, so the canvas has a margin on the right and at the bottom.
     images = np.clip(np.rint(canvas[:, :size, :size]), 0, 255).astype(np.uint8)
     boxes = np.tile(corner, 2) + source.extents[glyph] * digit_size[:, None]
     return SceneBatch(images=images, labels=labels.astype(np.int64), boxes=boxes.astype(np.float32))
@@ -224,7 +235,7 @@ def _pens(rng: np.random.Generator, config: SceneConfig) -> np.ndarray:
 
 
 def _backgrounds(rng: np.random.Generator, source: _Source, config: SceneConfig) -> np.ndarray:
-    """Float32 ``[B, H + margin, W + margin, 3]``: random photo crops, flattened; the margin is blank."""
+    """Random photo crops of reduced contrast with a blank margin: float32 [B, H + margin, W + margin, 3]."""
     size = config.image_size
     margin = max(config.digit_size[1], config.piece_size[1])
     canvas = np.zeros((_BATCH, size + margin, size + margin, 3), dtype=np.float32)
@@ -244,7 +255,7 @@ def _backgrounds(rng: np.random.Generator, source: _Source, config: SceneConfig)
 
 
 def _enlarge(sprites: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Resize float32 sprites ``[B, G, G]`` to ``sizes`` (int ``[B]``) bilinearly: ``[B, P, P]``, zero beyond a size."""
+    """Resize sprites, float32 [B, G, G], bilinearly to sizes, int [B]. Returns [B, P, P], zero beyond each size."""
     side = sprites.shape[1]
     padded = int(sizes.max())
     weights = np.zeros((padded + 1, padded, side), dtype=np.float32)
@@ -256,7 +267,7 @@ def _enlarge(sprites: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _stamp(canvas: np.ndarray, sprites: np.ndarray, corners: np.ndarray, pens: np.ndarray) -> None:
-    """Paint ink ``[B, P, P]`` (0 to 1) in colours ``[B, 3]`` at the ``x, y`` of ``corners [B, 2]``, in place."""
+    """Paint ink [B, P, P] (0 to 1) in the colours `pens` [B, 3] at the x, y of `corners` [B, 2], in place."""
     reach = np.arange(sprites.shape[1])
     scene = np.arange(len(sprites))[:, None, None]
     rows = (corners[:, 1:] + reach)[:, :, None]
@@ -266,9 +277,12 @@ def _stamp(canvas: np.ndarray, sprites: np.ndarray, corners: np.ndarray, pens: n
 
 
 def _free_corner(rng: np.random.Generator, taken: list[np.ndarray], sizes: np.ndarray, image_size: int) -> np.ndarray:
-    """Int64 ``[B, 2]``: an ``x, y`` for a square of ``sizes [B]`` that meets none of the boxes ``taken``.
+    """Find a place for a square of each of `sizes` [B] that overlaps none of the boxes `taken`.
 
-    The first free place of a few random ones; in a scene too crowded for that, the one that covers least.
+    The first free place of a few random ones is taken; in a scene that is too crowded, the one that covers least.
+
+    Returns:
+        int64 [B, 2], x and y.
     """
     tries = rng.random((len(sizes), _PLACEMENT_TRIES, 2))
     low = (tries * (image_size - sizes + 1)[:, None, None]).astype(np.int64)

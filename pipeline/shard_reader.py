@@ -1,4 +1,4 @@
-"""Tar shards into decoded batches in the teacher's frame. The only place that opens a tar for extraction."""
+"""Read tar shards as batches of decoded images in the teacher's frame. Extraction opens tars only here."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import BinaryIO, cast
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.geometry import Box
 from zpipe.schemas.progress import Progress, silent
@@ -26,12 +27,12 @@ from zpipe.schemas.shard_index import (
     check_listed,
     digest_keys,
     find_shards,
-    met_again,
     read_index,
+    rows_with_repeated_hashes,
 )
 from zpipe.schemas.storage import as_path, storage_errors
 
-SCANNED_AT_ONCE = 8
+SCAN_THREADS = 8
 PIL_FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -41,23 +42,32 @@ PIL_FILTERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class FramedImage:
-    """One sample in the teacher's frame. `pixels` is uint8 [H, W, 3], or None with `problem` saying why not."""
+    """One sample, decoded and brought to the size of the teacher's input."""
 
     key: str
+    """Its key."""
     label: int | None
+    """Its class index; None if it has none."""
     pixels: np.ndarray | None
+    """uint8 [H, W, 3]; None if the image could not be decoded."""
     width: int
+    """Width of the source image in pixels."""
     height: int
+    """Height of the source image in pixels."""
     frame: Box
+    """The part of the source image that the pixels show."""
     problem: str = ""
+    """Why the image could not be decoded."""
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Open image bytes, not yet decoded, whatever their name says.
+    """Open an image file without decoding it. Its content decides the format, not its name.
 
-    Errors: OSError, ValueError or SyntaxError when PIL can't open them, they are of another format than shards carry
-    (PIL knows formats that start programs), or they unpack to more pixels than PIL takes for harmless. Decoding the image
-    then raises any of `DECODE_ERRORS`.
+    Raises:
+        OSError, ValueError, SyntaxError: PIL cannot open it, it has another format than those of shards (PIL knows
+        formats
+            that start programs), or it unpacks to more pixels than PIL considers harmless. Decoding the image may then
+            raise any of `DECODE_ERRORS`.
     """
     if not data:
         raise ValueError("zero bytes")
@@ -67,14 +77,14 @@ def open_image(data: bytes) -> Image.Image:
         raise ValueError(f"not a readable {', '.join(IMAGE_FORMATS)} image") from error
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from error
-    # PIL only warns up to twice this size. Turning its warning into an error is not safe between threads.
+    # PIL only warns up to twice this size, and turning its warning into an error is not thread-safe.
     if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
     return image
 
 
 class _HashingFile:
-    """Hashes what a streaming tar reader takes from a file, so that the check of the digest costs no second read."""
+    """Hashes what a streaming tar reader reads from a file, so that checking the digest takes no second read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -88,17 +98,22 @@ class _HashingFile:
         return data
 
     def hexdigest(self) -> str:
-        """Digest of the whole file: what the reader left (padding behind the last member) is read too."""
+        """SHA-256 (hex) of the whole file; what the reader left, the padding after the last member, is read here."""
         while self.read(1 << 20):
             pass
         return self._hash.hexdigest()
 
 
 def read_samples(path: Path, entry: ShardEntry | None = None) -> Iterator[Sample]:
-    """The samples of a tar, in order; nothing is written to disk, nothing but plain files is looked at.
+    """Yield the samples of a tar, in order. Nothing is written to disk, and members that are no plain files are
+    ignored.
 
-    With an `entry`, count, keys and bytes are compared at the end. Errors: :class:`ZpipeError` naming the tar when it is
-    truncated, altered, or holds a sample that breaks the rules of `zpipe.schemas.sample`.
+    Args:
+        path: The tar, a path or a URL.
+        entry: Its index entry; if there is one, count, keys and digest are compared after the last sample.
+
+    Raises:
+        ZpipeError: The tar is truncated or altered, or a sample breaks the rules of `zpipe.schemas.sample`.
     """
     keys: list[str] = []
     with _open_tar(path) as raw:
@@ -111,8 +126,8 @@ def read_samples(path: Path, entry: ShardEntry | None = None) -> Iterator[Sample
         len(keys) != entry.count or digest_keys(keys) != entry.keys_sha256 or digest != entry.sha256
     ):
         raise ZpipeError(
-            f"{path}: {len(keys)} samples, SHA-256 {digest[:12]}; {INDEX_NAME} says {entry.count}, {entry.sha256[:12]}: "
-            "truncated or altered; restore it or make the shards again"
+            f"{path}: {len(keys)} samples, SHA-256 {digest[:12]}; {INDEX_NAME} says {entry.count}, "
+            f"{entry.sha256[:12]}: truncated or altered; restore it or make the shards again"
         )
 
 
@@ -120,8 +135,8 @@ def _open_tar(path: Path) -> BinaryIO:
     try:
         return as_path(path).open("rb")
     except storage_errors() as error:
-        told = getattr(error, "strerror", None) or error
-        raise ZpipeError(f"{path}: can't be read ({told}); restore it or make the shards again") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ZpipeError(f"{path}: can't be read ({reason}); restore it or make the shards again") from error
 
 
 def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
@@ -132,7 +147,7 @@ def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
                     raise ZpipeError(f"{path}: {member.name} is a sparse member; make the shards again")
                 if member.isfile():
                     content = tar.extractfile(member)
-                    assert content is not None  # isfile() said so
+                    assert content is not None  # as isfile() is true
                     data = content.read()
                     if len(data) != member.size:
                         raise ZpipeError(
@@ -140,17 +155,27 @@ def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
                         )
                     yield member.name, data
             assert tar.fileobj is not None
-            check_tar_end(tar.fileobj.read, path, blocks=1)  # tarfile has read the other one
+            check_tar_end(tar.fileobj.read, path, blocks=1)  # tarfile has read the first one
     except storage_errors(tarfile.TarError, EOFError) as error:
         raise ZpipeError(f"{path}: not a whole tar ({error}); restore it or make the shards again") from error
 
 
 def open_shards(path: Path, *, progress: Progress = silent) -> tuple[list[tuple[Path, ShardEntry]], ShardIndex | None]:
-    """The tars under `path` with their index entries.
+    """Find tar shards and their index entries.
 
-    Folders that `make-shards` made carry `shards.json`; for others (public shards) every tar is read once to know its
-    count and digests, which takes as long as reading the data, at every start. Errors: :class:`UsageError`,
-    :class:`ZpipeError`.
+    Folders that `make-shards` made contain `shards.json`. In others (public shards), every tar is read once for its
+    count and digests, which takes as long as reading the data, at every start.
+
+    Args:
+        path: A folder of tars, or one tar; a path or a URL.
+        progress: Reports the tars that are read for want of an index.
+
+    Returns:
+        The tars with their entries, and the index of the folder; None if it has none.
+
+    Raises:
+        UsageError: There are no tars.
+        ZpipeError: A tar cannot be read, or does not agree with the index.
     """
     path = as_path(path)
     folder, tars = find_shards(path)
@@ -163,13 +188,18 @@ def open_shards(path: Path, *, progress: Progress = silent) -> tuple[list[tuple[
 
 
 def scan_shards(tars: Sequence[Path], *, progress: Progress = silent, remedy: str = "") -> list[ShardEntry]:
-    """The index entries of tars that have none, by reading them, several at a time. 8 bytes a sample are held.
+    """Make the index entries of tars by reading them, several at a time. Memory grows by 8 bytes per sample.
 
-    remedy: what progress says of how to do without. Errors: :class:`ZpipeError` naming a tar that is broken or empty, or
-    two tars that hold the same key.
+    Args:
+        tars: The tars.
+        progress: Reports the tars that have been read.
+        remedy: How to avoid this work, shown with the progress.
+
+    Raises:
+        ZpipeError: A tar is broken or empty, or two tars hold the same key.
     """
     entries: list[ShardEntry] = []
-    hashes: list[np.ndarray] = []  # of keys
+    hashes: list[np.ndarray] = []  # of the keys of each tar
     facts = {"hint": remedy} if remedy else {}
 
     def scan(tar: Path) -> tuple[ShardEntry, np.ndarray]:
@@ -178,36 +208,37 @@ def scan_shards(tars: Sequence[Path], *, progress: Progress = silent, remedy: st
         return entry, np.fromiter(map(hash, keys), np.int64, len(keys))
 
     images = 0
-    # Reading and hashing work outside the interpreter lock; a remote store answers several at once.
-    with ThreadPoolExecutor(max_workers=SCANNED_AT_ONCE) as pool:
+    # Reading and hashing release the interpreter lock, and a remote store answers several requests at once.
+    with ThreadPoolExecutor(max_workers=SCAN_THREADS) as pool:
         try:
-            for entry, own in pool.map(scan, tars):
+            for entry, key_hashes in pool.map(scan, tars):
                 entries.append(entry)
-                hashes.append(own)
+                hashes.append(key_hashes)
                 images += entry.count
                 progress("index-shards", len(entries), len(tars), images=images, **facts)
         finally:
-            pool.shutdown(cancel_futures=True)  # an error needn't wait for tars that nobody asks about any more
+            pool.shutdown(cancel_futures=True)  # after an error, the other tars need not be read
     _check_unique(tars, hashes)
     return entries
 
 
 def _check_unique(tars: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:
-    """Only tars where a hash is met again are read again, to compare the keys themselves."""
+    """Compare the keys themselves where hashes are repeated; only those tars are read again."""
     owner: dict[str, Path] = {}
-    for number, rows in met_again(hashes):
+    for number, rows in rows_with_repeated_hashes(hashes):
         tar = tars[number]
         keys = _read_keys(tar)[0]
         for key in (keys[row] for row in rows):
             if key in owner:
                 raise ZpipeError(
-                    f"{tar}: key {key}: is in {owner[key].name} too, and maps are found by key; make the shards again with unique keys"
+                    f"{tar}: key {key}: is in {owner[key].name} too, and maps are found by key; "
+                    "make the shards again with unique keys"
                 )
             owner[key] = tar
 
 
 def _read_keys(path: Path) -> tuple[list[str], int, str]:
-    """The keys of a whole tar, its bytes, and its SHA-256."""
+    """The keys of a tar, its size in bytes, and its SHA-256 (hex)."""
     with _open_tar(path) as raw:
         file = _HashingFile(raw)
         keys = [sample.key for sample in group_samples(_members(path, file), str(path))]
@@ -222,19 +253,28 @@ FRAMES = ("full", "center")
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """What part of an image the teacher sees, and how.
+    """Which part of an image the teacher sees, and at which size.
 
-    kind: `full` squashes the whole image to `size`, (height, width); `center` takes the centred box of that aspect ratio
-    that fills `crop_pct` of the image: the teacher's own evaluation view, but for the rounding of its two steps to pixels.
+    Raises:
+        UsageError: `kind` or `interpolation` is none of its choices.
     """
 
     kind: str
+    """``full`` squashes the whole image to `size`. ``center`` takes the centred box of the aspect ratio of `size` that
+    fills `crop_pct` of the image: the teacher's own evaluation view, whose two steps (resize, crop) round to pixels."""
     size: tuple[int, int]
+    """Height and width of the teacher's input in pixels."""
     interpolation: str
+    """How the image is resized: a name of `PIL_FILTERS`."""
     crop_pct: float = 1.0
+    """Fraction of the image, 0 to 1, that ``center`` takes."""
+
+    def __post_init__(self) -> None:
+        check_choice("--frame", self.kind, FRAMES)
+        check_choice("interpolation", self.interpolation, PIL_FILTERS)
 
     def box(self, width: int, height: int) -> Box:
-        """The part in source pixels."""
+        """The part of a width x height image that the frame shows, in source pixels."""
         if self.kind == "full":
             return Box.full(width, height)
         scale = self.crop_pct * min(width / self.size[1], height / self.size[0])
@@ -245,10 +285,10 @@ class Frame:
 
 
 def frame_image(sample: Sample, frame: Frame) -> FramedImage:
-    """Decode a sample and bring the frame's part of it to the teacher's input size.
+    """Decode a sample and resize the part that the frame shows to the size of the teacher's input.
 
-    The EXIF orientation is ignored, as the usual ImageNet loaders do, so that boxes are in the
-    stored pixel matrix. An image that can't be decoded gives `pixels=None` and the problem.
+    The EXIF orientation is ignored, as it is by the usual ImageNet loaders, so that boxes refer to the pixels as
+    stored. If the image cannot be decoded, `pixels` is None and `problem` says why.
     """
     try:
         with open_image(sample.image) as image:
@@ -268,9 +308,13 @@ def frame_image(sample: Sample, frame: Frame) -> FramedImage:
 def framed_batches(
     samples: Iterable[Sample], frame: Frame, *, batch_size: int, threads: int
 ) -> Iterator[list[FramedImage]]:
-    """Decode ahead in `threads` threads and hand out lists of up to `batch_size` images, in order.
+    """Decode samples ahead in threads, and yield them in order.
 
-    At most two batches lie decoded ahead of the one that is worked on.
+    Args:
+        samples: The samples.
+        frame: The part of each image that is shown.
+        batch_size: Images per batch; the last one may be smaller.
+        threads: Number of threads. At most two batches are decoded ahead.
     """
     with ThreadPoolExecutor(max_workers=threads) as pool:
         pending: deque = deque()

@@ -1,4 +1,4 @@
-"""Is this store whole and true? Reads every byte of it; with the shards at hand, holds its keys against theirs."""
+"""Verification of a store: every byte of it is read, and its keys are compared with the tars where these are given."""
 
 from __future__ import annotations
 
@@ -20,58 +20,69 @@ from zpipe.schemas.relevance_store import (
     maps_path,
     read_stored,
 )
-from zpipe.schemas.shard_index import digest_keys, met_again
+from zpipe.schemas.shard_index import digest_keys, rows_with_repeated_hashes
 from zpipe.schemas.storage import as_path, map_files, names_in
 
 
 def verify_store(root: Path, shards: Path | None = None, *, progress: Progress = silent) -> list[str]:
-    """Check a finished store; return one line per problem, none when it is whole.
+    """Check a finished store.
 
-    Checked: every shard of the manifest is there, no other is; digests of index files and maps; counts and grid; statuses
-    and finiteness agree; no key twice. With `shards`: input digests and key sets agree with the tars' index.
+    The store must hold every shard of the manifest and no other. Digests of index files and maps, counts and grid are
+    checked, that statuses agree with the maps, and that no key is repeated.
+
+    Args:
+        root: Folder or URL of the store.
+        shards: Folder or URL of the tars; if given, their digests and keys must agree with the store.
+        progress: Reports the shards that have been checked.
+
+    Returns:
+        One line per problem; empty if the store is whole.
+
+    Raises:
+        ZpipeError: The store has no manifest, or it cannot be read.
     """
     root = as_path(root)
     manifest = read_manifest(root)
     problems: list[str] = []
     listed = {shard.stem for shard in manifest.shards}
-    there = {folder: set(names_in(root / folder)) for folder in ("index", "maps")}
+    names = {folder: set(names_in(root / folder)) for folder in ("index", "maps")}
     for folder, suffix in (("index", ".parquet"), ("maps", ".zarr")):
         problems += [
             f"{root / folder / name}: not listed in the manifest; remove it"
-            for name in sorted(there[folder])
+            for name in sorted(names[folder])
             if name.removesuffix(suffix) not in listed
         ]
-    hashes: list[np.ndarray] = []  # of keys: 8 bytes each, where the keys themselves would take more than 100
+    hashes: list[np.ndarray] = []  # of the keys of each shard: 8 bytes each, the keys themselves take more than 100
     key_digests: dict[str, str] = {}
 
     def check(shard: MapShard) -> tuple[list[str], list[str]]:
-        found: list[str] = []
+        shard_problems: list[str] = []
         try:
-            return _check_shard(root, manifest, shard, there, found), found
+            return _check_shard(root, manifest, shard, names, shard_problems), shard_problems
         except ZpipeError as error:
-            return [], [*found, str(error)]
+            return [], [*shard_problems, str(error)]
 
-    for number, (shard, (keys, found)) in enumerate(
+    for number, (shard, (keys, shard_problems)) in enumerate(
         zip(manifest.shards, map_files(root, check, manifest.shards), strict=True)
     ):
-        problems += found
+        problems += shard_problems
         key_digests[shard.stem] = digest_keys(keys)
         hashes.append(np.fromiter(map(hash, keys), np.int64, len(keys)))
         progress("verify", number + 1, len(manifest.shards), problems=len(problems))
-    problems += _doubled_keys(root, [shard.stem for shard in manifest.shards], hashes)
+    problems += _repeated_keys(root, [shard.stem for shard in manifest.shards], hashes)
     if shards is not None:
         problems += _check_against(manifest, key_digests, shards, progress)
     return problems
 
 
 def _check_shard(
-    root: Path, manifest: StoreManifest, shard: MapShard, there: dict[str, set[str]], problems: list[str]
+    root: Path, manifest: StoreManifest, shard: MapShard, names: dict[str, set[str]], problems: list[str]
 ) -> list[str]:
-    """The shard's keys; what is wrong with single samples goes to `problems`, what spoils the whole shard is raised."""
+    """Check one shard and return its keys. Problems of single samples are appended, those of the whole shard raised."""
     path = index_path(root, shard.stem)
-    if path.name not in there["index"]:
+    if path.name not in names["index"]:
         raise ZpipeError(f"{path}: missing; extract again")
-    if maps_path(root, shard.stem).name not in there["maps"]:
+    if maps_path(root, shard.stem).name not in names["maps"]:
         raise ZpipeError(f"{maps_path(root, shard.stem)}: missing; delete {path} and extract again")
     index = IndexFile(path)
     if index.sha256 != shard.index_sha256:
@@ -84,7 +95,8 @@ def _check_shard(
     expected = (shard.count, *manifest.provenance.grid)
     if stored.shape != expected or len(table) != shard.count:
         raise ZpipeError(
-            f"{maps_path(root, shard.stem)}: shape {stored.shape}, {len(table)} rows, expected {expected}; extract again"
+            f"{maps_path(root, shard.stem)}: shape {stored.shape}, {len(table)} rows, expected {expected}; "
+            "extract again"
         )
     if digest_maps(stored) != seal.maps_sha256:
         problems.append(
@@ -102,11 +114,11 @@ def _check_shard(
     return keys
 
 
-def _doubled_keys(root: Path, stems: list[str], hashes: list[np.ndarray]) -> list[str]:
-    """Keys that are there twice. Only shards where a hash is met again are read again, to compare the keys themselves."""
+def _repeated_keys(root: Path, stems: list[str], hashes: list[np.ndarray]) -> list[str]:
+    """Find keys that occur more than once. Only shards with repeated hashes are read again."""
     problems = []
     owner: dict[str, str] = {}
-    for number, rows in met_again(hashes):
+    for number, rows in rows_with_repeated_hashes(hashes):
         stem = stems[number]
         for key in IndexFile(index_path(root, stem)).table(["key"])["key"].take(rows).to_pylist():
             if key in owner:

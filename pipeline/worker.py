@@ -1,4 +1,4 @@
-"""One shard, end to end: tar in, committed map shard out, a small report back. Knows no cluster."""
+"""One shard from tar to committed map shard, with a small report. A worker knows nothing of a cluster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +22,7 @@ from zpipe.pipeline.explainer import (
     bytes_per_image,
 )
 from zpipe.pipeline.shard_reader import Frame, FramedImage, framed_batches, read_samples
-from zpipe.pipeline.teacher import Teacher, load_teacher
+from zpipe.pipeline.teacher import Teacher, TeacherSpec, load_teacher
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.relevance_store import (
     INDEX_SCHEMA,
@@ -41,65 +40,76 @@ from zpipe.schemas.storage import as_path
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
-    """Everything a worker process needs to begin. Small and picklable: paths, names and numbers."""
+    """Everything that a worker process needs to begin. Small and picklable: paths, names and numbers."""
 
-    teacher: str | None
-    weights: str
-    teacher_args: dict[str, Any]
-    num_classes: int | None
-    seed: int
+    teacher: TeacherSpec
+    """The teacher to load."""
     teacher_digest: str
+    """Digest that its weights must have."""
     fingerprint: str
+    """Fingerprint of the provenance, sealed into each shard."""
     out: str
+    """Folder or URL of the store."""
     explain: ExplainConfig
+    """Method, target class, symmetrisation and precision of the maps."""
     frame: str
+    """What the teacher sees of an image: a name of `zpipe.pipeline.shard_reader.FRAMES`."""
     batch_size: int
+    """Images per batch; 0 takes the default of the device."""
     threads: int
-    sharing: int  # how many workers share a machine's memory at most: as many as there are shards, fewer where an executor knows
+    """CPU threads of this worker."""
+    sharing: int
+    """How many workers share the memory of a machine at most: the number of shards, fewer where an executor knows
+    better."""
     device: str
+    """Device of the teacher; `auto` until an executor has resolved it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """One input tar and what its index says of it."""
+    """One tar to be turned into a map shard."""
 
     path: str
+    """Path or URL of the tar."""
     entry: ShardEntry
+    """What the index of its folder says about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """What became of one shard. `error` is set when nothing was committed; `problems` says of images that could not be decoded
-    why (key -> reason, which the store doesn't keep), `notes` what the worker had to change on the way."""
+    """The result of one task."""
 
     stem: str
+    """Stem of the shard."""
     count: int = 0
+    """Samples that were committed."""
     statuses: dict[str, int] = field(default_factory=dict)
+    """Samples per status."""
     problems: dict[str, str] = field(default_factory=dict)
+    """Key -> why the image could not be decoded, which the store doesn't keep."""
     error: str = ""
+    """Why nothing was committed; empty on success."""
     notes: tuple[str, ...] = ()
+    """What the worker had to change on the way."""
 
 
 class ShardWorker:
-    """Holds one frozen teacher and runs shards through it, one at a time."""
+    """Holds one frozen teacher and runs shards through it, one at a time.
+
+    Raises:
+        ZpipeError: The weights on this machine are not those that the run began with.
+    """
 
     def __init__(self, spec: WorkerSpec) -> None:
         torch.set_num_threads(spec.threads)
         self.spec = spec
-        self.teacher: Teacher = load_teacher(
-            spec.teacher,
-            spec.weights,
-            num_classes=spec.num_classes,
-            seed=spec.seed,
-            model_args=spec.teacher_args,
-            device=spec.device,
-        )
+        self.teacher: Teacher = load_teacher(spec.teacher, device=spec.device)
         if self.teacher.digest != spec.teacher_digest:
             raise ZpipeError(
-                f"{spec.weights}: weights with digest {self.teacher.digest[:12]}, the run began with {spec.teacher_digest[:12]}; "
-                "every machine needs the same file"
+                f"{spec.teacher.weights}: weights with digest {self.teacher.digest[:12]}, the run began with "
+                f"{spec.teacher_digest[:12]}; every machine needs the same file"
             )
-        # A reduced precision is asked for by name; no setting that lies about in the process may bring it in unasked.
+        # A reduced precision is only used when `explain` names it, whatever the settings of the process are.
         torch.set_float32_matmul_precision("highest")
         batch_size, note = _batch_size(spec, self.teacher)
         self._explainer = Explainer(self.teacher, spec.explain, batch_size=batch_size, device=spec.device)
@@ -107,11 +117,14 @@ class ShardWorker:
         self._frame = frame_of(self.teacher, spec.frame)
 
     def ready(self) -> bool:
-        """Answers once the teacher is loaded."""
+        """Return True: a call that is answered once the teacher is loaded."""
         return True
 
     def process(self, task: ShardTask) -> ShardReport:
-        """Run one shard and commit its maps. A :class:`ZpipeError` becomes the report's `error`; nothing is committed then."""
+        """Run one shard and commit its maps.
+
+        After a :class:`ZpipeError`, the report's `error`, nothing is committed.
+        """
         try:
             return self._process(task)
         except ZpipeError as error:
@@ -124,8 +137,8 @@ class ShardWorker:
         raw = np.full((count, gh, gw), np.nan, np.float32)
         columns: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
         problems: dict[str, str] = {}
-        told = len(self._explainer.notes)
-        before, self._notes = self._notes, []
+        first_notes, self._notes = self._notes, []
+        explainer_notes = len(self._explainer.notes)
         row = 0
         for batch in self._batches(path, task.entry):
             maps, logits, targets = self._explain(batch, path)
@@ -141,12 +154,12 @@ class ShardWorker:
                 row += 1
         if row != count:
             raise ZpipeError(
-                f"{path}: {row} samples, its index names {count}: truncated or altered; restore it or make the shards again"
+                f"{path}: {row} samples, its index names {count}: truncated or altered; "
+                "restore it or make the shards again"
             )
         stored, scale = encode_maps(raw)
         entropy, top_mass = concentration(raw)
-        figures = {"scale": scale, "entropy": entropy, "top10_mass": top_mass}
-        index = pa.table(columns | figures).cast(INDEX_SCHEMA)
+        index = pa.table(columns | {"scale": scale, "entropy": entropy, "top10_mass": top_mass}).cast(INDEX_SCHEMA)
         write_shard(
             as_path(self.spec.out),
             task.entry.stem,
@@ -156,7 +169,7 @@ class ShardWorker:
             fingerprint=self.spec.fingerprint,
         )
         statuses = dict(Counter(columns["status"]))
-        notes = (*before, *self._explainer.notes[told:])
+        notes = (*first_notes, *self._explainer.notes[explainer_notes:])
         return ShardReport(stem=task.entry.stem, count=count, statuses=statuses, problems=problems, notes=notes)
 
     def _batches(self, path: Path, entry: ShardEntry) -> Iterator[list[FramedImage]]:
@@ -169,7 +182,7 @@ class ShardWorker:
         )
 
     def _explain(self, batch: list[FramedImage], path: Path) -> Explained:
-        """Maps, logits and targets of a batch; NaN and no class for images that could not be decoded."""
+        """Explain a batch; images that could not be decoded get NaN maps and logits, and no class."""
         for item in batch if self.spec.explain.asks_label else ():
             if item.label is None:
                 raise ZpipeError(
@@ -178,33 +191,33 @@ class ShardWorker:
                 )
             if not 0 <= item.label < self.teacher.num_classes:
                 raise ZpipeError(
-                    f"{path}: key {item.key}: label {item.label} is outside the teacher's {self.teacher.num_classes} classes; "
-                    "correct the label or take a teacher with more classes"
+                    f"{path}: key {item.key}: label {item.label} is outside the teacher's {self.teacher.num_classes} "
+                    "classes; correct the label or take a teacher with more classes"
                 )
         gh, gw = self.teacher.grid
         maps = np.full((len(batch), gh, gw), np.nan, np.float32)
         logits = np.full((len(batch), self.teacher.num_classes), np.nan, np.float32)
         targets = np.full(len(batch), NO_CLASS, np.int64)
-        seen = {i: item.pixels for i, item in enumerate(batch) if item.pixels is not None}
-        if seen:
-            good, pixels = list(seen), np.stack(list(seen.values()))  # uint8 [n, H, W, 3]
-            labels = np.array([NO_CLASS if batch[i].label is None else batch[i].label for i in good], np.int64)
-            maps[good], logits[good], targets[good] = self._explainer(pixels, labels)
+        decoded = {i: item.pixels for i, item in enumerate(batch) if item.pixels is not None}
+        if decoded:
+            rows, pixels = list(decoded), np.stack(list(decoded.values()))  # uint8 [n, H, W, 3]
+            labels = np.array([NO_CLASS if batch[i].label is None else batch[i].label for i in rows], np.int64)
+            maps[rows], logits[rows], targets[rows] = self._explainer(pixels, labels)
         return Explained(maps, logits, targets)
 
 
 def _batch_size(spec: WorkerSpec, teacher: Teacher) -> tuple[int, str]:
-    """The batch size to begin with, and what to say when it isn't the one asked for."""
+    """The batch size to begin with, and a note where it is lower than the requested one."""
     if spec.device.startswith("cuda"):
-        return spec.batch_size or 64, ""  # a GPU says when it is full, and the explainer halves
-    asked = spec.batch_size or 8
-    # A CPU doesn't say: the kernel ends a process that takes too much. So it is reckoned before.
+        return spec.batch_size or 64, ""  # a GPU raises an error when it is full, and the explainer halves the batch
+    requested = spec.batch_size or 8
+    # A CPU raises none: the kernel kills a process that takes too much. So the memory is estimated beforehand.
     need = bytes_per_image(teacher.model, PRECISIONS[spec.explain.precision][0])
-    fits = batch_that_fits(asked, need, spec.sharing, available_memory())
-    if fits == asked:
-        return asked, ""
-    gib = asked * need * spec.sharing / 2**30
-    return fits, f"a batch of {asked} would take {gib:.1f} GiB in {spec.sharing} workers: lowered to {fits}"
+    fits = batch_that_fits(requested, need, spec.sharing, available_memory())
+    if fits == requested:
+        return requested, ""
+    gib = requested * need * spec.sharing / 2**30
+    return fits, f"a batch of {requested} would take {gib:.1f} GiB in {spec.sharing} workers: lowered to {fits}"
 
 
 def _status(item: FramedImage, relevance: np.ndarray) -> str:
@@ -216,7 +229,7 @@ def _status(item: FramedImage, relevance: np.ndarray) -> str:
 
 
 def frame_of(teacher: Teacher, kind: str) -> Frame:
-    """The teacher's frame of that kind."""
+    """The frame of that kind, `full` or `center`, at the input size of the teacher."""
     crop_pct = teacher.crop_pct if kind == "center" else 1.0
     return Frame(kind=kind, size=teacher.image_size, interpolation=teacher.interpolation, crop_pct=crop_pct)
 

@@ -1,7 +1,7 @@
-"""Commit a file or a folder in one step: a temporary sibling, fsync, rename. A reader sees the old or the new, never half.
+"""Commit a file or a folder in one step: write a temporary sibling, fsync, rename. A reader never sees half of it.
 
-On an object store a file is one request, which is one step too; a folder is not, and whoever relies on it commits an index
-file behind it.
+On an object store a file is one request, which is one step too. A folder is not: writers that need it commit an index
+file after it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,15 @@ def _fsync_path(path: Path) -> None:
 
 @contextmanager
 def commit(path: Path) -> Iterator[Path]:
-    """Yield a temporary local path for the caller to create (file or folder); rename it to `path`, or upload it, on success.
+    """Yield a temporary local path for the caller to create, and rename it to `path`, or upload it, on success.
 
-    On any error the temporary is removed and `path` is left as it was. An `OSError` (a full disk, above all) becomes a
-    one-line :class:`ZpipeError` naming `path`.
+    On any error the temporary is removed and `path` is left as it was.
+
+    Args:
+        path: The file or folder to commit; a path or a URL.
+
+    Raises:
+        ZpipeError: An OSError, above all a full disk; the message names `path`.
     """
     path = as_path(path)
     if is_remote(path):
@@ -58,7 +63,8 @@ def commit(path: Path) -> Iterator[Path]:
                 _fsync_path(child)
         _fsync_path(tmp)
         if tmp.is_dir() and path.exists():
-            # rename() can't replace a folder that has content; whoever relies on the folder waits for its index file.
+            # rename() cannot replace a folder that has content. Readers wait for the index file, so removing it first
+            # is safe.
             remove(path)
         os.replace(tmp, path)
         _fsync_path(path.parent)
@@ -79,9 +85,9 @@ def _committed_remotely(path: Path) -> Iterator[Path]:
             yield tmp
             upload(tmp, path)
     except storage_errors() as error:
-        told = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise ZpipeError(
-            f"{path}: could not be written ({told}); check access and free space, then run again"
+            f"{path}: could not be written ({reason}); check access and free space, then run again"
         ) from error
 
 
@@ -97,7 +103,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object. Errors: a :class:`ZpipeError` that names the file when it is absent, unreadable or not an object."""
+    """Read a JSON object.
+
+    Args:
+        path: The file, a path or a URL.
+        what: What messages call its content: `a shard index`.
+
+    Raises:
+        ZpipeError: The file is absent, unreadable or no JSON object.
+    """
     try:
         value = json.loads(as_path(path).read_bytes())
     except FileNotFoundError as error:
@@ -110,10 +124,17 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def claim_folder(path: Path, marker: str, what: str, *, lease: str | None = None) -> None:
-    """Make sure that `path` is a folder we may write to: absent, empty, or one that holds our `marker` file.
+    """Make sure that `path` is a folder that we may write to: absent, empty, or one that holds our marker file.
 
-    Temporary leftovers of a killed run (``.tmp-*``) are removed. lease: the name of a file by which runs agree on who
-    writes; the folder may hold it alone, and leftovers are then for the one who has it to remove. Errors: :class:`UsageError` when it holds something else.
+    Args:
+        path: The folder, a path or a URL. It is created where it is absent.
+        marker: Name of the file that only our folders of this kind hold.
+        what: What messages call the content of the folder.
+        lease: Name of the file by which runs agree on who writes. The folder may hold it alone, and only the run that
+            has the lease may remove temporary files (``.tmp-*``); without a lease they are removed here.
+
+    Raises:
+        UsageError: The folder holds something else, or cannot be used.
     """
     path = as_path(path)
     check_reachable(path)
@@ -133,9 +154,9 @@ def claim_folder(path: Path, marker: str, what: str, *, lease: str | None = None
 
 
 def clear_temporaries(folder: Path) -> None:
-    """Remove what killed runs left in `folder` (``.tmp-*``); the folder may be absent."""
+    """Remove the temporary files (``.tmp-*``) that killed runs left in `folder`, which may be absent."""
     folder = as_path(folder)
     if is_remote(folder):
-        return  # nothing temporary is ever put there
+        return  # uploads have no temporary files
     for entry in sorted(folder.glob(f"{TMP_PREFIX}*")):
         remove(entry)

@@ -1,4 +1,4 @@
-"""The exceptions that users are meant to see: a single line that names the file, the key and the remedy."""
+"""The exceptions that users are meant to see. Each message is one line that names the file, the key and the remedy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Sequence
 class ZpipeError(Exception):
     """Something failed for a reason the user can act on. The command line prints it as one line and exits 1.
 
-    `details` are further lines, one per item (shards that failed, images that were put aside).
+    Args:
+        message: One line.
+        details: Further lines, one per item: shards that failed, images that were put aside.
     """
 
     exit_code = 1
@@ -19,18 +21,18 @@ class ZpipeError(Exception):
 
 
 class UsageError(ZpipeError):
-    """The request itself is wrong (a folder that is missing, options that exclude each other). Exit code 2."""
+    """The request itself is wrong: a folder is missing, options exclude each other. The command line exits 2."""
 
     exit_code = 2
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library says, at most 200 characters of it; its type where it says nothing."""
+    """First line of the message of another library's exception, at most 200 characters; its type if it has none."""
     return _lines(error)[0][:200]
 
 
 def last_line(error: BaseException) -> str:
-    """The last line, where the cause stands below a traceback."""
+    """Last line of the message: the cause, if the message includes a traceback."""
     return _lines(error)[-1][:200]
 
 

@@ -1,7 +1,7 @@
-"""Boxes in source pixels and their place in a map grid. Pure NumPy.
+"""Boxes in source pixels, and maps resampled from one box to another. Pure NumPy.
 
-Coordinates are continuous: a W x H image covers [0, W] x [0, H], and cell (r, c) of a map [gh, gw] laid over a box covers
-an equal rectangle of it. Boxes are always (x1, y1, x2, y2).
+Coordinates are continuous: a W x H image covers [0, W] x [0, H]. The cells of a map [gh, gw] that lies over a box
+divide it into gh x gw equal rectangles. Boxes are always (x1, y1, x2, y2).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Box:
         return (self.x1, self.y1, self.x2, self.y2)
 
     def contains(self, other: Box, slack: float = 1e-3) -> bool:
-        """Whether `other` lies inside, give or take `slack` pixels."""
+        """Whether `other` lies inside this box, with a tolerance of `slack` pixels."""
         return (
             other.x1 >= self.x1 - slack
             and other.y1 >= self.y1 - slack
@@ -54,11 +54,19 @@ class Box:
 def overlap_weights(n_in: int, start: float | np.ndarray, stop: float | np.ndarray, n_out: int) -> np.ndarray:
     """Weights that resample `n_in` unit cells over the interval [start, stop] into `n_out` equal cells.
 
-    start, stop: in cells of the input, 0 <= start < stop <= n_in; numbers, or arrays [...] of many intervals. Returns float64
-    [..., n_out, n_in], rows sum to 1. Shrinking (an output cell is wider than one of the input): each output cell is the mean
-    of the input over the stretch it covers, so sum(out) * (stop - start) / n_out is conserved. Growing: linear interpolation
-    between the centres of the input's cells, the outermost continued outwards. Both are the mean over a stretch around the
-    output cell's centre, as wide as that cell or as one of the input, whichever is wider; at equal width they agree.
+    Each output cell is the mean of the input over an interval around its centre, which is as wide as the output cell or
+    as an input cell, whichever is wider. Where output cells are wider, the map shrinks: sum(out) * (stop - start) /
+    n_out is conserved. Where they are narrower, it grows: this is linear interpolation between the centres of the input
+    cells, with the outermost values continued outwards. At equal width the two agree.
+
+    Args:
+        n_in: Number of input cells.
+        start: Begin of the interval in input cells, a number or an array [...] of many.
+        stop: End of the interval in input cells, 0 <= start < stop <= n_in.
+        n_out: Number of output cells.
+
+    Returns:
+        float64 [..., n_out, n_in]; rows sum to 1.
     """
     start, stop = np.asarray(start, np.float64)[..., None], np.asarray(stop, np.float64)[..., None]
     step = (stop - start) / n_out  # [..., 1]
@@ -74,10 +82,20 @@ def overlap_weights(n_in: int, start: float | np.ndarray, stop: float | np.ndarr
 
 
 def crop_map(relevance: np.ndarray, frame: Box, crop: Box, size: tuple[int, int], *, flip: bool = False) -> np.ndarray:
-    """Resample a map that lies over `frame` to the part that `crop` shows: `crop_maps` for one map [gh, gw].
+    """Resample one map to the part of its frame that a crop shows; `crop_maps` for many.
 
-    frame, crop: in the same source pixels; size: (out_h, out_w); flip: mirror left and right, as the cropped image was.
-    Returns float32 [out_h, out_w]. Errors: ValueError when the crop leaves the frame (the map says nothing there).
+    Args:
+        relevance: The map [gh, gw].
+        frame: The box that the map lies over, in source pixels.
+        crop: The box that the crop shows, in source pixels.
+        size: Height and width of the result in cells.
+        flip: Whether the cropped image was mirrored left to right.
+
+    Returns:
+        float32 [out_h, out_w].
+
+    Raises:
+        ValueError: The crop leaves the frame, where the map has no values.
     """
     return crop_maps(relevance[None], [frame], [crop], size, flips=np.array([flip]))[0]
 
@@ -85,10 +103,23 @@ def crop_map(relevance: np.ndarray, frame: Box, crop: Box, size: tuple[int, int]
 def crop_maps(
     relevance: np.ndarray, frames: Sequence[Box], crops: Sequence[Box], size: tuple[int, int], *, flips: np.ndarray
 ) -> np.ndarray:
-    """Resample maps [m, gh, gw], each over its frame, to what its crop shows; flips bool [m].
+    """Resample many maps, each to the part of its frame that its crop shows.
 
-    Returns float32 [m, out_h, out_w]: the area-weighted mean of the map under each cell where the map shrinks, bilinear
-    interpolation where it grows, for each axis. Errors: ValueError when a crop leaves its frame.
+    Along each axis, a cell is the area-weighted mean of the map under it where the map shrinks, and a linear
+    interpolation where it grows (see `overlap_weights`).
+
+    Args:
+        relevance: The maps [m, gh, gw].
+        frames: The box that each map lies over, in source pixels.
+        crops: The box that each crop shows, in source pixels.
+        size: Height and width of the result in cells.
+        flips: bool [m], whether each cropped image was mirrored left to right.
+
+    Returns:
+        float32 [m, out_h, out_w].
+
+    Raises:
+        ValueError: A crop leaves its frame.
     """
     for frame, crop in zip(frames, crops, strict=True):
         if not frame.contains(crop):
@@ -111,8 +142,15 @@ def _in_cells(
 
 
 def covered_share(grid: tuple[int, int], box: Box, size: tuple[int, int]) -> np.ndarray:
-    """The share of each cell of a gh x gw grid over an image of `size` (height, width) pixels that lies under a box.
-    -> float64 [gh, gw]
+    """Fraction of each cell that a box covers, for a grid over a whole image.
+
+    Args:
+        grid: Height and width of the grid in cells.
+        box: The box in pixels.
+        size: Height and width of the image in pixels.
+
+    Returns:
+        float64 [gh, gw], 0 to 1.
     """
     shares = []
     for cells, low, high, pixels in ((grid[0], box.y1, box.y2, size[0]), (grid[1], box.x1, box.x2, size[1])):

@@ -1,4 +1,4 @@
-"""Where relevance maps come from: everything that decides their values, its fingerprint, and the check of two of them."""
+"""The manifest of a store, and the provenance of its maps: everything that determines their values."""
 
 from __future__ import annotations
 
@@ -22,30 +22,46 @@ STORE_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What decides the values of a store's maps. Two stores with equal fingerprints hold the same kind of maps.
-
-    `weights` and `seed` are said for the reader; the digest of the teacher's weights is what counts.
-    """
+    """What determines the values of a store's maps. Stores with equal fingerprints hold the same kind of maps."""
 
     teacher: str
+    """timm's name of the teacher."""
     teacher_args: dict[str, Any]
+    """Arguments of its constructor, as JSON values."""
     weights: str
+    """Where its weights were read from; for the reader, not compared."""
     seed: int | None
+    """Seed of random weights, None for others; for the reader, not compared."""
     teacher_digest: str
+    """SHA-256 (hex) of its weights."""
     num_classes: int
+    """Number of its classes."""
     method: str
+    """Attribution method."""
     start_layer: int
+    """First block whose attention counts."""
     target: str
+    """Class that a map explains: ``ground-truth``, ``predicted``, ``class:K``; ``none`` for methods without a class."""
     frame: str
+    """What the teacher saw of an image: ``full`` or ``center``."""
     grid: tuple[int, int]
+    """Height and width of a map in cells."""
     image_size: tuple[int, int]
+    """Height and width of the teacher's input in pixels."""
     mean: tuple[float, ...]
+    """Mean of each channel, subtracted from pixels in 0 to 1."""
     std: tuple[float, ...]
+    """Standard deviation of each channel."""
     interpolation: str
+    """How images were resized."""
     crop_pct: float
+    """Fraction of an image that the frame shows."""
     symmetrised: bool
+    """Whether maps are the mean of those of the image and of its mirror image."""
     precision: str
+    """Precision of the forward pass and of the relevance sweep."""
     store_version: int = STORE_VERSION
+    """Version of the store's format."""
 
     # The path that the weights were read from, and the seed, may differ while the weights are the same.
     NOT_COMPARED = ("weights", "seed")
@@ -61,6 +77,10 @@ class Provenance:
 
     @classmethod
     def from_json(cls, value: dict[str, Any], path: Path) -> Provenance:
+        """The provenance in a JSON object of the file `path`.
+
+        Raises :class:`ZpipeError` for a missing or unknown field.
+        """
         names = {field.name for field in fields(cls)}
         if set(value) != names:
             odd = sorted(set(value) ^ names)[0]
@@ -69,9 +89,9 @@ class Provenance:
         return cls(**(value | tuples))
 
 
-def check_compatible(found: Provenance, wanted: Provenance, path: Path) -> None:
-    """Errors: :class:`ZpipeError` showing the first differing field, both values side by side."""
-    old, new = found.compared(), wanted.compared()
+def check_compatible(existing: Provenance, wanted: Provenance, path: Path) -> None:
+    """Raise :class:`ZpipeError` with both values of the first field in which the store at `path` differs."""
+    old, new = existing.compared(), wanted.compared()
     for name in old:
         if old[name] != new[name]:
             raise ZpipeError(
@@ -87,37 +107,47 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class MapShard:
-    """One finished map shard: the input tar's stem, count and digest, and the digest of the index file."""
+    """One finished map shard."""
 
     stem: str
+    """Stem of the tar that it was made from."""
     count: int
+    """Number of samples."""
     input_sha256: str
+    """SHA-256 (hex) of the tar."""
     index_sha256: str
+    """SHA-256 (hex) of the index file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreManifest:
-    """The manifest of a finished store, written last. `statuses` counts samples per status."""
+    """The manifest of a finished store, written last."""
 
     provenance: Provenance
+    """What the maps were made with."""
     shards: tuple[MapShard, ...]
+    """The map shards, in the order of the tars."""
     statuses: dict[str, int]
+    """Samples per status."""
     source: str
+    """Folder or URL of the tars."""
     zpipe_version: str
+    """Version of zpipe that wrote the manifest."""
 
     @property
     def count(self) -> int:
+        """Number of samples."""
         return sum(shard.count for shard in self.shards)
 
 
 def write_manifest(root: Path, manifest: StoreManifest) -> None:
-    """Write `manifest.json`. Grows by about 250 bytes a shard."""
+    """Write `manifest.json`, about 250 bytes per shard."""
     value = header(FORMAT, STORE_VERSION) | {"count": manifest.count} | asdict(manifest)
     write_json(as_path(root) / MANIFEST_NAME, value)
 
 
 def read_manifest(root: Path) -> StoreManifest:
-    """Read and check `manifest.json`. Errors: :class:`ZpipeError` naming file and remedy."""
+    """Read and check `manifest.json`. Raises :class:`ZpipeError` if the store is unfinished or the file is damaged."""
     path = as_path(root) / MANIFEST_NAME
     check_reachable(path)
     if not path.is_file():
@@ -144,7 +174,7 @@ def read_manifest(root: Path) -> StoreManifest:
 
 
 def _is_name(stem: Any) -> bool:
-    """Whether it names a file of the store and leads nowhere else."""
+    """Whether it is a plain file name, which cannot lead out of the store."""
     return isinstance(stem, str) and shard_stem(stem) == stem and stem not in ("", ".", "..") and "\0" not in stem
 
 
@@ -154,7 +184,7 @@ def write_extraction(root: Path, provenance: Provenance) -> None:
 
 
 def read_extraction(root: Path) -> Provenance | None:
-    """The provenance that the store at `root` was begun with; None when it was not begun."""
+    """The provenance that the store at `root` was begun with; None if there is none."""
     path = as_path(root) / EXTRACTION_NAME
     if not path.is_file():
         return None

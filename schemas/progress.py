@@ -1,4 +1,4 @@
-"""What a long job tells whoever started it. The job doesn't know whether a terminal or a log file listens."""
+"""How a long job reports its progress. The job does not know whether a terminal or a log file shows it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called as work gets done. `stage` names the work, `done` of `total` say how far, `facts` are figures worth seeing."""
+    """Called as work is completed: `done` of `total` items of `stage`, with `facts`, further numbers worth showing."""
 
     def __call__(self, stage: str, done: int, total: int, **facts: object) -> None: ...
 
 
 def silent(stage: str, done: int, total: int, **facts: object) -> None:
-    """A listener that says nothing."""
+    """Show nothing."""

@@ -1,4 +1,4 @@
-"""Read relevance maps by key. This is what other experiments import; NumPy, pyarrow and zarr only."""
+"""Read relevance maps by key. Other experiments import this; it needs only NumPy, pyarrow and zarr."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Normalise = Literal["minmax"] | None
 
 
 def normalise_minmax(maps: np.ndarray) -> np.ndarray:
-    """Scale each map [..., gh, gw] to [0, 1] by its own minimum and maximum; a constant map becomes zeros. float32."""
+    """Scale each map [..., gh, gw] to [0, 1] by its own minimum and maximum, as float32.
+
+    A constant map becomes zeros.
+    """
     low = maps.min(axis=(-2, -1), keepdims=True)
     span = maps.max(axis=(-2, -1), keepdims=True) - low
     return ((maps - low) / np.where(span > 0, span, 1.0)).astype(np.float32)
@@ -28,12 +31,18 @@ def normalise_minmax(maps: np.ndarray) -> np.ndarray:
 class RelevanceMaps:
     """The maps of a finished store, by key and in order.
 
-    `maps[key]` is float32 [gh, gw]: raw relevance, or min-max per map with ``normalise="minmax"``, as the training loader
-    reads them; `maps[10:20]` is float32 [10, gh, gw], in the order of `table()`; `maps[[key, key]]` is float32 [2, gh, gw].
-    `path` is a folder or an fsspec URL. A shard's maps are read in one piece at the first look-up and kept; memory grows to
-    4 * gh * gw bytes a map read (0.8 KB at 14 x 14), and the key table to about 200 bytes a key.
+    `maps[key]` is one map, float32 [gh, gw]; `maps[10:20]` is float32 [10, gh, gw], in the order of `table()`;
+    `maps[[key, key]]` is float32 [2, gh, gw]. The maps of a shard are read in one piece at the first look-up and kept:
+    memory grows by 4 * gh * gw bytes per map (0.8 KB at 14 x 14), and by about 200 bytes per key for the table of keys.
 
-    Errors: :class:`ZpipeError` when `path` is no finished store; KeyError for an unknown key.
+    Args:
+        path: Folder or fsspec URL of the store.
+        normalise: None for raw relevance, ``minmax`` for each map scaled to [0, 1], as the training loader reads them.
+
+    Raises:
+        ZpipeError: `path` is no finished store.
+        ValueError: `normalise` is none of its choices.
+        KeyError: A key that is looked up is not in the store.
     """
 
     def __init__(self, path: str | os.PathLike[str], normalise: Normalise = None) -> None:
@@ -64,7 +73,7 @@ class RelevanceMaps:
         raise TypeError(f"maps[...] takes a key, a list of keys or a slice, got {type(key).__name__}")
 
     def place(self, key: str) -> tuple[str, int]:
-        """The shard (stem) and row where a key's map lies. Errors: KeyError."""
+        """Stem of the shard that holds the map of a key, and its row. Raises KeyError for an unknown key."""
         place = self._places.get(key)
         if place is None:
             raise KeyError(f"{self.path}: no map for key {key!r}")
@@ -80,7 +89,9 @@ class RelevanceMaps:
     def read_shard(self, stem: str, index: pa.Table | None = None) -> np.ndarray:
         """All maps of one shard, float32 [n, gh, gw], read from disk and not kept: for passes over whole data sets.
 
-        index: its index rows with column `scale`, from whoever has read them already.
+        Args:
+            stem: Stem of the shard.
+            index: Its index rows with column `scale`, where the caller has read them already.
         """
         stored = read_stored(self.path, stem)
         scale = (read_index(self.path, stem, ["scale"]) if index is None else index)["scale"].to_numpy()
@@ -97,7 +108,7 @@ class RelevanceMaps:
         return read_index(self.path, stem, columns)
 
     def array(self) -> np.ndarray:
-        """Every map, float32 [N, gh, gw], in the order of `table()`. 0.8 KB a map at 14 x 14: 1 GB for ImageNet."""
+        """All maps, float32 [N, gh, gw], in the order of `table()`: 0.8 KB per map at 14 x 14, 1 GB for ImageNet."""
         return self._sliced(slice(None))
 
     def _sliced(self, rows: slice) -> np.ndarray:
@@ -106,7 +117,7 @@ class RelevanceMaps:
         out = self._empty(len(order))
         ends = np.cumsum([shard.count for shard in self.manifest.shards], dtype=np.int64)
         touched = [int(i) for i in np.unique(np.searchsorted(ends, order, side="right"))]
-        # Shards that nobody has asked for by key are not kept: the caller holds their maps already.
+        # Shards that were not read by key are not kept: the caller has their maps in the result.
         parts = map_files(self.path, self._shard_unkept, [self.manifest.shards[i].stem for i in touched])
         for i, maps in zip(touched, parts, strict=True):
             start = ends[i] - self.manifest.shards[i].count
@@ -122,7 +133,7 @@ class RelevanceMaps:
         return np.zeros((count, *self.manifest.provenance.grid), np.float32)
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
-        """The index of every shard as one table, with the shard's stem in column `shard`."""
+        """The index of every shard as one table, with the stem of the shard in column `shard`."""
         parts = []
         tables = map_files(self.path, lambda shard: read_index(self.path, shard.stem, columns), self.manifest.shards)
         for shard, part in zip(self.manifest.shards, tables, strict=True):
@@ -138,7 +149,8 @@ class RelevanceMaps:
             for row, key in enumerate(table["key"].to_pylist()):
                 if key in places:
                     raise ZpipeError(
-                        f"{self.path}: key {key!r} is in shards {places[key][0]} and {shard.stem}; run zpipe maps verify"
+                        f"{self.path}: key {key!r} is in shards {places[key][0]} and {shard.stem}; "
+                        "run zpipe maps verify"
                     )
                 places[key] = (shard.stem, row)
         return places

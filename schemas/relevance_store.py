@@ -1,15 +1,15 @@
-"""One map shard on disk: a Zarr v3 array of maps and a Parquet index, written, committed and read here and nowhere else.
+"""The format of a map shard, a Zarr v3 array of maps and a Parquet index: its only writer and its only reader.
 
     STORE/extraction.json        provenance; marks the folder as a store from the first moment
     STORE/maps/<stem>.zarr       float16 [n, gh, gw], one chunk, each map divided by its own scale
-    STORE/index/<stem>.parquet   one row a sample, in the order of the array; committed last: no index, no shard
-    STORE/manifest.json          written when every shard is there
+    STORE/index/<stem>.parquet   one row per sample, in the order of the array; committed last: no index, no shard
+    STORE/manifest.json          written when every shard is finished
 
-STORE is a folder or an fsspec URL. On an object store the two files of an array are put one after the other and the index,
-one request, behind them: there as here, no index, no shard.
+STORE is a folder or an fsspec URL. On an object store the two files of an array are written one after the other, and
+the index, a single request, after them: there too, a shard without an index does not count.
 
-Raw relevance spans many decades between images, so each map is stored as map / max|map| in float16 and its scale as
-float32 in the index. About 330-400 bytes a sample for 14 x 14 maps, index included.
+Raw relevance spans many decades between images, so each map is stored as map / max|map| in float16, and its scale as
+float32 in the index. A sample takes about 330 to 400 bytes with 14 x 14 maps, index included.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from zpipe.schemas.atomic import commit
 from zpipe.schemas.errors import ZpipeError, first_line
 from zpipe.schemas.storage import as_path, remove, storage_errors, storage_options
 
-# What became of a sample. Only `ok` maps may be trained on: the others have no relevance to give.
+# Status of a sample. Only `ok` maps may be used in training: the others contain no relevance.
 OK, UNDECODABLE, NONFINITE, ZERO = "ok", "undecodable", "nonfinite", "zero"
 STATUSES = (OK, UNDECODABLE, NONFINITE, ZERO)
 
-# What a shard may unpack to: a few kilobytes can claim to be terabytes. `max_rows` says what that is in samples.
+# Limits of what a shard may unpack to, as a few kilobytes can claim to be terabytes; `max_rows` gives them in samples.
 MAX_MAP_BYTES = 1 << 30
 MAX_ROWS = 4_000_000
 CODECS = ("BytesCodec", "BloscCodec")
@@ -60,30 +60,35 @@ INDEX_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSeal:
-    """What an index file says about itself: which input and which provenance made it, and the digest of its maps."""
+    """What an index file states about its shard."""
 
     input_sha256: str
+    """SHA-256 (hex) of the tar that the maps were made from."""
     fingerprint: str
+    """Fingerprint of the provenance."""
     maps_sha256: str
+    """`digest_maps` of the maps."""
 
 
 def maps_path(root: Path, stem: str) -> Path:
+    """The Zarr array of a shard."""
     return as_path(root) / "maps" / f"{stem}.zarr"
 
 
 def index_path(root: Path, stem: str) -> Path:
+    """The Parquet index of a shard."""
     return as_path(root) / "index" / f"{stem}.parquet"
 
 
 def max_rows(grid: tuple[int, int]) -> int:
-    """How many samples a shard of (gh, gw) maps may have, to be one that is read."""
+    """How many samples a shard of maps of this grid (gh, gw) may have; readers refuse larger ones."""
     return min(MAX_ROWS, MAX_MAP_BYTES // (grid[0] * grid[1] * np.dtype(np.float16).itemsize))
 
 
 def encode_maps(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split raw maps [n, gh, gw] into float16 maps of maximum 1 and float32 scales [n].
+    """Split raw maps [n, gh, gw] into maps with a largest magnitude of 1, float16 [n, gh, gw], and scales, float32 [n].
 
-    A map that is all zero keeps scale 0; one that is not finite is stored as NaN with scale NaN.
+    A map that is all zero has scale 0. One that is not finite is stored as NaN with scale NaN.
     """
     raw = raw.astype(np.float64)
     finite = np.isfinite(raw).all(axis=(1, 2))  # [n]
@@ -95,13 +100,19 @@ def encode_maps(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode_maps(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Raw float32 maps [n, gh, gw] from stored maps and scales [n]."""
+    """Raw maps, float32 [n, gh, gw], from stored maps [n, gh, gw] and scales [n]."""
     return stored.astype(np.float32) * scale[:, None, None].astype(np.float32)
 
 
 def concentration(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How concentrated maps [n, gh, gw] are: entropy in nats of the map as a distribution, and the share of its mass in
-    the top 10 % of cells (rounded up). float32 [n] each; NaN where a map has no mass. Negative relevance counts as zero.
+    """How concentrated maps are. Negative relevance counts as zero.
+
+    Args:
+        raw: Maps [n, gh, gw].
+
+    Returns:
+        Entropy in nats of each map as a distribution, and the fraction of its mass in the top 10 % of cells (rounded
+        up): float32 [n] each, NaN where a map has no mass.
     """
     flat = np.clip(raw.reshape(len(raw), -1).astype(np.float64), 0.0, None)  # [n, cells]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -113,18 +124,26 @@ def concentration(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def digest_maps(stored: np.ndarray) -> str:
-    """SHA-256 (hex) of stored maps as little-endian float16 bytes in C order."""
+    """SHA-256 (hex) of stored maps, as little-endian float16 in C order."""
     return hashlib.sha256(np.ascontiguousarray(stored, dtype="<f2").tobytes()).hexdigest()
 
 
 def write_shard(
     root: Path, stem: str, stored: np.ndarray, index: pa.Table, *, input_sha256: str, fingerprint: str
 ) -> None:
-    """Write one map shard: array first, then the index renamed into place.
+    """Write one map shard: the array first, then the index, renamed into place. The same content gives the same bytes.
 
-    stored: float16 [n, gh, gw]; index: n rows of `INDEX_SCHEMA`, in the same order. The same content gives the same
-    bytes. Errors: :class:`ZpipeError` naming the file that could not be written, or that would be larger than what is read;
-    nothing is left that looks whole.
+    Args:
+        root: Folder or URL of the store.
+        stem: Stem of the tar.
+        stored: Maps from `encode_maps`, float16 [n, gh, gw].
+        index: n rows of `INDEX_SCHEMA`, in the same order.
+        input_sha256: SHA-256 (hex) of the tar.
+        fingerprint: Fingerprint of the provenance.
+
+    Raises:
+        ZpipeError: A file could not be written, or would be larger than readers accept. No index is left then.
+        ValueError: The number of rows or the dtype is wrong.
     """
     import zarr
     from zarr.codecs import BloscCodec
@@ -135,10 +154,11 @@ def write_shard(
     gh, gw = stored.shape[1:]
     if len(stored) > (most := max_rows((gh, gw))):
         raise ZpipeError(
-            f"{maps_path(root, stem)}: {len(stored)} maps of {gh} x {gw} are more than the {most} of a shard; make smaller tars"
+            f"{maps_path(root, stem)}: {len(stored)} maps of {gh} x {gw} are more than the {most} of a shard; "
+            "make smaller tars"
         )
     seal = {"input_sha256": input_sha256, "fingerprint": fingerprint, "maps_sha256": digest_maps(stored)}
-    # An index that no longer fits its array must not stay while the array is replaced.
+    # The old index must not stay beside the new array.
     remove(index_path(root, stem))
     with commit(maps_path(root, stem)) as tmp:
         array = zarr.create_array(
@@ -146,7 +166,7 @@ def write_shard(
             shape=stored.shape,
             chunks=stored.shape,
             dtype="float16",
-            # Bytes of one significance side by side: float16 exponents compress, mantissas hardly do.
+            # Shuffling puts bytes of equal significance together: float16 exponents compress, mantissas hardly do.
             compressors=BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=2),
             fill_value=0.0,
             attributes={"key_index": f"../../index/{stem}.parquet"},
@@ -157,7 +177,7 @@ def write_shard(
 
 
 def read_seal(root: Path, stem: str) -> ShardSeal | None:
-    """The seal of a committed shard, or None when the shard is not there."""
+    """The seal of a committed shard; None if there is no such shard."""
     path = index_path(root, stem)
     return IndexFile(path).seal if path.is_file() else None
 
@@ -168,15 +188,25 @@ def read_index(root: Path, stem: str, columns: list[str] | None = None) -> pa.Ta
 
 
 def labels_named(table: pa.Table) -> tuple[int, int]:
-    """Of a table with label, predicted and status: of how many samples the teacher names the label, and of how many it could:
-    the usable ones that have a label."""
+    """Count how often the teacher's best class is the label.
+
+    Args:
+        table: Index rows with columns `label`, `predicted` and `status`.
+
+    Returns:
+        The number of usable, labelled samples whose label is predicted, and the number of usable, labelled samples.
+    """
     label = table["label"].to_numpy()  # int32 [n]
     usable = (table["status"].to_numpy(zero_copy_only=False) == OK) & (label >= 0)
     return int((label == table["predicted"].to_numpy())[usable].sum()), int(usable.sum())
 
 
 class IndexFile:
-    """The index of one shard, fetched in one piece (some 50 bytes a sample). Errors: :class:`ZpipeError` naming the file."""
+    """The index of one shard, read in one piece: some 50 bytes per sample.
+
+    Raises:
+        ZpipeError: The file cannot be read; the properties raise it too.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -192,7 +222,7 @@ class IndexFile:
 
     @property
     def seal(self) -> ShardSeal:
-        """What the file says about itself."""
+        """What the file states about its shard."""
         try:
             metadata = pq.read_schema(pa.BufferReader(self._data)).metadata or {}
             return ShardSeal(**{name: metadata[name.encode()].decode() for name in ShardSeal.__dataclass_fields__})
@@ -200,9 +230,9 @@ class IndexFile:
             raise self._unreadable(error) from error
 
     def table(self, columns: list[str] | None = None) -> pa.Table:
-        """The rows, or those columns of them."""
+        """The rows, with all columns or with those that are named."""
         try:
-            # One thread: callers read many shards side by side.
+            # One thread, because callers read many shards in parallel.
             with pq.ParquetFile(pa.BufferReader(self._data)) as file:
                 if file.metadata.num_rows > MAX_ROWS:
                     raise KeyError(f"{file.metadata.num_rows} rows are more than {MAX_ROWS}")
@@ -218,12 +248,15 @@ class IndexFile:
 
 
 def read_stored(root: Path, stem: str) -> np.ndarray:
-    """The stored float16 maps [n, gh, gw] of one shard, read in one piece."""
+    """The maps of one shard as they are stored, float16 [n, gh, gw].
+
+    Raises :class:`ZpipeError` if they cannot be read.
+    """
     import zarr
 
     path = maps_path(root, stem)
     try:
-        # Other formats and codecs are never ours, and some of Zarr's unpickle or call other libraries.
+        # We write no other format or codec, and some of Zarr's codecs unpickle or call other libraries.
         array = zarr.open_array(store=str(path), mode="r", storage_options=storage_options(path), zarr_format=3)
         codecs = [*array.filters, array.serializer, *array.compressors]
         if odd := [type(codec).__name__ for codec in codecs if type(codec).__name__ not in CODECS]:
@@ -231,10 +264,10 @@ def read_stored(root: Path, stem: str) -> np.ndarray:
         unpacked = max(array.size, math.prod(array.chunks)) * array.dtype.itemsize
         if array.dtype != np.float16 or array.ndim != 3 or unpacked > MAX_MAP_BYTES:
             raise ValueError(f"{array.dtype} {array.shape} is no shard of maps below {MAX_MAP_BYTES >> 20} MiB")
-        if array.nchunks_initialized != array.nchunks:  # Zarr would read zeros where a chunk is gone
+        if array.nchunks_initialized != array.nchunks:  # Zarr reads a missing chunk as zeros
             raise ValueError("a chunk is missing")
         return np.asarray(array[:])
-    # A damaged array fails wherever Zarr or its codec happens to notice, each in its own way.
+    # Zarr and its codecs raise different exceptions for a damaged array, depending on where they notice it.
     except storage_errors(ValueError, RuntimeError, LookupError, TypeError, SystemError) as error:
         raise ZpipeError(
             f"{path}: maps can't be read ({first_line(error)}); delete {index_path(root, stem)} and extract again"

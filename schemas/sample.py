@@ -1,4 +1,4 @@
-"""What one sample of a tar shard is: its key, its allowed members, its label. Pure: names and bytes in, samples out."""
+"""What one sample of a tar shard is: its key, its members, its label. Pure: names and bytes in, samples out."""
 
 from __future__ import annotations
 
@@ -9,46 +9,58 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import ZpipeError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # what PIL calls them; it knows others, some of which start programs
-# What PIL raises for damaged images beside its own: what its parsers run into. It turns these into one kind where it opens an
-# image, but not where it decodes one (a chunk behind a PNG's pixels).
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # PIL's names; it knows further formats, some of which start programs
+# What PIL raises for damaged images. It turns the errors of its parsers into one kind when it opens an image, but not
+# when it decodes one (as for a chunk after the pixels of a PNG).
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error)
 LABEL_SUFFIXES = ("cls", "json")
 ALLOWED_SUFFIXES = IMAGE_SUFFIXES + LABEL_SUFFIXES
+KEY_RULES = ("stem", "path")
 TAR_BLOCK = 512  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One sample as it lies in a tar: undecoded image bytes, label, and what `key.json` says."""
+    """One sample of a tar."""
 
     key: str
+    """Its key: the common name of its members."""
     image: bytes
+    """The image file, not decoded."""
     label: int | None
+    """Class index; None if there is none."""
     meta: dict[str, Any] = field(default_factory=dict)
+    """Content of `key.json`."""
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Split a member name into key and lower-case suffix at the first dot of its last part (WebDataset's rule)."""
+    """Split a member name into key and lower-case suffix, at the first dot after the last slash (WebDataset's rule)."""
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
     return folder + slash + stem, suffix.lower()
 
 
 def shard_stem(name: str) -> str:
-    """The name of a tar shard without folder and suffix; its map shard carries the same stem."""
+    """Name of a tar shard without folder and suffix; its map shard has the same stem."""
     base = str(name).replace("\\", "/").rpartition("/")[2]
     return base[: -len(".tar")] if base.endswith(".tar") else base
 
 
 def key_for_file(relative_path: str, rule: str = "stem") -> str:
-    """Key of a source file. `stem`: file name without suffix; `path`: its folders too, joined by ``__``.
+    """Key of a source file. Dots become underscores, because readers cut names at the first dot.
 
-    Dots become underscores, because readers cut names at the first dot.
+    Args:
+        relative_path: Path of the file below the source folder.
+        rule: ``stem``: the file name without its suffix; ``path``: its folders too, joined by ``__``.
+
+    Raises:
+        UsageError: `rule` is none of `KEY_RULES`.
     """
+    check_choice("--keys", rule, KEY_RULES)
     path = relative_path.replace("\\", "/")
     folder, slash, base = path.rpartition("/")
     stem = base.rpartition(".")[0] or base
@@ -56,7 +68,7 @@ def key_for_file(relative_path: str, rule: str = "stem") -> str:
 
 
 def check_key(key: str, source: str) -> None:
-    """Errors: :class:`ZpipeError` naming `source` for a key that is no text: tars may hold names in any encoding."""
+    """Raise :class:`ZpipeError` for a key that is not UTF-8: tars may hold names in any encoding."""
     try:
         key.encode()
     except UnicodeEncodeError as error:
@@ -93,8 +105,8 @@ def _checked(label: int, key: str, source: str) -> int:
 def _sample_from(key: str, parts: dict[str, bytes], source: str) -> Sample:
     images = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
     if len(images) != 1:
-        found = ", ".join(sorted(parts)) or "nothing"
-        raise ZpipeError(f"{source}: key {key}: expected one image, found {found}; rebuild or replace this shard")
+        members = ", ".join(sorted(parts)) or "nothing"
+        raise ZpipeError(f"{source}: key {key}: expected one image, found {members}; rebuild or replace this shard")
     meta: dict[str, Any] = {}
     if "json" in parts:
         try:
@@ -109,9 +121,13 @@ def _sample_from(key: str, parts: dict[str, bytes], source: str) -> Sample:
 def group_samples(members: Iterable[tuple[str, bytes]], source: str) -> Iterator[Sample]:
     """Group the members of one tar, in order, into samples.
 
-    Members of one sample stand next to each other. Members whose suffix is not in `ALLOWED_SUFFIXES` are not looked at.
-    Errors: :class:`ZpipeError` naming `source` and key for a sample without image, a bad label, a key that comes twice or is
-    not UTF-8.
+    Args:
+        members: Name and content of each member. The members of a sample are adjacent; those whose suffix is not in
+            `ALLOWED_SUFFIXES` are ignored.
+        source: The tar, for messages.
+
+    Raises:
+        ZpipeError: A sample has no image or a bad label, or a key is repeated or not UTF-8.
     """
     seen: set[str] = set()
     key: str | None = None
@@ -136,8 +152,17 @@ def group_samples(members: Iterable[tuple[str, bytes]], source: str) -> Iterator
 
 
 def check_tar_end(read: Callable[[int], bytes], path: Path, *, blocks: int) -> None:
-    """Behind a tar's last member: so many more blocks of zeros must come, and nothing else. tarfile takes a cut or damaged
-    header for the end as well. Errors: :class:`ZpipeError` naming the tar.
+    """Check that a tar is whole: its last member is followed by blocks of zeros and nothing else.
+
+    tarfile does not notice: it takes a truncated or damaged header for the end of the tar.
+
+    Args:
+        read: Reads the next bytes of the tar.
+        path: The tar, for messages.
+        blocks: How many blocks of zeros must still come.
+
+    Raises:
+        ZpipeError: The end mark is missing, or other data comes after it.
     """
     if read(blocks * TAR_BLOCK) != bytes(blocks * TAR_BLOCK):
         raise ZpipeError(f"{path}: has no end mark: truncated or altered; restore it or make the shards again")

@@ -1,6 +1,6 @@
-"""The index of a folder of tar shards, `shards.json`: what each tar holds, so that a cut or altered one is noticed.
+"""The index of a folder of tar shards, `shards.json`: what each tar holds, to notice truncated or altered tars.
 
-A tar cut on a sample boundary reads without an error; only the count and the digest tell (see `ShardEntry`).
+A tar that was truncated between two samples can be read without an error; only its count and digest reveal it.
 """
 
 from __future__ import annotations
@@ -25,46 +25,63 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One tar: file name, samples, bytes, SHA-256 of the file, SHA-256 of its keys (in order, newline-joined)."""
+    """One tar."""
 
     name: str
+    """File name."""
     count: int
+    """Number of samples."""
     bytes: int
+    """Size of the file in bytes."""
     sha256: str
+    """SHA-256 (hex) of the file."""
     keys_sha256: str
+    """`digest_keys` of its keys, in order."""
 
     @property
     def stem(self) -> str:
+        """File name without its suffix."""
         return shard_stem(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
-    """All tars of one data set in order. `classes` are the class names, or empty when only indices are known."""
+    """All tars of one data set."""
 
     shards: tuple[ShardEntry, ...]
+    """The tars, in order."""
     classes: tuple[str, ...] = ()
+    """Class names; empty if only indices are known."""
     source: str = ""
+    """What the tars were made from."""
 
     @property
     def count(self) -> int:
+        """Number of samples."""
         return sum(entry.count for entry in self.shards)
 
 
 def digest_keys(keys: Iterable[str]) -> str:
-    """SHA-256 (hex) of keys joined by newlines, in the order given."""
+    """SHA-256 (hex) of keys joined by newlines, in their order."""
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
-def met_again(hashes: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    """Of arrays of int64 hashes of keys, one a shard, each one's number and its rows whose hash is met more than once: keys
-    that are worth a comparison, and where two are equal surely among them."""
+def rows_with_repeated_hashes(hashes: Sequence[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    """Find the rows whose keys may occur more than once, so that only those keys need to be compared.
+
+    Args:
+        hashes: Hashes of the keys of each shard, int64 [n] each.
+
+    Yields:
+        For each shard that has any: its position in `hashes`, and its rows whose hash occurs more than once. Equal keys
+        are always among them; different keys may be.
+    """
     ordered = np.sort(np.concatenate([np.zeros(0, np.int64), *hashes]))
-    doubled = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    if not len(doubled):
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(repeated):
         return
-    for number, own in enumerate(hashes):
-        if len(rows := np.flatnonzero(np.isin(own, doubled))):
+    for number, shard in enumerate(hashes):
+        if len(rows := np.flatnonzero(np.isin(shard, repeated))):
             yield number, rows
 
 
@@ -75,12 +92,12 @@ def digest_file(path: Path) -> str:
 
 
 def write_index(folder: Path, index: ShardIndex) -> None:
-    """Write `shards.json`: the commit point of a shard folder. Grows by about 250 bytes a shard."""
+    """Write `shards.json`, the commit point of a shard folder: about 250 bytes per shard."""
     write_json(as_path(folder) / INDEX_NAME, header(FORMAT, VERSION) | {"count": index.count} | asdict(index))
 
 
 def read_index(folder: Path) -> ShardIndex:
-    """Read and check `shards.json`. Errors: :class:`ZpipeError` naming the file and what is wrong."""
+    """Read and check `shards.json`. Raises :class:`ZpipeError` if it is absent or damaged."""
     path = as_path(folder) / INDEX_NAME
     value = read_json(path, "a shard index")
     check_format(path, value, FORMAT, VERSION, remedy="run make-shards again")
@@ -96,9 +113,17 @@ def read_index(folder: Path) -> ShardIndex:
 
 
 def find_shards(path: Path) -> tuple[Path, list[Path]]:
-    """The folder and the tars that `path` (a folder of tars, or one tar) stands for, sorted by name.
+    """Find tar shards.
 
-    Errors: :class:`UsageError` when nothing is there.
+    Args:
+        path: A folder of tars, or one tar; a path or a URL.
+
+    Returns:
+        The folder, and its tars (or the one tar) sorted by name.
+
+    Raises:
+        UsageError: There are none.
+        ZpipeError: The folder cannot be read.
     """
     path = as_path(path)
     check_reachable(path)
@@ -119,9 +144,19 @@ def find_shards(path: Path) -> tuple[Path, list[Path]]:
 
 
 def check_listed(folder: Path, tars: list[Path], index: ShardIndex, *, whole_folder: bool) -> list[ShardEntry]:
-    """The index entries of `tars`; the folder and its index must name the same files, of the same size.
+    """Check that the tars of a folder are those of its index, by name and size.
 
-    Errors: :class:`ZpipeError` naming the tar that is missing, unknown to the index, or of another size (cut, altered).
+    Args:
+        folder: The folder.
+        tars: The tars to look up.
+        index: The index of the folder.
+        whole_folder: Whether every tar of the index must be among `tars`.
+
+    Returns:
+        The index entry of each tar.
+
+    Raises:
+        ZpipeError: A tar is missing, unknown to the index, or of another size (truncated or altered).
     """
     entries = {entry.name: entry for entry in index.shards}
     names = [tar.name for tar in tars]
@@ -140,7 +175,8 @@ def check_listed(folder: Path, tars: list[Path], index: ShardIndex, *, whole_fol
         size = sizes.get(tar.name, 0)
         if size != entry.bytes:
             raise ZpipeError(
-                f"{tar}: {size} bytes, but {INDEX_NAME} says {entry.bytes}: truncated or altered; restore it or make the shards again"
+                f"{tar}: {size} bytes, but {INDEX_NAME} says {entry.bytes}: truncated or altered; "
+                "restore it or make the shards again"
             )
         picked.append(entry)
     return picked

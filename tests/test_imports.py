@@ -272,7 +272,7 @@ def test_the_command_line_loads_no_stage_before_it_is_asked_for():
     assert {"zpipe.cli", "zpipe.schemas.errors"} <= seen
 
 
-@pytest.mark.parametrize("module", ["zpipe", "zpipe.cli", "zpipe.schemas.relevance_maps"])
+@pytest.mark.parametrize("module", ["zpipe", "zpipe.cli", "zpipe.schemas.relevance_maps", "zpipe.pipeline.store_plan"])
 def test_importing_it_in_a_fresh_interpreter_is_cheap(module):
     code = f"import sys, {module}; print(*(set(sys.modules) & {{'torch', 'ray', 'timm', 'webdataset', 'sklearn'}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

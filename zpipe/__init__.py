@@ -18,10 +18,17 @@ __version__ = _version("zpipe")
 
 
 def open_maps(path: str | os.PathLike[str], normalise: Normalise = None) -> RelevanceMaps:
-    """Open a finished relevance store, a folder or an fsspec URL, for reading by key.
+    """Open a finished relevance store to read its maps by key.
 
-    normalise: None for raw relevance, "minmax" for maps in [0, 1] as the training loader reads them. See
-    :class:`zpipe.schemas.relevance_maps.RelevanceMaps`.
+    Args:
+        path: Folder or fsspec URL of the store.
+        normalise: None for raw relevance, ``minmax`` for each map scaled to [0, 1], as the training loader reads them.
+
+    Returns:
+        The maps, see :class:`zpipe.schemas.relevance_maps.RelevanceMaps`.
+
+    Raises:
+        ZpipeError: `path` is no finished store.
     """
     from zpipe.schemas.relevance_maps import RelevanceMaps
 

@@ -9,14 +9,19 @@ import typer
 
 from zpipe.cli_options import Address, Device, ModelArgs, Shards
 from zpipe.console import count_or_auto, local_path, parse_settings, path_or_url, reporting, tell, warn
+from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.sample import KEY_RULES
 
 
 def make_shards_command(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder of images (one sub-folder per class, or a labels.csv); cifar10:PATH (cifar-10-binary.tar.gz or its folder); flowers102:FOLDER (with 102flowers.tgz or jpg/, imagelabels.mat, setid.mat); or 'scenes', the embedded data."
+            help="Folder of images (one sub-folder per class, or a labels.csv); "
+            "cifar10:PATH (cifar-10-binary.tar.gz or its folder); "
+            "flowers102:FOLDER (with 102flowers.tgz or jpg/, imagelabels.mat, setid.mat); "
+            "or 'scenes', the embedded data."
         ),
     ],
     output: Annotated[
@@ -39,7 +44,8 @@ def make_shards_command(
     split: Annotated[
         str,
         typer.Option(
-            help="(not for image folders) train or val of scenes and cifar10; train, val, test or trainval of flowers102."
+            help="(not for image folders) train or val of scenes and cifar10; "
+            "train, val, test or trainval of flowers102."
         ),
     ] = "train",
     image_size: Annotated[
@@ -50,7 +56,8 @@ def make_shards_command(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="(embedded scenes only) Any other setting of a scene, such as pieces=[1,2] or digit_size=[9,10]. Repeatable.",
+            help="(embedded scenes only) Any other setting of a scene, such as pieces=[1,2] or digit_size=[9,10]. "
+            "Repeatable.",
         ),
     ] = None,
     index_only: Annotated[
@@ -63,7 +70,8 @@ def make_shards_command(
     """
     with reporting() as progress:
         from zpipe.pipeline.datasets import DATASETS
-        from zpipe.pipeline.make_shards import FolderSource, SceneSource, index_shards, make_shards, scene_config
+        from zpipe.pipeline.make_shards import index_shards, make_shards
+        from zpipe.pipeline.sources import FolderSource, SceneSource, scene_config
 
         if index_only:
             index = index_shards(path_or_url(source), progress=progress)
@@ -71,8 +79,7 @@ def make_shards_command(
             return
         if output is None:
             raise UsageError("give an output folder: zpipe make-shards SOURCE OUTPUT")
-        if keys not in ("stem", "path"):
-            raise UsageError(f"--keys {keys}: choose stem or path")
+        check_choice("--keys", keys, KEY_RULES)  # here too, because most sources have their own keys
         if source == "scenes":
             config = scene_config(image_size, parse_settings(settings, "--set"))
             chosen = SceneSource(count=count, split=split, seed=seed, config=config, shard_size=shard_size)
@@ -84,7 +91,7 @@ def make_shards_command(
             if colon and name in DATASETS:
                 if keys != "stem":
                     raise UsageError(f"--keys belongs to image folders; {name} has keys of its own")
-                # No shell expands a ~ behind a colon.
+                # Shells do not expand a ~ after a colon.
                 chosen = DATASETS[name](local_path(path).expanduser(), split=split, **order)
                 if chosen.warning:
                     warn(f"warning: {chosen.warning}")
@@ -94,7 +101,8 @@ def make_shards_command(
         tell(f"{output}: {report.count} images in {report.shards} shards ({report.written} written now)")
         if report.quarantined:
             raise ZpipeError(
-                f"{output / 'quarantine.csv'}: {len(report.quarantined)} unreadable images were put aside; mend or remove them, then make the shards in a new folder",
+                f"{output / 'quarantine.csv'}: {len(report.quarantined)} unreadable images were put aside; "
+                "mend or remove them, then make the shards in a new folder",
                 [f"{item.file}: {item.reason}" for item in report.quarantined[:20]],
             )
 
@@ -136,7 +144,8 @@ def extract_command(
     precision: Annotated[
         str,
         typer.Option(
-            help="float32, float64, or FORWARD+SWEEP: float64+float32 (almost exact), float64+bfloat16, float32+bfloat16, float32+tf32."
+            help="float32, float64, or FORWARD+SWEEP: float64+float32 (almost exact), float64+bfloat16, "
+            "float32+bfloat16, float32+tf32."
         ),
     ] = "float32",
     executor: Annotated[
@@ -172,10 +181,6 @@ def extract_command(
         from zpipe.pipeline.explainer import ExplainConfig
         from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 
-        if executor not in ("ray", "local"):
-            raise UsageError(f"--executor {executor}: choose ray or local")
-        if weights == "random":
-            warn("warning: random weights were asked for: these maps mean nothing; the manifest says so")
         config = ExtractConfig(
             teacher=teacher,
             weights=weights,
@@ -194,9 +199,11 @@ def extract_command(
             image_timeout_s=image_timeout,
             replace=replace,
         )
+        if weights == "random":
+            warn("warning: random weights were asked for: these maps mean nothing; the manifest says so")
         report = extract_teacher_maps(shards, output, config, progress=progress)
-        named = "" if report.top1 is None else f"; the teacher names {100 * report.top1:.1f} % of these labels"
-        tell(f"{output}: {report.count} maps in {report.shards} shards ({report.extracted} extracted now){named}")
+        top1 = "" if report.top1 is None else f"; the teacher names {100 * report.top1:.1f} % of these labels"
+        tell(f"{output}: {report.count} maps in {report.shards} shards ({report.extracted} extracted now){top1}")
         for note in report.notes:
             warn(f"note: {note}")
         if report.problems:

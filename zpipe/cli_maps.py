@@ -24,30 +24,33 @@ def maps_info(
 ) -> None:
     """Show what a store holds and where it comes from."""
     with reporting():
-        from zpipe.pipeline.inspection import store_figures
+        from zpipe.pipeline.inspection import store_statistics
 
-        figures = store_figures(store)
-        origin = figures.manifest.provenance
+        statistics = store_statistics(store)
+        origin = statistics.manifest.provenance
         table = Table(show_header=False, title=str(store), title_justify="left")
-        statuses = ", ".join(f"{count} {status}" for status, count in figures.manifest.statuses.items())
-        table.add_row("maps", f"{figures.manifest.count} ({statuses}) in {len(figures.manifest.shards)} shards")
+        statuses = ", ".join(f"{count} {status}" for status, count in statistics.manifest.statuses.items())
+        table.add_row("maps", f"{statistics.manifest.count} ({statuses}) in {len(statistics.manifest.shards)} shards")
         table.add_row(
-            "size", f"{figures.bytes / 1e6:.1f} MB, {figures.bytes / max(1, figures.manifest.count):.0f} bytes a sample"
+            "size",
+            f"{statistics.bytes / 1e6:.1f} MB, "
+            f"{statistics.bytes / max(1, statistics.manifest.count):.0f} bytes a sample",
         )
         table.add_row("teacher", f"{origin.teacher}, weights {origin.weights}, digest {origin.teacher_digest[:12]}")
         table.add_row(
             "method",
-            f"{origin.method}{' symmetrised' if origin.symmetrised else ''}, target {origin.target}, {origin.precision}",
+            f"{origin.method}{' symmetrised' if origin.symmetrised else ''}, "
+            f"target {origin.target}, {origin.precision}",
         )
         table.add_row("frame", f"{origin.frame}, grid {origin.grid[0]} x {origin.grid[1]}")
-        if figures.teacher_top1 is not None:
-            table.add_row("teacher's top-1", f"{figures.teacher_top1:.1%} on these labels")
+        if statistics.teacher_top1 is not None:
+            table.add_row("teacher's top-1", f"{statistics.teacher_top1:.1%} on these labels")
         table.add_row("quantiles", "5 %, 25 %, 50 %, 75 %, 95 %")
         for name in ("entropy", "log10_scale", "top10_mass"):
-            table.add_row(name, ", ".join(f"{value:.3g}" for value in getattr(figures, name)))
-            histogram = figures.histograms[name]
+            table.add_row(name, ", ".join(f"{value:.3g}" for value in getattr(statistics, name)))
+            histogram = statistics.histograms[name]
             table.add_row("", f"{histogram.low:.3g} {histogram.bars()} {histogram.high:.3g}")
-        table.add_row("made from", figures.manifest.source)
+        table.add_row("made from", statistics.manifest.source)
         out.print(table)
 
 
@@ -106,7 +109,7 @@ def maps_export(
     output: Annotated[
         Path,
         typer.Argument(
-            parser=path_or_url,  # the export itself says what it can't do
+            parser=path_or_url,  # the export itself refuses URLs
             metavar="OUTPUT",
             help="Parquet file, or folder with --per-shard or --numpy; must not exist.",
         ),
@@ -127,8 +130,6 @@ def maps_export(
 
         if parquet and numpy or numpy and per_shard:
             raise UsageError("choose one of --parquet and --numpy; --per-shard goes with --parquet")
-        if values not in ("raw", "minmax"):
-            raise UsageError(f"--values {values}: choose raw or minmax")
         maps = open_maps(store)
         if numpy:
             export_numpy(maps, output, values=values, progress=progress)
@@ -159,7 +160,8 @@ def maps_judge(
         typer.Option("--json", parser=path_or_url, metavar="PATH|URL", help="Also write the rows to this file."),
     ] = None,
 ) -> None:
-    """Test how faithful maps are to a model: deletion (lower is better) and insertion curves, pointing game, two controls."""
+    """Test how faithful maps are to a model: deletion (lower is better) and insertion curves, pointing game,
+    two controls."""
     with reporting() as progress:
         from zpipe.train.evaluation.judge import JudgeConfig, judge_maps
 
@@ -184,15 +186,15 @@ def maps_compare(
         from zpipe import open_maps
         from zpipe.pipeline.compare import compare_stores
 
-        found = compare_stores(open_maps(first), open_maps(second), top=top, worst=worst, progress=progress)
+        comparison = compare_stores(open_maps(first), open_maps(second), top=top, worst=worst, progress=progress)
         table = Table(show_header=False, title=f"{first} and {second}", title_justify="left")
-        table.add_row("samples", f"{found.common} compared, {found.unusable} without a usable map in both")
-        table.add_row("in one alone", f"{found.only_a} in the first, {found.only_b} in the second")
-        for name, one, other in found.differing:
+        table.add_row("samples", f"{comparison.common} compared, {comparison.unusable} without a usable map in both")
+        table.add_row("in one alone", f"{comparison.only_a} in the first, {comparison.only_b} in the second")
+        for name, one, other in comparison.differing:
             table.add_row(name, f"{json.dumps(one)[:60]} and {json.dumps(other)[:60]}")
         table.add_row("quantiles", "5 %, 25 %, 50 %, 75 %, 95 %")
-        table.add_row("rank correlation", ", ".join(f"{value:.4f}" for value in found.rank_correlation))
-        table.add_row(f"top {found.top} shared", ", ".join(f"{value:.2f}" for value in found.top_overlap))
+        table.add_row("rank correlation", ", ".join(f"{value:.4f}" for value in comparison.rank_correlation))
+        table.add_row(f"top {comparison.top} shared", ", ".join(f"{value:.2f}" for value in comparison.top_overlap))
         out.print(table)
-        rows = [{"key": key, "rank_correlation": rank, "shared": shared} for key, rank, shared in found.worst]
+        rows = [{"key": key, "rank_correlation": rank, "shared": shared} for key, rank, shared in comparison.worst]
         print_rows(rows, title="agree least")

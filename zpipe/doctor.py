@@ -1,4 +1,4 @@
-"""Will it run here? Looks at what commands would stumble over later, and says how to mend it."""
+"""Checks of this machine: find what would make commands fail later, and say how to fix it."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ MIN_TEMP_BYTES = 1024**3
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the report; `ok=False` is something that would fail later."""
+    """One line of the report."""
 
     name: str
+    """What was checked."""
     value: str
+    """The result, with the remedy if there is a problem."""
     ok: bool = True
+    """False if a command would fail later."""
 
 
 def examine() -> list[Finding]:
-    """Every finding, in the order it is printed."""
+    """All findings, in the order in which they are printed."""
     findings = [
         Finding(name="zpipe", value=version("zpipe")),
         Finding(
@@ -87,13 +90,13 @@ def _pillow() -> Finding:
             value=f"{PIL.__version__} lacks {missing[0]}; install libjpeg and zlib headers, build again",
             ok=False,
         )
-    built = "pillow-simd" if simd else "Pillow"
+    build = "pillow-simd" if simd else "Pillow"
     turbo = (
         f", libjpeg-turbo {features.version_feature('libjpeg_turbo')}"
         if features.check_feature("libjpeg_turbo")
         else ""
     )
-    return Finding(name="PIL", value=f"{built} {PIL.__version__}{turbo} ({Path(Image.__file__).parent})")
+    return Finding(name="PIL", value=f"{build} {PIL.__version__}{turbo} ({Path(Image.__file__).parent})")
 
 
 def _torch() -> Finding:
@@ -102,9 +105,9 @@ def _torch() -> Finding:
     except (ImportError, OSError) as error:
         return Finding(name="torch devices", value=f"torch can't be imported ({error})", ok=False)
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
     return Finding(
-        name="torch devices", value=f"{', '.join(devices) or 'cpu'} (build: {built}, {torch.get_num_threads()} threads)"
+        name="torch devices", value=f"{', '.join(devices) or 'cpu'} (build: {build}, {torch.get_num_threads()} threads)"
     )
 
 
@@ -123,11 +126,11 @@ def _shm() -> Finding:
 
 
 def _temp() -> Finding:
-    # Python passes over a TMPDIR that it can't use; Ray and libraries in C don't.
-    asked = os.environ.get("TMPDIR")
-    folder = Path(asked or "/tmp")
+    # Python ignores a TMPDIR that it cannot use, but Ray and C libraries do not.
+    tmpdir = os.environ.get("TMPDIR")
+    folder = Path(tmpdir or "/tmp")
     try:
-        folder = Path(asked or tempfile.gettempdir())
+        folder = Path(tmpdir or tempfile.gettempdir())
         with tempfile.NamedTemporaryFile(dir=folder) as file:
             file.write(b"x" * 4096)
             file.flush()

@@ -19,6 +19,7 @@ from zpipe.pipeline.explainer import (
     batch_that_fits,
     bytes_per_image,
 )
+from zpipe.pipeline.extract import ExtractConfig
 from zpipe.pipeline.shard_reader import Frame, frame_image
 from zpipe.pipeline.teacher import load_teacher
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -29,11 +30,7 @@ from zpipe.schemas.sample import Sample
 @pytest.fixture
 def explainer(teacher_settings):
     def build(batch_size=4, **settings):
-        arguments = dict(teacher_settings)
-        arguments.pop("threads")
-        teacher = load_teacher(
-            arguments["teacher"], "random", num_classes=arguments["num_classes"], model_args=arguments["teacher_args"]
-        )
+        teacher = load_teacher(ExtractConfig(**teacher_settings).teacher_spec())
         return Explainer(teacher, ExplainConfig(**settings), batch_size=batch_size, device="cpu")
 
     return build
@@ -154,9 +151,9 @@ import json, resource, sys
 from pathlib import Path
 import numpy as np, torch
 from zpipe.pipeline.explainer import ExplainConfig, Explainer, bytes_per_image
-from zpipe.pipeline.teacher import load_teacher
+from zpipe.pipeline.teacher import TeacherSpec, load_teacher
 torch.set_num_threads(1)
-teacher = load_teacher("deit_tiny_patch16_224", "random", model_args={"depth": 6})
+teacher = load_teacher(TeacherSpec(name="deit_tiny_patch16_224", weights="random", model_args={"depth": 6}))
 batch, spare = int(sys.argv[1]), int(sys.argv[2])
 explain = Explainer(teacher, ExplainConfig(), batch_size=batch, device="cpu")
 pixels = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)

@@ -16,7 +16,7 @@ import zpipe
 from zpipe.pipeline.compare import compare_stores, spearman, top_overlap
 from zpipe.pipeline.export import export_numpy, export_parquet
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
-from zpipe.pipeline.inspection import store_figures
+from zpipe.pipeline.inspection import store_statistics
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.relevance_maps import normalise_minmax
 
@@ -229,7 +229,7 @@ def test_keys_and_wrong_keys(store):
 
 
 def test_histograms_count_every_sample(store):
-    figures = store_figures(store)
+    figures = store_statistics(store)
     for name, histogram in figures.histograms.items():
         assert sum(histogram.counts) == 18
         assert histogram.low <= getattr(figures, name)[2] <= histogram.high

@@ -16,6 +16,7 @@ from extraction_runs import committed, descendants, name_of, state, wait_for
 from tiny import write_tar
 
 from zpipe.pipeline import extract as extraction
+from zpipe.pipeline import store_plan
 from zpipe.pipeline.executor import Resources, run_ray
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, _threads, extract_teacher_maps
@@ -56,7 +57,7 @@ def tar_members(path):
 def test_every_sample_has_the_map_of_its_own_image_and_label(store, shards, teacher_settings):
     """Against the attribution itself, one image at a time: no map may come to lie under another key."""
     settings = teacher_settings
-    teacher = load_teacher(settings["teacher"], "random", num_classes=5, seed=0, model_args=settings["teacher_args"])
+    teacher = load_teacher(ExtractConfig(**settings).teacher_spec())
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (teacher.mean, teacher.std))
     maps, frame = RelevanceMaps(store), frame_of(teacher, "full")
     model, expected, labels = teacher.model.double(), {}, {}
@@ -173,7 +174,7 @@ def test_what_is_damaged_during_the_run_is_not_signed(store_copy, shards, teache
 
 
 def test_looking_through_many_shards_is_told(store_copy, shards, teacher_settings, monkeypatch):
-    monkeypatch.setattr(extraction, "TOLD_EVERY", 2)
+    monkeypatch.setattr(store_plan, "PROGRESS_EVERY", 2)
     told = []
     config = ExtractConfig(**(teacher_settings | {"executor": "local"}))
     extract_teacher_maps(shards, store_copy, config, progress=lambda *given, **facts: told.append(given))
@@ -240,7 +241,7 @@ def test_tars_without_an_index_are_read_too(shards_copy, store, tmp_path, extrac
 def sure(tmp_path_factory, teacher_settings):
     """Weights of the tiny teacher that name class 4 whatever they see, which none of the photos' labels is."""
     settings = teacher_settings
-    teacher = load_teacher(settings["teacher"], "random", num_classes=5, seed=0, model_args=settings["teacher_args"])
+    teacher = load_teacher(ExtractConfig(**settings).teacher_spec())
     with torch.no_grad():
         teacher.model.head.bias[4] = 1e3
     path = tmp_path_factory.mktemp("sure") / "teacher.pt"
@@ -372,8 +373,7 @@ def test_a_worker_that_cannot_begin_is_one_line(shards, tmp_path, teacher_settin
     """Weights that differ between machines, which here is a digest that no weights have."""
     path, entry = open_shards(shards)[0][0]
     spec = WorkerSpec(
-        **{name: teacher_settings[name] for name in ("teacher", "weights", "teacher_args", "num_classes")},
-        seed=0,
+        teacher=ExtractConfig(**teacher_settings).teacher_spec(),
         teacher_digest="0" * 64,
         fingerprint="1" * 64,
         out=str(tmp_path),
@@ -626,16 +626,12 @@ def test_reports_are_counted_as_they_come_and_those_that_say_nothing_are_let_go(
 
     told = []
     monkeypatch.setattr(extraction, "run_local", run)
-    reports = extraction._execute(
-        None,
-        [f"shard-{number}" for number in range(6)],
-        ExtractConfig(executor="local"),
-        lambda: None,
-        lambda stage, done, total, **facts: told.append((done, facts.get("failed"), facts["shards_left"])),
-        kept=10,
-        total=16,
+    tally = extraction._Tally(
+        10, 16, 6, lambda stage, done, total, **facts: told.append((done, facts.get("failed"), facts["shards_left"]))
     )
-    assert [report.stem for report in reports] == ["shard-1", "shard-3", "shard-5"]
+    tasks = [f"shard-{number}" for number in range(6)]
+    extraction._run_workers(None, tasks, ExtractConfig(executor="local"), lambda: None, tally)
+    assert [report.stem for report in tally.reports] == ["shard-1", "shard-3", "shard-5"]
     assert told == [(10, None, 6), (11, 0, 5), (12, 1, 4), (13, 1, 3), (14, 2, 2), (15, 2, 1), (16, 3, 0)]
 
 

@@ -19,8 +19,9 @@ from tiny import header, late_profile, write_tar
 
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
-from zpipe.pipeline.make_shards import FolderSource, SceneSource, index_shards, inspect_image, make_shards, scene_config
+from zpipe.pipeline.make_shards import FolderSource, SceneSource, index_shards, make_shards
 from zpipe.pipeline.shard_reader import Frame, frame_image, open_shards, read_samples, scan_shards
+from zpipe.pipeline.sources import inspect_image, scene_config
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.sample import Sample
 from zpipe.schemas.shard_index import digest_file, read_index

@@ -19,7 +19,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zpipe.pipeline.relevance import (
     attribute,
-    check_supported,
     clone_rule,
     guarded_divide,
     linear_rule,
@@ -27,6 +26,7 @@ from zpipe.pipeline.relevance import (
     residual_rule,
     transformer_attribution,
 )
+from zpipe.pipeline.supported import check_supported
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ import pytest
 from extraction_runs import SLOWER, committed, descendants, name_of, state, wait_for
 from tiny import write_tar
 
-from zpipe.pipeline import executor
+from zpipe.pipeline import executor, store_plan
 from zpipe.pipeline import extract as extraction
 from zpipe.pipeline import lease as leases
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
@@ -361,8 +361,8 @@ def test_a_lease_that_is_lost_during_the_audit_signs_nothing(store_copy, shards,
         time.sleep(0.5)
         return found
 
-    really = extraction._audit
-    monkeypatch.setattr(extraction, "_audit", audit)
+    really = extraction.audit
+    monkeypatch.setattr(extraction, "audit", audit)
     monkeypatch.setattr(leases, "BEAT_S", 0.05)
     (store_copy / "manifest.json").unlink()
     with pytest.raises(ZpipeError, match="the lease is process 1 on elsewhere's now"):
@@ -474,9 +474,9 @@ def test_an_interrupted_removal_is_done_again(store_copy, store, shards, extract
             raise KeyboardInterrupt
         really(path)
 
-    really = extraction.remove
+    really = store_plan.remove
     with monkeypatch.context() as patched:
-        patched.setattr(extraction, "remove", remove)
+        patched.setattr(store_plan, "remove", remove)
         with pytest.raises(KeyboardInterrupt):
             extract(shards, store_copy, replace=True)
     assert maps_path(store_copy, "shard-00000").is_dir() and not (store_copy / "manifest.json").exists()

@@ -11,16 +11,20 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 from zpipe.pipeline.relevance import transformer_attribution
-from zpipe.pipeline.teacher import load_teacher, state_digest
+from zpipe.pipeline.teacher import TeacherSpec, load_teacher, state_digest
 from zpipe.schemas.errors import UsageError, ZpipeError
 
 NAME = "deit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
 
+def load(name, weights, *, device="cpu", **spec):
+    return load_teacher(TeacherSpec(name=name, weights=weights, **spec), device=device)
+
+
 @pytest.fixture(scope="module")
 def teacher():
-    return load_teacher(NAME, "random", num_classes=7, seed=3, model_args=ARGS)
+    return load(NAME, "random", num_classes=7, seed=3, model_args=ARGS)
 
 
 @pytest.fixture
@@ -42,7 +46,7 @@ def assert_same(loaded, teacher):
 
 def failure(kind, *args, **kwargs):
     with pytest.raises(kind) as error:
-        load_teacher(*args, **kwargs)
+        load(*args, **kwargs)
     assert type(error.value) is kind and "\n" not in str(error.value)
     return str(error.value)
 
@@ -61,21 +65,21 @@ def test_a_teacher_is_frozen_and_ready(teacher):
 
 
 def test_preprocessing_is_the_architectures_own():
-    teacher = load_teacher("vit_tiny_patch16_224", "random", num_classes=2, model_args=ARGS)
+    teacher = load("vit_tiny_patch16_224", "random", num_classes=2, model_args=ARGS)
     assert teacher.mean == teacher.std == (0.5, 0.5, 0.5)
 
 
 def test_the_default_is_deit_base():
-    assert load_teacher(None, "random", num_classes=2, model_args=ARGS).name == "deit_base_patch16_224"
+    assert load(None, "random", num_classes=2, model_args=ARGS).name == "deit_base_patch16_224"
 
 
 def test_random_weights_come_from_the_seed_alone(teacher):
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    again = load_teacher(NAME, "random", num_classes=7, seed=3, model_args=ARGS)
+    again = load(NAME, "random", num_classes=7, seed=3, model_args=ARGS)
     assert torch.equal(torch.get_rng_state(), before)
     assert again.digest == teacher.digest
-    assert load_teacher(NAME, "random", num_classes=7, seed=4, model_args=ARGS).digest != teacher.digest
+    assert load(NAME, "random", num_classes=7, seed=4, model_args=ARGS).digest != teacher.digest
 
 
 @pytest.mark.parametrize("wrap", [None, "model", "state_dict", "state_dict_ema"])
@@ -84,41 +88,41 @@ def test_a_torch_file(teacher, tmp_path, suffix, wrap):
     file = tmp_path / f"weights{suffix}"
     state = state_of(teacher)
     torch.save(state if wrap is None else {wrap: state, "epoch": 3}, file)
-    loaded = load_teacher(NAME, str(file), model_args=ARGS)
+    loaded = load(NAME, str(file), model_args=ARGS)
     assert_same(loaded, teacher)
     assert loaded.weights == str(file)
 
 
 def test_a_safetensors_file(teacher, tmp_path):
     save_file(state_of(teacher), tmp_path / "weights.safetensors")
-    assert_same(load_teacher(NAME, str(tmp_path / "weights.safetensors"), num_classes=7, model_args=ARGS), teacher)
+    assert_same(load(NAME, str(tmp_path / "weights.safetensors"), num_classes=7, model_args=ARGS), teacher)
 
 
 def test_the_exponential_average_is_preferred(teacher, tmp_path):
     raw = {name: value + 1 for name, value in state_of(teacher).items()}
     torch.save({"model": raw, "state_dict_ema": state_of(teacher)}, tmp_path / "weights.pth")
-    assert_same(load_teacher(NAME, str(tmp_path / "weights.pth"), model_args=ARGS), teacher)
+    assert_same(load(NAME, str(tmp_path / "weights.pth"), model_args=ARGS), teacher)
 
 
 def test_a_folder_brings_its_architecture(teacher, folder):
-    loaded = load_teacher(None, str(folder))
+    loaded = load(None, str(folder))
     assert_same(loaded, teacher)
     assert loaded.name == NAME and loaded.model_args["embed_dim"] == 24
-    assert_same(load_teacher(NAME, str(folder), num_classes=7, model_args={"img_size": 32, "depth": 2}), teacher)
+    assert_same(load(NAME, str(folder), num_classes=7, model_args={"img_size": 32, "depth": 2}), teacher)
 
 
 def test_a_folder_brings_its_preprocessing(folder):
     config = json.loads((folder / "config.json").read_text())
     config["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear"}
     (folder / "config.json").write_text(json.dumps(config))
-    loaded = load_teacher(None, str(folder))
+    loaded = load(None, str(folder))
     assert (loaded.mean, loaded.std, loaded.interpolation) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear")
 
 
 def test_a_teacher_can_be_rebuilt_from_what_it_says_of_itself(folder, tmp_path):
-    loaded = load_teacher(None, str(folder))
+    loaded = load(None, str(folder))
     said = json.loads(json.dumps({"model_args": loaded.model_args, "num_classes": loaded.num_classes}))
-    again = load_teacher(loaded.name, str(folder / "model.safetensors"), **said)
+    again = load(loaded.name, str(folder / "model.safetensors"), **said)
     assert again.digest == loaded.digest and again.model_args == loaded.model_args
 
 
@@ -127,7 +131,7 @@ def test_pretrained_weights_are_timms(teacher, tmp_path, monkeypatch):
     config = {"file": str(tmp_path / "weights.safetensors"), "num_classes": 7, "input_size": (3, 32, 32)}
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, pretrained_cfg_overlay=config, **k))
-    loaded = load_teacher(NAME, "pretrained", model_args=ARGS)
+    loaded = load(NAME, "pretrained", model_args=ARGS)
     assert loaded.digest == teacher.digest and loaded.weights == "pretrained"
 
 

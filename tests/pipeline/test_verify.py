@@ -171,7 +171,7 @@ def test_a_look_for_keys_that_come_twice_holds_a_few_bytes_a_key(tmp_path):
     hashes = [np.random.default_rng(number).integers(-(2**62), 2**62, 10_000) for number in range(20)]
     tracemalloc.start()
     try:
-        assert verify._doubled_keys(tmp_path, [str(number) for number in range(20)], hashes) == []
+        assert verify._repeated_keys(tmp_path, [str(number) for number in range(20)], hashes) == []
         assert tracemalloc.get_traced_memory()[1] < 20 * 200_000
     finally:
         tracemalloc.stop()

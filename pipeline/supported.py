@@ -1,0 +1,131 @@
+"""Which models and requests the closed-form attribution can explain.
+
+`zpipe.pipeline.recorded_forward` computes the forward pass of a ViT part by part, so a part that it does not know would
+silently give wrong maps. These checks refuse such a part by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import GELU, GELUTanh, LayerNorm, LayerScale, Mlp, PatchEmbed
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+
+Targets = Tensor | Callable[[Tensor], Tensor]
+
+
+def check_supported(model: nn.Module) -> None:
+    """Check that the relevance rules of every part of a model are implemented.
+
+    timm's VisionTransformer is supported with a class token that alone feeds the head, and with pre-norm blocks of
+    plain attention and a GELU MLP, with or without LayerScale, biases and register tokens.
+
+    Raises:
+        ValueError: A part has no rule; the message names it.
+    """
+    if type(model) is not VisionTransformer:
+        raise ValueError(f"no relevance rules for {type(model).__name__}: a timm VisionTransformer is needed")
+    vit: VisionTransformer = model
+    top = {
+        "class_token=False": not vit.has_class_token,
+        f"global_pool={vit.global_pool!r} (only 'token')": vit.global_pool != "token",
+        "num_classes=0 (no classifier head)": type(vit.head) is nn.Identity,
+        "pre_norm=True (a norm before the blocks)": type(vit.norm_pre) is not nn.Identity,
+        "fc_norm=True (a norm after the pooling)": type(vit.fc_norm) is not nn.Identity,
+        "attention pooling": getattr(vit, "attn_pool", None) is not None,
+        "no blocks": len(vit.blocks) == 0,
+        "dynamic_img_pad=True": vit.patch_embed.dynamic_img_pad if type(vit.patch_embed) is PatchEmbed else False,
+    }
+    for part, present in top.items():
+        if present:
+            raise ValueError(f"no relevance rules for a VisionTransformer with {part}")
+    _check_part("patch_embed", vit.patch_embed, PatchEmbed)
+    _check_part("norm", vit.norm, LayerNorm, nn.LayerNorm)
+    _check_part("head", vit.head, nn.Linear)
+    for number, block in enumerate(vit.blocks):
+        name = f"blocks.{number}"
+        _check_part(name, block, Block)
+        attn, mlp = block.attn, block.mlp
+        _check_part(f"{name}.attn", attn, Attention)
+        for norm in ("q_norm", "k_norm"):
+            if type(getattr(attn, norm)) is not nn.Identity:
+                raise ValueError(f"no relevance rules for a VisionTransformer with qk_norm=True ({name}.attn.{norm})")
+        _check_part(f"{name}.attn.norm", getattr(attn, "norm", None) or nn.Identity(), nn.Identity)
+        _check_part(f"{name}.attn.gate", getattr(attn, "gate", None) or nn.Identity(), nn.Identity)
+        _check_part(f"{name}.mlp", mlp, Mlp)
+        _check_part(f"{name}.mlp.act", mlp.act, nn.GELU, GELU, GELUTanh)
+        _check_part(f"{name}.mlp.norm", mlp.norm, nn.Identity)
+        for part in ("norm1", "norm2"):
+            _check_part(f"{name}.{part}", getattr(block, part), LayerNorm, nn.LayerNorm)
+        for part in ("ls1", "ls2"):
+            _check_part(f"{name}.{part}", getattr(block, part), LayerScale, nn.Identity)
+        for part, layer in (
+            ("attn.qkv", attn.qkv),
+            ("attn.proj", attn.proj),
+            ("mlp.fc1", mlp.fc1),
+            ("mlp.fc2", mlp.fc2),
+        ):
+            _check_part(f"{name}.{part}", layer, nn.Linear)
+
+
+def _check_part(name: str, module: nn.Module, *kinds: type[nn.Module]) -> None:
+    # Only the exact class, because a subclass may compute something else.
+    if type(module) not in kinds:
+        wanted = " or ".join(dict.fromkeys(kind.__name__ for kind in kinds))
+        raise ValueError(f"no relevance rule for {name}, a {type(module).__name__}: {wanted} is needed")
+
+
+def check_request(model: nn.Module, images: Tensor, targets: Targets) -> None:
+    """Check the arguments of an attribution; an attribution method calls this first.
+
+    Args:
+        model: The model.
+        images: [B, C, H, W].
+        targets: Class numbers [B] or [B, K]; a function of the logits cannot be checked here.
+
+    Raises:
+        ValueError: The attribution cannot work with one of them; the message says which and why.
+    """
+    check_supported(model)
+    check_input(model, images)
+    if isinstance(targets, Tensor):
+        check_targets(model, targets, len(images))
+
+
+def check_input(model: VisionTransformer, images: Tensor) -> None:
+    """Raise ValueError for a model in train mode or with mixed dtypes or devices, and for images that do not fit it."""
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        raise ValueError(f"the model is in train mode ({training or 'all of it'}): call model.eval() first")
+    weight = model.head.weight
+    for name, tensor in model.named_parameters():
+        if (tensor.dtype, tensor.device) != (weight.dtype, weight.device):
+            raise ValueError(
+                f"the model mixes dtypes or devices: {name} is {tensor.dtype} on {tensor.device}, "
+                f"head.weight {weight.dtype} on {weight.device}"
+            )
+    shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    if images.ndim != 4 or tuple(images.shape[1:]) != shape:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"images have shape {list(images.shape)}, the model takes [B, {wanted}]")
+    if (images.dtype, images.device) != (weight.dtype, weight.device):
+        raise ValueError(
+            f"images are {images.dtype} on {images.device}, the model is {weight.dtype} on {weight.device}"
+        )
+    broken = ~images.isfinite().flatten(1).all(dim=1)
+    if broken.any():
+        raise ValueError(f"image {int(broken.nonzero()[0])} of the batch has pixels that are NaN or infinite")
+
+
+def check_targets(model: VisionTransformer, targets: Tensor, count: int) -> None:
+    """Raise ValueError for targets that are not class numbers of the model, [count] or [count, K]."""
+    if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ValueError(f"targets are {targets.dtype}, class numbers are integers")
+    if targets.ndim not in (1, 2) or len(targets) != count or (targets.ndim == 2 and targets.shape[1] == 0):
+        raise ValueError(f"targets have shape {list(targets.shape)}, {count} images need [{count}] or [{count}, K]")
+    outside = (targets < 0) | (targets >= model.num_classes)
+    if outside.any():
+        first = int(targets[outside][0])
+        raise ValueError(f"target class {first} is outside 0..{model.num_classes - 1}, the classes of the model")
