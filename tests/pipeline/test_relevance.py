@@ -238,7 +238,7 @@ UNIT_ROUNDOFF = torch.finfo(torch.float32).eps / 2  # the largest relative error
 
 
 def maps_of_moved_values(model, images, targets, units, draws=5):
-    """float64 maps of the float64 model after its pixels and weights moved by up to `units` roundoffs; [draws, B, h, w].
+    """float64 maps after its pixels and weights moved by `units` roundoffs at most, [draws, B, h, w].
 
     Each draw moves every value on its own, uniformly and with a fixed seed.
     """
