@@ -39,7 +39,7 @@ from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import resolve_device, to_device
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.initialise import build_vit, described, start_from
-from zpipe.train.fit.loop import never, train
+from zpipe.train.fit.loop import Trainer, never
 from zpipe.train.losses import CoarseToFineLoss, TokenLabelLoss, relevance_token_labels
 from zpipe.train.models.cfvit import CFViT
 from zpipe.train.models.fusion import FusedViT
@@ -154,7 +154,7 @@ class ClassifyTask:
         self._preprocessing, self._device, self._val = preprocessing, device, val
         self.call = model
         self.draws = torch.Generator()
-        self.done = 0.0
+        self.progress = 0.0
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         check_labels(batch["label"], batch["key"], self.model.num_classes)
@@ -170,7 +170,7 @@ class ClassifyTask:
         if scores is not None and zooms(self.model):
             arguments |= self._draw_zoom()
         if isinstance(self.model, CFViT):
-            arguments |= {"return_stages": True, "full_split": self.done < self._config.full_split}
+            arguments |= {"return_stages": True, "full_split": self.progress < self._config.full_split}
             coarse, logits = self.call(images, **arguments)
             criterion = CoarseToFineLoss(label_smoothing=self._config.label_smoothing)
             loss = criterion(coarse, logits, batch.get("target", labels))
@@ -326,13 +326,13 @@ def train_vit(
     if config.init_from is not None and not (Path(out) / CHECKPOINT_NAME).is_file():  # which holds what became of it
         start_from(model, config.init_from)
     task = ClassifyTask(model, source, config, preprocessing, device, held_out)
-    figures = train(task, loader, config.train, Path(out), stage="train-vit", progress=progress, stop=stop)
+    metrics = Trainer(task, loader, config.train, Path(out)).train("train-vit", progress, stop)
     if not team.first:
-        return figures
+        return metrics
     if frozen is not None:
         save_zoomer(Path(out), frozen.cpu(), zoomers_own)
     save_model(Path(out), model.cpu(), preprocessing)
-    return figures
+    return metrics
 
 
 def _source(

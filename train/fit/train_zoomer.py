@@ -19,7 +19,7 @@ from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import resolve_device, to_device
 from zpipe.train.fit.config import TrainConfig
-from zpipe.train.fit.loop import never, train
+from zpipe.train.fit.loop import Trainer, never
 from zpipe.train.losses import ZoomerLoss
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.ranks import ranks
@@ -54,6 +54,7 @@ class ZoomerTask:
         self.model, self._loss, self._preprocessing, self._device = model, loss, preprocessing, device
         self.call = model
         self.draws = torch.Generator()  # nothing is drawn
+        self.progress = 0.0
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         images = self._preprocessing.normalise(to_device(batch["image"], self._device))
@@ -122,10 +123,10 @@ def train_zoomer(
         crop_pct=config.view.crop_pct,
     )
     task = ZoomerTask(model, loss, preprocessing, device)
-    figures = train(task, loader, config.train, Path(out), stage="train-zoomer", progress=progress, stop=stop)
+    metrics = Trainer(task, loader, config.train, Path(out)).train("train-zoomer", progress, stop)
     if team.first:
         save_model(Path(out), model.cpu(), preprocessing)
-    return figures
+    return metrics
 
 
 def _zoomer(config: ZoomerConfig, grid: int) -> Zoomer:
