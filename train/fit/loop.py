@@ -136,8 +136,7 @@ class Trainer:
             explain_out_of_memory(self.run, self.device),
         ):
             self._stop_requested = lambda: terminated() or stop()
-            # A position means that the end of an epoch, its validation and its weights, is still to come.
-            while not self._stopping and (self.step < self.total_steps or self._position is not None):
+            while self._unfinished():
                 self._begin_epoch()
                 for batches in self._step_batches():
                     step_metrics = self.train_step(batches)
@@ -208,7 +207,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """The state to resume from. All ranks must call this together, because it holds the generators of all of them."""
-        state = {"model": self.task.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state: dict[str, Any] = {"model": self.task.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"step": self.step, "epoch": self.epoch}
         if self.average is not None:
             state["average"] = self.average.module.state_dict()
@@ -277,6 +276,10 @@ class Trainer:
 
     def _log_line(self, metrics: dict[str, float]) -> dict[str, Any]:
         return {"step": self.step, "steps": self.total_steps, "epoch": self.epoch, **metrics}
+
+    def _unfinished(self) -> bool:
+        """Whether to start or resume another epoch. If there is a position, at least the end of its epoch is to be done."""
+        return not self._stopping and (self.step < self.total_steps or self._position is not None)
 
     def _begin_epoch(self) -> None:
         """Seed all generators for the epoch, or restore them to where the loaded checkpoint was taken."""
