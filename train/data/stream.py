@@ -37,11 +37,14 @@ class Shard:
 
 
 def list_shards(path: Path) -> tuple[list[Shard], ShardIndex]:
-    """The tars under `path` with their index.
+    """List the tars under `path`, with their index.
 
-    Public tars without a `shards.json` are listed by their headers, which takes some tenths of a second a shard; it is not
-    known then whether their bytes are what they were. Errors: :class:`UsageError` when there are none;
-    :class:`ZpipeError` when folder and index disagree.
+    Public tars without a `shards.json` are listed by their headers, which takes some tenths of a second per shard; changes of
+    their contents are then not noticed.
+
+    Raises:
+        UsageError: If there are no tars.
+        ZpipeError: If folder and index disagree.
     """
     path = as_path(path)
     folder, tars = find_shards(path)
