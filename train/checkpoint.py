@@ -1,7 +1,7 @@
 """A training run on disk, written and read only here.
 
     RUN/run.json           the resolved settings; marks the folder as a run
-    RUN/checkpoint.pt      the state to resume from: weights, optimizer, position; replaced every ten minutes and every epoch
+    RUN/checkpoint.pt      the state to resume from: weights, optimizer, position; replaced within and after epochs
     RUN/metrics.jsonl      one line per logging interval and per validation
     RUN/model.safetensors  the finished weights
     RUN/config.json        timm's model description, written last: a run without it is not finished
@@ -50,8 +50,8 @@ FORMAT = "zpipe-run"
 VERSION = 1
 CHECKPOINT_FORMAT = "zpipe-checkpoint"
 CHECKPOINT_VERSION = 1
-# Settings that may change when a run is resumed: how the work is distributed, logged and kept, not what is computed. Another
-# device computes the same up to rounding.
+# Settings that may change when a run is resumed: how the work is distributed, logged and kept, not what is computed.
+# Another device computes the same up to rounding.
 FREE_SETTINGS = (
     "maps_teacher",  # covered by the fingerprint of the maps
     "train.checkpoint_s",
@@ -117,8 +117,8 @@ def begin_run(
 ) -> bool:
     """Claim a folder for a run with these settings.
 
-    From the first checkpoint on the settings must stay the same; before it, nothing is lost, and a mistake in them can be
-    corrected. Shards, maps and zoomer may have moved: a path with the same contents is updated. If several processes
+    From the first checkpoint on the settings must stay the same; before it, nothing is lost, and a mistake in them can
+    be corrected. Shards, maps and zoomer may have moved: a path with the same contents is updated. If several processes
     train, the first one claims the folder, and the others check that they see it.
 
     Args:
@@ -248,7 +248,7 @@ def keep_epoch(run: Path, model: nn.Module, epoch: int, keep: int, score: float 
         model: The model with the weights.
         epoch: Number of the epoch, from 1.
         keep: How many epochs' weights to keep; older ones are removed.
-        score: Score of the validation; if it is the best so far, the weights are also kept as the best. None without one.
+        score: Score of the validation; if it is the best so far, the weights are also kept as the best. May be None.
     """
     run = Path(run)
     folder = run / "epochs"
@@ -331,8 +331,8 @@ def load_run(run: Path, weights: str = "final") -> Run:
 
     Args:
         run: The run folder.
-        weights: "final" for those of the last step (of the moving average, if there is one); "best" for those of the epoch
-            with the best validation; or the number of an epoch that `train.keep` kept, counted from 1.
+        weights: "final" for those of the last step (of the moving average, if there is one); "best" for those of the
+            epoch with the best validation; or the number of an epoch that `train.keep` kept, counted from 1.
 
     Raises:
         UsageError: If it is not a finished run, or has no such weights.

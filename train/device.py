@@ -47,9 +47,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 def keep_freed_memory() -> None:
     """Make glibc keep the memory of freed CPU tensors for later ones.
 
-    By default it returns every large block to the kernel at once, which then has to clear and map its pages again: a sixth of
-    the time of a training step with large activations. The memory of the process stays at its peak instead. Without effect
-    if the C library has no mallopt (macOS, musl).
+    By default it returns every large block to the kernel at once, which then has to clear and map its pages again: a
+    sixth of the time of a training step with large activations. The memory of the process stays at its peak instead.
+    Without effect if the C library has no mallopt (macOS, musl).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

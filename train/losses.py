@@ -1,5 +1,5 @@
-"""Losses: the zoomer's distillation loss (ZoomViT, Eq. 5) and its terms, LV-ViT's token labelling, and the loss of a model
-of two stages (CF-ViT, LF-ViT).
+"""Losses: the zoomer's distillation loss (ZoomViT, Eq. 5) and its terms, LV-ViT's token labelling, and the loss of a
+model of two stages (CF-ViT, LF-ViT).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def distribution(maps: Tensor, eps: float = 1e-4, normalisation: Normalisation =
 
     Args:
         maps: Non-negative scores [B, S].
-        eps: Added to every score under "sum", so that an all-zero map becomes the uniform distribution. The default is far
-            below the thresholds that select cells (0.005 and up, on maps in [0, 1]), and limits what an empty cell can
-            contribute to a divergence.
-        normalisation: "sum" for (map + eps) / sum(map + eps); "softmax" for exp(map) / sum(exp(map)), which is nearly uniform
-            for maps in [0, 1].
+        eps: Added to every score under "sum", so that an all-zero map becomes the uniform distribution. The default is
+            far below the thresholds that select cells (0.005 and up, on maps in [0, 1]), and limits what an empty cell
+            can contribute to a divergence.
+        normalisation: "sum" for (map + eps) / sum(map + eps); "softmax" for exp(map) / sum(exp(map)), which is nearly
+            uniform for maps in [0, 1].
 
     Returns:
         float32 [B, S].
@@ -36,7 +36,7 @@ def distribution(maps: Tensor, eps: float = 1e-4, normalisation: Normalisation =
 
 
 def kl_divergence(first: Tensor, second: Tensor, eps: float = 1e-4, normalisation: Normalisation = "sum") -> Tensor:
-    """KL(first || second) in nats between the `distribution` of two batches of maps [B, S]; mean over the batch, 0-d."""
+    """KL(first || second) in nats of the `distribution` of two batches of maps [B, S]; mean over the batch, 0-d."""
     p, q = distribution(first, eps, normalisation), distribution(second, eps, normalisation)
     return (p * (p.log() - q.log())).sum(dim=1).mean()
 
@@ -57,8 +57,8 @@ class ZoomerLoss(nn.Module):
     """MSE + w_kl * KL + w_dice * Dice (Eq. 5).
 
     Args:
-        w_kl, w_dice: The paper's w1 and w2, whose values it does not give; 0.1 each is our choice. KL ignores the scale of a
-            map; MSE and Dice bind it to [0, 1], the range of the threshold alpha.
+        w_kl, w_dice: The paper's w1 and w2, whose values it does not give; 0.1 each is our choice. KL ignores the scale
+            of a map; MSE and Dice bind it to [0, 1], the range of the threshold alpha.
         kl_direction: "student||teacher", as in the paper, or "teacher||student", which is usual in distillation.
         normalisation: How maps become the distributions that KL compares, see `distribution`; the paper does not say.
 
@@ -118,11 +118,13 @@ class ZoomerLoss(nn.Module):
 class CoarseToFineLoss(nn.Module):
     """Cross-entropy of the fine stage, plus a loss of the coarse stage (CF-ViT, Eq. 14; LF-ViT, Eq. 12).
 
-    The coarse stage learns from the fine one by KL(fine || coarse), mean over the batch, at temperature 1. The papers write
-    KL(p_c, p_f) without more detail; in the authors' code the fine stage is the target, and gets no gradient from it.
+    The coarse stage learns from the fine one by KL(fine || coarse), mean over the batch, at temperature 1. The papers
+    write KL(p_c, p_f) without more detail; in the authors' code the fine stage is the target, and gets no gradient from
+    it.
 
     Args:
-        coarse: What the coarse stage learns from: "fine", or "labels", which replaces KL by cross-entropy (Eq. 15, Table 8).
+        coarse: What the coarse stage learns from: "fine", or "labels", which replaces KL by cross-entropy (Eq. 15,
+            Table 8).
         label_smoothing: Label smoothing of class indices; targets that are distributions are not smoothed.
 
     Raises:
@@ -214,8 +216,8 @@ class TokenLabelLoss(nn.Module):
 def relevance_token_labels(maps: Tensor, labels: Tensor, num_classes: int, side: int) -> Tensor:
     """Make token labels from relevance maps.
 
-    The label of a patch of relevance r is r times the one-hot class plus (1 - r) times the uniform distribution. LV-ViT's own
-    labels are the dense predictions of another network; these need only the stored maps.
+    The label of a patch of relevance r is r times the one-hot class plus (1 - r) times the uniform distribution.
+    LV-ViT's own labels are the dense predictions of another network; these need only the stored maps.
 
     Args:
         maps: Relevance maps [B, gh, gw] in [0, 1].

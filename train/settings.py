@@ -31,8 +31,8 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
 def rebuild(config: Config, recorded: Mapping[str, Any]) -> Config:
     """Replace the fields of a configuration, nested ones too, by those that a run recorded.
 
-    Fields that the run did not record keep their values. Names that are no fields are ignored: runs record more than their
-    settings, and earlier versions had other settings.
+    Fields that the run did not record keep their values. Names that are no fields are ignored: runs record more than
+    their settings, and earlier versions had other settings.
 
     Raises:
         UsageError: As `with_settings`.
@@ -99,7 +99,8 @@ def _coerce(value: Any, wanted: Any, full: str) -> Any:
         parts = get_args(wanted)
         if not isinstance(value, (list, tuple)):
             raise UsageError(
-                f"setting {full}: {value!r}; give a list of {len(parts)} values, such as [{','.join(['0.5'] * len(parts))}]"
+                f"setting {full}: {value!r}; give a list of {len(parts)} values, such as "
+                f"[{','.join(['0.5'] * len(parts))}]"
             )
         if len(value) != len(parts):
             raise UsageError(f"setting {full}: wants {len(parts)} values, got {len(value)}")
@@ -115,7 +116,7 @@ def _coerce(value: Any, wanted: Any, full: str) -> Any:
 
 
 def to_json(value: Any) -> Any:
-    """Convert settings to JSON values. Tuples become lists, so that a record that is read back equals the one written."""
+    """Convert settings to JSON values. Tuples become lists, so that a record equals itself after reading it back."""
     if isinstance(value, dict):
         return {name: to_json(item) for name, item in value.items()}
     return [to_json(item) for item in value] if isinstance(value, (list, tuple)) else value

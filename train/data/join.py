@@ -1,4 +1,4 @@
-"""Joins samples with their relevance maps by key. A shard and its maps are read once, as a whole, and dropped after use."""
+"""Joins samples with their relevance maps by key. A shard and its maps are read once, and dropped after use."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Joined:
     """Position of the sample in the shard."""
     sample: Sample
     relevance: np.ndarray | None
-    """float32 [gh, gw] in [0, 1], min-max normalised over the whole map, before any crop: a crop of background stays low."""
+    """float32 [gh, gw] in [0, 1], min-max normalised before any crop, so that a crop of background stays low."""
     frame: Box | None
     """What the map covers, in source pixels; None for the whole image."""
 
@@ -95,7 +95,7 @@ class _Held:
 
 
 class ShardJoin:
-    """Hands out the samples of a plan; reads the next shard of a lane in the background while the current one is in use."""
+    """Hands out the samples of a plan; reads the next shard of a lane in the background."""
 
     def __init__(
         self, shards: Sequence[Shard], maps: RelevanceMaps | None, missing: Missing, *, skip_damaged: bool
@@ -115,7 +115,7 @@ class ShardJoin:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def expect(self, plan: Plan) -> None:
-        """Announce all samples that will be taken, in order, so that it is known when a shard is used up and which is next."""
+        """Announce all samples that will be taken, in order, to know when a shard is used up and which is next."""
         shards, first, counts = np.unique(plan.shard, return_index=True, return_counts=True)
         self._left = dict(zip(shards.tolist(), counts.tolist(), strict=True))
         lane_of = dict(zip(shards.tolist(), plan.lane[first].tolist(), strict=True))
@@ -138,7 +138,7 @@ class ShardJoin:
             The sample, or None if its tar is damaged and damaged tars are skipped.
 
         Raises:
-            ZpipeError: If a tar or the store is damaged, or the sample has no usable map and `missing` is not "uniform".
+            ZpipeError: If a tar or the store is damaged, or the sample has no usable map and must have one.
         """
         if shard_number not in self._held:
             prefetched = self._prefetched.pop(shard_number, None)

@@ -45,15 +45,15 @@ class RelevanceLoader:
         key        list of B str
         object_box float32 [B, 4], the object's box in fractions of the crop (if every sample's .json has a `box`)
 
-    The order is that of `zpipe.train.data.order`. An epoch holds every sample once; training drops the last samples, which
-    fill no batch (`epoch_counts` says how many). In training, each rank takes `batch_size` samples of every batch, so the
-    batches of all ranks together are those of one process with `batch_size * world_size`, and all ranks take `len(loader)`
-    steps. Evaluation deals whole shards to ranks; a rank without shards yields nothing. The view of a sample depends on
-    (seed, epoch, sample, repeat) only.
+    The order is that of `zpipe.train.data.order`. An epoch holds every sample once; training drops the last samples,
+    which fill no batch (`epoch_counts` says how many). In training, each rank takes `batch_size` samples of every
+    batch, so the batches of all ranks together are those of one process with `batch_size * world_size`, and all ranks
+    take `len(loader)` steps. Evaluation deals whole shards to ranks; a rank without shards yields nothing. The view of
+    a sample depends on (seed, epoch, sample, repeat) only.
 
-    A `state_dict()` that is taken after a batch and loaded into a new loader, in the same or another process, continues with
-    the next batch. The batches are the same, also with another number of workers, and in training with another number of
-    ranks if `batch_size * world_size` is unchanged.
+    A `state_dict()` that is taken after a batch and loaded into a new loader, in the same or another process, continues
+    with the next batch. The batches are the same, also with another number of workers, and in training with another
+    number of ranks if `batch_size * world_size` is unchanged.
 
     Each of the 8 or so shards that an epoch is mixed from is held undecoded in one worker of all ranks: 110 MB each for
     ImageNet in tars of 1,000.
@@ -68,11 +68,13 @@ class RelevanceLoader:
         num_workers: Data-loading processes; 0 loads in this process.
         rank: Number of this training process.
         world_size: Number of training processes.
-        missing: How to handle samples without a usable map: "error", "skip" (leave them out), "uniform" (a map of ones).
-        damaged: How to handle truncated or altered tars: "error", or "skip", which makes batches smaller by their samples
-            and lists the tars in `damaged_shards`.
-        repeats: How often a training batch holds each of its samples, in different views (repeated augmentation, Hoffer et
-            al. 2020). An epoch has as many batches as without repeats and sees a part of the samples, another one every time.
+        missing: How to handle samples without a usable map: "error", "skip" (leave them out), "uniform" (a map of
+            ones).
+        damaged: How to handle truncated or altered tars: "error", or "skip", which makes batches smaller by their
+            samples and lists the tars in `damaged_shards`.
+        repeats: How often a training batch holds each of its samples, in different views (repeated augmentation, Hoffer
+            et al. 2020). An epoch has as many batches as without repeats and sees a part of the samples, another one
+            every time.
         view: Crop, flip and colour settings; `augment` overrides its mode.
 
     Raises:
@@ -124,7 +126,8 @@ class RelevanceLoader:
         self._start = 0  # the batch that the next iteration begins with
         self._next = 0  # the batch after the last one yielded
         self.maps: RelevanceMaps | None = None
-        # Shards of one size share one array of rows: with a million shards, the arrays would cost more than their contents.
+        # Shards of one size share one array of rows: with a million shards, the arrays would cost more than their
+        # contents.
         whole = {count: np.arange(count, dtype=np.int32) for count in {shard.entry.count for shard in self.shards}}
         self._rows = [whole[shard.entry.count] for shard in self.shards]
         self._unusable = 0
@@ -206,7 +209,7 @@ class RelevanceLoader:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of each shard's number of samples and keys, in order: the same for the same data set anywhere."""
+        """SHA-256 (hex) of the number of samples and the keys of each shard, in order; independent of the path."""
         lines = (f"{shard.entry.count} {shard.entry.keys_sha256}\n" for shard in self.shards)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -249,13 +252,13 @@ class RelevanceLoader:
             )
         if state.get("samples", self.sample_count) != self.sample_count:
             raise UsageError(
-                f"{self.path}: the state was taken over {state['samples']} samples, this loader has {self.sample_count} of the "
-                "same shards; give the same maps and missing=, or begin with the next epoch"
+                f"{self.path}: the state was taken over {state['samples']} samples, this loader has "
+                f"{self.sample_count} of the same shards; give the same maps and missing=, or begin with the next epoch"
             )
         if state["batch"] > len(self):
             raise UsageError(
-                f"{self.path}: the state was taken behind batch {state['batch']}, an epoch here has {len(self)}; use the same "
-                "data, or begin with the next epoch"
+                f"{self.path}: the state was taken behind batch {state['batch']}, an epoch here has {len(self)}; "
+                "use the same data, or begin with the next epoch"
             )
         self.epoch, self._lanes = state["epoch"], state["lanes"]
         self._start = self._next = state["batch"]
@@ -347,8 +350,8 @@ class RelevanceLoader:
 def _deferred_interrupts() -> Iterator[None]:
     """Deliver a Ctrl-C that comes during the block, which starts or ends processes, after it.
 
-    Python prints and drops a KeyboardInterrupt that is raised in a fork's hooks or in a finaliser. Processes that are started
-    in the block keep ignoring Ctrl-C: a terminal sends it to all of them, and the parent ends them.
+    Python prints and drops a KeyboardInterrupt that is raised in a fork's hooks or in a finaliser. Processes that are
+    started in the block keep ignoring Ctrl-C: a terminal sends it to all of them, and the parent ends them.
     """
     # During the shutdown of Python there is no handler to restore.
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:

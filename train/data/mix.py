@@ -43,9 +43,9 @@ class MixConfig:
 def mix_batch(batch: dict[str, Any], config: MixConfig, rng: np.random.Generator, num_classes: int) -> dict[str, Any]:
     """Mix each image of a batch with its counterpart in the reversed batch: the first with the last, and so on.
 
-    MixUp (Zhang et al. 2018) weights maps as it weights their images. CutMix (Yun et al. 2019) pastes a box: each cell of a
-    map takes the other map in proportion to the part of its area that the box covers, and the weight of the other target is
-    the box's fraction of the image.
+    MixUp (Zhang et al. 2018) weights maps as it weights their images. CutMix (Yun et al. 2019) pastes a box: each cell
+    of a map takes the other map in proportion to the part of its area that the box covers, and the weight of the other
+    target is the box's fraction of the image.
 
     Args:
         batch: `image` float [B, C, H, W], normalised or not; `label` int64 [B]; optionally `relevance` [B, gh, gw].

@@ -1,13 +1,13 @@
 """The order of samples: pure functions of counts, seed and epoch, without file access.
 
-A training epoch permutes the shards and reads them in `lanes`, side by side: each lane goes through its shards one after
-the other, the samples of each shard shuffled, and samples are taken from the lanes in turn. Batches are consecutive samples
-of that sequence, so the samples of a batch depend on (seed, epoch, batch size, repeats, lanes), not on the number of ranks
-and processes, and an epoch can be entered at any batch.
+A training epoch permutes the shards and reads them in `lanes`, side by side: each lane goes through its shards one
+after the other, the samples of each shard shuffled, and samples are taken from the lanes in turn. Batches are
+consecutive samples of that sequence, so the samples of a batch depend on (seed, epoch, batch size, repeats, lanes), not
+on the number of ranks and processes, and an epoch can be entered at any batch.
 
-A batch is that of all ranks together. A lane belongs to one worker of one rank, which alone reads its shards, as long as
-every rank then gets an equal part of the batch. Otherwise, because lanes have ended or there are fewer lanes than ranks, the
-ranks with too few samples take some from the lanes of others, and read these shards too.
+A batch is that of all ranks together. A lane belongs to one worker of one rank, which alone reads its shards, as long
+as every rank then gets an equal part of the batch. Otherwise, because lanes have ended or there are fewer lanes than
+ranks, the ranks with too few samples take some from the lanes of others, and read these shards too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEAL_CHUNK = 1 << 20  # samples that `deal` counts at once, which bounds its mem
 
 @dataclass(frozen=True)
 class Plan:
-    """The samples of an epoch, in order. The types are small because every worker of every rank holds the plan of all."""
+    """The samples of an epoch, in order. The types are small, because every worker holds the plan of all ranks."""
 
     shard: np.ndarray
     """Position of the shard in the list of the data set. int32 [n]"""
@@ -110,8 +110,9 @@ def fresh_per_batch(batch_size: int, repeats: int) -> int:
 def whole_batches(plan: Plan, batch_size: int, repeats: int) -> Plan:
     """The samples of an epoch's full batches, [batches * batch_size]; the rest is dropped.
 
-    With `repeats` a batch holds `fresh_per_batch` samples, one after the other, then all of them again, and so on until it
-    is full. There are as many batches as without repeats, so an epoch sees only a part of the samples, another one each time.
+    With `repeats` a batch holds `fresh_per_batch` samples, one after the other, then all of them again, and so on until
+    it is full. There are as many batches as without repeats, so an epoch sees only a part of the samples, another one
+    each time.
     """
     batches = len(plan) // batch_size
     if repeats == 1:
@@ -123,9 +124,10 @@ def whole_batches(plan: Plan, batch_size: int, repeats: int) -> Plan:
 
 
 def deal(plan: Plan, batch_size: int, world_size: int) -> np.ndarray:
-    """The rank that takes each sample of the full batches in `plan`: `batch_size / world_size` of every batch. int32 [n]
+    """The rank that takes each sample of the full batches in `plan`, `batch_size / world_size` of each. int32 [n]
 
-    A sample goes to the rank of its lane. Samples beyond a rank's part, always of its last lanes, go to ranks with room.
+    A sample goes to the rank of its lane. Samples beyond a rank's part, always of its last lanes, go to ranks with
+    room.
     """
     rank = plan.lane % world_size
     if world_size == 1:

@@ -1,7 +1,7 @@
 """Reads tar shards as samples.
 
-A shard is read as a whole and checked before any of its samples is used, so that a truncated tar gives an error and not a
-short epoch. Nothing in a tar is unpickled, run or written to disk, whatever the names of its members.
+A shard is read as a whole and checked before any of its samples is used, so that a truncated tar gives an error and not
+a short epoch. Nothing in a tar is unpickled, run or written to disk, whatever the names of its members.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Shard:
 def list_shards(path: Path) -> tuple[list[Shard], ShardIndex]:
     """List the tars under `path`, with their index.
 
-    Public tars without a `shards.json` are listed by their headers, which takes some tenths of a second per shard; changes of
-    their contents are then not noticed.
+    Public tars without a `shards.json` are listed by their headers, which takes some tenths of a second per shard;
+    changes of their contents are then not noticed.
 
     Raises:
         UsageError: If there are no tars.

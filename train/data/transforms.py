@@ -100,8 +100,8 @@ def decode(
 ) -> tuple[Image.Image, View, tuple[int, int]]:
     """Decode an image to RGB, at the resolution that its view needs.
 
-    A JPEG whose view is shrunk to half or less is decoded at 1/2, 1/4 or 1/8 of its size, which costs a fraction of the time.
-    EXIF orientation is ignored, because boxes refer to the stored pixels.
+    A JPEG whose view is shrunk to half or less is decoded at 1/2, 1/4 or 1/8 of its size, which costs a fraction of the
+    time. EXIF orientation is ignored, because boxes refer to the stored pixels.
 
     Args:
         data: The encoded image.
@@ -175,8 +175,8 @@ def change_colours(rng: np.random.Generator, pixels: np.ndarray, colour: Colour)
     """Change the colours of an image, uint8 [3, S, S]. No pixel moves, so the map stays valid.
 
     `deit` is RandAugment (2 operations of magnitude 9, standard deviation 0.5) without its geometric operations (shear,
-    translate, rotate), which would have to be applied to maps too. `deit3` is one of greyscale, solarisation and Gaussian
-    blur, then colour jitter of 0.3 (3-Augment, Touvron et al. 2022).
+    translate, rotate), which would have to be applied to maps too. `deit3` is one of greyscale, solarisation and
+    Gaussian blur, then colour jitter of 0.3 (3-Augment, Touvron et al. 2022).
     """
     if colour == "none":
         return pixels
@@ -194,8 +194,9 @@ ERASED_RATIO = (0.3, 1 / 0.3)
 
 
 def erase(rng: np.random.Generator, pixels: np.ndarray, probability: float) -> tuple[np.ndarray, Box | None]:
-    """Random erasing (Zhong et al. 2020): replace a rectangle of 2 to 33 % of the image by noise in the colours of photos.
+    """Random erasing (Zhong et al. 2020): replace a rectangle of 2 to 33 % of the image by noise.
 
+    The noise has the mean and standard deviation of ImageNet's photos.
     The map does not hold for the erased pixels, see `erase_maps`.
 
     Args:
@@ -258,8 +259,8 @@ RAND_AUGMENT = (
 def _rand_augment(rng: np.random.Generator, image: Image.Image) -> Image.Image:
     from timm.data.auto_augment import RandAugment, rand_augment_ops
 
-    # At the maximal magnitude, 10 by default, timm posterises to 0 bits: Pillow rejects that since version 13, and painted
-    # the image black before. Just below the maximum it is 1 bit.
+    # At the maximal magnitude, 10 by default, timm posterises to 0 bits: Pillow rejects that since version 13, and
+    # painted the image black before. Just below the maximum it is 1 bit.
     strength = {"magnitude_std": 0.5, "magnitude_max": 9.999}
     operations = rand_augment_ops(magnitude=9, hparams=strength, transforms=list(RAND_AUGMENT))
     # timm draws from the two global generators, whose states are restored afterwards.
@@ -289,7 +290,7 @@ def _three_augment(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def view_box(box: tuple[float, float, float, float], view: View) -> tuple[float, float, float, float]:
-    """Convert an object's box from source pixels to fractions of the view, clipped to it: (x1, y1, x2, y2) in [0, 1]."""
+    """An object's box, given in source pixels, in fractions of the view, clipped to it: (x1, y1, x2, y2) in [0, 1]."""
     x1, x2 = ((edge - view.box.x1) / view.box.width for edge in (box[0], box[2]))
     y1, y2 = ((edge - view.box.y1) / view.box.height for edge in (box[1], box[3]))
     if view.flipped:

@@ -49,8 +49,7 @@ class EpochSpec:
     """Samples of this rank in a batch."""
 
     plan: Callable[[], Plan]
-    """Returns the rank's samples of the whole epoch, in order. A function, so that each worker computes the plan itself:
-    sending it would cost more."""
+    """Returns the rank's samples of the whole epoch, in order. Workers call it rather than receive its large result."""
 
     lane_stride: int
     """The rank reads every `lane_stride`-th lane."""
@@ -184,7 +183,7 @@ def _augment_sample(spec: EpochSpec, copy: int, item: Joined) -> dict[str, Any]:
 
 
 def collate(spec: EpochSpec, join: ShardJoin) -> Callable[[Iterable[Augmented]], Iterator[dict[str, Any]]]:
-    """A stage: lists of m augmented samples -> dictionaries of tensors, see `RelevanceLoader`, with `slot` and `damaged`."""
+    """A stage: lists of m augmented samples -> batches as those of `RelevanceLoader`, with `slot` and `damaged`."""
 
     def stage(parts: Iterable[Augmented]) -> Iterator[dict[str, Any]]:
         for part in parts:

@@ -41,7 +41,7 @@ class TrainConfig:
     """Further keyword arguments of the optimizer's constructor, such as betas or nesterov."""
 
     sched: Literal["cosine", "poly", "tanh", "step", "constant"] = "cosine"
-    """Schedule after the warmup. `poly` has power 1, a straight line; `step` multiplies by `decay_rate` periodically."""
+    """Schedule after the warmup. `poly` has power 1, a straight line; `step` is governed by the next two settings."""
 
     decay_epochs: float = 30.0
     """Period of the `step` schedule."""

@@ -1,7 +1,8 @@
 """Training in several processes, on one machine or many, through Ray Train; the only file of training that imports ray.
 
-Every process runs the same function that a single process runs, and torch.distributed joins them. They share the run folder:
-weights, checkpoints and metrics are files there. Only reports of progress, errors and the request to stop go through Ray.
+Every process runs the same function that a single process runs, and torch.distributed joins them. They share the run
+folder: weights, checkpoints and metrics are files there. Only reports of progress, errors and the request to stop go
+through Ray.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ Say = Callable[[str], None]
 class Workers:
     """The processes that train.
 
-    A single process without an address is this one, without Ray. For more, Ray is started on this machine for the duration
-    of the run, unless `address` or RAY_ADDRESS names a cluster.
+    A single process without an address is this one, without Ray. For more, Ray is started on this machine for the
+    duration of the run, unless `address` or RAY_ADDRESS names a cluster.
     """
 
     count: int = 1
@@ -80,9 +81,9 @@ def run_training(
 ) -> None:
     """Call `train_vit` or `train_zoomer`, in this process or in all `workers` at once.
 
-    If a process dies, alone or with its machine, the others end too, and all start again from the run's last checkpoint, at
-    most `RESTARTS` times. An error that a single process would fail with too, of whatever type, ends all of them without
-    another attempt. If this process is interrupted, the others save their state and end.
+    If a process dies, alone or with its machine, the others end too, and all start again from the run's last
+    checkpoint, at most `RESTARTS` times. An error that a single process would fail with too, of whatever type, ends all
+    of them without another attempt. If this process is interrupted, the others save their state and end.
 
     All machines need zpipe, and must reach the paths, the run folder among them, under the same names.
 
@@ -282,7 +283,8 @@ def _work(job: _Job) -> None:
 def _is_a_lost_process(error: Exception) -> bool:
     """Whether the error means that another process or a device was lost, so that a restart can help.
 
-    gloo, torch's loader and CUDA raise plain RuntimeErrors, which only their messages distinguish from programming errors.
+    gloo, torch's loader and CUDA raise plain RuntimeErrors, which only their messages distinguish from programming
+    errors.
     """
     from ray.exceptions import RayError
 

@@ -67,9 +67,9 @@ def never() -> bool:
 class Trainer:
     """The state of a training run, and the loop over it.
 
-    Several processes that torch.distributed has joined train one model: each has a Trainer with its rank's loader, and a
-    step takes the mean of their gradients. Only the first rank writes to the run folder, which all ranks must be able to
-    read. BatchNorm takes its statistics over all ranks on CUDA, and over each rank's part of the batch on a CPU.
+    Several processes that torch.distributed has joined train one model: each has a Trainer with its rank's loader, and
+    a step takes the mean of their gradients. Only the first rank writes to the run folder, which all ranks must be able
+    to read. BatchNorm takes its statistics over all ranks on CUDA, and over each rank's part of the batch on a CPU.
 
     Args:
         task: The model and its loss.
@@ -110,8 +110,8 @@ class Trainer:
     def train(self, stage: str, progress: Progress = silent, stop: Callable[[], bool] = never) -> dict[str, float]:
         """Train to the end, from the run's checkpoint if there is one.
 
-        A checkpoint is written every `checkpoint_s` seconds and after every epoch. It holds the loader's position and the
-        states of the random number generators, so a resumed run equals an uninterrupted one bit for bit.
+        A checkpoint is written every `checkpoint_s` seconds and after every epoch. It holds the loader's position and
+        the states of the random number generators, so a resumed run equals an uninterrupted one bit for bit.
 
         Args:
             stage: Name of the training stage, for `progress`.
@@ -149,9 +149,7 @@ class Trainer:
                     if self._stopping or self._save_due:
                         self.save()
                     if self._stopping:
-                        self.ranks.total(
-                            [0.0]
-                        )  # wait for the rank that saves: when the first one ends, Ray ends the rest
+                        self.ranks.total([0.0])  # a barrier: when the first rank ends, Ray ends those that still save
                         break
                 if not self._stopping:
                     self.epoch, self._in_epoch = self.epoch + 1, False
@@ -160,7 +158,7 @@ class Trainer:
                     metrics = self.validate()
                     if metrics:
                         log(self._log_line(metrics))
-                    self.save()  # last: a run that is killed before this repeats the end of the epoch, with the same result
+                    self.save()  # last: a run that is killed before this repeats the end of the epoch
         if self._stopping:
             raise Stopped(
                 f"{self.run}: stopped in step {self.step} of {self.total_steps}; run the same command again to go on"
@@ -185,7 +183,8 @@ class Trainer:
             path = self.run / CHECKPOINT_NAME
             kept = f"the last good state is {path}" if path.is_file() else "no epoch was finished"
             raise ZpipeError(
-                f"{self.run}: the loss became {metrics['loss']} in step {self.step} of {self.total_steps}; lower --lr; {kept}"
+                f"{self.run}: the loss became {metrics['loss']} in step {self.step} of {self.total_steps}; "
+                f"lower --lr; {kept}"
             )
         with self._clock("backward"):
             update_weights(self.task.model, self.optimizer, self.scaler, self.config)
@@ -206,7 +205,7 @@ class Trainer:
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The state to resume from. All ranks must call this together, because it holds the generators of all of them."""
+        """The state to resume from. All ranks must call this together: it has the generator states of all."""
         state: dict[str, Any] = {"model": self.task.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"step": self.step, "epoch": self.epoch}
         if self.average is not None:
@@ -229,7 +228,8 @@ class Trainer:
             raise KeyError("position")
         self.task.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.epoch, self._position = state["step"], state["epoch"], position
+        self.step, self.epoch = state["step"], state["epoch"]
+        self._position, self._in_epoch = position, False
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
         if self.scaler is not None:
@@ -278,7 +278,7 @@ class Trainer:
         return {"step": self.step, "steps": self.total_steps, "epoch": self.epoch, **metrics}
 
     def _unfinished(self) -> bool:
-        """Whether to start or resume another epoch. If there is a position, at least the end of its epoch is to be done."""
+        """Whether to start or resume an epoch. A position means that at least the end of its epoch is to be done."""
         return not self._stopping and (self.step < self.total_steps or self._position is not None)
 
     def _begin_epoch(self) -> None:
@@ -300,7 +300,7 @@ class Trainer:
         )
 
     def _accumulate_gradients(self, batches: list[Batch]) -> dict[str, float]:
-        """Compute the gradients of the mean loss over the batches of all ranks; stop early if the loss is not finite."""
+        """Compute the gradients of the mean loss over the batches of all ranks; stop at a loss that is not finite."""
         means: dict[str, float] = {}
         call: Any = self.task.call  # a DistributedDataParallel if there are several ranks
         for number, batch in enumerate(batches):
@@ -312,8 +312,9 @@ class Trainer:
                 with self._clock("backward"):
                     scaled = loss / len(batches)
                     (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
-                    # Reading the loss waits for an accelerator, which has the whole batch's work by now. It is summed over
-                    # the ranks before it is checked: a rank that went on alone would wait for the others' gradients forever.
+                    # Reading the loss waits for an accelerator, which has the whole batch's work by now. It is summed
+                    # over the ranks before it is checked: a rank that went on alone would wait for the others'
+                    # gradients forever.
                     sums = self.ranks.total([*_to_floats(loss, *metrics.values()), *flags])
             *sums, stop_votes, save_votes = sums
             self._stopping, self._save_due = stop_votes > 0, save_votes > 0
@@ -324,7 +325,7 @@ class Trainer:
         return means
 
     def _poll(self) -> tuple[bool, bool]:
-        """Whether this rank wants to stop, and whether a checkpoint is due, which only the first rank's clock decides."""
+        """Whether this rank wants to stop, and whether a checkpoint is due, by the clock of the first rank alone."""
         due = self.ranks.first and time.monotonic() - self._saved_at >= self.config.checkpoint_s
         return self._stop_requested(), due
 
@@ -348,8 +349,8 @@ class Trainer:
 class Clock:
     """Measures where the time goes: data, forward, backward (with the optimizer's step), save.
 
-    An accelerator works asynchronously. The loop waits for it after the backward pass, so the wait counts as backward, and
-    forward is the time that it takes to launch the work.
+    An accelerator works asynchronously. The loop waits for it after the backward pass, so the wait counts as backward,
+    and forward is the time that it takes to launch the work.
     """
 
     def __init__(self) -> None:
@@ -388,8 +389,8 @@ def explain_out_of_memory(run: Path, device: torch.device) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ZpipeError(
-            f"{run}: a step doesn't fit into the memory of {device}; lower --batch-size (train.accumulate=2 makes the step as "
-            "large as before), or set train.precision=bf16"
+            f"{run}: a step doesn't fit into the memory of {device}; lower --batch-size (train.accumulate=2 makes the "
+            "step as large as before), or set train.precision=bf16"
         ) from error
 
 

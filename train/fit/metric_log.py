@@ -50,8 +50,8 @@ def metric_log(
 def trim_log(run: Path, step: int, *, epoch_ended: bool) -> None:
     """Drop the lines of metrics.jsonl that a resumed run writes again, and an incomplete last line.
 
-    These are the lines of the steps after the checkpoint's `step`. If the checkpoint was taken before the end of its epoch
-    (`epoch_ended` is False), the line of that epoch's validation, which has the same step, is dropped too.
+    These are the lines of the steps after the checkpoint's `step`. If the checkpoint was taken before the end of its
+    epoch (`epoch_ended` is False), the line of that epoch's validation, which has the same step, is dropped too.
     """
     path = run / METRICS_NAME
     if path.is_file():
@@ -101,7 +101,7 @@ def _to_wandb(run: Path, project: str, stack: ExitStack) -> Log:
 
 
 def _wandb_id(run: Path) -> str:
-    """The id of the run, drawn once and kept in its folder: another run of the project may have the same folder name."""
+    """The id of the run, drawn once and kept in its folder, because the name of a folder is not unique in a project."""
     path = run / WANDB_ID_NAME
     if not path.is_file():
         write_bytes(path, f"{secrets.token_hex(8)}\n".encode())

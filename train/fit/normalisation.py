@@ -26,8 +26,8 @@ def choose_normalisation(
 ) -> tuple[Channels, Channels]:
     """Choose the mean and standard deviation of the three channels.
 
-    A resumed run keeps those it began with. Otherwise they are those of the zoomer, else those of the weights to start from,
-    else ImageNet's.
+    A resumed run keeps those it began with. Otherwise they are those of the zoomer, else those of the weights to start
+    from, else ImageNet's.
 
     Args:
         run: The run folder.
@@ -65,8 +65,8 @@ def check_normalisation(zoomer: Preprocessing | None, mean: Sequence[float], std
             for pair in ((zoomer.mean, zoomer.std), (mean, std))
         )
         raise UsageError(
-            f"--zoomer: was trained with mean {wanted[0]} and std {wanted[1]}, the model with {given[0]} and {given[1]}; "
-            f"train the model with --set mean={wanted[0]} --set std={wanted[1]}"
+            f"--zoomer: was trained with mean {wanted[0]} and std {wanted[1]}, the model with {given[0]} and "
+            f"{given[1]}; train the model with --set mean={wanted[0]} --set std={wanted[1]}"
         )
 
 

@@ -71,7 +71,7 @@ def update_weights(
 
 
 def _classifier_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of the model's classifier layers, by timm's `get_classifier`; empty if the model has no such method.
+    """The parameters of the layers that timm's `get_classifier` returns; empty if the model has no such method.
 
     timm's trainer excludes the last two parameters instead, which are not the classifier's in a CF-ViT.
     """

@@ -1,6 +1,7 @@
 """Named configurations. A recipe is a complete configuration, which flags and `--set` then change.
 
-Each has a small variant, `NAME-small`, for a trial on a CPU and a small data set: two epochs, small batches, the same steps.
+Each has a small variant, `NAME-small`, for a trial on a CPU and a small data set: two epochs, small batches, the same
+steps.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ _FINETUNE = VitConfig(
         epochs=30.0, batch_size=512, lr=2e-4, min_lr=1e-6, warmup_epochs=2.0, layer_decay=0.75, clip_grad=1.0
     ),
 )
-# CIFAR-10 from scratch: DeiT's settings, with the learning rate for the smaller batch and patches that fit 32 pixels. DeiT's
-# code crops such images with a padding of 4 pixels, which a crop of at least 0.6 approximates. There is no moving average of
-# the weights, because 29,000 steps are too few for one so slow.
+# CIFAR-10 from scratch: DeiT's settings, with the learning rate for the smaller batch and patches that fit 32 pixels.
+# DeiT's code crops such images with a padding of 4 pixels, which a crop of at least 0.6 approximates. There is no
+# moving average of the weights, because 29,000 steps are too few for one so slow.
 _CIFAR10 = replace(
     _DEIT,
     image_size=32,

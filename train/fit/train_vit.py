@@ -80,15 +80,15 @@ class VitConfig:
     """Weights to start from: a finished run, a checkpoint file or timm:NAME, see `start_from`."""
 
     mean: tuple[float, float, float] | None = None
-    """Mean of the channels, to normalise images by. None for that of the frozen zoomer, else that of the weights to start
-    from, else ImageNet's."""
+    """Mean of the channels, to normalise images by. None for that of the frozen zoomer, else that of the weights to
+    start from, else ImageNet's."""
 
     std: tuple[float, float, float] | None = None
     """Standard deviation of the channels, as `mean`."""
 
     zoom_draw: ZoomDraw = "alpha"
-    """What is drawn for each training batch: `alpha`, a threshold uniform in [0, 1] (the paper), or `budget`, a number of
-    zoomed cells uniform in [0, max_zoomed], which keeps all sequences of a batch equally long."""
+    """What is drawn for each training batch: `alpha`, a threshold uniform in [0, 1] (the paper), or `budget`, a number
+    of zoomed cells uniform in [0, max_zoomed], which keeps all sequences of a batch equally long."""
 
     max_zoomed: int | None = None
     """Largest number of zoomed cells under zoom_draw `budget`; None for all cells."""
@@ -104,8 +104,8 @@ class VitConfig:
     LF-ViT: 230 of 350)."""
 
     token_label_weight: float = 0.0
-    """Weight of the token labels, made of the maps, that the patches of an lvvit_* model learn (see `TokenLabelLoss`); 0 for
-    none."""
+    """Weight of the token labels, made of the maps, that the patches of an lvvit_* model learn (see `TokenLabelLoss`);
+    0 for none."""
 
     loss: Literal["ce", "bce"] = "ce"
     """`ce`: cross-entropy; `bce`: independent binary cross-entropy per class (DeiT-III)."""
@@ -323,10 +323,11 @@ def train_vit(
     names. Several processes may train together, see `Trainer`.
 
     Args:
-        shards, zoomer, maps, val, val_maps: What to read, see `VitInputs`. With `val`, every epoch ends with a validation, and
-            the best weights are kept; `val_maps` is needed if maps are the scores.
+        shards: The training shards.
         out: The run folder. A finished run is left alone, an interrupted one is resumed.
         config: The settings.
+        zoomer, maps, val, val_maps: What else to read, see `VitInputs`. With `val`, every epoch ends with a validation,
+            and the best weights are kept; it needs `val_maps` if maps are the scores.
         resume: "never" to refuse a folder that holds a run already.
         progress: Called with the progress of the training.
         stop: Called once per batch; True saves and stops.

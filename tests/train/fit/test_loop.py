@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ from zpipe.train.evaluation.operating_points import EvalConfig
 from zpipe.train.fit import loop
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.initialise import build_vit
-from zpipe.train.fit.loop import Clock, Stopped, _groups
+from zpipe.train.fit.loop import Clock, Stopped, Trainer, _groups
 from zpipe.train.fit.metric_log import metric_log
 from zpipe.train.fit.optim import make_optimizer, make_scheduler, update_weights
 from zpipe.train.fit.recipes import VIT_RECIPES, ZOOMER_RECIPES, recipe
@@ -104,6 +105,34 @@ def test_interrupted_and_gone_on_with_equals_undisturbed(data, tmp_path, name):
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()
     assert [line["step"] for line in lines(tmp_path / "run")] == [line["step"] for line in lines(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize("name", ["average", "fp16", "accumulated"])
+def test_a_trainer_goes_on_from_the_state_of_another(data, tmp_path, name):
+    """Without a file: after the same steps both have the same weights."""
+    config = EVERYTHING[name]
+
+    def trainer():
+        torch.manual_seed(0)
+        model = build_vit(config.model, 10, SIDE, config.model_args)
+        preprocessing = Preprocessing(image_size=SIDE, mean=(0, 0, 0), std=(1, 1, 1))
+        task = ClassifyTask(model, None, config, preprocessing, torch.device("cpu"))
+        loader = RelevanceLoader(data / "shards", batch_size=4, image_size=SIDE)
+        return Trainer(task, loader, config.train, tmp_path)
+
+    first, second = trainer(), trainer()
+    batches = list(first.loader)
+    groups = [batches[start : start + config.train.accumulate] for start in (0, 2, 4)]
+    for group in groups[:2]:
+        first.train_step(group)
+    state = copy.deepcopy(first.state_dict())
+    own = {"average": {"average"}, "fp16": {"scaler"}, "accumulated": set()}[name]
+    assert set(state) == {"model", "optimizer", "step", "epoch", "position"} | own
+    second.load_state_dict(state)
+    assert second.step == 2
+    assert first.train_step(groups[2]) == second.train_step(groups[2])
+    for one, other in zip(first.task.model.parameters(), second.task.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_two_half_batches_are_one(data, tmp_path):
