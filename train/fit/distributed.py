@@ -130,7 +130,7 @@ def run_training(
 
 
 def _choose_resource(available: Mapping[str, float], device: str, count: int) -> Literal["GPU", "CPU"]:
-    """What each process takes one of, by the device that the user chose.
+    """The resource of which each process takes one, given the device that the user chose.
 
     Raises:
         ZpipeError: If Ray has too few of them.
@@ -149,7 +149,7 @@ class _Failure:
     """How Ray's attempt to train failed."""
 
     error: Exception
-    may_restart: bool  # the processes were lost, not their work wrong
+    may_restart: bool  # processes were lost, so that another attempt may succeed
 
 
 def _run_once(ray: Any, group: _Group, mailbox: Any, progress: Progress, say: Say) -> _Failure | None:
@@ -209,9 +209,8 @@ class _Group:
 
         self.failure: _Failure | None = None
         self._trainer = TorchTrainer(
-            partial(
-                _work, job
-            ),  # as train_loop_config, Ray's controller would load the job too, and all that it imports
+            # Not as train_loop_config: Ray's controller would load the job too, and all that it imports.
+            partial(_work, job),
             scaling_config=ScalingConfig(num_workers=count, use_gpu=use_gpu),
             run_config=RunConfig(
                 name="run",
