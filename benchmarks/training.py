@@ -26,7 +26,7 @@ from zpipe.train.checkpoint import Preprocessing
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.device import keep_freed_memory
 from zpipe.train.fit.config import TrainConfig
-from zpipe.train.fit.loop import train
+from zpipe.train.fit.loop import Trainer
 from zpipe.train.fit.train_vit import ClassifyTask, VitConfig
 
 
@@ -67,7 +67,8 @@ def main() -> None:
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir()
         begun = time.perf_counter()
-        train(ClassifyTask(model, None, config, preprocessing, device), loader, loop, run, stage="benchmark")
+        task = ClassifyTask(model, None, config, preprocessing, device)
+        Trainer(task, loader, loop, run).train("benchmark")
         return time.perf_counter() - begun
 
     def bare() -> float:

@@ -1,14 +1,14 @@
-"""A training run on disk, written and read here and nowhere else.
+"""A training run on disk, written and read only here.
 
     RUN/run.json           the resolved settings; marks the folder as a run
-    RUN/checkpoint.pt      everything needed to go on: weights, optimizer, position; replaced every ten minutes and after every epoch
+    RUN/checkpoint.pt      the state to resume from: weights, optimizer, position; replaced within and after epochs
     RUN/metrics.jsonl      one line per logging interval and per validation
     RUN/model.safetensors  the finished weights
     RUN/config.json        timm's model description, written last: a run without it is not finished
     RUN/epochs/            the weights of the last epochs, as many as train.keep says
-    RUN/best.safetensors   those of the epoch that did best on held-out data, with best.json, when there was such data
-    RUN/wandb-id.txt       the run's name within Weights & Biases, when it logs there
-    RUN/zoomer/            a ZoomViT's zoomer, when it has one, in the same form
+    RUN/best.safetensors   the weights of the epoch with the best validation, with best.json, if there was a validation
+    RUN/wandb-id.txt       the id of the run at Weights & Biases, if it logs there
+    RUN/zoomer/            the zoomer of a ZoomViT, if it has one, in the same form
 
 timm opens a finished ViT by itself: `timm.create_model("local-dir:RUN", pretrained=True)`.
 """
@@ -52,10 +52,10 @@ FORMAT = "zpipe-run"
 VERSION = 1
 CHECKPOINT_FORMAT = "zpipe-checkpoint"
 CHECKPOINT_VERSION = 1
-# What may change in mid-run: how the work is shared out, what is told and kept of it, not what is computed. Another device
-# computes the same up to rounding.
+# Settings that may change when a run is resumed: how the work is distributed, logged and kept, not what is computed.
+# Another device computes the same up to rounding.
 FREE_SETTINGS = (
-    "maps_teacher",  # the fingerprint of the maps binds, their teacher within
+    "maps_teacher",  # covered by the fingerprint of the maps
     "train.checkpoint_s",
     "train.data_workers",
     "train.device",
@@ -64,9 +64,9 @@ FREE_SETTINGS = (
     "train.tensorboard",
     "train.wandb",
 )
-# What earlier runs don't say of themselves.
+# Settings that runs of earlier versions don't record.
 RECORDED_LATER = ("maps_fingerprint", "shards_digest", "zoomer_digest", "mean", "std")
-# What is known by a digest may lie elsewhere when the run is gone on with.
+# Paths whose contents a digest identifies; they may have moved when a run is resumed.
 KNOWN_BY = {"shards": "shards_digest", "zoomer": "zoomer_digest", "maps": "maps_fingerprint"}
 
 Resume = Literal["auto", "never"]
@@ -74,49 +74,68 @@ Resume = Literal["auto", "never"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What a model wants to see: square images of `image_size` pixels, normalised per channel."""
+    """What the images of a model must be: square, of one size, and normalised per channel."""
 
     image_size: int
+    """Side of the images, in pixels."""
     mean: tuple[float, float, float]
+    """Mean of each channel, of values in [0, 1]."""
     std: tuple[float, float, float]
+    """Standard deviation of each channel."""
     crop_pct: float = 1.0
+    """Side of the centre crop in evaluation, as a fraction of the shorter side of an image."""
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, 3, S, S] -> float32 [B, 3, S, S], on the device of `images`."""
+        """Normalise images uint8 [B, 3, S, S] to float32 [B, 3, S, S], on their device."""
         mean, std = _on_device(tuple(self.mean), tuple(self.std), images.device)
         return (images.float() / 255.0 - mean) / std
 
 
 @lru_cache(maxsize=16)
 def _on_device(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Both as [1, 3, 1, 1], put there once: a copy to an accelerator waits for all that it has still to do."""
-    with torch.inference_mode(False):  # they outlive the block that asks first
+    """Both as [1, 3, 1, 1]. Cached, because a copy to an accelerator waits for all of its queued work."""
+    with torch.inference_mode(False):  # an inference tensor in the cache could not be used in training later
         return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run: the model in eval mode, what it wants to see, its zoomer if it has one, its settings."""
+    """A finished run."""
 
     path: Path
     kind: str
+    """`zoomer` or `vit`."""
     model: nn.Module
+    """The model, in eval mode."""
     preprocessing: Preprocessing
     zoomer: Zoomer | None
+    """The zoomer that the model was trained with, frozen, if there is one."""
     settings: dict[str, Any]
+    """The settings of run.json; empty for a model that timm saved."""
 
 
 def begin_run(
     run: Path, kind: str, settings: dict[str, Any], resume: Resume = "auto", *, defaults: dict[str, Any] | None = None
 ) -> bool:
-    """Claim `run` for these settings; True when the run is finished already.
+    """Claim a folder for a run with these settings.
 
-    Settings bind from the first checkpoint on; before it nothing is lost, and a mistake in them can be corrected. Data may
-    have been moved since: the same shards, maps and zoomer at another path are noted. A run
-    made by an earlier zpipe may lack some: they had no other value then than their `defaults` have now. Where
-    several processes train, the first of them does it and the others look whether they find it. Errors:
-    :class:`UsageError` when the folder holds something else, or a run and `resume` is "never"; :class:`ZpipeError`
-    showing the first setting in which it differs from the run that is there.
+    From the first checkpoint on the settings must stay the same; before it, nothing is lost, and a mistake in them can
+    be corrected. Shards, maps and zoomer may have moved: a path with the same contents is updated. If several processes
+    train, the first one claims the folder, and the others check that they see it.
+
+    Args:
+        run: The folder.
+        kind: `zoomer` or `vit`.
+        settings: The settings, as JSON values.
+        resume: "never" to refuse a folder that holds a run already.
+        defaults: Values of the settings that a run of an earlier version may lack: it had no other values then.
+
+    Returns:
+        Whether the run is finished already.
+
+    Raises:
+        UsageError: If the folder holds something else, or a run and `resume` is "never".
+        ZpipeError: Naming the first setting that differs from those of the run in the folder.
     """
     run = Path(run)
     if resume not in ("auto", "never"):
@@ -163,7 +182,11 @@ def _claim(run: Path, kind: str, settings: dict[str, Any], resume: Resume, defau
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """What `run.json` says: kind and settings. Errors: :class:`ZpipeError` naming the file and what is wrong with it."""
+    """Read `run.json`: kind and settings.
+
+    Raises:
+        ZpipeError: If the file is missing or broken.
+    """
     path = Path(run) / RUN_NAME
     record = read_json(path, "the settings of a run")
     check_format(path, record, FORMAT, VERSION, remedy="restore the file, or give another --out folder")
@@ -180,17 +203,25 @@ def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
-    """Replace the run's checkpoint. Errors: :class:`ZpipeError`; the one before is then still there."""
+    """Replace the run's checkpoint.
+
+    Raises:
+        ZpipeError: If it can't be written; the previous checkpoint is then still there.
+    """
     path = Path(run) / CHECKPOINT_NAME
     with commit(path) as tmp:
         try:
             torch.save(header(CHECKPOINT_FORMAT, CHECKPOINT_VERSION) | state, tmp)
-        except RuntimeError as error:  # what torch's zip writer says to a full disk
+        except RuntimeError as error:  # torch's zip writer raises it on a full disk
             raise ZpipeError(f"{path}: could not be written; free space, then run again to go on") from error
 
 
 def load_checkpoint(run: Path) -> dict[str, Any] | None:
-    """The run's checkpoint on the CPU, or None when it has none."""
+    """Load the run's checkpoint to the CPU; None if it has none.
+
+    Raises:
+        ZpipeError: If the file is not a readable checkpoint.
+    """
     path = Path(run) / CHECKPOINT_NAME
     if not path.is_file():
         return None
@@ -206,13 +237,21 @@ def load_checkpoint(run: Path) -> dict[str, Any] | None:
 
 
 def forget_attempt(run: Path) -> None:
-    """Remove what an attempt that is begun anew kept beside its checkpoint, or it would pass for the new one's."""
+    """Remove the files of an earlier attempt when a run starts over, so that they aren't taken for its own."""
     for name in ("best.json", "best.safetensors", "epochs", WANDB_ID_NAME):
         remove(Path(run) / name)
 
 
 def keep_epoch(run: Path, model: nn.Module, epoch: int, keep: int, score: float | None) -> None:
-    """Keep the weights of an epoch's end: those of the last `keep` epochs, and the best by score when it has one."""
+    """Keep the weights after an epoch.
+
+    Args:
+        run: The run folder.
+        model: The model with the weights.
+        epoch: Number of the epoch, from 1.
+        keep: How many epochs' weights to keep; older ones are removed.
+        score: Score of the validation; if it is the best so far, the weights are also kept as the best. May be None.
+    """
     run = Path(run)
     folder = run / "epochs"
     if keep:
@@ -238,15 +277,20 @@ def _write_weights(path: Path, model: nn.Module) -> None:
 
 
 def save_model(run: Path, model: nn.Module, preprocessing: Preprocessing) -> None:
-    """Write a timm model's finished weights and, last, the description that makes the run finished."""
+    """Write a timm model's finished weights and, last, the model description, which marks the run as finished.
+
+    Raises:
+        ZpipeError: If they can't be written.
+    """
     data = _data_config(preprocessing)
     _write_finished(Path(run), lambda folder: save_for_hf(model, folder, safe_serialization=True, data_config=data))
 
 
 def save_zoomer(run: Path, zoomer: Zoomer, preprocessing: Preprocessing) -> None:
-    """Write a zoomer's finished weights and, last, its description, into a folder that is made where it isn't there.
+    """Write a zoomer's finished weights and, last, its description, into a run folder or into `zoomer` of a ZoomViT's.
 
-    A ZoomViT's run has a copy of its zoomer in its folder `zoomer`, so that the two travel together.
+    Raises:
+        ZpipeError: If they can't be written.
     """
 
     def write(folder: str) -> None:
@@ -289,9 +333,14 @@ def digest_zoomer(run: Path) -> str:
 def load_run(run: Path, weights: str = "final") -> Run:
     """Open a finished run.
 
-    weights: "final", those of the last step (of their average, when there is one); "best", those of the epoch that did best on
-    held-out data; or the number of an epoch that `train.keep` kept, counted from 1. Errors: :class:`UsageError` when it is no finished run,
-    or has no such weights; :class:`ZpipeError` when a file is broken.
+    Args:
+        run: The run folder.
+        weights: "final" for those of the last step (of the moving average, if there is one); "best" for those of the
+            epoch with the best validation; or the number of an epoch that `train.keep` kept, counted from 1.
+
+    Raises:
+        UsageError: If it is not a finished run, or has no such weights.
+        ZpipeError: If a file is broken.
     """
     run = Path(run)
     if not (run / CONFIG_NAME).is_file():
@@ -302,7 +351,7 @@ def load_run(run: Path, weights: str = "final") -> Run:
     model, preprocessing = _load_model(run, config)
     if weights != "final":
         _load_weights(model, _weights_file(run, weights))
-    # A folder that timm wrote is a model too; it knows no settings.
+    # A folder that timm saved is a model too, but has no settings.
     settings = read_record(run)["settings"] if (run / RUN_NAME).is_file() else {}
     zoomer = None
     if (run / "zoomer" / CONFIG_NAME).is_file():
@@ -338,7 +387,12 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_zoomer(run: Path) -> tuple[Zoomer, Preprocessing]:
-    """Open a zoomer, frozen. Errors: as `load_run`, and :class:`UsageError` when the run is of another kind."""
+    """Open the zoomer of a finished run, frozen, and its preprocessing.
+
+    Raises:
+        UsageError: If it is not a finished zoomer.
+        ZpipeError: If a file is broken.
+    """
     run = Path(run)
     if not (run / CONFIG_NAME).is_file():
         raise UsageError(f"{run}: not a finished zoomer (no {CONFIG_NAME}); zpipe train-zoomer makes one")
@@ -372,7 +426,7 @@ def _load_model(run: Path, config: dict[str, Any]) -> tuple[nn.Module, Preproces
 
 
 def maps_record(store: RelevanceMaps | None) -> dict[str, Any]:
-    """Which maps a run learns from, and whose: kept beside its settings."""
+    """What run.json says about the maps that a run learns from: their fingerprint and the digest of their teacher."""
     if store is None:
         return {"maps_fingerprint": None, "maps_teacher": None}
     provenance = store.manifest.provenance

@@ -1,4 +1,4 @@
-"""The device that a computation runs on, its memory, and the precision that it computes in."""
+"""Devices, their memory and their precision."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 LOW_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_device(asked: str) -> torch.device:
-    """A CPU or CUDA device; `auto` is CUDA when there is one.
+def resolve_device(name: str) -> torch.device:
+    """Return a CPU or CUDA device by name; `auto` is CUDA if available.
 
-    Errors: :class:`UsageError` for another kind of device, :class:`ZpipeError` for one that isn't there.
+    Raises:
+        UsageError: If it is a device of another kind.
+        ZpipeError: If it is a CUDA device that is not available.
     """
-    if asked == "auto":
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(asked)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"device {asked}: torch knows no such device; choose auto, cpu or cuda") from error
+        raise UsageError(f"device {name}: torch knows no such device; choose auto, cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {asked}: nothing here was made for it; choose auto, cpu or cuda")
+        raise UsageError(f"device {name}: nothing here was made for it; choose auto, cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ZpipeError(f"device {asked}: torch sees no CUDA device here; use --device cpu")
+        raise ZpipeError(f"device {name}: torch sees no CUDA device here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
-        raise ZpipeError(
-            f"device {asked}: torch sees {count} CUDA devices here, cuda:0 to cuda:{count - 1}; choose one"
-        )
+        raise ZpipeError(f"device {name}: torch sees {count} CUDA devices here, cuda:0 to cuda:{count - 1}; choose one")
     return device
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The same on `device`. Out of pinned memory a copy to CUDA takes its turn there, and we don't wait for it."""
+    """Move a tensor to `device`; to CUDA asynchronously, through pinned memory."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep what tensors on the CPU give back, for the next ones to take.
+    """Make glibc keep the memory of freed CPU tensors for later ones.
 
-    It would return every large block to the kernel at once, and have each of its pages cleared and mapped again a moment
-    later: a sixth of the time of a training step whose activations are large. What the process holds stays at its peak.
-    Does nothing where the C library has no mallopt (macOS, musl).
+    By default it returns every large block to the kernel at once, which then has to clear and map its pages again: a
+    sixth of the time of a training step with large activations. The memory of the process stays at its peak instead.
+    Without effect if the C library has no mallopt (macOS, musl).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -59,10 +59,10 @@ def keep_freed_memory() -> None:
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """What to compute under, opened anew for each batch: autocast to `precision`, or nothing for float32.
+    """Return a function that makes the context of one forward pass: autocast, or a null context for float32.
 
     Raises:
-        UsageError: an unknown precision.
+        UsageError: If the precision is unknown.
     """
     if precision == "float32":
         return nullcontext

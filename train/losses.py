@@ -1,24 +1,33 @@
-"""What is minimised: the zoomer's distillation loss (ZoomViT, Eq. 5), term by term, LV-ViT's token labelling, and the loss
-of a model of two stages (CF-ViT, LF-ViT).
+"""Losses: the zoomer's distillation loss (ZoomViT, Eq. 5) and its terms, LV-ViT's token labelling, and the loss of a
+model of two stages (CF-ViT, LF-ViT).
 """
 
 from __future__ import annotations
+
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NORMALISATIONS = ("sum", "softmax")
-KL_DIRECTIONS = ("student||teacher", "teacher||student")
-COARSE_TARGETS = ("fine", "labels")
+Normalisation = Literal["sum", "softmax"]
+KlDirection = Literal["student||teacher", "teacher||student"]
+CoarseTarget = Literal["fine", "labels"]
 
 
-def distribution(maps: Tensor, eps: float = 1e-4, normalisation: str = "sum") -> Tensor:
-    """Maps [B, S] of non-negative scores -> distributions over their S cells, float32: "sum" gives
-    (map + eps) / sum(map + eps), "softmax" exp(map) / sum(exp(map)), which is nearly uniform for maps in [0, 1].
+def distribution(maps: Tensor, eps: float = 1e-4, normalisation: Normalisation = "sum") -> Tensor:
+    """Turn maps into distributions over their cells.
 
-    With "sum" an all-zero map becomes the uniform distribution. The default eps lies far below the thresholds that select cells
-    (0.005 and up, on maps in [0, 1]), yet bounds what an empty cell can cost in a divergence.
+    Args:
+        maps: Non-negative scores [B, S].
+        eps: Added to every score under "sum", so that an all-zero map becomes the uniform distribution. The default is
+            far below the thresholds that select cells (0.005 and up, on maps in [0, 1]), and limits what an empty cell
+            can contribute to a divergence.
+        normalisation: "sum" for (map + eps) / sum(map + eps); "softmax" for exp(map) / sum(exp(map)), which is nearly
+            uniform for maps in [0, 1].
+
+    Returns:
+        float32 [B, S].
     """
     if normalisation == "softmax":
         return maps.float().softmax(dim=1)
@@ -26,8 +35,8 @@ def distribution(maps: Tensor, eps: float = 1e-4, normalisation: str = "sum") ->
     return maps / maps.sum(dim=1, keepdim=True)
 
 
-def kl_divergence(first: Tensor, second: Tensor, eps: float = 1e-4, normalisation: str = "sum") -> Tensor:
-    """KL(first || second) in nats, of the `distribution` of two batches of maps [B, S]; mean over the batch, 0-d."""
+def kl_divergence(first: Tensor, second: Tensor, eps: float = 1e-4, normalisation: Normalisation = "sum") -> Tensor:
+    """KL(first || second) in nats of the `distribution` of two batches of maps [B, S]; mean over the batch, 0-d."""
     p, q = distribution(first, eps, normalisation), distribution(second, eps, normalisation)
     return (p * (p.log() - q.log())).sum(dim=1).mean()
 
@@ -35,8 +44,8 @@ def kl_divergence(first: Tensor, second: Tensor, eps: float = 1e-4, normalisatio
 def dice_loss(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
     """1 - 2 <y, p> / (<y, y> + <p, p>) of soft maps [B, S] in [0, 1]; mean over the batch, 0-d.
 
-    The squared denominator makes it 0 exactly where the maps agree, soft ones included. eps, added above and below,
-    makes two all-zero maps agree.
+    Because of the squares in the denominator it is 0 exactly if the maps are equal, soft maps included. eps, added to
+    numerator and denominator, makes it 0 for two all-zero maps.
     """
     student, teacher = student.float(), teacher.float()
     overlap = 2 * (student * teacher).sum(dim=1)
@@ -48,39 +57,47 @@ class ZoomerLoss(nn.Module):
     """MSE + w_kl * KL + w_dice * Dice (Eq. 5).
 
     Args:
-        w_kl, w_dice: the paper's w1 and w2, whose values it doesn't give; 0.1 each is our choice. KL ignores a
-            map's scale; MSE and Dice tie it to the [0, 1] that the threshold alpha is read against.
-        kl_direction: "student||teacher", as the paper writes it, or "teacher||student", usual in distillation.
-        normalisation: how maps become the distributions that KL compares, see `distribution`; the paper doesn't say.
+        w_kl, w_dice: The paper's w1 and w2, whose values it does not give; 0.1 each is our choice. KL ignores the scale
+            of a map; MSE and Dice bind it to [0, 1], the range of the threshold alpha.
+        kl_direction: "student||teacher", as in the paper, or "teacher||student", which is usual in distillation.
+        normalisation: How maps become the distributions that KL compares, see `distribution`; the paper does not say.
 
     Raises:
-        ValueError: negative weights, an unknown direction or normalisation.
+        ValueError: If a weight is negative, or the direction or normalisation is unknown.
     """
 
     def __init__(
         self,
         w_kl: float = 0.1,
         w_dice: float = 0.1,
-        kl_direction: str = "student||teacher",
-        normalisation: str = "sum",
+        kl_direction: KlDirection = "student||teacher",
+        normalisation: Normalisation = "sum",
     ) -> None:
         super().__init__()
         if w_kl < 0 or w_dice < 0:
             raise ValueError(f"loss weights must not be negative, got w_kl {w_kl}, w_dice {w_dice}")
-        if kl_direction not in KL_DIRECTIONS:
-            raise ValueError(f"kl_direction must be one of {', '.join(KL_DIRECTIONS)}, got {kl_direction!r}")
+        if kl_direction not in get_args(KlDirection):
+            raise ValueError(f"kl_direction must be one of {', '.join(get_args(KlDirection))}, got {kl_direction!r}")
+        if normalisation not in get_args(Normalisation):
+            raise ValueError(
+                f"normalisation must be one of {', '.join(get_args(Normalisation))}, got {normalisation!r}"
+            )
         self.w_kl = w_kl
         self.w_dice = w_dice
-        if normalisation not in NORMALISATIONS:
-            raise ValueError(f"normalisation must be one of {', '.join(NORMALISATIONS)}, got {normalisation!r}")
         self.kl_direction = kl_direction
-        self.normalisation = normalisation
+        self.normalisation: Normalisation = normalisation
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """student, teacher [B, S] in [0, 1] -> the total, 0-d float32, and its terms before weighting, detached.
+        """Compute the loss, in float32 for inputs of any dtype.
 
-        The terms are named mse, kl and dice. Computed in float32 whatever comes in. Raises ValueError unless both are
-        [B, S] alike.
+        Args:
+            student, teacher: Maps [B, S] in [0, 1].
+
+        Returns:
+            The total, 0-d float32, and its terms mse, kl and dice before weighting, detached.
+
+        Raises:
+            ValueError: If the two don't have the same shape [B, S].
         """
         if student.ndim != 2 or student.shape != teacher.shape:
             raise ValueError(
@@ -99,32 +116,42 @@ class ZoomerLoss(nn.Module):
 
 
 class CoarseToFineLoss(nn.Module):
-    """Cross-entropy of the fine stage, plus what ties the coarse stage to it (CF-ViT, Eq. 14; LF-ViT, Eq. 12).
+    """Cross-entropy of the fine stage, plus a loss of the coarse stage (CF-ViT, Eq. 14; LF-ViT, Eq. 12).
 
-    The tie is KL(fine || coarse), mean over the batch, at temperature 1. The papers write KL(p_c, p_f) and say no more;
-    in the authors' code the fine stage is the target, and no gradient flows into it.
+    The coarse stage learns from the fine one by KL(fine || coarse), mean over the batch, at temperature 1. The papers
+    write KL(p_c, p_f) without more detail; in the authors' code the fine stage is the target, and gets no gradient from
+    it.
 
     Args:
-        coarse: "fine", to learn from the fine stage, or "labels", cross-entropy in place of KL (Eq. 15, Table 8).
-        label_smoothing: of class indices; distributions are taken as they are.
+        coarse: What the coarse stage learns from: "fine", or "labels", which replaces KL by cross-entropy (Eq. 15,
+            Table 8).
+        label_smoothing: Label smoothing of class indices; targets that are distributions are not smoothed.
 
     Raises:
-        ValueError: an unknown coarse, label_smoothing outside [0, 1].
+        ValueError: If `coarse` is unknown, or label_smoothing is outside [0, 1].
     """
 
-    def __init__(self, coarse: str = "fine", label_smoothing: float = 0.0) -> None:
+    def __init__(self, coarse: CoarseTarget = "fine", label_smoothing: float = 0.0) -> None:
         super().__init__()
-        if coarse not in COARSE_TARGETS:
-            raise ValueError(f"coarse must be one of {', '.join(COARSE_TARGETS)}, got {coarse!r}")
+        if coarse not in get_args(CoarseTarget):
+            raise ValueError(f"coarse must be one of {', '.join(get_args(CoarseTarget))}, got {coarse!r}")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}")
         self.coarse = coarse
         self.label_smoothing = label_smoothing
 
     def forward(self, coarse: Tensor, fine: Tensor, target: Tensor) -> Tensor:
-        """coarse, fine logits [B, K]; target int64 [B], or distributions [B, K] -> 0-d float32.
+        """Compute the loss, in float32 for inputs of any dtype.
 
-        Computed in float32 whatever comes in. Raises ValueError when the shapes disagree.
+        Args:
+            coarse, fine: Logits [B, K].
+            target: Class indices, int64 [B], or distributions [B, K].
+
+        Returns:
+            The loss, 0-d float32.
+
+        Raises:
+            ValueError: If the shapes disagree.
         """
         if coarse.ndim != 2 or coarse.shape != fine.shape:
             raise ValueError(
@@ -142,15 +169,18 @@ class CoarseToFineLoss(nn.Module):
             total = F.cross_entropy(fine, target, label_smoothing=smoothing)
             if self.coarse == "labels":
                 return total + F.cross_entropy(coarse, target, label_smoothing=smoothing)
-            taught = fine.detach().softmax(dim=1)  # [B, K]
-            return total + F.kl_div(coarse.log_softmax(dim=1), taught, reduction="batchmean")
+            teacher = fine.detach().softmax(dim=1)  # [B, K]
+            return total + F.kl_div(coarse.log_softmax(dim=1), teacher, reduction="batchmean")
 
 
 class TokenLabelLoss(nn.Module):
-    """Cross-entropy of the class token, plus `weight` times the mean over patches of theirs (LV-ViT, Eq. 4).
+    """Cross-entropy of the class token, plus `weight` times the mean cross-entropy of the patches (LV-ViT, Eq. 4).
 
     Args:
-        weight: of the patches' part; their value, 0.5.
+        weight: Weight of the patches; LV-ViT's value is 0.5.
+
+    Raises:
+        ValueError: If the weight is negative.
     """
 
     def __init__(self, weight: float = 0.5) -> None:
@@ -160,9 +190,19 @@ class TokenLabelLoss(nn.Module):
         self.weight = weight
 
     def forward(self, logits: Tensor, dense: Tensor, labels: Tensor, token_labels: Tensor) -> Tensor:
-        """logits [B, K], dense [B, N, K], labels [B] or [B, K], token_labels [B, N, K], distributions -> 0-d.
+        """Compute the loss.
 
-        Raises ValueError when the shapes disagree.
+        Args:
+            logits: Logits of the class token [B, K].
+            dense: Logits of the patches [B, N, K].
+            labels: Class indices, int64 [B], or distributions [B, K].
+            token_labels: Distributions [B, N, K].
+
+        Returns:
+            The loss, 0-d.
+
+        Raises:
+            ValueError: If the shapes disagree.
         """
         if dense.shape != token_labels.shape or dense.ndim != 3:
             raise ValueError(
@@ -174,11 +214,22 @@ class TokenLabelLoss(nn.Module):
 
 
 def relevance_token_labels(maps: Tensor, labels: Tensor, num_classes: int, side: int) -> Tensor:
-    """Token labels from relevance maps: the class to the extent that a patch is relevant, else no class in particular.
+    """Make token labels from relevance maps.
 
-    maps [B, gh, gw] in [0, 1], labels int64 [B] -> [B, side * side, num_classes], distributions. A patch of relevance r
-    is labelled r of the class and (1 - r) of the uniform distribution. LV-ViT's own labels come from another network's
-    dense predictions; these need nothing but the stored maps. Raises ValueError for maps outside [0, 1].
+    The label of a patch of relevance r is r times the one-hot class plus (1 - r) times the uniform distribution.
+    LV-ViT's own labels are the dense predictions of another network; these need only the stored maps.
+
+    Args:
+        maps: Relevance maps [B, gh, gw] in [0, 1].
+        labels: Class indices, int64 [B].
+        num_classes: Number of classes.
+        side: Patches per row and column.
+
+    Returns:
+        Distributions [B, side * side, num_classes].
+
+    Raises:
+        ValueError: If a map has values outside [0, 1].
     """
     if maps.numel() and not 0 <= float(maps.min()) <= float(maps.max()) <= 1:
         raise ValueError("token labels need maps in [0, 1]; normalise them first")

@@ -1,4 +1,4 @@
-"""What the processes of one training run tell each other. A process alone tells nobody anything."""
+"""Collectives between the processes of a training run; without effect in a single process."""
 
 from __future__ import annotations
 
@@ -18,38 +18,46 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, number `rank` of the `size` that train together in torch.distributed's default group.
+    """This process among those that train together, torch.distributed's default process group.
 
-    Every rank must make the same calls in the same order, or all wait for ever.
+    All ranks must make the same calls in the same order, or they wait for each other forever.
     """
 
     rank: int
+    """Number of this process, from 0."""
+
     size: int
+    """Number of processes."""
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes files and shows progress."""
+        """Whether this is rank 0, which writes files and shows progress."""
         return self.rank == 0
 
     @property
     def alone(self) -> bool:
+        """Whether this is the only process."""
         return self.size == 1
 
     def part(self, batch_size: int) -> int:
-        """This rank's part of a batch. Errors: :class:`UsageError` when it can't be shared evenly."""
+        """The number of samples of a batch that this rank takes.
+
+        Raises:
+            UsageError: If the batch can't be split evenly.
+        """
         check_batch(batch_size, self.size)
         return batch_size // self.size
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """The sum of each value over the ranks, in float64, the same bits on all of them."""
+        """The sum of each value over the ranks, in float64, bit-identical on all of them."""
         if self.alone:
             return [float(value) for value in values]
-        together = torch.tensor(values, dtype=torch.float64, device=_collective_device())
-        dist.all_reduce(together)
-        return together.tolist()
+        sums = torch.tensor(values, dtype=torch.float64, device=_collective_device())
+        dist.all_reduce(sums)
+        return sums.tolist()
 
     def gather(self, value: Value) -> list[Value]:
-        """Every rank's value."""
+        """The values of all ranks, in the order of the ranks."""
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.size
@@ -57,7 +65,11 @@ class Ranks:
         return values
 
     def from_first(self, make: Callable[[], Value]) -> Value:
-        """What `make` gives on the first rank; it isn't called on the others. Its :class:`ZpipeError` is raised on all."""
+        """Call `make` on the first rank only, and return its result on all ranks.
+
+        Raises:
+            ZpipeError: On all ranks, if `make` raises it.
+        """
         if self.alone:
             return make()
         outcome: list[Any] = [None, None]
@@ -72,23 +84,27 @@ class Ranks:
         return outcome[0]
 
     def share(self, model: nn.Module) -> nn.Module:
-        """`model`, the means of whose gradients over the ranks are taken in the backward pass."""
+        """Wrap `model` so that its backward pass averages the gradients over the ranks."""
         if self.alone:
             return model
-        # A parameter may go without a gradient: the fine positions of a ZoomViT do when nothing is zoomed.
+        # Some parameters may get no gradient, such as the fine positions of a ZoomViT if nothing is zoomed.
         devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
         return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
 
 
 def ranks() -> Ranks:
-    """This process among those of torch.distributed, or alone where that isn't initialised."""
+    """The ranks of torch.distributed, or a single one if it is not initialised."""
     if not dist.is_initialized():
         return Ranks(0, 1)
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def check_batch(batch_size: int, count: int) -> None:
-    """Errors: :class:`UsageError` when a batch can't be shared evenly by `count` training processes."""
+    """Check that `count` training processes can split a batch evenly.
+
+    Raises:
+        UsageError: If they can't.
+    """
     if batch_size % count:
         raise UsageError(
             f"train.batch_size {batch_size}: can't be shared evenly by {count} training processes; "

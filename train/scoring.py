@@ -66,6 +66,12 @@ def score_use(model: nn.Module) -> ScoreUse | None:
         raise UsageError(str(error)) from error
 
 
+def zooms(model: nn.Module) -> bool:
+    """Whether the model zooms the cells above a threshold, or within a budget."""
+    use = score_use(model)
+    return use is not None and use.zooms
+
+
 def run_model(
     model: Callable[..., Any], source: ScoreSource | None, batch: dict[str, Any], point: OperatingPoint
 ) -> tuple[Any, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Settings by dotted name: what `--set train.opt=muon` does to a frozen dataclass."""
+"""Settings of frozen dataclasses by dotted name, as in `--set train.opt=muon`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from zpipe.schemas.errors import UsageError
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """`config` with fields replaced; dotted names reach into nested dataclasses, lists become tuples.
+    """Replace fields of a configuration; dotted names reach into nested dataclasses, lists become tuples.
 
-    Errors: :class:`UsageError` for an unknown name, or a value that isn't of the field's type.
+    Raises:
+        UsageError: If a name is unknown, or a value is not of its field's type.
     """
     for name, value in settings.items():
         config = _replace(config, name.split("."), value, name)
@@ -25,10 +29,13 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
 
 
 def rebuild(config: Config, recorded: Mapping[str, Any]) -> Config:
-    """`config` with the fields that a run recorded, nested ones too. What it didn't record keeps its value, and what isn't
-    a field is passed over: runs record more than their settings, and an older zpipe other ones.
+    """Replace the fields of a configuration, nested ones too, by those that a run recorded.
 
-    Errors: as of `with_settings`.
+    Fields that the run did not record keep their values. Names that are no fields are ignored: runs record more than
+    their settings, and earlier versions had other settings.
+
+    Raises:
+        UsageError: As `with_settings`.
     """
     for field in fields(config):
         if field.name in recorded:
@@ -43,19 +50,23 @@ def rebuild(config: Config, recorded: Mapping[str, Any]) -> Config:
     return config
 
 
-def check_choices(config: Any, prefix: str = "") -> None:
-    """Hold a dataclass's fields of type Literal against what it names; for its `__post_init__`, so that a value that
-    isn't among them can't pass for another, whoever gives it. prefix: of the fields' names, such as `train.`.
+def check_choices(config: DataclassInstance, prefix: str = "") -> None:
+    """Check the fields of type Literal of a dataclass; to be called in its `__post_init__`.
 
-    Errors: :class:`UsageError` naming the field and its choices.
+    Args:
+        config: The dataclass.
+        prefix: What the names of its fields begin with in messages, such as `train.`.
+
+    Raises:
+        UsageError: Naming the field and its choices.
     """
     for name, wanted in _choices(type(config)).items():
         _coerce(getattr(config, name), wanted, prefix + name)
 
 
 @cache
-def _choices(config: type) -> dict[str, Any]:
-    """A dataclass's fields of type Literal, with that type. Kept, for reading them takes longer than all else here."""
+def _choices(config: type[DataclassInstance]) -> dict[str, Any]:
+    """The fields of type Literal and their types. Cached, because resolving the annotations is slow."""
     hints = get_type_hints(config)
     return {field.name: hints[field.name] for field in fields(config) if get_origin(hints[field.name]) is Literal}
 
@@ -75,7 +86,7 @@ def _replace(config: Any, path: list[str], value: Any, full: str) -> Any:
 
 
 def _coerce(value: Any, wanted: Any, full: str) -> Any:
-    """`value` as the annotated type `wanted`: a plain type, `X | None`, a Literal, a tuple or a dict."""
+    """Convert `value` to the annotated type `wanted`: a plain type, `X | None`, a Literal, a tuple or a dict."""
     if get_origin(wanted) in (Union, UnionType):
         if value is None:
             return None
@@ -88,7 +99,8 @@ def _coerce(value: Any, wanted: Any, full: str) -> Any:
         parts = get_args(wanted)
         if not isinstance(value, (list, tuple)):
             raise UsageError(
-                f"setting {full}: {value!r}; give a list of {len(parts)} values, such as [{','.join(['0.5'] * len(parts))}]"
+                f"setting {full}: {value!r}; give a list of {len(parts)} values, such as "
+                f"[{','.join(['0.5'] * len(parts))}]"
             )
         if len(value) != len(parts):
             raise UsageError(f"setting {full}: wants {len(parts)} values, got {len(value)}")
@@ -104,7 +116,7 @@ def _coerce(value: Any, wanted: Any, full: str) -> Any:
 
 
 def to_json(value: Any) -> Any:
-    """Settings as JSON values: tuples become lists, so that what is read back equals what was written."""
+    """Convert settings to JSON values. Tuples become lists, so that a record equals itself after reading it back."""
     if isinstance(value, dict):
         return {name: to_json(item) for name, item in value.items()}
     return [to_json(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -63,9 +63,9 @@ def train_zoomer_command(
         config = with_settings(
             recipe(recipe_name, ZOOMER_RECIPES, ZoomerConfig()), flags | parse_settings(settings, "--set")
         )
-        places = {"shards": shards, "maps": maps, "out": output}
+        arguments = {"shards": shards, "maps": maps, "out": output, "resume": resume}
         workers = Workers(count=num_workers, address=address)
-        run_training(train_zoomer, places, config, workers, resume=resume, progress=progress, say=warn)
+        run_training(train_zoomer, arguments, config, workers, progress=progress, say=warn)
         tell(f"{output}: zoomer ready; measure it with: zpipe evaluate {output} VAL_SHARDS --maps VAL_MAPS")
 
 
@@ -158,7 +158,8 @@ def train_vit_command(
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
         flags |= _given({"image_size": image_size})
         config = with_settings(base, flags | parse_settings(settings, "--set"))
-        places = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
+        arguments = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
+        arguments["resume"] = resume
         workers = Workers(count=num_workers, address=address)
-        run_training(train_vit, places, config, workers, resume=resume, progress=progress, say=warn)
+        run_training(train_vit, arguments, config, workers, progress=progress, say=warn)
         tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")

@@ -145,11 +145,24 @@ def test_values_out_of_range(name, value):
         (VitConfig, "zoom_draw", "cells"),
         (ViewConfig, "view.augment", "val"),
         (ViewConfig, "view.colour", ["deit"]),
+        (VitConfig, "missing", "eror"),
+        (VitConfig, "damaged", "uniform"),
+        (ZoomerConfig, "missing", None),
+        (ZoomerConfig, "damaged", "Skip"),
+        (ZoomerConfig, "kl_direction", "student"),
+        (ZoomerConfig, "normalisation", "max"),
     ],
 )
 def test_a_choice_that_is_none_is_refused_from_python_too(make, name, value):
     with pytest.raises(UsageError, match=f"^setting {name}: .*; choose one of "):
         make(**{name.rpartition(".")[2]: value})
+
+
+def test_other_values_that_are_none_are_refused_from_python_too():
+    with pytest.raises(UsageError, match="--scores nowhere: choose one of zoomer, maps"):
+        VitConfig(scores="nowhere")
+    with pytest.raises(UsageError, match="train-zoomer: loss weights must not be negative"):
+        ZoomerConfig(w_dice=-0.1)
 
 
 JSON = st.recursive(

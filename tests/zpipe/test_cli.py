@@ -131,7 +131,11 @@ WRONG = {
     "zoomer: lr is no number": (zoomer(more="--lr nan"), 2, "setting train.lr: nan"),
     "zoomer: no epochs": (zoomer(more="--epochs 0"), 2, "train.epochs 0"),
     "zoomer: blocks": (zoomer(more="--num-blocks 3"), 2, "num_blocks must be 2, 4 or 6"),
-    "zoomer: missing policy": (zoomer(more="--missing ignore"), 2, "missing='ignore'; choose one of error, skip"),
+    "zoomer: missing policy": (
+        zoomer(more="--missing ignore"),
+        2,
+        "setting missing: 'ignore'; choose one of error, skip",
+    ),
     "zoomer: batch too large": (zoomer(more="--batch-size 64"), 2, "too few samples (40) for one batch of 64"),
     "zoomer: device": (zoomer(more="--device abacus"), 2, "device abacus"),
     "zoomer: image size": (zoomer(more="--image-size 0"), 2, "image_size=0"),

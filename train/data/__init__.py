@@ -1,1 +1,1 @@
-"""Images and relevance maps in one stream."""
+"""Streams images together with their relevance maps."""

@@ -1,4 +1,4 @@
-"""Each sample with its relevance map, by key. A shard and its maps are read once, in one piece, and dropped when used up."""
+"""Joins samples with their relevance maps by key. A shard and its maps are read once, and dropped after use."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ from zpipe.train.data.stream import Shard, read_tar
 from zpipe.train.data.transforms import ViewConfig
 
 Missing = Literal["error", "skip", "uniform"]
-MISSING_POLICIES: tuple[Missing, ...] = ("error", "skip", "uniform")
+Damaged = Literal["error", "skip"]
 FRAME_COLUMNS = ("frame_x1", "frame_y1", "frame_x2", "frame_y2")
 
 
 def check_store(maps: RelevanceMaps, shards: list[Shard], view: ViewConfig) -> None:
-    """Errors: :class:`ZpipeError` when the store's frame can't serve these views, or it was made from other tars."""
+    """Check that a store has the maps of these shards, on a frame that covers the views.
+
+    Raises:
+        ZpipeError: If the frame of the store can't serve the views, or the store was made from other tars.
+    """
     origin = maps.manifest.provenance
     if origin.frame == "center" and view.augment == "eval" and view.crop_pct > origin.crop_pct + 1e-6:
         raise ZpipeError(
@@ -43,7 +47,7 @@ def check_store(maps: RelevanceMaps, shards: list[Shard], view: ViewConfig) -> N
             raise ZpipeError(
                 f"{maps.path}: has no maps for {shard.path}; extract from these shards, or give the right store"
             )
-        # Of tars that carry no index the digest is not known; keys are compared when they are read.
+        # The digest of a tar without an index is unknown; its keys are compared when it is read.
         if shard.entry.sha256 and found.input_sha256 != shard.entry.sha256:
             raise ZpipeError(
                 f"{maps.path}: made from a {shard.path.name} with SHA-256 {found.input_sha256[:12]}, {shard.path} has "
@@ -57,7 +61,7 @@ def check_store(maps: RelevanceMaps, shards: list[Shard], view: ViewConfig) -> N
 
 
 def usable_rows(maps: RelevanceMaps, shards: list[Shard]) -> list[np.ndarray]:
-    """Rows of each shard whose sample has a usable map. Reads one index column a shard."""
+    """The rows of each shard whose sample has a usable map, int32. Reads one column of each shard's index."""
     tables = map_files(maps.path, lambda shard: maps.index(shard.entry.stem, ["status"]), shards)
     usable = (table["status"].to_numpy(zero_copy_only=False) == OK for table in tables)
     return [np.flatnonzero(rows).astype(np.int32) for rows in usable]
@@ -65,42 +69,42 @@ def usable_rows(maps: RelevanceMaps, shards: list[Shard]) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Joined:
-    """A sample with its place (shard in the data set's list, row in it) and, when there is a store, its map.
-
-    relevance: float32 [gh, gw] in [0, 1], over `frame` in source pixels (None: over the whole image). The min-max is taken
-    over the whole map, before any crop: a crop of background stays low.
-    """
+    """A sample with its place and, if there is a store, its map."""
 
     shard: Shard
     shard_number: int
+    """Position of the shard in the list of the data set."""
     row: int
+    """Position of the sample in the shard."""
     sample: Sample
     relevance: np.ndarray | None
+    """float32 [gh, gw] in [0, 1], min-max normalised before any crop, so that a crop of background stays low."""
     frame: Box | None
+    """What the map covers, in source pixels; None for the whole image."""
 
 
 @dataclass
 class _Held:
-    """A shard in memory; samples are let go as they are taken for the last time."""
+    """A shard in memory."""
 
-    samples: list[Sample | None]
-    maps: np.ndarray | None  # [n, gh, gw], rows of the index
+    samples: list[Sample | None]  # None after their last use
+    maps: np.ndarray | None  # [n, gh, gw], in the order of the index
     statuses: list[str]
     row_of: dict[str, int]
     frames: np.ndarray | None  # [n, 4]
 
 
 class ShardJoin:
-    """Hands out samples of the shards it was told to expect; reads the next shard of a lane while one is in use."""
+    """Hands out the samples of a plan; reads the next shard of a lane in the background."""
 
     def __init__(
         self, shards: Sequence[Shard], maps: RelevanceMaps | None, missing: Missing, *, skip_damaged: bool
     ) -> None:
         self._shards, self._maps, self._missing, self._skip_damaged = shards, maps, missing, skip_damaged
         self._held: dict[int, _Held | None] = {}
-        self._coming: dict[int, Future[_Held | None]] = {}
-        self._left: dict[int, int] = {}
-        self._fetch_at: dict[int, tuple[int, int]] = {}  # shard -> how many are left when which other is fetched
+        self._prefetched: dict[int, Future[_Held | None]] = {}
+        self._left: dict[int, int] = {}  # shard -> how many of its samples are still to be taken
+        self._prefetch_at: dict[int, tuple[int, int]] = {}  # shard -> (samples left at which to prefetch, next shard)
         self._damaged: list[str] = []
         self._pool = ThreadPoolExecutor(max_workers=1)
 
@@ -111,7 +115,7 @@ class ShardJoin:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def expect(self, plan: Plan) -> None:
-        """Say what will be taken, in order: so we know when a shard is used up and which comes next."""
+        """Announce all samples that will be taken, in order, to know when a shard is used up and which is next."""
         shards, first, counts = np.unique(plan.shard, return_index=True, return_counts=True)
         self._left = dict(zip(shards.tolist(), counts.tolist(), strict=True))
         lane_of = dict(zip(shards.tolist(), plan.lane[first].tolist(), strict=True))
@@ -120,33 +124,42 @@ class ShardJoin:
             lanes.setdefault(lane_of[shard], []).append(shard)
         for lane in lanes.values():
             for shard, following in zip(lane, lane[1:], strict=False):
-                self._fetch_at[shard] = (self._left[shard] // 2, following)
+                self._prefetch_at[shard] = (self._left[shard] // 2, following)
 
     def take(self, shard_number: int, row: int, *, last: bool = True) -> Joined | None:
-        """One sample; None when its tar is damaged and that is to be skipped. `last`: it won't be taken again.
+        """Take one sample.
 
-        Errors: :class:`ZpipeError` for a damaged tar or store, and for a sample without a usable map (`missing="error"`).
+        Args:
+            shard_number: Position of the shard in the list.
+            row: Position of the sample in the shard.
+            last: Whether this is the sample's last use, after which it is freed.
+
+        Returns:
+            The sample, or None if its tar is damaged and damaged tars are skipped.
+
+        Raises:
+            ZpipeError: If a tar or the store is damaged, or the sample has no usable map and must have one.
         """
         if shard_number not in self._held:
-            coming = self._coming.pop(shard_number, None)
-            self._held[shard_number] = coming.result() if coming else self._read(shard_number)
+            prefetched = self._prefetched.pop(shard_number, None)
+            self._held[shard_number] = prefetched.result() if prefetched else self._read(shard_number)
         held = self._held[shard_number]
         self._left[shard_number] -= 1
-        fetch_at, following = self._fetch_at.get(shard_number, (-1, -1))
-        if self._left[shard_number] == fetch_at:
-            self._coming[following] = self._pool.submit(self._read, following)
+        prefetch_at, following = self._prefetch_at.get(shard_number, (-1, -1))
+        if self._left[shard_number] == prefetch_at:
+            self._prefetched[following] = self._pool.submit(self._read, following)
         if self._left[shard_number] == 0:
             del self._held[shard_number]
         return None if held is None else self._joined(shard_number, row, held, last)
 
     def pop_damaged(self) -> list[str]:
-        """What was found damaged since the last call, a line each."""
-        found, self._damaged = self._damaged, []
-        return found
+        """The messages about damaged tars since the last call."""
+        lines, self._damaged = self._damaged, []
+        return lines
 
     def _joined(self, shard_number: int, row: int, held: _Held, last: bool) -> Joined:
         shard, sample = self._shards[shard_number], held.samples[row]
-        assert sample is not None  # only its last use lets it go
+        assert sample is not None  # freed after its last use only
         if last:
             held.samples[row] = None
         if self._maps is None or held.maps is None:

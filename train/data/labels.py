@@ -8,7 +8,11 @@ from zpipe.schemas.errors import ZpipeError
 
 
 def check_labels(labels: Tensor, keys: list[str], num_classes: int) -> None:
-    """Errors: :class:`ZpipeError` naming the first key whose label [B] is outside the classes."""
+    """Check the labels int64 [B] of a batch.
+
+    Raises:
+        ZpipeError: Naming the first key whose label is outside the classes.
+    """
     outside = (labels < 0) | (labels >= num_classes)
     if outside.any():
         first = int(outside.nonzero()[0])

@@ -5,50 +5,33 @@ from __future__ import annotations
 import hashlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
-import webdataset as wds
-from PIL import Image
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.geometry import Box
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.schemas.sample import DECODE_ERRORS
 from zpipe.schemas.storage import as_path
-from zpipe.train.data.join import MISSING_POLICIES, Joined, Missing, ShardJoin, check_store, usable_rows
+from zpipe.train.data.join import Damaged, Missing, check_store, usable_rows
 from zpipe.train.data.order import (
     Plan,
     deal,
     fresh_per_batch,
     lane_count,
-    last_uses,
     plan_epoch,
     shard_order,
     whole_batches,
 )
 from zpipe.train.data.stream import list_shards
-from zpipe.train.data.transforms import (
-    Augment,
-    ViewConfig,
-    change_colours,
-    decode,
-    draw_view,
-    erase,
-    erase_maps,
-    view_box,
-    view_image,
-    view_maps,
-)
-
-Damaged = Literal["error", "skip"]
+from zpipe.train.data.transforms import Augment, ViewConfig
+from zpipe.train.data.worker import BatchParts, EpochSpec
 
 
 class RelevanceLoader:
@@ -56,35 +39,47 @@ class RelevanceLoader:
 
         image      uint8 [B, 3, S, S], not normalised: the model's mean and std are applied where it runs
         label      int64 [B]
-        relevance  float32 [B, gh, gw] in [0, 1], the map under the same crop and flip (when `maps` is given)
+        relevance  float32 [B, gh, gw] in [0, 1], the map under the same crop and flip (if `maps` is given)
         box        float32 [B, 4], the crop in source pixels (x1, y1, x2, y2)
         flipped    bool [B]
         key        list of B str
-        object_box float32 [B, 4], the object's box in fractions of the crop (when every sample's .json has a `box`)
+        object_box float32 [B, 4], the object's box in fractions of the crop (if every sample's .json has a `box`)
 
-    Order: see `zpipe.train.data.order`. An epoch holds every sample once; training leaves out the last samples that fill no
-    batch (`epoch_counts` says how many). Of every batch of training each rank takes `batch_size` samples, so the batches of
-    all ranks put together are those of one process with `batch_size * world_size`, and all ranks take `len(loader)` steps.
-    Evaluation deals whole shards to ranks; one that gets none yields nothing. What a sample's view looks like depends on
-    (seed, epoch, sample, repeat) alone.
+    The order is that of `zpipe.train.data.order`. An epoch holds every sample once; training drops the last samples,
+    which fill no batch (`epoch_counts` says how many). In training, each rank takes `batch_size` samples of every
+    batch, so the batches of all ranks together are those of one process with `batch_size * world_size`, and all ranks
+    take `len(loader)` steps. Evaluation deals whole shards to ranks; a rank without shards yields nothing. The view of
+    a sample depends on (seed, epoch, sample, repeat) only.
 
-    `state_dict()` after a batch, loaded into a new loader in the same or another process, goes on with the batch behind it:
-    the same batches, also with another number of workers, and in training of ranks, where `batch_size * world_size` stays.
+    A `state_dict()` that is taken after a batch and loaded into a new loader, in the same or another process, continues
+    with the next batch. The batches are the same, also with another number of workers, and in training with another
+    number of ranks if `batch_size * world_size` is unchanged.
+
+    Each of the 8 or so shards that an epoch is mixed from is held undecoded in one worker of all ranks: 110 MB each for
+    ImageNet in tars of 1,000.
 
     Args:
-        shards: folder or URL of tars that `zpipe make-shards` wrote, public tars (jpg + cls or json), or one tar.
-        maps: relevance store (path, URL or an open one) made from these shards.
-        batch_size: samples in a batch of this rank.
+        shards: Folder or URL of tars that `zpipe make-shards` wrote, public tars (jpg + cls or json), or one tar.
+        maps: Relevance store made from these shards: a path, a URL or an open store.
+        batch_size: Samples of this rank in a batch.
+        image_size: Side S of the images, in pixels.
         augment: "train" (random crops and flips, shuffled) or "eval" (centre crops, every sample, in order).
-        repeats: how often a batch of training holds each of its samples, in different views (repeated augmentation, Hoffer
-            et al. 2020). An epoch has as many batches as without, and sees a part of the samples, another one every time.
-        missing: what a sample without a usable map does: "error", "skip" (left out), "uniform" (a map of ones).
-        damaged: what a tar does that is truncated or altered: "error", or "skip", which makes batches smaller by its
-            samples and tells its name in `damaged_shards`.
-        view: crop, flip and colour settings; `augment` overrides its mode.
+        seed: Seed of the order and of the augmentation.
+        num_workers: Data-loading processes; 0 loads in this process.
+        rank: Number of this training process.
+        world_size: Number of training processes.
+        missing: How to handle samples without a usable map: "error", "skip" (leave them out), "uniform" (a map of
+            ones).
+        damaged: How to handle truncated or altered tars: "error", or "skip", which makes batches smaller by their
+            samples and lists the tars in `damaged_shards`.
+        repeats: How often a training batch holds each of its samples, in different views (repeated augmentation, Hoffer
+            et al. 2020). An epoch has as many batches as without repeats and sees a part of the samples, another one
+            every time.
+        view: Crop, flip and colour settings; `augment` overrides its mode.
 
-    Memory: each of the 8 or so shards that an epoch is mixed from is held undecoded in one of the workers of all ranks,
-    110 MB each for ImageNet in tars of 1,000. Errors: :class:`UsageError` / :class:`ZpipeError` naming folder, tar or key.
+    Raises:
+        UsageError: If an argument is out of range, or the store does not serve these shards and views.
+        ZpipeError: If shards or store can't be read. Iterating raises it too, naming the folder, tar or key.
     """
 
     def __init__(
@@ -110,11 +105,11 @@ class RelevanceLoader:
                 f"batch_size={batch_size}, image_size={image_size}, rank={rank} of {world_size}, "
                 f"num_workers={num_workers}, seed={seed}, repeats={repeats}: out of range"
             )
-        if missing not in MISSING_POLICIES:
-            raise UsageError(f"missing={missing!r}; choose one of {', '.join(MISSING_POLICIES)}")
-        if damaged not in ("error", "skip"):
+        if missing not in get_args(Missing):
+            raise UsageError(f"missing={missing!r}; choose one of {', '.join(get_args(Missing))}")
+        if damaged not in get_args(Damaged):
             raise UsageError(f"damaged={damaged!r}; choose error or skip")
-        if augment not in ("train", "eval"):
+        if augment not in get_args(Augment):
             raise UsageError(f"augment={augment!r}; choose train or eval")
         self.path = as_path(shards)
         self.shards, self.index = list_shards(self.path)
@@ -128,9 +123,11 @@ class RelevanceLoader:
         self.repeats = repeats if self.train else 1
         self.epoch = 0
         self._lanes = self._own_lanes()
-        self._start = self._next = 0  # the batch that the next iteration begins with; the one behind the last yielded
+        self._start = 0  # the batch that the next iteration begins with
+        self._next = 0  # the batch after the last one yielded
         self.maps: RelevanceMaps | None = None
-        # Shards of one size share their rows: of a million shards each array would cost more than what it says.
+        # Shards of one size share one array of rows: with a million shards, the arrays would cost more than their
+        # contents.
         whole = {count: np.arange(count, dtype=np.int32) for count in {shard.entry.count for shard in self.shards}}
         self._rows = [whole[shard.entry.count] for shard in self.shards]
         self._unusable = 0
@@ -147,14 +144,20 @@ class RelevanceLoader:
 
     @property
     def sample_count(self) -> int:
-        """Samples in the data set (all ranks), those left out by `missing="skip"` not counted."""
+        """Samples in the data set (all ranks), without those that `missing="skip"` leaves out."""
         return sum(map(len, self._rows))
 
     def draw(self, count: int, *, shards: int, seed: int = 0) -> int:
-        """Serve only `count` samples from now on, drawn by seed, in the order they had; returns how many shards they are from.
+        """Restrict the loader to `count` random samples, in their present order.
 
-        `shards` of the shards are drawn first, more only where these hold too few samples, so that a look at a large data
-        set reads little of it. Errors: :class:`UsageError` when the loader trains.
+        The samples come from `shards` random shards, and from more only if these hold too few, so that looking at a few
+        samples of a large data set reads little of it.
+
+        Returns:
+            The number of shards that the samples come from.
+
+        Raises:
+            UsageError: If the loader is for training.
         """
         if self.train:
             raise UsageError("samples are drawn for looking at them; training takes all of them")
@@ -181,8 +184,12 @@ class RelevanceLoader:
         return self.batch_size * self.world_size
 
     def epoch_counts(self) -> dict[str, int]:
-        """What an epoch does with the samples of all ranks: `served`, `dropped` (they fill no batch, or the repeats of others
-        took their place), and `skipped` or `uniform` (no usable map)."""
+        """Count how an epoch uses the samples of all ranks.
+
+        Returns:
+            `served`; `dropped` (they fill no batch, or repeats of others take their place); and, unless `missing` is
+            "error", `skipped` or `uniform` (no usable map).
+        """
         fresh = fresh_per_batch(self.global_batch, self.repeats)
         served = len(self) * fresh if self.train else self.sample_count
         counts = {"served": served, "dropped": self.sample_count - served}
@@ -191,7 +198,7 @@ class RelevanceLoader:
         return counts
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration. The epoch of a loaded state is gone on with, another begins at its start."""
+        """Choose the epoch of the next iteration. It begins at its start, unless it is the epoch of a loaded state."""
         if epoch != self.epoch:
             self.epoch, self._start, self._next = epoch, 0, 0
             self._lanes = self._own_lanes()
@@ -202,13 +209,12 @@ class RelevanceLoader:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of how many samples each shard holds and of which keys, in order: the same data set has the same
-        wherever it lies."""
+        """SHA-256 (hex) of the number of samples and the keys of each shard, in order; independent of the path."""
         lines = (f"{shard.entry.count} {shard.entry.keys_sha256}\n" for shard in self.shards)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where we are, behind the batch that was yielded last, and in which data set. A handful of JSON values."""
+        """The position after the batch that was yielded last, and what identifies the data set. A few JSON values."""
         return {
             "epoch": self.epoch,
             "batch": self._next,
@@ -222,8 +228,13 @@ class RelevanceLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict()` was taken. Errors: :class:`UsageError` when this loader orders its samples otherwise, or
-        has others. A state of an earlier zpipe doesn't name its samples, and is taken at its word."""
+        """Continue where `state_dict()` was taken.
+
+        A state of an earlier version may lack `digest` and `samples`; these are then not compared.
+
+        Raises:
+            UsageError: If this loader has other samples, or another order.
+        """
         own = self.state_dict()
         names = ["seed", "repeats"]
         if not self.train or state["batch_size"] * state["world_size"] != self.global_batch:
@@ -241,26 +252,26 @@ class RelevanceLoader:
             )
         if state.get("samples", self.sample_count) != self.sample_count:
             raise UsageError(
-                f"{self.path}: the state was taken over {state['samples']} samples, this loader has {self.sample_count} of the "
-                "same shards; give the same maps and missing=, or begin with the next epoch"
+                f"{self.path}: the state was taken over {state['samples']} samples, this loader has "
+                f"{self.sample_count} of the same shards; give the same maps and missing=, or begin with the next epoch"
             )
         if state["batch"] > len(self):
             raise UsageError(
-                f"{self.path}: the state was taken behind batch {state['batch']}, an epoch here has {len(self)}; use the same "
-                "data, or begin with the next epoch"
+                f"{self.path}: the state was taken behind batch {state['batch']}, an epoch here has {len(self)}; "
+                "use the same data, or begin with the next epoch"
             )
         self.epoch, self._lanes = state["epoch"], state["lanes"]
         self._start = self._next = state["batch"]
 
     def __len__(self) -> int:
-        """Batches of a whole epoch; equal on all ranks when training."""
+        """Batches of a whole epoch; in training the same on all ranks."""
         if self.train:
             return self.sample_count // self.global_batch
         return -(-sum(len(self._rows[shard]) for shard in self._shards_to_evaluate()) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         total = len(self)
-        if total == 0 and not self.train and self.world_size > 1:  # the other ranks have them all
+        if total == 0 and not self.train and self.world_size > 1:  # the other ranks have all shards
             return
         if total == 0:
             ranks = "" if self.world_size == 1 else f" on each of {self.world_size} ranks"
@@ -272,35 +283,52 @@ class RelevanceLoader:
         self._next = start % total if start == total else start
         if start == total:  # the state of a finished epoch
             return
-        parts_per_batch = max(1, self.num_workers)
-        parts = _Parts(self, self.epoch, range(start, total))
-        with _interrupts_held():
-            # Its own generator: the user's random numbers don't depend on how we read.
-            arrived = iter(
-                DataLoader(parts, batch_size=None, num_workers=self.num_workers, generator=torch.Generator())
+        dataset = BatchParts(self._epoch_spec(range(start, total)))
+        with _deferred_interrupts():
+            # A generator of its own: the loader does not draw from the user's.
+            parts = iter(
+                DataLoader(dataset, batch_size=None, num_workers=self.num_workers, generator=torch.Generator())
             )
         try:
             for number in range(start, total):
-                found = []
-                for _ in range(parts_per_batch):
-                    part = next(arrived, None)
-                    if part is None:
-                        raise ZpipeError(
-                            f"{self.path}: the epoch ended at batch {number} of {total}; "
-                            "run the same command with --data-workers 0 to see why"
-                        )
-                    if isinstance(part, ZpipeError):
-                        raise part
-                    found.append(part)
-                batch = _merge(found)
+                # The check gets the part, not the iterator: the traceback of its error would keep the workers alive.
+                batch = _merge(
+                    [self._checked(next(parts, None), number, total) for _ in range(max(1, self.num_workers))]
+                )
                 self.damaged_shards += [line for line in batch.pop("damaged") if line not in self.damaged_shards]
                 if not batch["key"]:
                     raise ZpipeError(f"{self.path}: no sample is left of batch {number}: {self.damaged_shards[-1]}")
                 self._next = number + 1
                 yield batch
         finally:
-            with _interrupts_held():
-                del arrived
+            with _deferred_interrupts():
+                del parts
+
+    def _checked(self, part: dict[str, Any] | ZpipeError | None, number: int, total: int) -> dict[str, Any]:
+        if part is None:
+            raise ZpipeError(
+                f"{self.path}: the epoch ended at batch {number} of {total}; "
+                "run the same command with --data-workers 0 to see why"
+            )
+        if isinstance(part, ZpipeError):
+            raise part
+        return part
+
+    def _epoch_spec(self, batches: range) -> EpochSpec:
+        return EpochSpec(
+            epoch=self.epoch,
+            seed=self.seed,
+            batches=batches,
+            batch_size=self.batch_size,
+            plan=partial(self.plan, self.epoch),
+            lane_stride=self.world_size if self.train else 1,
+            shards=self.shards,
+            maps=self.maps,
+            missing=self.missing,
+            damaged=self.damaged,
+            image_size=self.image_size,
+            view=self.view,
+        )
 
     def _shards_to_evaluate(self) -> np.ndarray:
         return np.arange(len(self.shards))[self.rank :: self.world_size]
@@ -317,168 +345,30 @@ class RelevanceLoader:
         plan = whole_batches(plan, self.global_batch, self.repeats)
         return plan[deal(plan, self.global_batch, self.world_size) == self.rank]
 
-    def reader(self, lane: np.ndarray, workers: int) -> np.ndarray:
-        """Which of this rank's workers reads each lane."""
-        return (lane // self.world_size if self.train else lane) % workers
-
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Delivers Ctrl-C after the block that starts or ends processes.
+def _deferred_interrupts() -> Iterator[None]:
+    """Deliver a Ctrl-C that comes during the block, which starts or ends processes, after it.
 
-    Inside a fork's hooks or a finaliser Python prints a KeyboardInterrupt and drops it. Processes started in the block
-    inherit the deafness: a terminal sends Ctrl-C to all of them, and it is for the parent to end them.
+    Python prints and drops a KeyboardInterrupt that is raised in a fork's hooks or in a finaliser. Processes that are
+    started in the block keep ignoring Ctrl-C: a terminal sends it to all of them, and the parent ends them.
     """
-    # While Python shuts down, there is no handler any more that could be put back.
+    # During the shutdown of Python there is no handler to restore.
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
-    held: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    received: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if held:
+        signal.signal(signal.SIGINT, previous)
+    if received:
         signal.raise_signal(signal.SIGINT)
 
 
-@dataclass
-class _Request:
-    """One worker's part of a batch: places in the batch, which samples belong there, and whether that is their last use."""
-
-    slots: np.ndarray
-    plan: Plan
-    last: np.ndarray
-
-
-class _Parts(torch.utils.data.IterableDataset):
-    """What one worker adds to each batch: the samples of its own lanes, maybe none. A part of every batch, in order."""
-
-    def __init__(self, loader: RelevanceLoader, epoch: int, batches: range) -> None:
-        self.loader, self.epoch, self.batches = loader, epoch, batches
-
-    def __iter__(self) -> Iterator[dict[str, Any] | ZpipeError]:
-        # An exception that crosses worker processes arrives wrapped in a traceback; an object arrives as it is.
-        try:
-            yield from self._pipeline()
-        except ZpipeError as error:
-            yield error
-
-    def _pipeline(self) -> Iterable[dict[str, Any]]:
-        loader, info = self.loader, get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        plan = loader.plan(self.epoch)
-        size = loader.batch_size
-        plan = plan[self.batches.start * size : self.batches.stop * size]
-        mine = np.flatnonzero(loader.reader(plan.lane, workers) == worker)
-        plan, batch, slot = plan[mine], mine // size, mine % size
-        last = last_uses(plan)
-        edges = np.searchsorted(batch, np.arange(len(self.batches) + 1))
-        spans = (slice(*edges[number : number + 2]) for number in range(len(self.batches)))
-        requests = (_Request(slot[span], plan[span], last[span]) for span in spans)
-        with ShardJoin(loader.shards, loader.maps, loader.missing, skip_damaged=loader.damaged == "skip") as join:
-            join.expect(plan)
-            stages = [lambda: requests, _taker(join), _viewer(loader, self.epoch), _stacker(loader, join)]
-            yield from wds.DataPipeline(*stages)
-
-
-def _taker(join: ShardJoin):
-    """A stage: requests into lists of (slot, repeat, sample joined with its map). Samples of damaged tars are missing from them."""
-
-    def stage(requests: Iterable[_Request]) -> Iterator[list[tuple[int, int, Joined]]]:
-        for request in requests:
-            wanted = request.plan
-            columns = (request.slots, wanted.copy, wanted.shard, wanted.row, request.last)
-            part = []
-            for slot, copy, shard, row, last in zip(*(column.tolist() for column in columns), strict=True):
-                item = join.take(shard, row, last=last)
-                if item is not None:
-                    part.append((slot, copy, item))
-            yield part
-
-    return stage
-
-
-def _viewer(loader: RelevanceLoader, epoch: int):
-    """A stage: decode, draw one view, apply it to image, map and box."""
-
-    def stage(parts: Iterable[list[tuple[int, int, Joined]]]) -> Iterator[list[dict]]:
-        for part in parts:
-            yield [{"slot": slot} | _viewed(loader, epoch, copy, item) for slot, copy, item in part]
-
-    return stage
-
-
-def _viewed(loader: RelevanceLoader, epoch: int, copy: int, item: Joined) -> dict[str, Any]:
-    sample = item.sample
-    where = f"{item.shard.path}: key {sample.key}"
-    if sample.label is None:
-        raise ZpipeError(f"{where}: has no label (.cls, or label in .json); add one")
-    # One draw for image, map and box; of its own seed, so that it doesn't matter who makes it and when.
-    rng = np.random.default_rng([loader.seed, epoch, item.shard_number, item.row, *([copy] if copy else [])])
-    try:
-        image, view, source = decode(sample.image, lambda size: draw_view(rng, *size, loader.view), loader.image_size)
-    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise ZpipeError(f"{where}: can't be decoded ({error}); make the shards again, which puts it aside") from error
-    pixels = view_image(image, view, loader.image_size, source)
-    erased = None
-    if loader.train:
-        pixels = change_colours(rng, pixels, loader.view.colour)
-        pixels, erased = erase(rng, pixels, loader.view.erase) if loader.view.erase else (pixels, None)
-    out = {
-        "image": pixels,
-        "erased": erased,
-        "label": sample.label,
-        "box": np.asarray(view.box.as_tuple(), np.float32),
-        "flipped": view.flipped,
-        "key": sample.key,
-    }
-    if item.relevance is not None:
-        frame = item.frame or Box.full(*source)
-        if not frame.contains(view.box):
-            raise ZpipeError(f"{where}: its map covers {frame.as_tuple()} only; extract on the full frame")
-        out |= {"relevance": item.relevance, "view": view, "frame": frame}
-    if "box" in sample.meta:
-        out["object_box"] = np.asarray(view_box(sample.meta["box"], view), np.float32)
-    return out
-
-
-def _stacker(loader: RelevanceLoader, join: ShardJoin):
-    """A stage: lists of viewed samples into dictionaries of stacked tensors."""
-
-    def stage(parts: Iterable[list[dict]]) -> Iterator[dict[str, Any]]:
-        for part in parts:
-            side = loader.image_size
-            out: dict[str, Any] = {
-                "slot": torch.tensor([item["slot"] for item in part], dtype=torch.int64),  # [m]
-                "image": _stack(part, "image", (3, side, side), np.uint8),  # [m, 3, S, S]
-                "label": torch.tensor([item["label"] for item in part], dtype=torch.int64),  # [m]
-                "box": _stack(part, "box", (4,), np.float32),  # [m, 4]
-                "flipped": torch.tensor([item["flipped"] for item in part], dtype=torch.bool),  # [m]
-                "key": [item["key"] for item in part],
-                "damaged": join.pop_damaged(),
-            }
-            if loader.maps is not None:
-                whole = _stack(part, "relevance", loader.maps.manifest.provenance.grid, np.float32)  # [m, gh, gw]
-                views, frames = ([item[name] for item in part] for name in ("view", "frame"))
-                out["relevance"] = torch.from_numpy(view_maps(whole.numpy(), views, frames)) if part else whole
-                erased = [item["erased"] for item in part]
-                if any(box is not None for box in erased):
-                    out["relevance"] = torch.from_numpy(erase_maps(out["relevance"].numpy(), erased, side))
-            if all("object_box" in item for item in part):
-                out["object_box"] = _stack(part, "object_box", (4,), np.float32)
-            yield out
-
-    return stage
-
-
-def _stack(part: list[dict], name: str, shape: tuple[int, ...], dtype: type) -> torch.Tensor:
-    return torch.from_numpy(np.stack([item[name] for item in part]) if part else np.zeros((0, *shape), dtype))
-
-
 def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The parts of one batch in the order of the batch."""
+    """Join the parts of one batch, its samples in the order of their slots."""
     damaged = [line for part in parts for line in part["damaged"]]
     full = [part for part in parts if part["key"]] or parts[:1]
     order = torch.cat([part["slot"] for part in full]).argsort()
@@ -490,7 +380,7 @@ def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
         if name == "key":
             out[name] = [keys[i] for i in order.tolist()]
         elif len(full) == 1:
-            out[name] = full[0][name]  # slots of one part are in order already
+            out[name] = full[0][name]  # the slots of one part are sorted
         else:
             out[name] = torch.cat([part[name] for part in full])[order]
     return out

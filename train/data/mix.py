@@ -1,4 +1,4 @@
-"""MixUp and CutMix of a batch: images, targets and relevance maps under one draw."""
+"""MixUp and CutMix of a batch: one draw for images, targets and relevance maps."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ from zpipe.schemas.geometry import Box, covered_share
 
 @dataclass(frozen=True, kw_only=True)
 class MixConfig:
-    """mixup, cutmix: parameters of their Beta distributions, 0 switches one off; with both on, CutMix is taken with
-    probability `switch`. prob: share of batches that are mixed. smoothing: label smoothing of the targets.
-    (DeiT: 0.8, 1.0, 0.5, 1.0, 0.1.)
-    """
+    """How batches are mixed. The defaults are those of DeiT."""
 
     mixup: float = 0.8
+    """Parameter of MixUp's Beta distribution; 0 disables MixUp."""
+
     cutmix: float = 1.0
+    """Parameter of CutMix's Beta distribution; 0 disables CutMix."""
+
     switch: float = 0.5
+    """Probability of CutMix rather than MixUp if both are enabled."""
+
     prob: float = 1.0
+    """Probability that a batch is mixed."""
+
     smoothing: float = 0.1
+    """Label smoothing of the targets."""
 
     def __post_init__(self) -> None:
         if min(self.mixup, self.cutmix) < 0:
@@ -35,12 +41,20 @@ class MixConfig:
 
 
 def mix_batch(batch: dict[str, Any], config: MixConfig, rng: np.random.Generator, num_classes: int) -> dict[str, Any]:
-    """Mix each image with its mirror image in the batch's order: first with last, second with last but one, ...
+    """Mix each image of a batch with its counterpart in the reversed batch: the first with the last, and so on.
 
-    image: float [B, C, H, W] (normalised or not); label: int64 [B]; relevance, where there is one: [B, gh, gw]. Returns a new
-    batch with `target` float [B, num_classes] besides. MixUp weighs two maps as it weighs their images. CutMix pastes a box:
-    a map's cell takes the other map in the share of its area that the box covers, and the target's weight is the box's share
-    of the image. Sources: Zhang et al. 2018; Yun et al. 2019.
+    MixUp (Zhang et al. 2018) weights maps as it weights their images. CutMix (Yun et al. 2019) pastes a box: each cell
+    of a map takes the other map in proportion to the part of its area that the box covers, and the weight of the other
+    target is the box's fraction of the image.
+
+    Args:
+        batch: `image` float [B, C, H, W], normalised or not; `label` int64 [B]; optionally `relevance` [B, gh, gw].
+        config: How to mix.
+        rng: Generator of the draw.
+        num_classes: Number of classes.
+
+    Returns:
+        A new batch, which also has `target` float [B, num_classes].
     """
     images = batch["image"]
     share, box = _draw(config, rng, images.shape[2], images.shape[3])
@@ -68,7 +82,7 @@ def mix_batch(batch: dict[str, Any], config: MixConfig, rng: np.random.Generator
 def _draw(
     config: MixConfig, rng: np.random.Generator, height: int, width: int
 ) -> tuple[float, tuple[int, int, int, int] | None]:
-    """How much of itself an image keeps, and the box (top, bottom, left, right) that it loses, if it loses one."""
+    """The fraction of itself that an image keeps, and CutMix's box (top, bottom, left, right), or None."""
     if rng.random() >= config.prob or not (config.mixup or config.cutmix):
         return 1.0, None
     cut = config.cutmix > 0 and (config.mixup == 0 or rng.random() < config.switch)
@@ -80,5 +94,5 @@ def _draw(
     middle_y, middle_x = rng.uniform(0, height), rng.uniform(0, width)
     top, bottom = (int(np.clip(middle_y + sign * side * height / 2, 0, height)) for sign in (-1, 1))
     left, right = (int(np.clip(middle_x + sign * side * width / 2, 0, width)) for sign in (-1, 1))
-    # The box is cut off at the image's edges: what counts is what was pasted.
+    # The box is clipped to the image, so the fraction is that of the clipped box.
     return 1 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right)

@@ -1,67 +1,75 @@
-"""Which sample comes when: pure functions of counts, seed and epoch. No file is touched.
+"""The order of samples: pure functions of counts, seed and epoch, without file access.
 
-An epoch of training permutes the shards and reads them in `lanes`, side by side: each lane goes through its shards one
-after the other, each shard's samples shuffled, and samples are taken from the lanes in turn. Batches are consecutive
-samples of that sequence, so which samples a batch holds depends on (seed, epoch, batch size, repeats, lanes), not on how
-many ranks and processes work at it; an epoch can be entered at any batch.
+A training epoch permutes the shards and reads them in `lanes`, side by side: each lane goes through its shards one
+after the other, the samples of each shard shuffled, and samples are taken from the lanes in turn. Batches are
+consecutive samples of that sequence, so the samples of a batch depend on (seed, epoch, batch size, repeats, lanes), not
+on the number of ranks and processes, and an epoch can be entered at any batch.
 
-A batch is that of all ranks together. A lane belongs to one rank and to one of its workers, which alone read its shards,
-as long as that gives every rank its equal part of the batch. Where it doesn't, because lanes have ended or there are fewer
-than ranks, the ranks that have too little take from the others' lanes and read these shards too.
+A batch is that of all ranks together. A lane belongs to one worker of one rank, which alone reads its shards, as long
+as every rank then gets an equal part of the batch. Otherwise, because lanes have ended or there are fewer lanes than
+ranks, the ranks with too few samples take some from the lanes of others, and read these shards too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
 
-LEAST_LANES = 8  # shards that a batch is mixed from, at least
-DEALT_AT_ONCE = 1 << 20  # samples whose ranks are counted in one piece: bounds what counting needs beside the plan
+MIN_LANES = 8  # a batch is mixed from at least that many shards
+DEAL_CHUNK = 1 << 20  # samples that `deal` counts at once, which bounds its memory beside the plan
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An epoch, sample by sample: shard (position in the data set's list), row in that shard, lane, and which of its
-    repeats this is, from 0. int32 [n] each, `copy` int16: every worker of every rank holds the plan of all of them.
-    """
+    """The samples of an epoch, in order. The types are small, because every worker holds the plan of all ranks."""
 
     shard: np.ndarray
+    """Position of the shard in the list of the data set. int32 [n]"""
     row: np.ndarray
+    """Position of the sample in its shard. int32 [n]"""
     lane: np.ndarray
+    """The lane that the sample is taken from. int32 [n]"""
     copy: np.ndarray
+    """Which of the repeats of its sample this is, from 0. int16 [n]"""
 
     def __len__(self) -> int:
         return len(self.shard)
 
     def __getitem__(self, places: np.ndarray | slice) -> Self:
         """The samples at these places."""
-        return replace(self, **{field.name: getattr(self, field.name)[places] for field in fields(self)})
+        return type(self)(self.shard[places], self.row[places], self.lane[places], self.copy[places])
 
 
 def lane_count(num_workers: int, *, train: bool) -> int:
-    """Lanes for that many workers: the least number from 8 on that they share evenly, which is 8 for 0, 1, 2, 4 and 8 workers.
+    """The number of lanes: the smallest multiple of the number of workers that is at least 8 (`MIN_LANES`).
 
-    Training counts the workers of all ranks. Evaluation shuffles nothing and takes a lane a worker, so that one process
-    reads in the order of the shards.
+    Training counts the workers of all ranks. Evaluation does not shuffle and has one lane per worker, so that a single
+    process reads in the order of the shards.
     """
     workers = max(1, num_workers)
-    return -(-LEAST_LANES // workers) * workers if train else workers
+    return -(-MIN_LANES // workers) * workers if train else workers
 
 
 def shard_order(count: int, seed: int, epoch: int, *, shuffle: bool) -> np.ndarray:
-    """The shards in the order in which an epoch begins them. int64 [count]"""
+    """The order in which an epoch starts to read the shards. int64 [count]"""
     return np.random.default_rng([seed, epoch]).permutation(count) if shuffle else np.arange(count)
 
 
 def plan_epoch(
     shards: Sequence[int], rows: Sequence[np.ndarray], lanes: int, *, seed: int, epoch: int, shuffle: bool
 ) -> Plan:
-    """The sequence of samples, each once.
+    """The sequence of all samples, each once. It takes 14 bytes per sample, 18 MB for ImageNet.
 
-    shards: in order; rows: for each of them, the rows that take part. 14 bytes a sample, 18 MB for ImageNet.
+    Args:
+        shards: The shards in the order in which they are read.
+        rows: The rows of each of these shards that take part.
+        lanes: Number of lanes; no more than shards are used.
+        seed: Seed of the loader.
+        epoch: Number of the epoch.
+        shuffle: Whether to shuffle the samples of each shard.
     """
     lanes = min(lanes, len(shards))
     counts = np.array([sum(len(own) for own in rows[lane::lanes]) for lane in range(lanes)], np.int64)
@@ -77,33 +85,34 @@ def plan_epoch(
             ]
         row = np.concatenate([np.zeros(0, np.int32), *own_rows]).astype(np.int32)
         shard = np.repeat(np.asarray(chosen, np.int32), [len(own) for own in own_rows])
-        # Until the first lane ends, each has every so-manieth place; sorting is for what is behind that.
-        for column, values in zip(columns, (shard, row, lane), strict=True):
-            column[lane : even * lanes : lanes] = values if values is lane else values[:even]
+        # Until the first lane ends, lane i fills every n-th position; only the tail needs sorting.
+        positions = slice(lane, even * lanes, lanes)
+        columns[0][positions], columns[1][positions], columns[2][positions] = shard[:even], row[:even], lane
         turn = np.arange(even, len(row), dtype=np.int32)
         tails.append((shard[even:].copy(), row[even:].copy(), np.full(len(turn), lane, np.int32), turn))
     if tails:
         *values, turn = (np.concatenate(parts) for parts in zip(*tails, strict=True))
-        order = np.argsort(turn, kind="stable")  # in turn; a lane that has ended is passed over
+        order = np.argsort(turn, kind="stable")  # in turn; lanes that have ended are skipped
         for column, tail in zip(columns, values, strict=True):
             column[even * lanes :] = tail[order]
-    return Plan(*columns, np.zeros(total, np.int16))
+    return Plan(columns[0], columns[1], columns[2], np.zeros(total, np.int16))
 
 
 def fresh_per_batch(batch_size: int, repeats: int) -> int:
-    """Different samples in a batch when each of them comes `repeats` times."""
-    least = -(-batch_size // repeats)
-    if repeats == 1 or least < LEAST_LANES**2:
-        return least
-    # Some come once less, so that every lane gives equally many to each batch, and ranks needn't share shards.
-    return -(-least // LEAST_LANES) * LEAST_LANES
+    """The number of different samples in a batch that holds each of them `repeats` times."""
+    minimum = -(-batch_size // repeats)
+    if repeats == 1 or minimum < MIN_LANES**2:
+        return minimum
+    # Some samples come once less, so that every lane gives equally many to each batch, and ranks needn't share shards.
+    return -(-minimum // MIN_LANES) * MIN_LANES
 
 
 def whole_batches(plan: Plan, batch_size: int, repeats: int) -> Plan:
-    """The samples of an epoch's full batches, [batches * batch_size]; what is left over is dropped.
+    """The samples of an epoch's full batches, [batches * batch_size]; the rest is dropped.
 
-    With `repeats` a batch holds `fresh_per_batch` samples, one after the other, then all of them again, and so on until it
-    is full. There are as many batches as without, so an epoch sees a part of the samples only: another part every time.
+    With `repeats` a batch holds `fresh_per_batch` samples, one after the other, then all of them again, and so on until
+    it is full. There are as many batches as without repeats, so an epoch sees only a part of the samples, another one
+    each time.
     """
     batches = len(plan) // batch_size
     if repeats == 1:
@@ -115,20 +124,21 @@ def whole_batches(plan: Plan, batch_size: int, repeats: int) -> Plan:
 
 
 def deal(plan: Plan, batch_size: int, world_size: int) -> np.ndarray:
-    """The rank that takes each sample of the full batches in `plan`: `batch_size / world_size` of every batch. int32 [n]
+    """The rank that takes each sample of the full batches in `plan`, `batch_size / world_size` of each. int32 [n]
 
-    A sample goes to the rank of its lane. Those beyond a rank's part, always of its last lanes, go to ranks with room.
+    A sample goes to the rank of its lane. Samples beyond a rank's part, always of its last lanes, go to ranks with
+    room.
     """
     rank = plan.lane % world_size
     if world_size == 1:
         return rank
     part, batches = batch_size // world_size, len(plan) // batch_size
     held = np.zeros((batches, world_size), np.int32)
-    some = max(1, DEALT_AT_ONCE // batch_size)
-    for first in range(0, batches, some):
-        dealt = rank[first * batch_size : (first + some) * batch_size].reshape(-1, batch_size)
+    chunk = max(1, DEAL_CHUNK // batch_size)  # batches
+    for first in range(0, batches, chunk):
+        dealt = rank[first * batch_size : (first + chunk) * batch_size].reshape(-1, batch_size)
         own = np.arange(len(dealt))[:, None] * world_size
-        held[first : first + some] = np.bincount((own + dealt).ravel(), minlength=len(dealt) * world_size).reshape(
+        held[first : first + chunk] = np.bincount((own + dealt).ravel(), minlength=len(dealt) * world_size).reshape(
             -1, world_size
         )
     mixed = np.flatnonzero((held != part).any(axis=1))
@@ -148,10 +158,10 @@ def deal(plan: Plan, batch_size: int, world_size: int) -> np.ndarray:
 
 
 def last_uses(plan: Plan) -> np.ndarray:
-    """Which samples of the plan don't come again in it. bool [n]"""
+    """Whether each sample of the plan is the last use of that sample. bool [n]"""
     if not plan.copy.any():
         return np.ones(len(plan), bool)
-    order = np.lexsort((plan.row, plan.shard))  # stable: of equal samples the one that comes last is behind the others
+    order = np.lexsort((plan.row, plan.shard))  # stable: the last use of a sample comes after its others
     shard, row = plan.shard[order], plan.row[order]
     last = np.ones(len(plan), bool)
     last[order[:-1]] = (shard[1:] != shard[:-1]) | (row[1:] != row[:-1])

@@ -1,7 +1,7 @@
-"""Tar shards as samples, for WebDataset's pipelines.
+"""Reads tar shards as samples.
 
-A shard is read in one piece and checked before any of its samples is used, so that a truncated tar gives an error and not a
-short epoch. Nothing in a tar is unpickled, run or written to disk, whatever its members are called.
+A shard is read as a whole and checked before any of its samples is used, so that a truncated tar gives an error and not
+a short epoch. Nothing in a tar is unpickled, run or written to disk, whatever the names of its members.
 """
 
 from __future__ import annotations
@@ -29,18 +29,22 @@ from zpipe.schemas.storage import as_path, is_remote, storage_errors
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One tar of a data set and what its index says of it."""
+    """One tar of a data set."""
 
     path: Path
     entry: ShardEntry
+    """Its entry in the shard index."""
 
 
 def list_shards(path: Path) -> tuple[list[Shard], ShardIndex]:
-    """The tars under `path` with their index.
+    """List the tars under `path`, with their index.
 
-    Public tars without a `shards.json` are listed by their headers, which takes some tenths of a second a shard; it is not
-    known then whether their bytes are what they were. Errors: :class:`UsageError` when there are none;
-    :class:`ZpipeError` when folder and index disagree.
+    Public tars without a `shards.json` are listed by their headers, which takes some tenths of a second per shard;
+    changes of their contents are then not noticed.
+
+    Raises:
+        UsageError: If there are no tars.
+        ZpipeError: If folder and index disagree.
     """
     path = as_path(path)
     folder, tars = find_shards(path)
@@ -76,9 +80,10 @@ def _scan_headers(path: Path) -> ShardEntry:
 
 
 def read_tar(shard: Shard) -> list[Sample]:
-    """The samples of one tar, in order; image bytes are held as they are, some 110 MB for 1,000 photos of ImageNet.
+    """Read the samples of one tar, in order. Images stay encoded, about 110 MB for 1,000 photos of ImageNet.
 
-    Errors: :class:`ZpipeError` naming the tar when it is truncated, or holds other keys than its index says.
+    Raises:
+        ZpipeError: If the tar is truncated, or its keys are not those of the index.
     """
     samples = list(group_samples(_members(shard.path), str(shard.path)))
     if len(samples) != shard.entry.count or digest_keys(item.key for item in samples) != shard.entry.keys_sha256:
@@ -91,7 +96,7 @@ def read_tar(shard: Shard) -> list[Sample]:
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
-        # A path opened in another process lost its connection, if it had one.
+        # Opened anew: a remote path that comes from another process has lost its connection.
         data = as_path(path).read_bytes()
     except storage_errors() as error:
         raise _unreadable(path, error) from error
@@ -100,7 +105,7 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _headers(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
-    """The plain files of a tar. Seeking over their bytes is two and a half times as fast as tarfile's streaming mode."""
+    """The regular files of a tar. Seeking over their contents is 2.5 times as fast as tarfile's streaming mode."""
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -115,5 +120,5 @@ def _headers(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo]:
 
 
 def _unreadable(path: Path, error: Exception) -> ZpipeError:
-    told = getattr(error, "strerror", None) or error
-    return ZpipeError(f"{path}: can't be read ({told}); restore it or make the shards again")
+    reason = getattr(error, "strerror", None) or error
+    return ZpipeError(f"{path}: can't be read ({reason}); restore it or make the shards again")

@@ -1,4 +1,4 @@
-"""One random draw per sample, applied to image and map alike."""
+"""Augmentation: one random view per sample, applied to its image and its map alike."""
 
 from __future__ import annotations
 
@@ -23,20 +23,28 @@ Colour = Literal["none", "deit", "deit3"]
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    """How a view of an image is chosen.
-
-    train: random resized crop with an area share in `crop_scale` and an aspect ratio in `crop_ratio`, mirrored with
-    probability `flip`. eval: the centre square of `crop_pct` of the shorter side, never mirrored. colour: what is done to the
-    colours when training, see `change_colours`. erase: the probability that training paints over a rectangle, see `erase`.
-    """
+    """How the view of an image is chosen, and how its colours change."""
 
     augment: Augment = "train"
+    """`train`: a random resized crop, mirrored at random; `eval`: the centre square, never mirrored."""
+
     crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the random crop's area, as a fraction of the image."""
+
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the random crop's aspect ratio, width / height."""
+
     flip: float = 0.5
+    """Probability that a training view is mirrored left to right."""
+
     crop_pct: float = 0.875
+    """Side of the evaluation crop, as a fraction of the shorter side of the image."""
+
     colour: Colour = "none"
+    """Colour augmentation in training, see `change_colours`."""
+
     erase: float = 0.0
+    """Probability that training erases a rectangle, see `erase`."""
 
     def __post_init__(self) -> None:
         check_choices(self, "view.")
@@ -56,10 +64,12 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class View:
-    """What is looked at: the crop in source pixels, and whether it is mirrored left to right."""
+    """A crop of an image."""
 
     box: Box
+    """The crop, in source pixels."""
     flipped: bool
+    """Whether it is mirrored left to right."""
 
 
 def draw_view(rng: np.random.Generator, width: int, height: int, config: ViewConfig) -> View:
@@ -73,7 +83,7 @@ def draw_view(rng: np.random.Generator, width: int, height: int, config: ViewCon
         area = width * height * rng.uniform(*config.crop_scale)
         ratio = math.exp(rng.uniform(math.log(config.crop_ratio[0]), math.log(config.crop_ratio[1])))
         crop_w, crop_h = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        # A hair of slack, so that a crop of the whole image is one whatever the rounding.
+        # A tolerance, so that rounding does not reject a crop of the whole image.
         if crop_w <= width * (1 + 1e-9) and crop_h <= height * (1 + 1e-9):
             crop_w, crop_h = min(crop_w, width), min(crop_h, height)
             left, top = rng.uniform(0, width - crop_w), rng.uniform(0, height - crop_h)
@@ -88,12 +98,22 @@ def draw_view(rng: np.random.Generator, width: int, height: int, config: ViewCon
 def decode(
     data: bytes, choose: Callable[[tuple[int, int]], View], size: int
 ) -> tuple[Image.Image, View, tuple[int, int]]:
-    """Decode to RGB as far as the view that `choose((width, height))` takes needs it: (image, view, source size).
+    """Decode an image to RGB, at the resolution that its view needs.
 
-    A JPEG whose view is shrunk to half or less is decoded at half, a quarter or an eighth, which the format offers at a
-    fraction of the work; the image is then smaller than the source, the view stays in source pixels. EXIF orientation is
-    ignored, as boxes are in the stored pixel matrix. Errors: `DECODE_ERRORS` and PIL's DecompressionBombError for what PIL
-    can't decode, formats that shards don't carry, and images of more pixels than PIL takes for harmless.
+    A JPEG whose view is shrunk to half or less is decoded at 1/2, 1/4 or 1/8 of its size, which costs a fraction of the
+    time. EXIF orientation is ignored, because boxes refer to the stored pixels.
+
+    Args:
+        data: The encoded image.
+        choose: Chooses the view of an image of (width, height).
+        size: Side of the square that the view will be resized to, in pixels.
+
+    Returns:
+        The image, maybe smaller than the source; its view, in source pixels; and the source's (width, height).
+
+    Raises:
+        DECODE_ERRORS, PIL.Image.DecompressionBombError: If PIL can't decode the image, its format is not one of
+            `IMAGE_FORMATS`, or it has more pixels than PIL considers safe.
     """
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         width, height = image.size
@@ -110,9 +130,15 @@ def decode(
 
 
 def view_image(image: Image.Image, view: View, size: int, source: tuple[int, int]) -> np.ndarray:
-    """The view as uint8 [3, size, size], resized with antialiasing (bicubic). source: width and height that the view is in.
+    """The view as uint8 [3, size, size], resized with antialiasing (bicubic).
 
-    The array is a view of PIL's rows; whoever stacks it into a batch copies it then, once.
+    The array shares PIL's memory and is not contiguous, so that it is copied only once, when a batch is stacked.
+
+    Args:
+        image: The decoded image, maybe smaller than its source.
+        view: The view, in source pixels.
+        size: Side of the result, in pixels.
+        source: (width, height) of the source.
     """
     across, down = image.width / source[0], image.height / source[1]
     box = view.box
@@ -128,20 +154,29 @@ def view_image(image: Image.Image, view: View, size: int, source: tuple[int, int
 
 
 def view_maps(relevance: np.ndarray, views: Sequence[View], frames: Sequence[Box]) -> np.ndarray:
-    """The part of each map [m, gh, gw] over its frame that its view shows, resampled to the same grid: float32 [m, gh, gw].
+    """The part of each map that its view shows, resampled to the same grid.
 
-    Errors: ValueError when a view leaves its frame.
+    Args:
+        relevance: Maps [m, gh, gw].
+        views: The view of each map.
+        frames: What each map covers, in the same pixels as the views.
+
+    Returns:
+        float32 [m, gh, gw].
+
+    Raises:
+        ValueError: If a view leaves its frame.
     """
     flips = np.array([view.flipped for view in views], bool)
     return crop_maps(relevance, frames, [view.box for view in views], relevance.shape[1:], flips=flips)
 
 
 def change_colours(rng: np.random.Generator, pixels: np.ndarray, colour: Colour) -> np.ndarray:
-    """The colour part of an augmentation, uint8 [3, S, S] to the same. Nothing here moves a pixel, so maps stay true.
+    """Change the colours of an image, uint8 [3, S, S]. No pixel moves, so the map stays valid.
 
-    deit: RandAugment (2 operations of magnitude 9, standard deviation 0.5) without its geometric operations (shear, translate,
-    rotate), which would have to act on maps too. deit3: one of greyscale, solarisation and Gaussian blur,
-    then colour jitter of 0.3 (3-Augment, Touvron et al. 2022).
+    `deit` is RandAugment (2 operations of magnitude 9, standard deviation 0.5) without its geometric operations (shear,
+    translate, rotate), which would have to be applied to maps too. `deit3` is one of greyscale, solarisation and
+    Gaussian blur, then colour jitter of 0.3 (3-Augment, Touvron et al. 2022).
     """
     if colour == "none":
         return pixels
@@ -154,16 +189,23 @@ def change_colours(rng: np.random.Generator, pixels: np.ndarray, colour: Colour)
 
 
 PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-ERASED_AREA = (0.02, 1 / 3)  # DeiT's, by way of timm
+ERASED_AREA = (0.02, 1 / 3)  # of the image, as in DeiT and timm
 ERASED_RATIO = (0.3, 1 / 0.3)
 
 
 def erase(rng: np.random.Generator, pixels: np.ndarray, probability: float) -> tuple[np.ndarray, Box | None]:
-    """Random erasing (Zhong et al. 2020): now and then a rectangle of 2 to 33 % of the image becomes noise of the colours
-    that photos have.
+    """Random erasing (Zhong et al. 2020): replace a rectangle of 2 to 33 % of the image by noise.
 
-    pixels uint8 [3, S, S] -> the same and the rectangle, in its pixels, or None. What the map says of the
-    pixels under it is no longer true; see `erase_maps`.
+    The noise has the mean and standard deviation of ImageNet's photos.
+    The map does not hold for the erased pixels, see `erase_maps`.
+
+    Args:
+        rng: Generator of the draw.
+        pixels: The image, uint8 [3, S, S].
+        probability: Probability that anything is erased.
+
+    Returns:
+        The image, and the erased rectangle in its pixels, or None.
     """
     if rng.random() >= probability:
         return pixels, None
@@ -183,7 +225,16 @@ def erase(rng: np.random.Generator, pixels: np.ndarray, probability: float) -> t
 
 
 def erase_maps(relevance: np.ndarray, boxes: Sequence[Box | None], size: int) -> np.ndarray:
-    """Maps [m, gh, gw] of views of size x size pixels, each cell less by the share of it that was erased. float32."""
+    """Scale each cell of maps [m, gh, gw] by the fraction of it that was not erased.
+
+    Args:
+        relevance: The maps of views of size x size pixels.
+        boxes: The erased rectangle of each view, in its pixels, or None.
+        size: Side of the views, in pixels.
+
+    Returns:
+        float32 [m, gh, gw].
+    """
     kept = [
         np.ones(relevance.shape[1:]) if box is None else 1 - covered_share(relevance.shape[1:], box, (size, size))
         for box in boxes
@@ -208,20 +259,20 @@ RAND_AUGMENT = (
 def _rand_augment(rng: np.random.Generator, image: Image.Image) -> Image.Image:
     from timm.data.auto_augment import RandAugment, rand_augment_ops
 
-    # At its upper bound, which is 10 unless we say otherwise, timm posterises to 0 bits: Pillow refuses that from 13 on, and
-    # painted the image black before. A hair below the bound it is 1 bit.
+    # At the maximal magnitude, 10 by default, timm posterises to 0 bits: Pillow rejects that since version 13, and
+    # painted the image black before. Just below the maximum it is 1 bit.
     strength = {"magnitude_std": 0.5, "magnitude_max": 9.999}
     operations = rand_augment_ops(magnitude=9, hparams=strength, transforms=list(RAND_AUGMENT))
-    # timm draws from the two global generators; they are lent to it and given back.
-    mine, numpys = random.getstate(), np.random.get_state()
+    # timm draws from the two global generators, whose states are restored afterwards.
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         seeds = rng.integers(0, 2**32, 2)
         random.seed(int(seeds[0]))
         np.random.seed(int(seeds[1]))
         return RandAugment(operations, num_layers=2)(image)
     finally:
-        random.setstate(mine)
-        np.random.set_state(numpys)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def _three_augment(rng: np.random.Generator, image: Image.Image) -> Image.Image:
@@ -239,9 +290,10 @@ def _three_augment(rng: np.random.Generator, image: Image.Image) -> Image.Image:
 
 
 def view_box(box: tuple[float, float, float, float], view: View) -> tuple[float, float, float, float]:
-    """An object's box (source pixels) in fractions of the view, clipped to it: (x1, y1, x2, y2) in [0, 1]."""
+    """An object's box, given in source pixels, in fractions of the view, clipped to it: (x1, y1, x2, y2) in [0, 1]."""
     x1, x2 = ((edge - view.box.x1) / view.box.width for edge in (box[0], box[2]))
     y1, y2 = ((edge - view.box.y1) / view.box.height for edge in (box[1], box[3]))
     if view.flipped:
         x1, x2 = 1 - x2, 1 - x1
-    return tuple(min(max(edge, 0.0), 1.0) for edge in (x1, y1, x2, y2))
+    x1, y1, x2, y2 = (min(max(edge, 0.0), 1.0) for edge in (x1, y1, x2, y2))
+    return x1, y1, x2, y2

@@ -15,7 +15,7 @@ from zpipe.train.device import autocast
 from zpipe.train.models import operating_points as of_model
 from zpipe.train.models.operating_points import OperatingPoint, SettingError, setting_names, shortest
 from zpipe.train.models.zoom_tokens import PRUNE_KINDS
-from zpipe.train.scoring import SOURCES, ScoreSource, score_use
+from zpipe.train.scoring import SOURCES, ScoreSource, zooms
 
 # The options of the settings that have one; others are given as --at NAME=VALUES.
 OPTIONS = {
@@ -121,8 +121,7 @@ def operating_points(model: nn.Module, source: ScoreSource | None, config: EvalC
         if name not in names:
             takes = f"it takes {', '.join(option_of(each) for each in names)}" if names else "it takes none"
             raise UsageError(f"{option_of(name)}: {type(model).__name__} has no such setting; {takes}")
-    use = score_use(model)
-    if use is not None and use.zooms and (source is None or source.name == "none"):
+    if zooms(model) and (source is None or source.name == "none"):
         return [OperatingPoint(name="no zoom")]
     try:
         points = of_model.operating_points(model, requested)
@@ -147,14 +146,13 @@ def one_point(model: nn.Module, source: ScoreSource | None, settings: Mapping[st
     Raises:
         UsageError: naming a setting that the model doesn't have, or a value that is out of range.
     """
-    use, names = score_use(model), setting_names(model)
+    names = setting_names(model)
     settings = {name: value for name, value in settings.items() if name in names or name not in ("alpha", "budget")}
-    zooms = use is not None and use.zooms
-    if zooms and (source is None or source.name == "none"):
+    if zooms(model) and (source is None or source.name == "none"):
         return OperatingPoint(name="no zoom")
-    if not settings and not zooms:
+    if not settings and not zooms(model):
         return OperatingPoint(name="plain")
-    if zooms and not settings.keys() & {"alpha", "budget"}:
+    if zooms(model) and not settings.keys() & {"alpha", "budget"}:
         settings = {"alpha": DEFAULT_ALPHA, **settings}
     for name in settings:
         if name not in names:

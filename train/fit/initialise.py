@@ -18,10 +18,10 @@ from zpipe.train.models.warm_start import load_weights
 
 
 def build_vit(name: str, num_classes: int, image_size: int, model_args: Mapping[str, Any] | None = None) -> nn.Module:
-    """Create the timm model `name`. A model without an image size, such as a convolutional one, takes any.
+    """Create the timm model `name`. The image size is ignored for models without one, such as convolutional networks.
 
     Raises:
-        UsageError: naming the model or the argument that timm doesn't know.
+        UsageError: If timm does not know the model or one of its arguments.
     """
     arguments = dict(model_args or {})
     for argument, option in (("num_classes", "--num-classes"), ("img_size", "--image-size")):
@@ -83,7 +83,7 @@ def _not_from_timm(source: str, error: Exception) -> ZpipeError:
 
 
 def described(source: str) -> Mapping[str, Any]:
-    """What weights say of the images that they were trained on; empty where they say nothing."""
+    """The `pretrained_cfg` of weights to start from, such as mean and std; empty if they have none."""
     if source.startswith("timm:"):
         try:
             found = timm.models.get_pretrained_cfg(source.removeprefix("timm:"))

@@ -1,307 +1,360 @@
-"""The one training loop: a task says what the loss is, the loop does the rest."""
+"""The training loop: a task defines the loss, the Trainer does the rest."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
-import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3, dispatch_clip_grad
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from zpipe.schemas.atomic import write_bytes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
-from zpipe.train.checkpoint import (
-    CHECKPOINT_NAME,
-    METRICS_NAME,
-    forget_attempt,
-    keep_epoch,
-    load_checkpoint,
-    save_checkpoint,
-)
+from zpipe.train.checkpoint import CHECKPOINT_NAME, forget_attempt, keep_epoch, load_checkpoint, save_checkpoint
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.device import keep_freed_memory, resolve_device
+from zpipe.train.device import autocast, keep_freed_memory, resolve_device
 from zpipe.train.fit.config import TrainConfig
-from zpipe.train.fit.metric_log import metric_log
+from zpipe.train.fit.metric_log import Log, metric_log, trim_log
+from zpipe.train.fit.optim import make_optimizer, make_scheduler, update_weights
+from zpipe.train.fit.signals import keyboard_interrupt_guard, sigterm_flag
 from zpipe.train.ranks import Ranks, ranks
+
+Batch = dict[str, Any]
 
 
 class Task(Protocol):
-    """What is trained.
+    """What is trained: a model and its loss."""
 
-    model: its parameters. call: how to run it, the model itself unless the loop wraps it. draws: for random numbers that
-    all ranks must draw alike, and one process too; everything else draws from torch's global generator. The loop seeds
-    both for every epoch and keeps their states. done: the share of the training that lies behind, set by the loop. loss: of a batch, with figures worth
-    logging, scalars where the model is. validate: figures of a model on held-out data, after every epoch (may be empty); `val_top1` among them
-    decides which epoch was the best.
-    """
-
-    model: nn.Module
     call: Callable[..., Any]
-    draws: torch.Generator
-    done: float
+    """How `loss` runs the model: the model itself, or the trainer's wrapper around it (compiled, distributed)."""
 
-    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]: ...
-    def validate(self, model: nn.Module) -> dict[str, float]: ...
+    draws: torch.Generator
+    """For random numbers that must be the same on all ranks; all others come from torch's global generator.
+
+    The trainer seeds both generators for every epoch and keeps their states in checkpoints."""
+
+    progress: float
+    """Fraction of the training that is completed, in [0, 1); the trainer sets it before every step."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model whose parameters are trained."""
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, 0-d, and metrics to log, 0-d tensors on the model's device."""
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Metrics of a model on held-out data, after every epoch; may be empty. `val_top1` decides the best epoch."""
 
 
 class Stopped(ZpipeError):
-    """The run was asked to stop; it has saved its state."""
+    """The run was asked to stop, and has saved its state."""
 
 
 def never() -> bool:
-    """Nobody asks us to stop."""
+    """The default of `stop`: nobody asks the run to stop."""
     return False
 
 
-def train(
-    task: Task,
-    loader: RelevanceLoader,
-    config: TrainConfig,
-    run: Path,
-    *,
-    stage: str,
-    progress: Progress = silent,
-    stop: Callable[[], bool] = never,
-) -> dict[str, float]:
-    """Train to the end, from the run's checkpoint when there is one; return the last validation's figures.
+class Trainer:
+    """The state of a training run, and the loop over it.
 
-    Several processes that torch.distributed has joined train one model: each calls this with its rank's loader, and a
-    step takes the mean of their gradients. The first alone writes to the run, which all must be able to read. BatchNorm
-    takes its statistics over all ranks on CUDA, over each rank's part of the batch on a CPU.
+    Several processes that torch.distributed has joined train one model: each has a Trainer with its rank's loader, and
+    a step takes the mean of their gradients. Only the first rank writes to the run folder, which all ranks must be able
+    to read. BatchNorm takes its statistics over all ranks on CUDA, and over each rank's part of the batch on a CPU.
 
-    A checkpoint is written every `checkpoint_s` seconds and after every epoch, with the loader's place and the state of the
-    random numbers, so a run that was interrupted and gone on with equals an undisturbed one. `stop` is asked once a batch;
-    what one rank hears all do. Errors: :class:`ZpipeError` for a loss that is not finite, naming the last good checkpoint, and
-    where a device has too little memory; :class:`Stopped`.
+    Args:
+        task: The model and its loss.
+        loader: The training batches of this rank.
+        config: Settings of the loop.
+        run: The run folder. If it holds a checkpoint, training resumes from there.
+
+    Raises:
+        UsageError: If an epoch has fewer batches than `config.accumulate`, or the optimizer rejects its settings.
     """
-    team = ranks()
-    model = task.model
-    device = resolve_device(config.device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # what asks for no device by name should take this one
-    if not team.alone and device.type == "cuda":
-        convert_sync_batchnorm(model)  # in place
-    if device.type == "cpu":
-        keep_freed_memory()
-    loader.set_epoch(0)
-    steps_per_epoch = len(loader) // config.accumulate
-    if len(loader) and not steps_per_epoch:
-        raise UsageError(f"train.accumulate {config.accumulate}: an epoch has {len(loader)} batches")
-    total = max(1, round(config.epochs * steps_per_epoch))
-    optimizer = _optimizer(model, config)
-    scheduler = _scheduler(optimizer, config, total, steps_per_epoch)
-    scaler = torch.amp.GradScaler(device.type) if config.precision == "fp16" else None
-    average = ModelEmaV3(model, decay=config.ema) if config.ema else None
-    step, epoch, position = 0, 0, None
-    state = load_checkpoint(run)
-    if state is not None:
-        try:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            step, epoch = state["step"], state["epoch"]
-            position = state["position"]
-            if position is not None and not {"loader", "draws", "ranks"} <= position.keys():
-                raise KeyError("position")
-            if average is not None:
-                average.module.load_state_dict(state["average"])
-            if scaler is not None:
-                scaler.load_state_dict(state["scaler"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise ZpipeError(f"{run / CHECKPOINT_NAME}: not this run's checkpoint; delete it to start over") from error
-    task.call = team.share(torch.compile(model) if config.compile else model)
-    del state  # as large as model and optimizer together, and from here on nobody's
-    if team.first:
-        if step == 0:
-            forget_attempt(run)
-        _trim_log(run, step, epoch_ended=position is None)
-    else:
-        progress = silent
-    figures: dict[str, float] = {}
-    begun, seen = time.monotonic(), 0
-    saved, stopping = begun, False
-    clock = Clock()
 
-    def save(position: dict[str, Any] | None) -> None:
-        if not team.first:
+    def __init__(self, task: Task, loader: RelevanceLoader, config: TrainConfig, run: Path) -> None:
+        self.task, self.loader, self.config, self.run = task, loader, config, run
+        self.ranks = ranks()
+        self.device = resolve_device(config.device)
+        self._prepare_device()
+        loader.set_epoch(0)
+        steps_per_epoch = len(loader) // config.accumulate
+        if len(loader) and not steps_per_epoch:
+            raise UsageError(f"train.accumulate {config.accumulate}: an epoch has {len(loader)} batches")
+        self.total_steps = max(1, round(config.epochs * steps_per_epoch))
+        self.optimizer = make_optimizer(task.model, config)
+        self.scheduler = make_scheduler(
+            self.optimizer, config, total_steps=self.total_steps, steps_per_epoch=steps_per_epoch
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == "fp16" else None
+        self.average = ModelEmaV3(task.model, decay=config.ema) if config.ema else None
+        self.step, self.epoch = 0, 0
+        self._in_epoch = False  # between the start of an epoch and the end of its validation
+        self._position: dict[str, Any] | None = None  # of a loaded checkpoint, until its epoch is resumed
+        self._autocast = autocast(config.precision, self.device)
+        self._clock = Clock()
+        self._images = 0
+        self._saved_at = time.monotonic()
+        self._stop_requested = never
+        self._stopping, self._save_due = False, False
+
+    def train(self, stage: str, progress: Progress = silent, stop: Callable[[], bool] = never) -> dict[str, float]:
+        """Train to the end, from the run's checkpoint if there is one.
+
+        A checkpoint is written every `checkpoint_s` seconds and after every epoch. It holds the loader's position and
+        the states of the random number generators, so a resumed run equals an uninterrupted one bit for bit.
+
+        Args:
+            stage: Name of the training stage, for `progress`.
+            progress: Called with the step, the number of steps and metrics, on the first rank only.
+            stop: Called once per batch; if it returns True on any rank, all ranks save and stop.
+
+        Returns:
+            The metrics of the last validation.
+
+        Raises:
+            Stopped: If `stop` or SIGTERM asked for it.
+            ZpipeError: If the loss is not finite, the device has too little memory, or a file can't be read or written.
+        """
+        self._resume()
+        progress = progress if self.ranks.first else silent
+        metrics: dict[str, float] = {}
+        begun = time.monotonic()
+        with (
+            keyboard_interrupt_guard() as check_interrupt,
+            sigterm_flag() as terminated,
+            self._open_log() as log,
+            explain_out_of_memory(self.run, self.device),
+        ):
+            self._stop_requested = lambda: terminated() or stop()
+            while self._unfinished():
+                self._begin_epoch()
+                for batches in self._step_batches():
+                    step_metrics = self.train_step(batches)
+                    check_interrupt()
+                    if self.step % self.config.log_every == 0 or self.step == self.total_steps:
+                        step_metrics["lr"] = max(group["lr"] for group in self.optimizer.param_groups)  # the head's
+                        step_metrics["images_per_s"] = self._images / (time.monotonic() - begun)
+                        log(self._log_line(step_metrics) | self._clock.shares())
+                        progress(stage, self.step, self.total_steps, **step_metrics)
+                    if self._stopping or self._save_due:
+                        self.save()
+                    if self._stopping:
+                        self.ranks.total([0.0])  # a barrier: when the first rank ends, Ray ends those that still save
+                        break
+                if not self._stopping:
+                    self.epoch, self._in_epoch = self.epoch + 1, False
+                    if data_notes := self._data_notes():
+                        progress(stage, self.step, self.total_steps, **data_notes)
+                    metrics = self.validate()
+                    if metrics:
+                        log(self._log_line(metrics))
+                    self.save()  # last: a run that is killed before this repeats the end of the epoch
+        if self._stopping:
+            raise Stopped(
+                f"{self.run}: stopped in step {self.step} of {self.total_steps}; run the same command again to go on"
+            )
+        self._finish()
+        return metrics
+
+    def train_step(self, batches: list[Batch]) -> dict[str, float]:
+        """Take one optimizer step on `config.accumulate` batches.
+
+        Returns:
+            The loss and the metrics of the task, means over the batches of all ranks.
+
+        Raises:
+            ZpipeError: If the loss is not finite; the weights are then still those before the step.
+        """
+        self.task.progress = self.step / self.total_steps
+        self.scheduler.step(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = self._accumulate_gradients(batches)
+        if not math.isfinite(metrics["loss"]):
+            path = self.run / CHECKPOINT_NAME
+            kept = f"the last good state is {path}" if path.is_file() else "no epoch was finished"
+            raise ZpipeError(
+                f"{self.run}: the loss became {metrics['loss']} in step {self.step} of {self.total_steps}; "
+                f"lower --lr; {kept}"
+            )
+        with self._clock("backward"):
+            update_weights(self.task.model, self.optimizer, self.scaler, self.config)
+            if self.average is not None:
+                self.average.update(self.task.model, self.step)
+        self.step += 1
+        self._images += sum(len(batch["label"]) for batch in batches) * self.ranks.size
+        return metrics
+
+    def validate(self) -> dict[str, float]:
+        """Validate the weights that would be the finished ones, and keep them as the config says."""
+        model = self.average.module if self.average is not None else self.task.model
+        model.eval()
+        metrics = self.task.validate(model)
+        if self.ranks.first:
+            with self._clock("save"):
+                keep_epoch(self.run, model, self.epoch, self.config.keep, metrics.get("val_top1"))
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state to resume from. All ranks must call this together: it has the generator states of all."""
+        state: dict[str, Any] = {"model": self.task.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"step": self.step, "epoch": self.epoch}
+        if self.average is not None:
+            state["average"] = self.average.module.state_dict()
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        position = self._position
+        if self._in_epoch:
+            position = _position(self.loader, self.task.draws, self.ranks, self.device)
+        return state | {"position": position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state of `state_dict`.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: If the state is not one of this model and these settings.
+        """
+        position = state["position"]
+        if position is not None and not {"loader", "draws", "ranks"} <= position.keys():
+            raise KeyError("position")
+        self.task.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.epoch = state["step"], state["epoch"]
+        self._position, self._in_epoch = position, False
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def save(self) -> None:
+        """Write a checkpoint. All ranks must call this together; the first one writes."""
+        with self._clock("save"):
+            state = self.state_dict()
+            if self.ranks.first:
+                save_checkpoint(self.run, state)
+        self._saved_at = time.monotonic()
+
+    def _prepare_device(self) -> None:
+        if self.device.type == "cpu":
+            keep_freed_memory()
             return
-        with clock("save"):
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "epoch": epoch}
-            if average is not None:
-                state["average"] = average.module.state_dict()
-            if scaler is not None:
-                state["scaler"] = scaler.state_dict()
-            save_checkpoint(run, state | {"position": position})
+        if self.device.index is not None:
+            torch.cuda.set_device(self.device)  # the default of all code that names no device
+        if not self.ranks.alone:
+            convert_sync_batchnorm(self.task.model)  # in place
 
-    with (
-        _interrupts_kept() as check_interrupt,
-        _stop_on_sigterm() as stopped,
-        metric_log(run, config.tensorboard, config.wandb, done=step) if team.first else nullcontext(_to_nobody) as log,
-        _want_of_memory_said(run, device),
-    ):
+    def _resume(self) -> None:
+        """Load the run's checkpoint, if there is one, and wrap the model for training."""
+        state = load_checkpoint(self.run)
+        if state is not None:
+            try:
+                self.load_state_dict(state)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise ZpipeError(
+                    f"{self.run / CHECKPOINT_NAME}: not this run's checkpoint; delete it to start over"
+                ) from error
+        model: Any = torch.compile(self.task.model) if self.config.compile else self.task.model
+        self.task.call = self.ranks.share(model)
+        if self.ranks.first:
+            if self.step == 0:
+                forget_attempt(self.run)
+            trim_log(self.run, self.step, epoch_ended=self._position is None)
 
-        def signs() -> tuple[bool, bool]:  # to stop, and to save; only one clock says when
-            return stopped() or stop(), team.first and time.monotonic() - saved >= config.checkpoint_s
+    def _open_log(self) -> AbstractContextManager[Log]:
+        if not self.ranks.first:
+            return nullcontext(_discard)
+        return metric_log(self.run, self.config.tensorboard, self.config.wandb, completed_steps=self.step)
 
-        # A position says that an epoch's end is still to come, be it only that: its validation and its weights.
-        while step < total or position is not None:
-            model.train()
-            torch.manual_seed(_epoch_seed(config.seed, epoch, team.rank))
-            task.draws.manual_seed(_epoch_seed(config.seed, epoch))
-            loader.set_epoch(epoch)
-            if position is not None:
-                _take_position(position, loader, task.draws, team, device)
-                position = None
-            saved = time.monotonic()
-            batches = clock.of("data", loader)
-            for group in _steps(batches, config.accumulate, total - step):
-                task.done = step / total
-                scheduler.step(step)
-                optimizer.zero_grad(set_to_none=True)
-                value, facts, (stopping, due) = _accumulate(task, group, device, config, scaler, clock, team, signs)
-                if not math.isfinite(value):
-                    kept = (
-                        f"the last good state is {run / CHECKPOINT_NAME}"
-                        if (run / CHECKPOINT_NAME).is_file()
-                        else "no epoch was finished"
-                    )
-                    raise ZpipeError(f"{run}: the loss became {value} in step {step} of {total}; lower --lr; {kept}")
-                with clock("backward"):
-                    _update(model, optimizer, scaler, config)
-                    if average is not None:
-                        average.update(model, step)
-                check_interrupt()
-                step += 1
-                seen += sum(len(batch["label"]) for batch in group) * team.size
-                if step % config.log_every == 0 or step == total:
-                    rate = seen / (time.monotonic() - begun)
-                    highest = max(group["lr"] for group in optimizer.param_groups)  # layer_decay lowers the others
-                    facts = {"loss": value, **facts, "lr": highest, "images_per_s": rate}
-                    log({"step": step, "steps": total, "epoch": epoch, **facts, **clock.shares()})
-                    progress(stage, step, total, **facts)
-                if stopping or due:
-                    save(_position(loader, task.draws, team, device))
-                    saved = time.monotonic()
-                if stopping:
-                    team.total([0.0])  # all wait for the one that saves: when the first leaves, Ray ends the others
-                    break
-            if stopping:
+    def _log_line(self, metrics: dict[str, float]) -> dict[str, Any]:
+        return {"step": self.step, "steps": self.total_steps, "epoch": self.epoch, **metrics}
+
+    def _unfinished(self) -> bool:
+        """Whether to start or resume an epoch. A position means that at least the end of its epoch is to be done."""
+        return not self._stopping and (self.step < self.total_steps or self._position is not None)
+
+    def _begin_epoch(self) -> None:
+        """Seed all generators for the epoch, or restore them to where the loaded checkpoint was taken."""
+        self.task.model.train()
+        torch.manual_seed(_epoch_seed(self.config.seed, self.epoch, self.ranks.rank))
+        self.task.draws.manual_seed(_epoch_seed(self.config.seed, self.epoch))
+        self.loader.set_epoch(self.epoch)
+        if self._position is not None:
+            _restore_position(self._position, self.loader, self.task.draws, self.ranks, self.device)
+            self._position = None
+        self._in_epoch = True
+        self._saved_at = time.monotonic()
+
+    def _step_batches(self) -> Iterator[list[Batch]]:
+        """The rest of the epoch: the batches of each step."""
+        return _groups(
+            self._clock.of("data", self.loader), self.config.accumulate, max_groups=self.total_steps - self.step
+        )
+
+    def _accumulate_gradients(self, batches: list[Batch]) -> dict[str, float]:
+        """Compute the gradients of the mean loss over the batches of all ranks; stop at a loss that is not finite."""
+        means: dict[str, float] = {}
+        call: Any = self.task.call  # a DistributedDataParallel if there are several ranks
+        for number, batch in enumerate(batches):
+            last = number + 1 == len(batches)
+            with nullcontext() if last or self.ranks.alone else call.no_sync():
+                with self._clock("forward"), self._autocast():
+                    loss, metrics = self.task.loss(batch)
+                flags = self._poll()
+                with self._clock("backward"):
+                    scaled = loss / len(batches)
+                    (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+                    # Reading the loss waits for an accelerator, which has the whole batch's work by now. It is summed
+                    # over the ranks before it is checked: a rank that went on alone would wait for the others'
+                    # gradients forever.
+                    sums = self.ranks.total([*_to_floats(loss, *metrics.values()), *flags])
+            *sums, stop_votes, save_votes = sums
+            self._stopping, self._save_due = stop_votes > 0, save_votes > 0
+            for name, value in zip(["loss", *metrics], sums, strict=True):
+                means[name] = means.get(name, 0.0) + value / self.ranks.size / len(batches)
+            if not math.isfinite(means["loss"]):
                 break
-            epoch += 1
-            counts = loader.epoch_counts()
-            damaged = {line for lines in team.gather(loader.damaged_shards) for line in lines}
-            if len(counts) > 2 or damaged:  # samples without a map, tars left out
-                progress(stage, step, total, epoch=epoch, **counts, damaged_shards=len(damaged))
-            best = average.module if average is not None else model
-            best.eval()
-            figures = task.validate(best)
-            if team.first:
-                with clock("save"):
-                    keep_epoch(run, best, epoch, config.keep, figures.get("val_top1"))
-            if figures:
-                log({"step": step, "steps": total, "epoch": epoch, **figures})
-            save(None)  # last: who is killed before it does all of this again, to the same end
-    if stopping:
-        raise Stopped(f"{run}: stopped in step {step} of {total}; run the same command again to go on")
-    if average is not None:
-        model.load_state_dict(average.module.state_dict())
-    task.call = model
-    model.eval()
-    return figures
+        return means
 
+    def _poll(self) -> tuple[bool, bool]:
+        """Whether this rank wants to stop, and whether a checkpoint is due, by the clock of the first rank alone."""
+        due = self.ranks.first and time.monotonic() - self._saved_at >= self.config.checkpoint_s
+        return self._stop_requested(), due
 
-def _accumulate(
-    task: Task,
-    group: list[dict[str, Any]],
-    device: torch.device,
-    config: TrainConfig,
-    scaler: torch.amp.GradScaler | None,
-    clock: Clock,
-    team: Ranks,
-    signs: Callable[[], tuple[bool, ...]],
-) -> tuple[float, dict[str, float], list[bool]]:
-    """Gradients of the mean loss of the batches of all ranks; that loss, the means of what the task told, and which of the
-    `signs` any rank gives."""
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision)
-    value, facts, given = 0.0, Counter(), []
-    for number, batch in enumerate(group):
-        more = number + 1 < len(group)
-        with task.call.no_sync() if more and not team.alone else nullcontext():
-            with clock("forward"), torch.autocast(device.type, dtype=low) if low is not None else nullcontext():
-                loss, told = task.loss(batch)
-            asked = signs()
-            with clock("backward"):
-                share = loss / len(group)
-                (share if scaler is None else scaler.scale(share)).backward()
-                # Only now do we wait for an accelerator: it has the whole batch's work by then. Of a loss that isn't finite no
-                # step is taken. It is the mean of all ranks before we look at it: one that went on alone would wait for the
-                # others' gradients for ever.
-                sums = team.total([*_numbers(loss, *told.values()), *asked])
-        figures = [total / team.size / len(group) for total in sums[: 1 + len(told)]]
-        given = [total > 0 for total in sums[1 + len(told) :]]
-        value += figures[0]
-        if not math.isfinite(value):
-            break
-        for name, figure in zip(told, figures[1:], strict=True):
-            facts[name] += figure
-    return value, dict(facts), given
+    def _data_notes(self) -> dict[str, int]:
+        """How many samples had no usable map and how many shards were damaged; empty if all data was in order."""
+        counts = self.loader.epoch_counts()
+        damaged = {line for lines in self.ranks.gather(self.loader.damaged_shards) for line in lines}
+        if len(counts) <= 2 and not damaged:
+            return {}
+        return {"epoch": self.epoch, **counts, "damaged_shards": len(damaged)}
 
-
-def _numbers(*scalars: Tensor) -> list[float]:
-    """All of them read from their device at once."""
-    return torch.stack([each.detach().double() for each in scalars]).tolist()
-
-
-def _update(
-    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, config: TrainConfig
-) -> None:
-    if scaler is not None:
-        scaler.unscale_(optimizer)
-    if config.clip_grad:
-        # As timm's trainer does: adaptive clipping leaves the classifier alone (Brock et al. 2021, section 4.1).
-        spared = _classifier(model) if config.clip_mode == "agc" else set()
-        clipped = [parameter for parameter in model.parameters() if parameter not in spared]
-        dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
-
-
-def _classifier(model: nn.Module) -> set[nn.Parameter]:
-    """The parameters of a model's last layer or layers, as timm's interface names them; none where it has no such thing.
-
-    timm's own choice, the last two parameters, would be others in a CF-ViT.
-    """
-    if not hasattr(model, "get_classifier"):
-        return set()
-    heads = model.get_classifier()
-    return {each for head in (heads if isinstance(heads, tuple) else (heads,)) for each in head.parameters()}
+    def _finish(self) -> None:
+        """Leave the finished weights in the model, in eval mode and without the trainer's wrapper."""
+        model = self.task.model
+        if self.average is not None:
+            model.load_state_dict(self.average.module.state_dict())
+        self.task.call = model
+        model.eval()
 
 
 class Clock:
-    """Where the time goes: data, forward, backward (with the optimizer's step), save. An accelerator is waited for behind the
-    backward pass, and the wait counts there: forward is then the time that it takes to hand the work over.
+    """Measures where the time goes: data, forward, backward (with the optimizer's step), save.
+
+    An accelerator works asynchronously. The loop waits for it after the backward pass, so the wait counts as backward,
+    and forward is the time that it takes to launch the work.
     """
 
     def __init__(self) -> None:
-        self._spent: Counter[str] = Counter()
+        self._spent: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -312,7 +365,7 @@ class Clock:
             self._spent[name] += time.perf_counter() - begun
 
     def of(self, name: str, items: Iterable[Any]) -> Iterator[Any]:
-        """The items, the waiting for each counted."""
+        """Iterate over the items, and count the time that each takes to arrive."""
         iterator = iter(items)
         while True:
             with self(name):
@@ -322,7 +375,7 @@ class Clock:
             yield item
 
     def shares(self) -> dict[str, float]:
-        """Of the time counted since the last call; counting begins anew."""
+        """Fractions of the time counted since the last call, as `share_data` and so on; counting starts again at 0."""
         total = sum(self._spent.values())
         shares = {f"share_{name}": self._spent[name] / total for name in ("data", "forward", "backward", "save")}
         self._spent.clear()
@@ -330,107 +383,32 @@ class Clock:
 
 
 @contextmanager
-def _interrupts_kept() -> Iterator[Callable[[], None]]:
-    """A check that raises KeyboardInterrupt when Ctrl-C came and its KeyboardInterrupt was lost.
-
-    Python prints and drops one that is raised inside a finaliser or a callback from C, and the run would go on.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    came: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def interrupt(number: int, frame: Any) -> None:
-        came.append(number)
-        if callable(before):
-            before(number, frame)
-
-    def check() -> None:
-        if came:
-            raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM came since. What it would have done is done at the end of the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if came:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextmanager
-def _want_of_memory_said(run: Path, device: torch.device) -> Iterator[None]:
-    """A device's lack of memory as one line that says what takes less."""
+def explain_out_of_memory(run: Path, device: torch.device) -> Iterator[None]:
+    """Turn torch's out-of-memory error into one line that says what needs less memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ZpipeError(
-            f"{run}: a step doesn't fit into the memory of {device}; lower --batch-size (train.accumulate=2 makes the step as "
-            "large as before), or set train.precision=bf16"
+            f"{run}: a step doesn't fit into the memory of {device}; lower --batch-size (train.accumulate=2 makes the "
+            "step as large as before), or set train.precision=bf16"
         ) from error
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    options = config.opt_args if config.layer_decay is None else config.opt_args | {"layer_decay": config.layer_decay}
-    try:
-        return create_optimizer_v2(model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **options)
-    except (AssertionError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"optimizer {config.opt}: {' '.join(str(error).split())[:200]}; check train.opt, train.opt_args and "
-            "train.layer_decay"
-        ) from error
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, total: int, steps_per_epoch: int) -> Scheduler:
-    """timm's scheduler, its epochs being our steps."""
-    kind, decay, every = config.sched, config.decay_rate, round(config.decay_epochs * steps_per_epoch)
-    if kind == "constant":
-        kind, decay = "step", 1.0
-    elif kind == "poly":
-        decay = 1.0  # timm takes it for the polynomial's power; at 0.1 the rate would stay up until the last steps
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=kind,
-        num_epochs=total,
-        warmup_epochs=round(config.warmup_epochs * steps_per_epoch),
-        warmup_lr=0.0,
-        min_lr=config.min_lr,
-        decay_epochs=max(every, 1),
-        decay_rate=decay,
-    )
-    return scheduler
-
-
-def _position(loader: RelevanceLoader, draws: torch.Generator, team: Ranks, device: torch.device) -> dict[str, Any]:
-    """Where in an epoch we are: the loader's place, and the state of every generator that draws, on all ranks."""
-    # Asking for a device's generator opens the device, which a run on the CPU has no business with.
+def _position(loader: RelevanceLoader, draws: torch.Generator, group: Ranks, device: torch.device) -> dict[str, Any]:
+    """The position within an epoch: that of the loader, and the states of all ranks' random number generators."""
+    # Reading the state of a CUDA generator initialises CUDA, which a run on the CPU must not do.
     own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-    return {"loader": loader.state_dict(), "draws": draws.get_state(), "ranks": team.gather(own)}
+    return {"loader": loader.state_dict(), "draws": draws.get_state(), "ranks": group.gather(own)}
 
 
-def _take_position(
-    position: dict[str, Any], loader: RelevanceLoader, draws: torch.Generator, team: Ranks, device: torch.device
+def _restore_position(
+    position: dict[str, Any], loader: RelevanceLoader, draws: torch.Generator, group: Ranks, device: torch.device
 ) -> None:
     loader.load_state_dict(position["loader"])
     draws.set_state(position["draws"])
-    if team.rank >= len(position["ranks"]):
-        return  # there were fewer ranks: this one begins with the epoch's seed
-    own = position["ranks"][team.rank]
+    if group.rank >= len(position["ranks"]):
+        return  # the checkpoint is of fewer ranks: this one starts from the seed of the epoch
+    own = position["ranks"][group.rank]
     torch.set_rng_state(own["cpu"])
     if own["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(own["cuda"], device)
@@ -440,26 +418,19 @@ def _epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
     return (seed * 1_000_003 + epoch + rank * 2_000_000_000_003) % 2**63
 
 
-def _to_nobody(line: dict[str, float]) -> None:
-    """The log of a rank that isn't the first."""
-
-
-def _steps(batches: Iterator[dict[str, Any]], accumulate: int, count: int) -> Iterator[list[dict[str, Any]]]:
-    """Groups of `accumulate` batches, at most `count` of them; an incomplete last one is dropped."""
-    for _ in range(count):
-        group = list(islice(batches, accumulate))
-        if len(group) < accumulate:
+def _groups(batches: Iterator[Any], size: int, *, max_groups: int) -> Iterator[list[Any]]:
+    """Lists of `size` consecutive batches, at most `max_groups` of them; an incomplete last one is dropped."""
+    for _ in range(max_groups):
+        group = list(islice(batches, size))
+        if len(group) < size:
             return
         yield group
 
 
-def _trim_log(run: Path, step: int, *, epoch_ended: bool) -> None:
-    """Drop the lines of what is done again, and a torn last one: the steps behind the checkpoint, and, where it was taken
-    before its epoch's end, the validation there, whose line names the same step."""
-    path = run / METRICS_NAME
-    if path.is_file():
-        read = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-        kept = [
-            line for line in read if line["step"] < step or line["step"] == step and ("loss" in line or epoch_ended)
-        ]
-        write_bytes(path, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
+def _to_floats(*scalars: Tensor) -> list[float]:
+    """The values of 0-d tensors, read from their device in one transfer."""
+    return torch.stack([each.detach().double() for each in scalars]).tolist()
+
+
+def _discard(line: dict[str, Any]) -> None:
+    """The log of every rank but the first."""

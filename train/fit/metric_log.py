@@ -1,4 +1,4 @@
-"""A run's figures as they come: JSON lines always, TensorBoard and Weights & Biases when asked for."""
+"""The metrics of a run: JSON lines always, TensorBoard and Weights & Biases on request."""
 
 from __future__ import annotations
 
@@ -7,37 +7,62 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from zpipe.schemas.atomic import write_bytes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.checkpoint import METRICS_NAME, WANDB_ID_NAME
 
-Log = Callable[[dict[str, float]], None]
+Log = Callable[[dict[str, Any]], None]
 
 
 @contextmanager
-def metric_log(run: Path, tensorboard: bool = False, wandb: str | None = None, *, done: int = 0) -> Iterator[Log]:
-    """A function that takes one line of figures, `step` among them. done: the step behind which the run goes on.
+def metric_log(
+    run: Path, tensorboard: bool = False, wandb: str | None = None, *, completed_steps: int = 0
+) -> Iterator[Log]:
+    """Yield a function that logs one line of metrics, a dictionary with the key `step` among others.
 
-    Lines are appended to the run's metrics.jsonl. tensorboard: event files into the run's folder `tensorboard`. wandb: a
-    project's name; there the run is called as its folder, and known by an id that the folder keeps. Errors:
-    :class:`UsageError` when the package for one of them isn't installed; :class:`ZpipeError` when a line can't be written.
+    Args:
+        run: The run folder; lines are appended to its metrics.jsonl.
+        tensorboard: Also write event files into the folder `tensorboard` of the run.
+        wandb: Also log to this project of Weights & Biases. The run has the name of its folder there, and is identified
+            by an id that the folder keeps.
+        completed_steps: The step that the run resumes from; later events of an earlier attempt are dropped.
+
+    Raises:
+        UsageError: If the package for TensorBoard or Weights & Biases is not installed.
+        ZpipeError: If a line can't be written.
     """
     with ExitStack() as stack:
         sinks: list[Log] = [lambda line: _append(run / METRICS_NAME, line)]
         if tensorboard:
-            sinks.append(_to_tensorboard(run, done, stack))
+            sinks.append(_to_tensorboard(run, completed_steps, stack))
         if wandb is not None:
             sinks.append(_to_wandb(run, wandb, stack))
 
-        def log(line: dict[str, float]) -> None:
+        def log(line: dict[str, Any]) -> None:
             for sink in sinks:
                 sink(line)
 
         yield log
 
 
-def _append(path: Path, line: dict[str, float]) -> None:
+def trim_log(run: Path, step: int, *, epoch_ended: bool) -> None:
+    """Drop the lines of metrics.jsonl that a resumed run writes again, and an incomplete last line.
+
+    These are the lines of the steps after the checkpoint's `step`. If the checkpoint was taken before the end of its
+    epoch (`epoch_ended` is False), the line of that epoch's validation, which has the same step, is dropped too.
+    """
+    path = run / METRICS_NAME
+    if path.is_file():
+        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        kept = [
+            line for line in lines if line["step"] < step or line["step"] == step and ("loss" in line or epoch_ended)
+        ]
+        write_bytes(path, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -45,14 +70,14 @@ def _append(path: Path, line: dict[str, float]) -> None:
         raise ZpipeError(f"{path}: could not be written ({error.strerror}); free space, then run again") from error
 
 
-def _to_tensorboard(run: Path, done: int, stack: ExitStack) -> Log:
+def _to_tensorboard(run: Path, completed_steps: int, stack: ExitStack) -> Log:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError("train.tensorboard: needs the package tensorboard; pip install tensorboard") from error
-    writer = stack.enter_context(SummaryWriter(run / "tensorboard", purge_step=done + 1))  # those steps come again
+    writer = stack.enter_context(SummaryWriter(run / "tensorboard", purge_step=completed_steps + 1))
 
-    def log(line: dict[str, float]) -> None:
+    def log(line: dict[str, Any]) -> None:
         for name, value in line.items():
             if name not in ("step", "steps"):
                 writer.add_scalar(name, value, line["step"])
@@ -62,17 +87,21 @@ def _to_tensorboard(run: Path, done: int, stack: ExitStack) -> Log:
 
 def _to_wandb(run: Path, project: str, stack: ExitStack) -> Log:
     try:
-        import wandb
+        import wandb  # type: ignore[import-not-found, unused-ignore]  # optional, not among the test dependencies
     except ImportError as error:
         raise UsageError("train.wandb: needs the package wandb; pip install wandb") from error
     session = stack.enter_context(
         wandb.init(project=project, name=run.name, dir=str(run), id=_wandb_id(run), resume="allow")
     )
-    return lambda line: session.log(line, step=line["step"])
+
+    def log(line: dict[str, Any]) -> None:
+        session.log(line, step=line["step"])
+
+    return log
 
 
 def _wandb_id(run: Path) -> str:
-    """Drawn once and kept in the run's folder: a folder's name alone may be another run's in the same project."""
+    """The id of the run, drawn once and kept in its folder, because the name of a folder is not unique in a project."""
     path = run / WANDB_ID_NAME
     if not path.is_file():
         write_bytes(path, f"{secrets.token_hex(8)}\n".encode())

@@ -1,6 +1,7 @@
-"""Named settings. A recipe is a whole configuration; flags and `--set` change it from there.
+"""Named configurations. A recipe is a complete configuration, which flags and `--set` then change.
 
-Each has a small twin, `NAME-small`, to try on a CPU and a small data set: two epochs, small batches, the same kind of steps.
+Each has a small variant, `NAME-small`, for a trial on a CPU and a small data set: two epochs, small batches, the same
+steps.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _DEIT = VitConfig(
         ema=0.99996,
     ),
 )
-# What ZoomViT's authors say of their training: DeiT-III's augmentation and loss, 400 epochs, lr 5e-4, constant weight decay.
+# The training of ZoomViT's authors: DeiT-III's augmentation and loss, 400 epochs, lr 5e-4, constant weight decay.
 _DEIT3 = VitConfig(
     loss="bce",
     mixup=0.8,
@@ -42,7 +43,7 @@ _DEIT3 = VitConfig(
     view=ViewConfig(colour="deit3", crop_pct=1.0),
     train=TrainConfig(epochs=400.0, batch_size=1024, lr=5e-4, min_lr=1e-5, warmup_epochs=5.0, weight_decay=0.05),
 )
-# From a trained model, such as --init-from timm:deit3_small_patch16_224.in1k: short, gentle to the lower layers.
+# Fine-tuning of a trained model, such as --init-from timm:deit3_small_patch16_224.in1k: short, with lower rates below.
 _FINETUNE = VitConfig(
     label_smoothing=0.1,
     model_args={"drop_path_rate": 0.1},
@@ -51,9 +52,9 @@ _FINETUNE = VitConfig(
         epochs=30.0, batch_size=512, lr=2e-4, min_lr=1e-6, warmup_epochs=2.0, layer_decay=0.75, clip_grad=1.0
     ),
 )
-# CIFAR-10 from scratch: DeiT's settings, its learning rate for the smaller batch, patches that fit 32 pixels. DeiT's code
-# crops such images out of a margin of 4 pixels, which a crop of at least 0.6 comes near; the average of the weights is left
-# out, because 29,000 steps are too few for so slow a one.
+# CIFAR-10 from scratch: DeiT's settings, with the learning rate for the smaller batch and patches that fit 32 pixels.
+# DeiT's code crops such images with a padding of 4 pixels, which a crop of at least 0.6 approximates. There is no
+# moving average of the weights, because 29,000 steps are too few for one so slow.
 _CIFAR10 = replace(
     _DEIT,
     image_size=32,
@@ -61,8 +62,8 @@ _CIFAR10 = replace(
     view=replace(_DEIT.view, crop_scale=(0.6, 1.0), crop_pct=1.0),
     train=replace(_DEIT.train, batch_size=512, lr=5e-4, ema=0.0),
 )
-# Flowers-102 from a trained model (--init-from): what DeiT's authors say of their transfers to small data sets
-# (github.com/facebookresearch/deit, issue 45): SGD, no erasing, no stochastic depth, all else as on ImageNet.
+# Flowers-102 from a trained model (--init-from), as DeiT's authors describe their transfers to small data sets
+# (github.com/facebookresearch/deit, issue 45): SGD, no erasing, no stochastic depth, everything else as on ImageNet.
 _FLOWERS102 = replace(
     _DEIT,
     model_args={},
@@ -92,7 +93,11 @@ ZOOMER_RECIPES: Mapping[str, ZoomerConfig] = {"zoomer": ZoomerConfig(), "zoomer-
 
 
 def recipe(name: str | None, recipes: Mapping[str, Any], default: Any) -> Any:
-    """The configuration of that name, or the default without one. Errors: :class:`UsageError` for an unknown name."""
+    """The recipe of that name, or the default if there is no name.
+
+    Raises:
+        UsageError: If the name is unknown.
+    """
     if name is None:
         return default
     if name not in recipes:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 
@@ -21,29 +19,40 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import (
     CHECKPOINT_NAME,
-    CONFIG_NAME,
     Preprocessing,
     Resume,
     begin_run,
     digest_zoomer,
     load_zoomer,
     maps_record,
-    read_record,
     save_model,
     save_zoomer,
 )
+from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.labels import check_labels
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import MixConfig, mix_batch
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import resolve_device, to_device
 from zpipe.train.fit.config import TrainConfig
-from zpipe.train.fit.initialise import build_vit, described, start_from
-from zpipe.train.fit.loop import never, train
+from zpipe.train.fit.initialise import build_vit, start_from
+from zpipe.train.fit.loaders import training_loader, validation_loader
+from zpipe.train.fit.loop import Trainer, never
+from zpipe.train.fit.normalisation import choose_normalisation
 from zpipe.train.losses import CoarseToFineLoss, TokenLabelLoss, relevance_token_labels
 from zpipe.train.models.operating_points import OperatingPoint, logits_of
+from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.ranks import ranks
-from zpipe.train.scoring import ScoreSource, choose_source, default_source, open_zoomer, run_model, score_use
+from zpipe.train.scoring import (
+    SOURCES,
+    ScoreSource,
+    choose_source,
+    default_source,
+    open_zoomer,
+    run_model,
+    score_use,
+    zooms,
+)
 from zpipe.train.settings import check_choices, to_json
 
 ZoomDraw = Literal["alpha", "budget"]
@@ -51,54 +60,90 @@ ZoomDraw = Literal["alpha", "budget"]
 
 @dataclass(frozen=True, kw_only=True)
 class VitConfig:
-    """Settings of stage 2.
-
-    model: any classifier of timm, or one of ours (zoomvit_*). model_args: keyword arguments of its constructor.
-    num_classes: None takes the number of classes that the shards name.
-    init_from: a finished run, a checkpoint file or timm:NAME to start from, see `start_from`.
-    mean, std: of the three channels, by which images are normalised; None takes those that the frozen zoomer was trained with, else
-    those of the weights to start from, else ImageNet's.
-    zoom_draw: what training draws per batch: `alpha`, uniform in [0, 1] (the paper), or `budget`, a number of zoomed
-    cells uniform in [0, max_zoomed], which keeps all sequences of a batch equally long. fixed_zoom: always this alpha, or
-    this number of cells, instead.
-    scores: where a zooming model's scores come from, one of `scoring.SOURCES`; None takes the zoomer or the maps given.
-    full_split: of a model of two stages, the first share of the training in which all cells are refined (CF-ViT: 200 of 300
-    epochs, LF-ViT: 230 of 350).
-    token_label_weight: above 0, the patches of an lvvit_* model learn labels made of the maps (see `TokenLabelLoss`).
-    loss: ce, or bce, which asks of every class on its own (DeiT-III). mixup, cutmix: see `MixConfig`; label_smoothing
-    goes with both losses. val_alpha: the threshold of validation; under zoom_draw `budget` it zooms max_zoomed / 2 cells.
-    missing, damaged: what samples without a usable map and damaged tars do, see `RelevanceLoader`.
-    """
+    """Settings of stage 2."""
 
     model: str = "zoomvit_small_patch16_224"
+    """A classifier of timm or one of ours, such as zoomvit_*."""
+
     model_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the model's constructor."""
+
     num_classes: int | None = None
+    """Number of classes; None for the number of classes that the shards name."""
+
     image_size: int = 224
+    """Side of the images, in pixels."""
+
     init_from: str | None = None
+    """Weights to start from: a finished run, a checkpoint file or timm:NAME, see `start_from`."""
+
     mean: tuple[float, float, float] | None = None
+    """Mean of the channels, to normalise images by. None for that of the frozen zoomer, else that of the weights to
+    start from, else ImageNet's."""
+
     std: tuple[float, float, float] | None = None
+    """Standard deviation of the channels, as `mean`."""
+
     zoom_draw: ZoomDraw = "alpha"
+    """What is drawn for each training batch: `alpha`, a threshold uniform in [0, 1] (the paper), or `budget`, a number
+    of zoomed cells uniform in [0, max_zoomed], which keeps all sequences of a batch equally long."""
+
     max_zoomed: int | None = None
+    """Largest number of zoomed cells under zoom_draw `budget`; None for all cells."""
+
     fixed_zoom: float | None = None
+    """Always this alpha, or this number of cells, instead of a random one."""
+
     scores: str | None = None
+    """Where the scores of a zooming model come from, one of `scoring.SOURCES`; None for the given zoomer or maps."""
+
     full_split: float = 2 / 3
+    """Fraction of the training at whose beginning a model of two stages refines all cells (CF-ViT: 200 of 300 epochs,
+    LF-ViT: 230 of 350)."""
+
     token_label_weight: float = 0.0
+    """Weight of the token labels, made of the maps, that the patches of an lvvit_* model learn (see `TokenLabelLoss`);
+    0 for none."""
+
     loss: Literal["ce", "bce"] = "ce"
+    """`ce`: cross-entropy; `bce`: independent binary cross-entropy per class (DeiT-III)."""
+
     label_smoothing: float = 0.0
+    """Label smoothing of either loss."""
+
     mixup: float = 0.0
+    """Parameter of MixUp, see `MixConfig`."""
+
     cutmix: float = 0.0
+    """Parameter of CutMix, see `MixConfig`."""
+
     mix_switch: float = 0.5
+    """Probability of CutMix rather than MixUp, see `MixConfig`."""
+
     mix_prob: float = 1.0
+    """Probability that a batch is mixed, see `MixConfig`."""
+
     val_alpha: float = 0.1
-    missing: str = "error"
-    damaged: str = "error"
+    """Threshold of the validation. Under zoom_draw `budget`, max_zoomed / 2 cells are zoomed instead."""
+
+    missing: Missing = "error"
+    """How to handle samples without a usable map, see `RelevanceLoader`."""
+
+    damaged: Damaged = "error"
+    """How to handle damaged tars, see `RelevanceLoader`."""
+
     view: ViewConfig = field(default_factory=ViewConfig)
+    """Crops, flips and colours of the images."""
+
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(lr=1e-3, epochs=300.0, warmup_epochs=5.0, batch_size=128)
     )
+    """Settings of the training loop."""
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.scores is not None and self.scores not in SOURCES:
+            raise UsageError(f"--scores {self.scores}: choose one of {', '.join(SOURCES)}")
         if self.std is not None and min(self.std) <= 0:
             raise UsageError(f"std {list(self.std)}: give numbers above 0")
         if self.num_classes is not None and self.num_classes < 1:
@@ -118,7 +163,11 @@ class VitConfig:
         self.mix()
 
     def mix(self) -> MixConfig:
-        """How batches are mixed. Errors: :class:`UsageError` for values out of range."""
+        """How batches are mixed.
+
+        Raises:
+            UsageError: If a value is out of range.
+        """
         return MixConfig(
             mixup=self.mixup,
             cutmix=self.cutmix,
@@ -129,7 +178,16 @@ class VitConfig:
 
 
 class ClassifyTask:
-    """Classification; a zooming model sees another zoom in every batch."""
+    """Classification; a zooming model gets another zoom in every batch.
+
+    Args:
+        model: The classifier, with the attribute `num_classes`.
+        source: Where its scores come from; None for a model without scores.
+        config: The settings of the stage.
+        preprocessing: How images are normalised.
+        device: Where the model is.
+        val: Validation batches, if there are any.
+    """
 
     def __init__(
         self,
@@ -140,27 +198,29 @@ class ClassifyTask:
         device: torch.device,
         val: RelevanceLoader | None = None,
     ) -> None:
-        self.model, self._source, self._config = model, source, config
+        self.model: Any = model  # any classifier with timm's attributes
+        self._source, self._config = source, config
         self._preprocessing, self._device, self._val = preprocessing, device, val
-        self.call = model
+        self.call: Callable[..., Any] = model
         self.draws = torch.Generator()
-        self.done = 0.0
+        self.progress = 0.0
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch, and the accuracy on it."""
         check_labels(batch["label"], batch["key"], self.model.num_classes)
         batch = self._to_device(batch)
         labels = batch["label"]
         if self._config.mixup or self._config.cutmix:
-            # Drawn by torch's global generator: each rank mixes its part of the batch in its own way.
+            # Seeded from torch's global generator, so that each rank mixes its part of the batch in its own way.
             rng = np.random.default_rng(int(torch.randint(2**62, ())))
             batch = mix_batch(batch, self._config.mix(), rng, self.model.num_classes)
         images = batch["image"]
         scores = self._source.score(images, batch) if self._source is not None else None
         arguments: dict[str, Any] = {} if scores is None else {"scores": scores}
-        if scores is not None and _zooms(self.model):
+        if scores is not None and zooms(self.model):
             arguments |= self._draw_zoom()
         if getattr(self.model, "two_stage", False):
-            arguments |= {"return_stages": True, "full_split": self.done < self._config.full_split}
+            arguments |= {"return_stages": True, "full_split": self.progress < self._config.full_split}
             coarse, logits = self.call(images, **arguments)
             criterion = CoarseToFineLoss(label_smoothing=self._config.label_smoothing)
             loss = criterion(coarse, logits, batch.get("target", labels))
@@ -176,7 +236,7 @@ class ClassifyTask:
         return loss, {"train_top1": accuracy}
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """What a step computes with, normalised and on the device; boxes and flips stay behind."""
+        """The tensors that a step needs, on the device, images normalised; boxes and flips are left out."""
         moved = {
             name: to_device(batch[name], self._device) for name in ("image", "label", "relevance") if name in batch
         }
@@ -184,7 +244,7 @@ class ClassifyTask:
 
     def _class_loss(self, logits: Tensor, batch: dict[str, Any]) -> Tensor:
         smoothing = self._config.label_smoothing
-        target = batch.get("target")  # [B, classes], of a mixed batch, smoothed already
+        target = batch.get("target")  # [B, classes] of a mixed batch, with label smoothing
         if self._config.loss == "ce":
             if target is not None:
                 return F.cross_entropy(logits, target)
@@ -197,33 +257,49 @@ class ClassifyTask:
         fixed = self._config.fixed_zoom
         if fixed is not None:
             return {"alpha": fixed} if self._config.zoom_draw == "alpha" else {"budget": int(fixed)}
-        # One draw for the batch, whoever has which part of it.
+        # From `draws`: the whole batch has one zoom, whichever rank has which part of it.
         if self._config.zoom_draw == "alpha":
             return {"alpha": float(torch.rand((), generator=self.draws))}
-        return {"budget": int(torch.randint(0, self._most_zoomed() + 1, (), generator=self.draws))}
+        return {"budget": int(torch.randint(0, self._max_zoomed() + 1, (), generator=self.draws))}
 
-    def _most_zoomed(self) -> int:
-        most = self._config.max_zoomed
-        return self.model.coarse_grid**2 if most is None else most
+    def _max_zoomed(self) -> int:
+        limit = self._config.max_zoomed
+        return int(self.model.coarse_grid) ** 2 if limit is None else limit
 
     @torch.no_grad()
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Top-1 on the validation shards, when there are any."""
+        """Top-1 accuracy on the validation shards, if there are any."""
         if self._val is None:
             return {}
         point = OperatingPoint(name="validation")
-        if _zooms(model) and self._source is not None and self._source.name != "none":
+        if zooms(model) and self._source is not None and self._source.name != "none":
             by_budget = self._config.zoom_draw == "budget"
-            zoom = {"budget": self._most_zoomed() // 2} if by_budget else {"alpha": self._config.val_alpha}
+            zoom = {"budget": self._max_zoomed() // 2} if by_budget else {"alpha": self._config.val_alpha}
             point = OperatingPoint(name="validation", arguments=zoom)
-        right = count = 0
+        correct = count = 0
         for batch in self._val:
             batch = self._to_device(batch)
             logits = logits_of(run_model(model, self._source, batch, point)[0])
-            right += int((logits.argmax(dim=1) == batch["label"]).sum())
+            correct += int((logits.argmax(dim=1) == batch["label"]).sum())
             count += len(logits)
-        right, count = ranks().total([right, count])  # each rank had its share of the shards
-        return {"val_top1": right / count}
+        all_correct, all_count = ranks().total([correct, count])  # each rank has a part of the shards
+        return {"val_top1": all_correct / all_count}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitInputs:
+    """The paths that a run of stage 2 reads from."""
+
+    shards: Path
+    """The training shards."""
+    zoomer: Path | None = None
+    """A finished zoomer run, which scores images live."""
+    maps: Path | None = None
+    """The relevance store of the training shards."""
+    val: Path | None = None
+    """The validation shards."""
+    val_maps: Path | None = None
+    """The relevance store of the validation shards."""
 
 
 def train_vit(
@@ -241,35 +317,60 @@ def train_vit(
 ) -> dict[str, float]:
     """Train a classifier on shards and leave a run folder at `out`.
 
-    A zooming model needs its scores from somewhere: a finished `zoomer` run (frozen, live), the cached `maps`, or what
-    `config.scores` names. With `val` shards (and `val_maps`, where maps are the scores) every epoch ends with a validation, and
-    the weights that did best are kept. A finished run is left alone, an interrupted one is gone on with, unless `resume`
-    is "never". Several processes may train together, see `loop.train`. Errors: :class:`UsageError`, :class:`ZpipeError`.
+    A zooming model needs scores from a finished `zoomer` run (frozen, live), the cached `maps`, or what `config.scores`
+    names. Several processes may train together, see `Trainer`.
+
+    Args:
+        shards: The training shards.
+        out: The run folder. A finished run is left alone, an interrupted one is resumed.
+        config: The settings.
+        zoomer, maps, val, val_maps: What else to read, see `VitInputs`. With `val`, every epoch ends with a validation,
+            and the best weights are kept; it needs `val_maps` if maps are the scores.
+        resume: "never" to refuse a folder that holds a run already.
+        progress: Called with the progress of the training.
+        stop: Called once per batch; True saves and stops.
+
+    Returns:
+        The metrics of the last validation; empty without one, and for a run that was finished already.
+
+    Raises:
+        UsageError: If a setting is wrong, or does not fit model and data.
+        ZpipeError: If data or run can't be used, or the training fails, see `Trainer`.
     """
-    team = ranks()
+    out, inputs = Path(out), VitInputs(shards=shards, zoomer=zoomer, maps=maps, val=val, val_maps=val_maps)
     device = resolve_device(config.train.device)
     store = RelevanceMaps(maps) if maps is not None else None
-    loader = RelevanceLoader(
-        shards,
-        store,
-        batch_size=team.part(config.train.batch_size),
-        image_size=config.image_size,
-        augment="train",
-        seed=config.train.seed,
-        num_workers=config.train.data_workers,
-        rank=team.rank,
-        world_size=team.size,
-        repeats=config.train.repeats,
-        missing=config.missing,
-        damaged=config.damaged,
-        view=config.view,
+    loader = training_loader(shards, store, config)
+    model = _build_model(config, loader).to(device)
+    source = _source(model, config, zoomer, store)
+    frozen = _frozen_zoomer(source, zoomer, device)
+    mean, std = choose_normalisation(
+        out, config.mean, config.std, zoomer=frozen[1] if frozen is not None else None, init_from=config.init_from
     )
+    preprocessing = Preprocessing(image_size=config.image_size, mean=mean, std=std, crop_pct=config.view.crop_pct)
+    val_loader = _val_loader(inputs, config, source)
+    settings = _recorded_settings(inputs, config, loader, store, preprocessing)
+    if begin_run(out, "vit", settings, resume, defaults=to_json(asdict(VitConfig()))):
+        return {}
+    if config.init_from is not None and not (out / CHECKPOINT_NAME).is_file():  # the checkpoint has weights of its own
+        start_from(model, config.init_from)
+    task = ClassifyTask(model, source, config, preprocessing, device, val_loader)
+    metrics = Trainer(task, loader, config.train, out).train("train-vit", progress, stop)
+    if ranks().first:
+        if frozen is not None:
+            save_zoomer(out / "zoomer", frozen[0].cpu(), frozen[1])
+        save_model(out, model.cpu(), preprocessing)
+    return metrics
+
+
+def _build_model(config: VitConfig, loader: RelevanceLoader) -> nn.Module:
+    """Create the model, and check the settings that depend on it."""
     num_classes = config.num_classes or len(loader.index.classes)
     if not num_classes:
-        raise UsageError(f"{shards}: its index names no classes; give --num-classes")
+        raise UsageError(f"{loader.path}: its index names no classes; give --num-classes")
     torch.manual_seed(config.train.seed)
-    model = build_vit(config.model, num_classes, config.image_size, config.model_args).to(device)
-    if _zooms(model):
+    model: Any = build_vit(config.model, num_classes, config.image_size, config.model_args)
+    if zooms(model):
         cells = model.coarse_grid**2
         fixed = config.fixed_zoom if config.zoom_draw == "budget" else None
         for name, count in (("max_zoomed", config.max_zoomed), ("fixed_zoom", fixed)):
@@ -277,64 +378,53 @@ def train_vit(
                 raise UsageError(f"{name} {count:g}: this model has {cells} cells to zoom")
     if getattr(model, "two_stage", False) and config.loss != "ce":
         raise UsageError(f"loss {config.loss}: the two stages of {config.model} learn by ce")
-    source = _source(model, config, zoomer, store)
-    frozen = source.zoomer if source is not None else None
-    zoomers_own = None
-    if frozen is not None:
-        frozen.to(device)
-        zoomers_own = load_zoomer(zoomer)[1]  # now: at the end, days later, its folder may hold another one
-    mean, std = _normalisation(Path(out), config, zoomers_own)
-    preprocessing = Preprocessing(image_size=config.image_size, mean=mean, std=std, crop_pct=config.view.crop_pct)
-    held_out = None
-    if val is not None:
-        held_out = RelevanceLoader(
-            val,
-            val_maps,
-            batch_size=team.part(config.train.batch_size),
-            image_size=config.image_size,
-            augment="eval",
-            num_workers=config.train.data_workers,
-            rank=team.rank,
-            world_size=team.size,
-            missing="uniform",
-            view=config.view,
-        )
-        if source is not None and source.name == "maps" and held_out.maps is None:
-            raise UsageError("--val: the scores are maps; give --val-maps, those of the validation shards")
-    settings = (
+    return model
+
+
+def _frozen_zoomer(
+    source: ScoreSource | None, path: Path | None, device: torch.device
+) -> tuple[Zoomer, Preprocessing] | None:
+    """The source's zoomer, moved to the device, and its preprocessing; None if the source has no zoomer."""
+    if source is None or source.zoomer is None or path is None:
+        return None
+    # Its preprocessing is read now: at the end of the training, days later, the folder may hold another zoomer.
+    return source.zoomer.to(device), load_zoomer(path)[1]
+
+
+def _val_loader(inputs: VitInputs, config: VitConfig, source: ScoreSource | None) -> RelevanceLoader | None:
+    if inputs.val is None:
+        return None
+    loader = validation_loader(inputs.val, inputs.val_maps, config)
+    if source is not None and source.name == "maps" and loader.maps is None:
+        raise UsageError("--val: the scores are maps; give --val-maps, those of the validation shards")
+    return loader
+
+
+def _recorded_settings(
+    inputs: VitInputs,
+    config: VitConfig,
+    loader: RelevanceLoader,
+    store: RelevanceMaps | None,
+    preprocessing: Preprocessing,
+) -> dict[str, Any]:
+    """What run.json says: the settings, the paths, and digests of what they hold, which may change before a resume."""
+    paths = {item.name: getattr(inputs, item.name) for item in fields(inputs)}
+    settings: dict[str, Any] = (
         asdict(config)
         | {"classes": list(loader.index.classes)}
         | maps_record(store)
-        | {"val": _text(val), "val_maps": _text(val_maps)}
-        | {"shards": str(shards), "zoomer": _text(zoomer), "maps": _text(maps)}
-        | {"mean": mean, "std": std}
-        # A path may come to hold something else before the run is gone on with.
-        | {"shards_digest": loader.digest, "zoomer_digest": None if zoomer is None else digest_zoomer(zoomer)}
+        | {name: None if path is None else str(path) for name, path in paths.items()}
+        | {"mean": preprocessing.mean, "std": preprocessing.std}
+        | {"shards_digest": loader.digest}
+        | {"zoomer_digest": None if inputs.zoomer is None else digest_zoomer(inputs.zoomer)}
     )
-    if begin_run(out, "vit", to_json(settings), resume, defaults=to_json(asdict(VitConfig()))):
-        return {}
-    if config.init_from is not None and not (Path(out) / CHECKPOINT_NAME).is_file():  # which holds what became of it
-        start_from(model, config.init_from)
-    task = ClassifyTask(model, source, config, preprocessing, device, held_out)
-    figures = train(task, loader, config.train, Path(out), stage="train-vit", progress=progress, stop=stop)
-    if not team.first:
-        return figures
-    if frozen is not None:
-        save_zoomer(Path(out) / "zoomer", frozen.cpu(), zoomers_own)
-    save_model(Path(out), model.cpu(), preprocessing)
-    return figures
-
-
-def _zooms(model: nn.Module) -> bool:
-    """Whether the model zooms by a threshold or a budget."""
-    use = score_use(model)
-    return use is not None and use.zooms
+    return to_json(settings)
 
 
 def _source(
     model: nn.Module, config: VitConfig, zoomer: Path | None, store: RelevanceMaps | None
 ) -> ScoreSource | None:
-    """The source of a zooming model's scores; None for a plain ViT."""
+    """The source of a zooming model's scores; None for a model that takes no scores."""
     labels_from_maps = config.token_label_weight > 0
     if labels_from_maps and (store is None or not getattr(model, "dense_head", False)):
         raise UsageError("token_label_weight: needs an lvvit_* model, or one fused on it, and --maps")
@@ -358,42 +448,3 @@ def _source(
             raise UsageError(f"--scores {name}: has no use for {option}; leave it out, or choose --scores {source}")
     opened = open_zoomer(zoomer, config.image_size) if zoomer is not None else None
     return choose_source(name, model, zoomer=opened, origin=str(zoomer), store=store, training=True)
-
-
-def _normalisation(
-    out: Path, config: VitConfig, zoomers: Preprocessing | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the channels, see `VitConfig`. A run keeps those it began with, once its settings bind."""
-    if (config.mean is None) != (config.std is None):
-        raise UsageError("mean, std: give both, or neither")
-    if config.mean is not None and config.std is not None:
-        check_normalisation(zoomers, config.mean, config.std)
-        return config.mean, config.std
-    told: Mapping[str, Any] = {}
-    if (out / CHECKPOINT_NAME).is_file() or (out / CONFIG_NAME).is_file():
-        told = read_record(out)["settings"]
-    elif zoomers is not None:
-        return zoomers.mean, zoomers.std
-    elif config.init_from is not None:
-        told = described(config.init_from)
-    return tuple(told.get("mean", IMAGENET_DEFAULT_MEAN)), tuple(told.get("std", IMAGENET_DEFAULT_STD))
-
-
-def check_normalisation(zoomer: Preprocessing | None, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Whether a frozen zoomer was trained on images that were normalised as a model's are: it is given the same.
-
-    Errors: :class:`UsageError` with both.
-    """
-    if zoomer is not None and (tuple(zoomer.mean), tuple(zoomer.std)) != (tuple(mean), tuple(std)):
-        wanted, given = (
-            [json.dumps(list(each), separators=(",", ":")) for each in pair]
-            for pair in ((zoomer.mean, zoomer.std), (mean, std))
-        )
-        raise UsageError(
-            f"--zoomer: was trained with mean {wanted[0]} and std {wanted[1]}, the model with {given[0]} and {given[1]}; "
-            f"train the model with --set mean={wanted[0]} --set std={wanted[1]}"
-        )
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)

@@ -15,53 +15,91 @@ from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import Preprocessing, Resume, begin_run, maps_record, save_zoomer
-from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import resolve_device, to_device
 from zpipe.train.fit.config import TrainConfig
-from zpipe.train.fit.loop import never, train
-from zpipe.train.losses import ZoomerLoss
+from zpipe.train.fit.loaders import training_loader
+from zpipe.train.fit.loop import Trainer, never
+from zpipe.train.losses import KlDirection, Normalisation, ZoomerLoss
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.ranks import ranks
-from zpipe.train.settings import to_json
+from zpipe.train.settings import check_choices, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZoomerConfig:
-    """Settings of stage 1. The defaults are the paper's: n = 4, AdamW, learning rate 0.01, batch 128, 100 epochs.
+    """Settings of stage 1. The defaults are the paper's: n = 4, AdamW, learning rate 0.01, batch size 128, 100 epochs.
 
-    The weights of KL and Dice in the loss are not given there; ours are those of `ZoomerLoss`. missing, damaged: what samples
-    without a usable map and damaged tars do, see `RelevanceLoader`.
+    The paper does not give the weights of the loss terms; our defaults are those of `ZoomerLoss`.
     """
 
     num_blocks: int = 4
+    """Convolutional blocks of the zoomer, the paper's n: 2, 4 or 6."""
+
     width: int = 64
+    """Channels of the first stage of the zoomer."""
+
     image_size: int = 224
+    """Side of the images, in pixels."""
+
     w_kl: float = 0.1
+    """Weight of the KL term in the loss."""
+
     w_dice: float = 0.1
-    kl_direction: str = "student||teacher"
-    normalisation: str = "sum"
-    missing: str = "error"
-    damaged: str = "error"
+    """Weight of the Dice term in the loss."""
+
+    kl_direction: KlDirection = "student||teacher"
+    """Which of the two distributions the divergence is taken from, see `ZoomerLoss`."""
+
+    normalisation: Normalisation = "sum"
+    """How maps become the distributions that KL compares, see `ZoomerLoss`."""
+
+    missing: Missing = "error"
+    """How to handle samples without a usable map, see `RelevanceLoader`."""
+
+    damaged: Damaged = "error"
+    """How to handle damaged tars, see `RelevanceLoader`."""
+
     view: ViewConfig = field(default_factory=ViewConfig)
+    """Crops, flips and colours of the training images."""
+
     train: TrainConfig = field(default_factory=lambda: TrainConfig(lr=0.01, epochs=100.0, batch_size=128))
+    """Settings of the training loop."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        self.loss()
+
+    def loss(self) -> ZoomerLoss:
+        """The loss with these weights.
+
+        Raises:
+            UsageError: If a weight is out of range.
+        """
+        try:
+            return ZoomerLoss(self.w_kl, self.w_dice, self.kl_direction, self.normalisation)
+        except ValueError as error:
+            raise UsageError(f"train-zoomer: {error}") from error
 
 
 class ZoomerTask:
-    """Predict the min-max normalised relevance of the crop at hand."""
+    """Predict the min-max normalised relevance of each crop."""
 
     def __init__(self, model: Zoomer, loss: ZoomerLoss, preprocessing: Preprocessing, device: torch.device) -> None:
         self.model, self._loss, self._preprocessing, self._device = model, loss, preprocessing, device
-        self.call = model
+        self.call: Callable[..., Any] = model
         self.draws = torch.Generator()  # nothing is drawn
+        self.progress = 0.0
 
     def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The distillation loss of a batch, and its terms."""
         images = self._preprocessing.normalise(to_device(batch["image"], self._device))
         target = to_device(batch["relevance"], self._device).flatten(1)  # [B, grid * grid]
         return self._loss(self.call(images), target)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out figures come from `zpipe evaluate`, which needs the validation maps."""
+        """No metrics: `zpipe evaluate` measures a zoomer on held-out data, for which it needs the validation maps."""
         return {}
 
 
@@ -75,36 +113,33 @@ def train_zoomer(
     progress: Progress = silent,
     stop: Callable[[], bool] = never,
 ) -> dict[str, float]:
-    """Train a Zoomer on shards joined with their maps and leave a run folder at `out`.
+    """Train a Zoomer on shards and their maps, and leave a run folder at `out`.
 
-    A finished run is left alone, an interrupted one is gone on with, unless `resume` is "never". Several processes may
-    train together, see `loop.train`. Errors: :class:`UsageError`, :class:`ZpipeError`.
+    Several processes may train together, see `Trainer`.
+
+    Args:
+        shards: The training shards.
+        maps: The relevance store made from them.
+        out: The run folder. A finished run is left alone, an interrupted one is resumed.
+        config: The settings.
+        resume: "never" to refuse a folder that holds a run already.
+        progress: Called with the progress of the training.
+        stop: Called once per batch; True saves and stops.
+
+    Returns:
+        An empty dictionary: this stage has no validation.
+
+    Raises:
+        UsageError: If a setting is wrong, or does not fit the data.
+        ZpipeError: If data or run can't be used, or the training fails, see `Trainer`.
     """
-    team = ranks()
+    out = Path(out)
     store = RelevanceMaps(maps)
     grid = store.manifest.provenance.grid
     if grid[0] != grid[1]:
         raise UsageError(f"{maps}: maps of {grid[0]} x {grid[1]} cells; the zoomer needs a square grid")
     device = resolve_device(config.train.device)
-    loader = RelevanceLoader(
-        shards,
-        store,
-        batch_size=team.part(config.train.batch_size),
-        image_size=config.image_size,
-        augment="train",
-        seed=config.train.seed,
-        num_workers=config.train.data_workers,
-        rank=team.rank,
-        world_size=team.size,
-        repeats=config.train.repeats,
-        missing=config.missing,
-        damaged=config.damaged,
-        view=config.view,
-    )
-    try:
-        loss = ZoomerLoss(config.w_kl, config.w_dice, config.kl_direction, config.normalisation)
-    except ValueError as error:
-        raise UsageError(f"train-zoomer: {error}") from error
+    loader = training_loader(shards, store, config)
     settings = asdict(config) | {
         "shards": str(shards),
         "maps": str(maps),
@@ -114,18 +149,17 @@ def train_zoomer(
     if begin_run(out, "zoomer", to_json(settings), resume, defaults=to_json(asdict(ZoomerConfig()))):
         return {}
     torch.manual_seed(config.train.seed)
-    model = _zoomer(config, grid[0]).to(device)
     preprocessing = Preprocessing(
         image_size=config.image_size,
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
         crop_pct=config.view.crop_pct,
     )
-    task = ZoomerTask(model, loss, preprocessing, device)
-    figures = train(task, loader, config.train, Path(out), stage="train-zoomer", progress=progress, stop=stop)
-    if team.first:
-        save_zoomer(Path(out), model.cpu(), preprocessing)
-    return figures
+    task = ZoomerTask(_zoomer(config, grid[0]).to(device), config.loss(), preprocessing, device)
+    metrics = Trainer(task, loader, config.train, out).train("train-zoomer", progress, stop)
+    if ranks().first:
+        save_zoomer(out, task.model.cpu(), preprocessing)
+    return metrics
 
 
 def _zoomer(config: ZoomerConfig, grid: int) -> Zoomer:

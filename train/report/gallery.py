@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from zpipe.schemas.progress import Progress
 from zpipe.schemas.relevance_maps import RelevanceMaps
@@ -30,7 +30,7 @@ from zpipe.train.evaluation.inference import OpenRun, choose_run_source, eval_lo
 from zpipe.train.evaluation.operating_points import one_point
 from zpipe.train.models.operating_points import OperatingPoint, cost, setting_names
 from zpipe.train.report.runs import RunRecord
-from zpipe.train.scoring import score_use
+from zpipe.train.scoring import zooms
 
 THUMBNAIL = 224  # pixels a side at most
 JPEG_QUALITY = 85
@@ -199,12 +199,6 @@ def _open(
     return shown, notes
 
 
-def _zooms(model: nn.Module) -> bool:
-    """Whether a model cuts cells into finer patches by a threshold or a budget."""
-    use = score_use(model)
-    return use is not None and use.zooms
-
-
 def _run(model: _Shown, batch: dict[str, Any]) -> None:
     """Run one batch through one model; its answers are added to those before."""
     check_labels(batch["label"], batch["key"], model.opened.model.num_classes)
@@ -315,7 +309,7 @@ def _model(model: _Shown, scores: int | None, store: RelevanceMaps | None) -> di
         "zoom": None,
     }
     source = model.opened.source
-    if scores is None or source is None or not _zooms(net):
+    if scores is None or source is None or not zooms(net):
         return described
     chosen = {name: model.point.arguments[name] for name in ("alpha", "budget") if name in model.point.arguments}
     described["zoom"] = {
@@ -339,7 +333,7 @@ def _settings(shown: list[_Shown]) -> list[str]:
         if model.point.settings:
             values = ", ".join(f"{setting} {value}" for setting, value in model.point.settings.items())
             (evaluated if model.record.points else fallback).append(f"{name} ({values})")
-        elif setting_names(net) and not _zooms(net):
+        elif setting_names(net) and not zooms(net):
             usual.append(name)
     groups = (
         ("Shown at the middle setting of the evaluation", evaluated),

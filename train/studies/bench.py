@@ -27,7 +27,8 @@ from zpipe.train.evaluation.inference import OpenRun, choose_run_source, eval_lo
 from zpipe.train.evaluation.operating_points import EvalConfig, operating_points
 from zpipe.train.evaluation.results import Result, share, write_results
 from zpipe.train.fit.distributed import Workers, run_training
-from zpipe.train.fit.train_vit import VitConfig, check_normalisation, train_vit
+from zpipe.train.fit.normalisation import check_normalisation
+from zpipe.train.fit.train_vit import VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
 from zpipe.train.macs import count_macs
 from zpipe.train.models.operating_points import setting_names

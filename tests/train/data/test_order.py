@@ -488,7 +488,7 @@ def test_ranks_are_dealt_the_same_in_pieces_of_any_size(counts, world_size, part
     plan = whole_batches(epoch_plan(counts, lanes), size, repeats)
     whole = deal(plan, size, world_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ordering, "DEALT_AT_ONCE", 1)
+        patch.setattr(ordering, "DEAL_CHUNK", 1)
         assert np.array_equal(deal(plan, size, world_size), whole)
     dealt = whole.reshape(-1, size)
     assert all((np.bincount(own, minlength=world_size) == part).all() for own in dealt)

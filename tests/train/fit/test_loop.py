@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -29,8 +30,9 @@ from zpipe.train.evaluation.operating_points import EvalConfig
 from zpipe.train.fit import loop
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.initialise import build_vit
-from zpipe.train.fit.loop import Clock, Stopped, _optimizer, _scheduler, _steps, _update
+from zpipe.train.fit.loop import Clock, Stopped, Trainer, _groups
 from zpipe.train.fit.metric_log import metric_log
+from zpipe.train.fit.optim import make_optimizer, make_scheduler, update_weights
 from zpipe.train.fit.recipes import VIT_RECIPES, ZOOMER_RECIPES, recipe
 from zpipe.train.fit.train_vit import ClassifyTask, VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import train_zoomer
@@ -103,6 +105,34 @@ def test_interrupted_and_gone_on_with_equals_undisturbed(data, tmp_path, name):
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()
     assert [line["step"] for line in lines(tmp_path / "run")] == [line["step"] for line in lines(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize("name", ["average", "fp16", "accumulated"])
+def test_a_trainer_goes_on_from_the_state_of_another(data, tmp_path, name):
+    """Without a file: after the same steps both have the same weights."""
+    config = EVERYTHING[name]
+
+    def trainer():
+        torch.manual_seed(0)
+        model = build_vit(config.model, 10, SIDE, config.model_args)
+        preprocessing = Preprocessing(image_size=SIDE, mean=(0, 0, 0), std=(1, 1, 1))
+        task = ClassifyTask(model, None, config, preprocessing, torch.device("cpu"))
+        loader = RelevanceLoader(data / "shards", batch_size=4, image_size=SIDE)
+        return Trainer(task, loader, config.train, tmp_path)
+
+    first, second = trainer(), trainer()
+    batches = list(first.loader)
+    groups = [batches[start : start + config.train.accumulate] for start in (0, 2, 4)]
+    for group in groups[:2]:
+        first.train_step(group)
+    state = copy.deepcopy(first.state_dict())
+    own = {"average": {"average"}, "fp16": {"scaler"}, "accumulated": set()}[name]
+    assert set(state) == {"model", "optimizer", "step", "epoch", "position"} | own
+    second.load_state_dict(state)
+    assert second.step == 2
+    assert first.train_step(groups[2]) == second.train_step(groups[2])
+    for one, other in zip(first.task.model.parameters(), second.task.model.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_two_half_batches_are_one(data, tmp_path):
@@ -233,9 +263,9 @@ def test_a_logger_that_is_not_installed_is_one_line(data, tmp_path):
 
 
 def test_groups_of_batches():
-    assert list(_steps(iter(range(7)), 3, 9)) == [[0, 1, 2], [3, 4, 5]]
+    assert list(_groups(iter(range(7)), 3, max_groups=9)) == [[0, 1, 2], [3, 4, 5]]
     rest = iter(range(7))
-    assert list(_steps(rest, 2, 2)) == [[0, 1], [2, 3]] and next(rest) == 4  # nothing is drawn in vain
+    assert list(_groups(rest, 2, max_groups=2)) == [[0, 1], [2, 3]] and next(rest) == 4  # nothing is drawn in vain
 
 
 @pytest.mark.parametrize(
@@ -249,8 +279,8 @@ def test_groups_of_batches():
 )
 def test_learning_rates(options, expected):
     config = TrainConfig(**{"lr": 1.0, "epochs": 3.5, "warmup_epochs": 1.0} | options)
-    optimizer = _optimizer(torch.nn.Linear(2, 2), config)
-    scheduler = _scheduler(optimizer, config, total=7, steps_per_epoch=2)
+    optimizer = make_optimizer(torch.nn.Linear(2, 2), config)
+    scheduler = make_scheduler(optimizer, config, total_steps=7, steps_per_epoch=2)
     seen = []
     for step in range(7):
         scheduler.step(step)
@@ -263,7 +293,7 @@ def test_learning_rates(options, expected):
 
 def test_lower_layers_learn_more_slowly():
     model = ZoomViT(img_size=SIDE, num_classes=5, **BODY)
-    optimizer = _optimizer(model, TrainConfig(lr=1.0, layer_decay=0.5))
+    optimizer = make_optimizer(model, TrainConfig(lr=1.0, layer_decay=0.5))
     scale = {id(p): group.get("lr_scale", 1.0) for group in optimizer.param_groups for p in group["params"]}
     order = [
         model.patch_embed.weight,
@@ -287,7 +317,9 @@ def test_adaptive_clipping_leaves_the_classifier_alone(name):
     before = {parameter: torch.full_like(parameter, 1e3) for parameter in model.parameters()}
     for parameter, gradient in before.items():
         parameter.grad = gradient.clone()
-    _update(model, torch.optim.SGD(model.parameters(), lr=0.0), None, TrainConfig(clip_grad=0.01, clip_mode="agc"))
+    update_weights(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), None, TrainConfig(clip_grad=0.01, clip_mode="agc")
+    )
     untouched = {name for name, parameter in model.named_parameters() if torch.equal(parameter.grad, before[parameter])}
     assert untouched == {"head.weight", "head.bias"}
 
@@ -378,7 +410,7 @@ def test_wrong_settings_of_a_vit(change, told):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_no_step_is_taken_on_a_loss_that_is_not_finite(data, tmp_path, monkeypatch, accumulate):
     """Of the fourth batch; its gradients are there by the time that we look."""
-    original, update, calls, updates = ClassifyTask.loss, loop._update, [], []
+    original, update, calls, updates = ClassifyTask.loss, loop.update_weights, [], []
 
     def loss(task, batch):
         calls.append(batch)
@@ -386,7 +418,7 @@ def test_no_step_is_taken_on_a_loss_that_is_not_finite(data, tmp_path, monkeypat
         return (found * float("nan") if len(calls) == 4 else found), told
 
     monkeypatch.setattr(ClassifyTask, "loss", loss)
-    monkeypatch.setattr(loop, "_update", lambda *given: (updates.append(given), update(*given)))
+    monkeypatch.setattr(loop, "update_weights", lambda *given: (updates.append(given), update(*given)))
     step = 4 // accumulate - 1
     with pytest.raises(ZpipeError, match=f"the loss became nan in step {step} of "):
         train_vit(data / "shards", tmp_path / "run", with_loop(PLAIN, accumulate=accumulate, checkpoint_s=0.0))
@@ -449,24 +481,24 @@ def test_a_run_on_the_cpu_opens_no_gpu(data, monkeypatch):
     def opened(*given):
         raise AssertionError("a GPU was opened")
 
-    loader, draws, team = RelevanceLoader(data / "shards", batch_size=4), torch.Generator(), loop.ranks()
+    loader, draws, group = RelevanceLoader(data / "shards", batch_size=4), torch.Generator(), loop.ranks()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch.cuda, name, opened)
-    position = loop._position(loader, draws, team, torch.device("cpu"))
+    position = loop._position(loader, draws, group, torch.device("cpu"))
     assert position["ranks"][0]["cuda"] is None
     position["ranks"][0]["cuda"] = torch.ones(3)  # the run was begun on a GPU
-    loop._take_position(position, loader, draws, team, torch.device("cpu"))
+    loop._restore_position(position, loader, draws, group, torch.device("cpu"))
 
 
 def test_a_checkpoint_holds_the_generator_of_the_device_in_use(data, monkeypatch):
     device, states = torch.device("cuda", 1), {torch.device("cuda", 1): torch.ones(3)}
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda asked: states[asked])
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, asked: states.update({asked: state}))
-    loader, draws, team = RelevanceLoader(data / "shards", batch_size=4), torch.Generator(), loop.ranks()
-    position = loop._position(loader, draws, team, device)
+    loader, draws, group = RelevanceLoader(data / "shards", batch_size=4), torch.Generator(), loop.ranks()
+    position = loop._position(loader, draws, group, device)
     states[device] = torch.zeros(3)
-    loop._take_position(position, loader, draws, team, device)
+    loop._restore_position(position, loader, draws, group, device)
     assert states == {device: position["ranks"][0]["cuda"]} and states[device].all()
 
 

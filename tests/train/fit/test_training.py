@@ -616,7 +616,7 @@ def test_a_label_outside_the_classes_names_its_key(tmp_path):
         (ZOOMER, {"num_blocks": 3}, "num_blocks must be 2, 4 or 6"),
         (ZOOMER, {"w_kl": -1.0}, "loss weights"),
         (ZOOMER, {"kl_direction": "both"}, "kl_direction"),
-        (ZOOMER, {"missing": "ignore"}, "missing='ignore'"),
+        (ZOOMER, {"missing": "ignore"}, "setting missing: 'ignore'; choose one of error, skip, uniform"),
         (ZOOMER, {"image_size": 0}, "image_size=0"),
         (PLAIN, {"model": "vit_enormous"}, "model vit_enormous"),
         (PLAIN, {"model_args": {"depht": 2}}, "depht"),

@@ -178,7 +178,7 @@ def test_the_two_stages_learn_in_two_phases(data):
     criterion = CoarseToFineLoss(label_smoothing=0.1)
     losses = []
     for done, full in ((0.0, True), (0.66, True), (0.67, False), (1.0, False)):
-        task.done = done
+        task.progress = done
         expected = criterion(*opened.model(images, return_stages=True, full_split=full), batch["label"])
         losses.append(task.loss(batch)[0].item())
         assert losses[-1] == pytest.approx(expected.item(), rel=1e-6)

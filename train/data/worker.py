@@ -1,0 +1,218 @@
+"""A worker's share of an epoch: fetch samples with their maps, augment them, collate them into parts of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+
+from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.geometry import Box
+from zpipe.schemas.relevance_maps import RelevanceMaps
+from zpipe.schemas.sample import DECODE_ERRORS
+from zpipe.train.data.join import Damaged, Joined, Missing, ShardJoin
+from zpipe.train.data.order import Plan, last_uses
+from zpipe.train.data.stream import Shard
+from zpipe.train.data.transforms import (
+    ViewConfig,
+    change_colours,
+    decode,
+    draw_view,
+    erase,
+    erase_maps,
+    view_box,
+    view_image,
+    view_maps,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochSpec:
+    """What workers need to know of the epoch that a rank's loader iterates over."""
+
+    epoch: int
+    """Number of the epoch; with `seed` and a sample's place it seeds the sample's augmentation."""
+
+    seed: int
+    """Seed of the loader."""
+
+    batches: range
+    """The batches to deliver; an epoch that is resumed does not begin with batch 0."""
+
+    batch_size: int
+    """Samples of this rank in a batch."""
+
+    plan: Callable[[], Plan]
+    """Returns the rank's samples of the whole epoch, in order. Workers call it rather than receive its large result."""
+
+    lane_stride: int
+    """The rank reads every `lane_stride`-th lane."""
+
+    shards: Sequence[Shard]
+    """All shards of the data set."""
+
+    maps: RelevanceMaps | None
+    """The store that each sample's relevance map comes from, if there is one."""
+
+    missing: Missing
+    """How to handle samples without a usable map."""
+
+    damaged: Damaged
+    """How to handle damaged tars."""
+
+    image_size: int
+    """Side of the images, in pixels."""
+
+    view: ViewConfig
+    """Crops, flips and colours."""
+
+    def own(self, worker: int, workers: int) -> tuple[Plan, np.ndarray]:
+        """The samples that one of the workers reads, those of its lanes.
+
+        Returns:
+            The plan of the samples, and their places counted from the first sample of the first batch. int64 [n]
+        """
+        plan = self.plan()[self.batches.start * self.batch_size : self.batches.stop * self.batch_size]
+        places = np.flatnonzero(plan.lane // self.lane_stride % workers == worker)
+        return plan[places], places
+
+
+@dataclass(frozen=True)
+class PartRequest:
+    """A worker's part of one batch: the slots of the batch to fill, their samples, and whether each is used again."""
+
+    slots: np.ndarray
+    plan: Plan
+    last: np.ndarray
+
+
+class BatchParts(IterableDataset[dict[str, Any] | ZpipeError]):
+    """The parts that one worker contributes: one of every batch, in order; a part may be empty."""
+
+    def __init__(self, spec: EpochSpec) -> None:
+        self.spec = spec
+
+    def __iter__(self) -> Iterator[dict[str, Any] | ZpipeError]:
+        # A DataLoader wraps an exception of a worker process into a traceback; an object arrives as it is.
+        try:
+            yield from self._pipeline()
+        except ZpipeError as error:
+            yield error
+
+    def _pipeline(self) -> Iterable[dict[str, Any]]:
+        spec, info = self.spec, get_worker_info()
+        plan, places = spec.own(info.id, info.num_workers) if info else spec.own(0, 1)
+        batch, slots, last = places // spec.batch_size, places % spec.batch_size, last_uses(plan)
+        edges = np.searchsorted(batch, np.arange(len(spec.batches) + 1)).tolist()
+        spans = (slice(*edges[number : number + 2]) for number in range(len(spec.batches)))
+        requests = (PartRequest(slots[span], plan[span], last[span]) for span in spans)
+        with ShardJoin(spec.shards, spec.maps, spec.missing, skip_damaged=spec.damaged == "skip") as join:
+            join.expect(plan)
+            yield from wds.DataPipeline(lambda: requests, fetch(join), augment(spec), collate(spec, join))
+
+
+Fetched = list[tuple[int, int, Joined]]
+Augmented = list[dict[str, Any]]
+
+
+def fetch(join: ShardJoin) -> Callable[[Iterable[PartRequest]], Iterator[Fetched]]:
+    """A stage: requests -> lists of (slot, repeat, sample with its map). Samples of skipped tars are left out."""
+
+    def stage(requests: Iterable[PartRequest]) -> Iterator[Fetched]:
+        for request in requests:
+            plan = request.plan
+            columns = (request.slots, plan.copy, plan.shard, plan.row, request.last)
+            part = []
+            for slot, copy, shard, row, last in zip(*(column.tolist() for column in columns), strict=True):
+                item = join.take(shard, row, last=last)
+                if item is not None:
+                    part.append((slot, copy, item))
+            yield part
+
+    return stage
+
+
+def augment(spec: EpochSpec) -> Callable[[Iterable[Fetched]], Iterator[Augmented]]:
+    """A stage: decode each image, draw one view, and apply it to image, map and box alike."""
+
+    def stage(parts: Iterable[Fetched]) -> Iterator[Augmented]:
+        for part in parts:
+            yield [{"slot": slot} | _augment_sample(spec, copy, item) for slot, copy, item in part]
+
+    return stage
+
+
+def _augment_sample(spec: EpochSpec, copy: int, item: Joined) -> dict[str, Any]:
+    sample = item.sample
+    where = f"{item.shard.path}: key {sample.key}"
+    if sample.label is None:
+        raise ZpipeError(f"{where}: has no label (.cls, or label in .json); add one")
+    # A generator of the sample's own, so that its view does not depend on which worker draws it, and when.
+    rng = np.random.default_rng([spec.seed, spec.epoch, item.shard_number, item.row, *([copy] if copy else [])])
+    try:
+        image, view, source = decode(sample.image, lambda size: draw_view(rng, *size, spec.view), spec.image_size)
+    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
+        raise ZpipeError(f"{where}: can't be decoded ({error}); make the shards again, which puts it aside") from error
+    pixels = view_image(image, view, spec.image_size, source)
+    erased = None
+    if spec.view.augment == "train":
+        pixels = change_colours(rng, pixels, spec.view.colour)
+        pixels, erased = erase(rng, pixels, spec.view.erase) if spec.view.erase else (pixels, None)
+    out: dict[str, Any] = {
+        "image": pixels,
+        "erased": erased,
+        "label": sample.label,
+        "box": np.asarray(view.box.as_tuple(), np.float32),
+        "flipped": view.flipped,
+        "key": sample.key,
+    }
+    if item.relevance is not None:
+        frame = item.frame or Box.full(*source)
+        if not frame.contains(view.box):
+            raise ZpipeError(f"{where}: its map covers {frame.as_tuple()} only; extract on the full frame")
+        out |= {"relevance": item.relevance, "view": view, "frame": frame}
+    if "box" in sample.meta:
+        out["object_box"] = np.asarray(view_box(sample.meta["box"], view), np.float32)
+    return out
+
+
+def collate(spec: EpochSpec, join: ShardJoin) -> Callable[[Iterable[Augmented]], Iterator[dict[str, Any]]]:
+    """A stage: lists of m augmented samples -> batches as those of `RelevanceLoader`, with `slot` and `damaged`."""
+
+    def stage(parts: Iterable[Augmented]) -> Iterator[dict[str, Any]]:
+        for part in parts:
+            yield _collate_part(spec, part) | {"damaged": join.pop_damaged()}
+
+    return stage
+
+
+def _collate_part(spec: EpochSpec, part: Augmented) -> dict[str, Any]:
+    side = spec.image_size
+    out: dict[str, Any] = {
+        "slot": torch.tensor([item["slot"] for item in part], dtype=torch.int64),  # [m]
+        "image": _stack(part, "image", (3, side, side), np.uint8),  # [m, 3, S, S]
+        "label": torch.tensor([item["label"] for item in part], dtype=torch.int64),  # [m]
+        "box": _stack(part, "box", (4,), np.float32),  # [m, 4]
+        "flipped": torch.tensor([item["flipped"] for item in part], dtype=torch.bool),  # [m]
+        "key": [item["key"] for item in part],
+    }
+    if spec.maps is not None:
+        whole = _stack(part, "relevance", spec.maps.manifest.provenance.grid, np.float32)  # [m, gh, gw]
+        views, frames = ([item[name] for item in part] for name in ("view", "frame"))
+        out["relevance"] = torch.from_numpy(view_maps(whole.numpy(), views, frames)) if part else whole
+        erased = [item["erased"] for item in part]
+        if any(box is not None for box in erased):
+            out["relevance"] = torch.from_numpy(erase_maps(out["relevance"].numpy(), erased, side))
+    if all("object_box" in item for item in part):
+        out["object_box"] = _stack(part, "object_box", (4,), np.float32)
+    return out
+
+
+def _stack(part: Augmented, name: str, shape: tuple[int, ...], dtype: type) -> torch.Tensor:
+    return torch.from_numpy(np.stack([item[name] for item in part]) if part else np.zeros((0, *shape), dtype))

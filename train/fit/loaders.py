@@ -1,0 +1,73 @@
+"""The loaders of training and validation batches, each with this rank's part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from zpipe.schemas.relevance_maps import RelevanceMaps
+from zpipe.train.data.join import Damaged, Missing
+from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.data.transforms import ViewConfig
+from zpipe.train.fit.config import TrainConfig
+from zpipe.train.ranks import ranks
+
+
+class DataConfig(Protocol):
+    """What the configurations of both stages say about data."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def missing(self) -> Missing: ...
+    @property
+    def damaged(self) -> Damaged: ...
+    @property
+    def view(self) -> ViewConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+
+
+def training_loader(shards: Path, maps: RelevanceMaps | None, config: DataConfig) -> RelevanceLoader:
+    """This rank's part of the training batches.
+
+    Raises:
+        UsageError, ZpipeError: As `RelevanceLoader`; also if a batch can't be split evenly among the ranks.
+    """
+    group = ranks()
+    return RelevanceLoader(
+        shards,
+        maps,
+        batch_size=group.part(config.train.batch_size),
+        image_size=config.image_size,
+        augment="train",
+        seed=config.train.seed,
+        num_workers=config.train.data_workers,
+        rank=group.rank,
+        world_size=group.size,
+        repeats=config.train.repeats,
+        missing=config.missing,
+        damaged=config.damaged,
+        view=config.view,
+    )
+
+
+def validation_loader(shards: Path, maps: Path | None, config: DataConfig) -> RelevanceLoader:
+    """This rank's part of the validation shards, every sample once; one without a usable map gets a uniform map.
+
+    Raises:
+        UsageError, ZpipeError: As `RelevanceLoader`.
+    """
+    group = ranks()
+    return RelevanceLoader(
+        shards,
+        maps,
+        batch_size=group.part(config.train.batch_size),
+        image_size=config.image_size,
+        augment="eval",
+        num_workers=config.train.data_workers,
+        rank=group.rank,
+        world_size=group.size,
+        missing="uniform",
+        view=config.view,
+    )
