@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import Run, load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.device import resolve_device
 from zpipe.train.evaluation.operating_points import EvalConfig, Mode, choose_run_source, eval_loader, forward
+from zpipe.train.evaluation.results import calibration_results, identity, unusual, write_results
 from zpipe.train.models.cfvit import CFViT
 from zpipe.train.models.zoom_tokens import calibrate_alpha, coarse_scores, parse_budget
 from zpipe.train.models.zoomvit import ZoomViT
@@ -70,8 +70,13 @@ def calibrate(
         source.zoomer.to(device)
     find = _exit_threshold if isinstance(model, CFViT) else _alpha
     result = find(opened, source, _batches(loader, config.limit, progress), config, device)
-    if out is not None:
-        write_json(out, result)
+    about = identity(opened, "calibration") | {
+        "setting": {"scores": source.name} | unusual({"weights": config.weights})
+    }
+    stated = {"run": str(run), "model": about["model"], "seed": about["seed"], "weights": config.weights}
+    stated |= {"shards": str(shards), "maps": None if maps is None else str(maps)} | result
+    rows = [{"setting": f"budget={config.budget}"} | result]
+    write_results(out, "calibration", stated, rows, calibration_results(result, about))
     return result
 
 

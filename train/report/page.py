@@ -16,8 +16,10 @@ from typing import Any
 from zpipe.schemas.atomic import write_bytes
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
-from zpipe.train.report import figures
+from zpipe.train.report.figures import curves, histograms, training_figures
+from zpipe.train.report.points import points
 from zpipe.train.report.runs import Gathered, RunRecord, gather
+from zpipe.train.report.tables import headline, tables, token_table, training_table
 
 PAGE_NAME = "index.html"
 SCRIPTS = ("patches.js", "figures.js", "gallery.js", "main.js")
@@ -94,7 +96,7 @@ def _gallery(
 
 def describe(found: Gathered, missing: Sequence[str] = ()) -> dict[str, Any]:
     """Everything on the page but the gallery, as JSON."""
-    known = figures.points(found.results)
+    known = points(found.results)
     vits = [run for run in found.runs if run.kind == "vit"]
     notes = []
     if not any("top1" in point.measures for point in known):
@@ -109,15 +111,15 @@ def describe(found: Gathered, missing: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "zpipe": version("zpipe"),
         "runs": [run.name for run in found.runs],
-        "headline": figures.headline(known),
+        "headline": headline(known),
         "notes": [*notes, *missing],
         "figures": {
-            "accuracy": figures.curves(known, found.titles, found.runs) + figures.histograms(known),
-            "training": figures.training_figures(found.runs),
+            "accuracy": curves(known, found.titles, found.runs) + histograms(known),
+            "training": training_figures(found.runs),
         },
         "tables": {
-            "accuracy": figures.tables(known, found.titles) + figures.token_table(known),
-            "training": figures.training_table(found.runs),
+            "accuracy": tables(known, found.titles) + token_table(known),
+            "training": training_table(found.runs),
         },
     }
 

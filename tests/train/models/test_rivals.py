@@ -21,7 +21,8 @@ from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
 from zpipe.train.losses import CoarseToFineLoss
 from zpipe.train.macs import count_macs
 from zpipe.train.report import ReportConfig, report
-from zpipe.train.studies.bench import StudyConfig, run_study
+from zpipe.train.studies.bench import StudyConfig, StudyInputs
+from zpipe.train.studies.registry import run_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
