@@ -319,7 +319,8 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Result]]:
     found = read_json(path, "a results file")
     if (content := _unversioned_content(found)) is not None:
         try:
-            return found | {"content": content}, _unversioned_results(found, content, path)
+            results = _unversioned_results(found, content, path)
+            return {"rows": [dict(found)]} | found | {"content": content}, results  # a calibration was a row by itself
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             what = {"evaluation": "an evaluation", "judge": "a test of maps"}.get(content, f"a {content}")
             raise ZpipeError(f"{path}: not {what} that this zpipe reads ({error}); make it again") from error
