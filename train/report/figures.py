@@ -1,6 +1,6 @@
-"""Points and training curves as Plotly traces. Pure: no file and no model.
+"""Points and training curves as Plotly traces.
 
-Everything here is JSON. Names come from files and may hold anything, and Plotly reads the text inside plots as a small markup
+Everything here is pure, no file and no model, and makes JSON. Names come from files and may hold anything, and Plotly reads the text inside plots as a small markup
 language; `plot_text` escapes it.
 """
 
@@ -17,36 +17,50 @@ Figure = dict[str, Any]
 
 
 def plot_text(text: object) -> str:
-    """Text that Plotly shows as it is: it takes <a>, <b> and entities in labels for markup."""
+    """Escape text for Plotly, which interprets <a>, <b> and entities in labels as markup."""
     return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+PLOTS = (
+    # id, metric of the x axis, title, label of the x axis, note
+    (
+        "gmacs",
+        "total_gmacs",
+        "Accuracy and multiply-adds",
+        "GMACs per image, source of the scores included",
+        "Up and to the left is better.",
+    ),
+    (
+        "throughput",
+        "images_per_s",
+        "Accuracy and throughput",
+        "images/s",
+        "Up and to the right is better. Compare speeds only where they were measured on the same machine.",
+    ),
+)
 
 
 def curves(found: Sequence[Point], titles: dict[str, str], runs: Sequence[RunRecord] = ()) -> list[Figure]:
     """Accuracy against multiply-adds and against throughput. A run keeps its colour (`series` of a trace) in all plots."""
-    wanted = [point for point in found if "top1" in point.measures]
-    named = [(EVALUATION, run.name) for run in runs] + [(p.study, p.series) for p in wanted]
+    judged = [point for point in found if "top1" in point.measures]
+    named = [(EVALUATION, run.name) for run in runs] + [(point.study, point.series) for point in judged]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(named))}
-    bars = "Bars: 95 % interval (of images/s, quartiles)."
-    if any(measure.seeds > 1 for point in wanted for measure in point.measures.values()):
-        bars = "Bars: 95 % interval (of images/s, quartiles); where several seeds were trained, the mean and the range of the seeds."
-    whole = (
-        ("gmacs", "total_gmacs", "Accuracy and multiply-adds", "GMACs per image, source of the scores included"),
-        ("throughput", "images_per_s", "Accuracy and throughput", "images/s"),
-    )
-    notes = {
-        "gmacs": "Up and to the left is better.",
-        "throughput": "Up and to the right is better. Compare speeds only where they were measured on the same machine.",
-    }
+    bars = "Bars: 95 % interval (of images/s, quartiles)"
+    if any(measure.seeds > 1 for point in judged for measure in point.measures.values()):
+        bars += "; where several seeds were trained, the mean and the range of the seeds"
     figures = []
-    for name, metric, title, axis in whole:
-        lines: dict[tuple[str, str], dict[str, list[Point]]] = {}  # a line a sweep: thresholds and budgets are two
-        for point in wanted:
+    for name, metric, title, axis, note in PLOTS:
+        lines: dict[tuple[str, str], dict[str, list[Point]]] = {}  # thresholds and budgets are two lines of a series
+        for point in judged:
             if metric in point.measures:
                 lines.setdefault((point.study, point.series), {}).setdefault(point.sweep, []).append(point)
         if not lines:
             continue
-        data, evaluated = [], any(study == EVALUATION for study, _ in lines)
-        aside = evaluated and any(study != EVALUATION for study, _ in lines)
+        evaluated = any(study == EVALUATION for study, _ in lines)
+        hint = ""
+        if evaluated and any(study != EVALUATION for study, _ in lines):
+            hint = " Studies are shown by a click on their names."
+        data = []
         for key, sweeps in lines.items():
             for place, (sweep, members) in enumerate(sweeps.items()):
                 suffix = f", {sweep}" if len(sweeps) > 1 and sweep else ""
@@ -54,25 +68,20 @@ def curves(found: Sequence[Point], titles: dict[str, str], runs: Sequence[RunRec
                 if evaluated and key[0] != EVALUATION:
                     trace["visible"] = "legendonly"  # what a study does to a model would hide how good the models are
                 data.append(trace | {"dashed": place % 2 == 1})
-        figures.append(
-            {
-                "id": name,
-                "title": title,
-                "note": f"{notes[name]} {bars}{' Studies are shown by a click on their names.' if aside else ''}",
-                "table": EVALUATION if evaluated else next(iter(lines))[0],
-                "data": data,
-                "layout": {
-                    "xaxis": {"title": {"text": axis}, "rangemode": "tozero"},
-                    "yaxis": {"title": {"text": "top-1, %"}},
-                },
-            }
-        )
+        axes = {
+            "xaxis": {"title": {"text": axis}, "rangemode": "tozero"},
+            "yaxis": {"title": {"text": "top-1, %"}},
+        }
+        table = EVALUATION if evaluated else next(iter(lines))[0]
+        note = f"{note} {bars}.{hint}"
+        figures.append({"id": name, "title": title, "note": note, "table": table, "data": data, "layout": axes})
     return figures
 
 
 def _curve(
     titles: dict[str, str], number: int, key: tuple[str, str], members: list[Point], metric: str, suffix: str
 ) -> Figure:
+    """The trace of one line: the `members` of the series `key` over `metric`."""
     study, name = key
     members = sorted(members, key=lambda point: point.measures[metric].value)
     across = [point.measures[metric] for point in members]
@@ -85,7 +94,7 @@ def _curve(
         "x": [measure.value for measure in across],
         "y": [100 * measure.value for measure in up],
         "error_y": _error(up, 100.0),
-        "text": [plot_text(f"{name}: {_told(point)}") for point in members],
+        "text": [plot_text(f"{name}: {_hover(point)}") for point in members],
         "hoverinfo": "text",
     }
     if any(measure.low is not None for measure in across):
@@ -104,8 +113,8 @@ def _error(measures: Sequence[Measure], scale: float) -> dict[str, Any]:
     }
 
 
-def _told(point: Point) -> str:
-    parts = [point.told] if point.setting else []
+def _hover(point: Point) -> str:
+    parts = [point.label] if point.setting else []
     for metric in ("top1", "tokens", "total_gmacs", "images_per_s"):
         if metric in point.measures:
             parts.append(f"{HEADINGS[metric]} {cell(metric, point.measures[metric])}")
@@ -113,7 +122,10 @@ def _told(point: Point) -> str:
 
 
 def histograms(found: Sequence[Point]) -> list[Figure]:
-    """Images by token count, where images differ in it. Of each series the widest is shown, the others by a click in the legend."""
+    """Images by token count, where images differ in it.
+
+    Of each series only the widest histogram is shown at first, the others by a click in the legend.
+    """
     series: dict[tuple[str, str], list[Point]] = {}
     for point in found:
         if len(point.histogram) > 1:
@@ -128,7 +140,7 @@ def histograms(found: Sequence[Point]) -> list[Figure]:
             data.append(
                 {
                     "type": "bar",
-                    "name": plot_text(f"{name}: {point.told}"),
+                    "name": plot_text(f"{name}: {point.label}"),
                     "series": number,
                     "x": list(point.histogram),
                     "y": [100 * share for share in point.histogram.values()],
@@ -155,39 +167,46 @@ def histograms(found: Sequence[Point]) -> list[Figure]:
 
 def training_figures(runs: Sequence[RunRecord]) -> list[Figure]:
     """Loss, accuracy, learning rate and speed over the steps."""
-    vits = [(number, run) for number, run in enumerate(runs) if run.kind == "vit"]
-    zoomers = [(number, run) for number, run in enumerate(runs) if run.kind != "vit"]
     everyone = list(enumerate(runs))
-    wanted = (
-        ("loss", "Training loss", "loss", vits, (("loss", "", 1.0),), {}),
-        ("accuracy", "Training accuracy", "top-1, %", vits, (("train_top1", "train", 100.0), ("val_top1", "validation", 100.0)), {}),
-        ("zoomer-loss", "Zoomer's loss", "loss", zoomers, (("loss", "", 1.0),), {"type": "log"}),
-        ("lr", "Learning rate", "learning rate", everyone, (("lr", "", 1.0),), {}),
-        ("speed", "Training speed", "images/s", everyone, (("images_per_s", "", 1.0),), {"rangemode": "tozero"}),
-    )  # fmt: skip
+    vits = [(number, run) for number, run in everyone if run.kind == "vit"]
+    zoomers = [(number, run) for number, run in everyone if run.kind != "vit"]
+    top1 = {"train_top1": "train", "val_top1": "validation"}
+    plots: tuple[tuple[str, str, str, Any, dict[str, str], float, dict[str, str]], ...] = (
+        # id, title, label of the y axis, runs, metrics with their suffixes, scale, more of the y axis
+        ("loss", "Training loss", "loss", vits, {"loss": ""}, 1.0, {}),
+        ("accuracy", "Training accuracy", "top-1, %", vits, top1, 100.0, {}),
+        ("zoomer-loss", "Zoomer's loss", "loss", zoomers, {"loss": ""}, 1.0, {"type": "log"}),
+        ("lr", "Learning rate", "learning rate", everyone, {"lr": ""}, 1.0, {}),
+        ("speed", "Training speed", "images/s", everyone, {"images_per_s": ""}, 1.0, {"rangemode": "tozero"}),
+    )
     figures = []
-    for name, title, axis, group, metrics, more in wanted:
-        data = []
-        for number, run in group:
-            for metric, suffix, scale in metrics:
-                line = [(row["step"], scale * row[metric]) for row in run.curve if is_number(row.get(metric))]
-                if line:
-                    label = f"{run.name}, {suffix}" if suffix else run.name
-                    data.append(
-                        {
-                            "type": "scatter",
-                            "mode": "lines+markers" if suffix == "validation" or len(line) < 3 else "lines",
-                            "name": plot_text(label),
-                            "series": number,
-                            "dashed": suffix == "validation",
-                            "x": [step for step, _ in line],
-                            "y": [value for _, value in line],
-                            "hovertemplate": "step %{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
-                        }
-                    )
+    for name, title, axis, group, metrics, scale, more in plots:
+        data = [
+            trace
+            for number, run in group
+            for metric, suffix in metrics.items()
+            if (trace := _training_curve(number, run, metric, suffix, scale)) is not None
+        ]
         if data:
             layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": axis}} | more}
             figures.append(
                 {"id": f"train-{name}", "title": title, "note": "", "table": "training", "data": data, "layout": layout}
             )
     return figures
+
+
+def _training_curve(number: int, run: RunRecord, metric: str, suffix: str, scale: float) -> Figure | None:
+    """The trace of a metric over the steps; None if the run never logged it."""
+    line = [(row["step"], scale * row[metric]) for row in run.curve if is_number(row.get(metric))]
+    if not line:
+        return None
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if suffix == "validation" or len(line) < 3 else "lines",
+        "name": plot_text(f"{run.name}, {suffix}" if suffix else run.name),
+        "series": number,
+        "dashed": suffix == "validation",
+        "x": [step for step, _ in line],
+        "y": [value for _, value in line],
+        "hovertemplate": "step %{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
+    }

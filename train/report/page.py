@@ -27,16 +27,20 @@ SCRIPTS = ("patches.js", "figures.js", "gallery.js", "main.js")
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """shards: images of the gallery; None takes those of the first evaluated vit run. maps: the teacher's maps of them.
-    gallery: entries, 0 for no gallery; seed: which ones.
-    """
+    """Settings of a report."""
 
     shards: Path | None = None
+    """The images of the gallery; None for those of the first evaluated ViT."""
     maps: Path | None = None
+    """The relevance store of these shards."""
     gallery: int = 200
+    """The number of images in the gallery; 0 for no gallery."""
     seed: int = 0
+    """The seed of the choice of images."""
     batch_size: int = 64
+    """Images per batch when the models run on them."""
     device: str = "auto"
+    """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
         if self.gallery < 0 or self.seed < 0 or self.batch_size < 1:
@@ -46,10 +50,20 @@ class ReportConfig:
 
 
 def report(runs: Sequence[Path], out: Path, config: ReportConfig | None = None, progress: Progress = silent) -> Path:
-    """Write OUT/index.html about runs, studies, or folders of them; returns that file.
+    """Write one HTML page about runs. The same inputs give the same bytes.
 
-    The same inputs give the same bytes. What is missing, the page says, with the command that gives it.
-    Errors: :class:`UsageError` for a path that holds neither run nor results; :class:`ZpipeError` naming a broken file.
+    Args:
+        runs: runs, studies, or folders of them.
+        out: the folder of the page.
+        config: settings; None for the defaults.
+        progress: called while the models run on the images of the gallery.
+
+    Returns:
+        The page, OUT/index.html. Where results are missing, it names the command that makes them.
+
+    Raises:
+        UsageError: a path holds neither a run nor results.
+        ZpipeError: a file is broken.
     """
     config = config or ReportConfig()
     found = gather(runs)
@@ -77,7 +91,9 @@ def _gallery(
             return None, [
                 f"No gallery: the evaluation was on {named}, which does not exist here. Give --shards VAL_SHARDS."
             ]
-    from zpipe.train.report.gallery import build_gallery  # torch and the models, which figures alone don't need
+    from zpipe.train.report.gallery import (
+        build_gallery,
+    )  # torch and the models, which a page without a gallery does not need
 
     gallery, notes = build_gallery(
         vits,
@@ -125,7 +141,7 @@ def describe(found: Gathered, missing: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
-    """The page. Its policy forbids every request: scripts run by their digest, and images are data in the file."""
+    """Fill in the page. Its policy forbids every request: scripts are allowed by digest, and images are data in the file."""
     source = files("zpipe.train.report")
     # Plotly, for it is the one library here that draws with hover, zoom and a legend that hides series, which a dozen models
     # in one plot need, comes as a Python package with its whole JavaScript in it, runs without eval under a strict
@@ -149,14 +165,14 @@ def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
         "plotly": plotly,
         "script": ours,
     }
-    # One pass, so that nothing in what is filled in is taken for a place to fill.
+    # In one pass, so that no text that is filled in is mistaken for a placeholder.
     return re.sub(
         r"\{\{(\w+)\}\}", lambda found: parts[found[1]], source.joinpath("page.html").read_text(encoding="utf-8")
     )
 
 
 def embedded_json(value: Any) -> str:
-    """JSON that may stand in a <script>: no `<`, so that nothing in it ends the element or begins a comment."""
+    """JSON for a <script>: without `<`, so that nothing in it ends the element or begins a comment."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 

@@ -1,4 +1,7 @@
-"""Points and runs as tables and as the headline. Everything here is JSON and pure: no file and no model."""
+"""Points and runs as tables and as the headline.
+
+Everything here is pure, no file and no model, and makes JSON.
+"""
 
 from __future__ import annotations
 
@@ -14,49 +17,44 @@ Table = dict[str, Any]
 
 
 def tables(found: Sequence[Point], titles: dict[str, str]) -> list[Table]:
-    """A table a study: a row a setting, a column a metric; intervals in brackets."""
+    """A table per study, with a row per setting and a column per metric; intervals are in brackets."""
     captions = {EVALUATION: "Evaluation", ZOOMER_EVALUATION: "Zoomers against their teacher's maps"} | titles
     made = []
     for study in sorted({point.study for point in found}, key=lambda name: (name != EVALUATION, name)):
         members = [point for point in found if point.study == study and point.measures]
-        if not members:
-            continue
-        metrics = list(dict.fromkeys(metric for point in members for metric in point.measures))
-        if all(point.measures.get("gmacs_scores", _NONE).value == 0 for point in members):
-            metrics = [metric for metric in metrics if metric not in ("gmacs_scores", "total_gmacs")]
-        metrics.sort(key=lambda metric: FIRST_COLUMNS.index(metric) if metric in FIRST_COLUMNS else len(FIRST_COLUMNS))
-        repeated = any(measure.seeds > 1 for point in members for measure in point.measures.values())
-        heads = ["run", "setting", *(HEADINGS.get(metric, metric.replace("_", " ")) for metric in metrics), "n"]
-        rows = []
-        for point in members:
-            figures = [cell(metric, point.measures[metric]) if metric in point.measures else "" for metric in metrics]
-            most = max(point.measures.values(), key=lambda measure: (measure.seeds, measure.n))
-            row = [point.series, point.told, *figures, f"{most.n:,}"]
-            rows.append(row + [str(most.seeds)] if repeated else row)
-        made.append(
-            {
-                "id": study,
-                "caption": captions.get(study, study),
-                "note": "In brackets: the 95 % interval (of images/s: the quartiles over batches)"
-                + ("; where several seeds were trained, the mean and the range of the seeds." if repeated else "."),
-                "columns": heads + (["seeds"] if repeated else []),
-                "rows": rows,
-            }
-        )
+        if members:
+            made.append(_table(study, captions.get(study, study), members))
     return made
 
 
-_NONE = Measure(value=0.0, low=None, high=None, n=0, seeds=1)
+def _table(study: str, caption: str, members: Sequence[Point]) -> Table:
+    metrics = list(dict.fromkeys(metric for point in members for metric in point.measures))
+    if not any("gmacs_scores" in point.measures and point.measures["gmacs_scores"].value for point in members):
+        metrics = [metric for metric in metrics if metric not in ("gmacs_scores", "total_gmacs")]
+    metrics.sort(key=lambda metric: FIRST_COLUMNS.index(metric) if metric in FIRST_COLUMNS else len(FIRST_COLUMNS))
+    repeated = any(measure.seeds > 1 for point in members for measure in point.measures.values())
+    heads = ["run", "setting", *(HEADINGS.get(metric, metric.replace("_", " ")) for metric in metrics), "n"]
+    rows = []
+    for point in members:
+        cells = [cell(metric, point.measures[metric]) if metric in point.measures else "" for metric in metrics]
+        most = max(point.measures.values(), key=lambda measure: (measure.seeds, measure.n))
+        row = [point.series, point.label, *cells, f"{most.n:,}"]
+        rows.append(row + [str(most.seeds)] if repeated else row)
+    note = "In brackets: the 95 % interval (of images/s: the quartiles over batches)"
+    note += "; where several seeds were trained, the mean and the range of the seeds." if repeated else "."
+    columns = heads + (["seeds"] if repeated else [])
+    return {"id": study, "caption": caption, "note": note, "columns": columns, "rows": rows}
 
 
 def token_table(found: Sequence[Point]) -> list[Table]:
+    """Mean and quantiles of the tokens per image, where images differ in them."""
     rows = []
     for point in found:
-        if len(point.histogram) > 1:  # a budget gives all images the same, which the tables say already
+        if len(point.histogram) > 1:  # a budget gives all images the same number, which the other tables state
             total = sum(point.histogram.values())
             mean = sum(tokens * share for tokens, share in point.histogram.items()) / total
             places = [_quantile(point.histogram, q) for q in (0.05, 0.5, 0.95)]
-            rows.append([point.series, point.told, f"{mean:.1f}", *(str(place) for place in places)])
+            rows.append([point.series, point.label, f"{mean:.1f}", *(str(place) for place in places)])
     if not rows:
         return []
     heads = ["run", "setting", "mean", "5 % have at most", "half have at most", "95 % have at most"]
@@ -120,13 +118,13 @@ def _middle(run: RunRecord, metric: str) -> str:
 
 # -- headline ----------------------------------------------------------------------------------------------------------
 
-MOST_TILES = 6
+MAX_TILES = 6
 
 
 def headline(found: Sequence[Point]) -> dict[str, Any]:
-    """The best setting of every series, best first, and what zooming bought beside each plain model.
+    """The best setting of every series, best first, and a comparison of zooming with each plain model.
 
-    Series scored by the teacher's maps are left out: these maps know the label.
+    Series with the teacher's maps as scores are left out: these maps know the label.
     """
     known = [point for point in found if "top1" in point.measures and point.series.count("scores maps") == 0]
     if any(point.study == EVALUATION for point in known):
@@ -138,7 +136,7 @@ def headline(found: Sequence[Point]) -> dict[str, Any]:
     for members in series.values():
         best = max(members, key=lambda point: point.measures["top1"].value)
         top1 = best.measures["top1"]
-        facts = [best.told.replace(" ", "\u00a0")] if best.setting else []
+        facts = [best.label.replace(" ", "\u00a0")] if best.setting else []
         for metric, unit in (("tokens", "tokens"), ("total_gmacs", "GMACs"), ("images_per_s", "images/s")):
             if metric in best.measures:
                 facts.append(f"{rounded(metric, best.measures[metric].value)}\u00a0{unit}")
@@ -155,12 +153,12 @@ def headline(found: Sequence[Point]) -> dict[str, Any]:
             }
         )
     tiles.sort(key=lambda tile: -tile.pop("rank"))
-    return {"tiles": tiles[:MOST_TILES], "left_out": max(0, len(tiles) - MOST_TILES), "said": _comparisons(series)}
+    return {"tiles": tiles[:MAX_TILES], "left_out": max(0, len(tiles) - MAX_TILES), "said": _comparisons(series)}
 
 
 def _comparisons(series: dict[tuple[str, str], list[Point]]) -> list[str]:
-    """Each zooming series beside each plain model that costs at least as much."""
-    said = []
+    """A sentence about each zooming series beside each plain model that costs at least as much."""
+    sentences = []
     costed = [[p for p in members if "total_gmacs" in p.measures] for members in series.values()]
     plain = [members[0] for members in costed if len(members) == 1 and not members[0].zooms]
     for members in costed:
@@ -176,22 +174,22 @@ def _comparisons(series: dict[tuple[str, str], list[Point]]) -> list[str]:
             gain = 100 * (mine.value - theirs.value)
             cost = best.measures["total_gmacs"].value / limit
             way = f"{abs(gain):.1f} points {'more' if gain >= 0 else 'less'} accurate than"
-            said.append(
-                f"{best.series} at {best.told} is {way} {other.series} ({100 * mine.value:.1f} % against "
+            sentences.append(
+                f"{best.series} at {best.label} is {way} {other.series} ({100 * mine.value:.1f} % against "
                 f"{100 * theirs.value:.1f} %) for {cost:.2f} of its multiply-adds, the source of the scores included"
                 + _overlap(mine, theirs)
                 + "."
             )
-    return said[:MOST_TILES]
+    return sentences[:MAX_TILES]
 
 
 def _spread(measure: Measure) -> str:
-    """What low and high are: the range over a few seeds is no interval of confidence."""
+    """What `low` and `high` are: the range over a few seeds is not a confidence interval."""
     return f"range of {measure.seeds} seeds" if measure.seeds > 1 else "95 % interval"
 
 
 def _overlap(mine: Measure, theirs: Measure) -> str:
-    if None in (mine.low, mine.high, theirs.low, theirs.high):
+    if mine.low is None or mine.high is None or theirs.low is None or theirs.high is None:
         return ""
     if mine.low > theirs.high or theirs.low > mine.high:
         return ""
