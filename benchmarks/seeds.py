@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -151,10 +152,10 @@ class SeedDemo(Demo):
         lessons = range(len(self.size.lessons))
         stages: list[tuple[str, Callable[[], str]]] = []
         for width in WIDTHS:
-            stages += [(f"lesson-{n}-width-{width}", lambda n=n, w=width: self.lesson(n, w)) for n in lessons]
-            stages.append((f"plain-width-{width}", lambda w=width: self.plain(w)))
-        stages += [(f"zoomvit-{name}", lambda name=name: self.zoomvit(name)) for name in OTHER_SCORES]
-        stages += [(name, lambda name=name: self._rival(name)) for name in RIVALS]
+            stages += [(f"lesson-{n}-width-{width}", partial(self.lesson, n, width)) for n in lessons]
+            stages.append((f"plain-width-{width}", partial(self.plain, width)))
+        stages += [(f"zoomvit-{name}", partial(self.zoomvit, name)) for name in OTHER_SCORES]
+        stages += [(name, partial(self._rival, name)) for name in RIVALS]
         for number, (name, stage) in enumerate(stages, start=1):
             self.run_stage(f"further {number}/{len(stages)} {name}", stage)
         return self._evaluate_all()

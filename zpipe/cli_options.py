@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperCommand
 
@@ -16,7 +15,9 @@ def moved(option: str, remedy: str) -> type[TyperCommand]:
     """A command that answers an option it no longer has in one line, `OPTION VALUE: REMEDY`; {} in it is the value."""
 
     class Moved(TyperCommand):
-        def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        def parse_args(
+            self, ctx: Any, args: list[str]
+        ) -> list[str]:  # a Context of click's, which typer may bring as its own
             for word, following in zip(args, [*args[1:], ""], strict=True):
                 name, _, value = word.partition("=")
                 if name == option:

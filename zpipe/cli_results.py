@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperCommand
 
@@ -29,8 +28,7 @@ from zpipe.console import local_path, parse_budgets, parse_numbers, path_or_url,
 from zpipe.schemas.errors import UsageError
 
 # Those of an evaluation that a table has room for; the file has all.
-_COLUMNS = ("setting", "count", "top1", "top1_interval", "top5", "tokens", "exited", "gmacs", "gmacs_zoomer")
-_COLUMNS += ("images_per_s",)
+_COLUMNS = "setting count top1 top1_interval top5 tokens exited gmacs gmacs_zoomer images_per_s".split()
 
 
 def _main_columns(row: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +151,7 @@ def evaluate_command(
 class StudyCommand(TyperCommand):
     """`zpipe study`, whose help ends with the list of studies; only there are they imported, and torch with them."""
 
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # click's classes, which typer may bring as its own
         from zpipe.train.studies.registry import STUDIES
 
         with formatter.section("Studies"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class Demo:
         """Run every stage."""
         stages: list[tuple[str, Callable[[], str]]] = [("scenes", self._scenes)]
         for number in range(len(self.size.lessons)):
-            stages.append((f"teacher-{self.size.lessons[number].side}px", lambda n=number: self.lesson(n)))
+            stages.append((f"teacher-{self.size.lessons[number].side}px", partial(self.lesson, number)))
         stages += [
             ("teacher-evaluation", self._evaluate_teacher),
             ("maps", self._maps),

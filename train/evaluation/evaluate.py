@@ -1,13 +1,14 @@
-"""What a finished run is worth: accuracy against tokens, multiply-adds and measured speed; maps against their teacher."""
+"""Evaluation of finished runs: accuracy beside tokens, multiply-adds and speed; zoomers against their teacher."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ from zpipe.train.evaluation.results import (
     unusual,
     write_results,
 )
+from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.scoring import ScoreSource, check_grid
 
 __all__ = ["EvalConfig", "EvalRow", "answers_for", "evaluate", "measure", "measure_zoomer"]
@@ -69,7 +71,7 @@ def evaluate(
         progress: called once per batch.
 
     Returns:
-        What the file holds, see `results`: {kind, run, model, seed, weights, precision, shards, maps, rows, results, ...}.
+        What the file holds, see `results`: {kind, run, model, seed, weights, precision, shards, maps, rows, results}.
         The rows of a ViT are those of `EvalRow.flat`; a zoomer has one row, its distance to the teacher's maps.
 
     Raises:
@@ -86,10 +88,11 @@ def evaluate(
     about["setting"] = unusual({"weights": config.weights})
     for name, value in (("classes", config.classes), ("labels", config.labels)):
         about["setting"] |= {} if value is None else {name: Path(value).name}
+    rows: list[dict[str, Any]]
     if opened.kind == "zoomer":
         if loader.maps is None:
             raise UsageError(f"{run}: a zoomer is measured against its teacher's maps; give --maps")
-        check_grid(loader.maps, opened.model.grid)
+        check_grid(loader.maps, cast(Zoomer, opened.model).grid)
         rows = [measure_zoomer(opened, loader, device, progress, config.precision)]
         results = zoomer_results(rows[0], about)
     else:
@@ -136,7 +139,7 @@ def answers_for(opened: Run, loader: RelevanceLoader, config: EvalConfig) -> Ans
     """
     if config.classes is not None and config.labels is not None:
         raise UsageError("--classes, --labels: give one of them; the file of labels is in the model's numbering")
-    num_classes = opened.model.num_classes
+    num_classes: int = opened.model.num_classes  # type: ignore[assignment]  # a classifier has an int there
     classes = several = None
     if config.classes is not None:
         classes = read_classes(config.classes, opened.settings.get("classes") or [], loader.index.classes)
@@ -192,7 +195,7 @@ def measure(
     ]
 
 
-def _timed(forward, device: torch.device) -> tuple[Any, float]:
+def _timed(forward: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begun = time.perf_counter()
@@ -244,8 +247,8 @@ def measure_zoomer(
         UsageError: the precision is unknown.
     """
     lowered = autocast_of(precision, device)
-    zoomer = opened.model.to(device)
-    sums: Counter[str] = Counter()
+    zoomer = cast(Zoomer, opened.model).to(device)
+    sums: dict[str, float] = defaultdict(float)
     count = with_box = ranked = 0
     batches = len(loader)
     for number, batch in enumerate(loader):

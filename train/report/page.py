@@ -147,7 +147,7 @@ def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
     # in one plot need, comes as a Python package with its whole JavaScript in it, runs without eval under a strict
     # policy, and is looked after. The price is 4.8 MB a page, paid once however many plots. matplotlib's SVG would be
     # small and dead; Vega and Bokeh want eval or more than one file.
-    from plotly.offline import get_plotlyjs
+    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]  # plotly has no stubs
 
     plotly = get_plotlyjs()
     ours = "\n".join(source.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)

@@ -110,8 +110,8 @@ def _add(known: dict[tuple[Any, ...], Result], rows: Iterable[Result], name: str
 
 
 def _without_usual(row: Result) -> Result:
-    """The result without settings that are None, and without the zoomer as the source of scores, which is the default."""
-    setting = {name: value for name, value in row.setting.items() if value is not None}
+    """The result without settings that are None, and without the default source of scores, the zoomer."""
+    setting: dict[str, Value] = {name: value for name, value in row.setting.items() if value is not None}
     if setting.get("scores") == "zoomer":
         del setting["scores"]
     return replace(row, setting=setting)

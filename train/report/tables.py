@@ -132,7 +132,7 @@ def headline(found: Sequence[Point]) -> dict[str, Any]:
     series: dict[tuple[str, str], list[Point]] = {}
     for point in known:
         series.setdefault((point.study, point.series), []).append(point)
-    tiles = []
+    tiles: list[dict[str, Any]] = []
     for members in series.values():
         best = max(members, key=lambda point: point.measures["top1"].value)
         top1 = best.measures["top1"]

@@ -1,4 +1,4 @@
-"""What a study works with: its settings, the finished run, and ways to train variants of the run and to measure them.
+"""What a study works with: its settings, the finished run, and ways to train variants of it and to measure them.
 
 The variants are trained under the run's own settings into RUN/studies, where they are kept and resumed. The same study takes
 minutes on the demo and days on ImageNet.
@@ -104,7 +104,7 @@ class Bench:
         """The settings of a run, with the normalisation that resulted, so that its variants share it."""
         run = opened or self.opened
         config = rebuild(VitConfig(), run.settings)
-        return replace(config, mean=tuple(run.preprocessing.mean), std=tuple(run.preprocessing.std))
+        return replace(config, mean=run.preprocessing.mean, std=run.preprocessing.std)
 
     def need_zoomvit(self) -> ZoomViT:
         """The run's model.
@@ -155,12 +155,14 @@ class Bench:
             return self.opened
         folder = self._folder(label, config.train.seed)
         settings = self.opened.settings
-        sources = {name: None if settings.get(name) is None else as_path(settings[name]) for name in ("zoomer", "maps")}
+        places: dict[str, Path | None] = {
+            name: None if settings.get(name) is None else as_path(settings[name]) for name in ("zoomer", "maps")
+        }
         if config.scores not in (None, "zoomer"):
-            sources["zoomer"] = None
+            places["zoomer"] = None
         if config.scores not in (None, "maps"):
-            sources["maps"] = None
-        self._train(train_vit, {"shards": self.train_shards(self.opened), "out": folder} | sources, config)
+            places["maps"] = None
+        self._train(train_vit, places | {"shards": self.train_shards(self.opened), "out": folder}, config)
         return load_run(folder)
 
     def zoomer_variant(self, label: str, seed: int | None, base: Run, **changes: Any) -> Run:
@@ -170,7 +172,11 @@ class Bench:
         if config == own:
             return base
         folder = self._folder(label, config.train.seed)
-        places = {"shards": self.train_shards(base), "maps": as_path(base.settings["maps"]), "out": folder}
+        places: dict[str, Path | None] = {
+            "shards": self.train_shards(base),
+            "maps": as_path(base.settings["maps"]),
+            "out": folder,
+        }
         self._train(train_zoomer, places, config)
         return load_run(folder)
 

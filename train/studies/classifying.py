@@ -67,16 +67,16 @@ def nine_crops(bench: Bench) -> list[Result]:
         for top, left in itertools.product(places, places):
             crop = images[:, :, top : top + side, left : left + side]
             with lowered():
-                found = logits_of(forward(model, source, crop, batch, zoom)[0])
-            logits.append(found.softmax(1))
-            each.append(answers.ranks(found, batch))
+                crop_logits = logits_of(forward(model, source, crop, batch, zoom)[0])
+            logits.append(crop_logits.softmax(1))
+            each.append(answers.ranks(crop_logits, batch))
         ranks["any of 9"].append(torch.stack(each).amin(0))
         ranks["centre of 9"].append(each[4])
         ranks["mean of 9"].append(answers.ranks(torch.stack(logits).mean(0), batch))
         bench.progress("nine-crops", number + 1, len(loader))
     rows = bench.measured(opened, {"view": "whole image"}, bench.one_zoom() if zooms(model) else {"alphas": ()})
-    for name, found in ranks.items():
-        judged = torch.cat(found)
+    for name, parts in ranks.items():
+        judged = torch.cat(parts)
         judged = judged[judged >= 0]
         about = bench.about(opened) | {"setting": {"view": name, **zoom.asked}}
         rows.append(share(**about, metric="top1", n=len(judged), right=int((judged == 0).sum())))

@@ -75,7 +75,7 @@ def run_study(
     if bench.device.type == "cpu":
         keep_freed_memory()
     results = STUDIES[name].run(bench)
-    about = {"study": name, "title": STUDIES[name].title, "run": str(inputs.run)}
+    about: dict[str, str | None] = {"study": name, "title": STUDIES[name].title, "run": str(inputs.run)}
     about |= {"precision": evaluation.precision, "shards": str(inputs.shards)}
     about |= {"maps": None if inputs.maps is None else str(inputs.maps)}
     return write_study(bench.opened.path, about, results), results, bench.notes

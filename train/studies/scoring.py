@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def zoomer_depth(bench: Bench) -> list[Result]:
             about = bench.about(opened) | {"setting": {"blocks": blocks}}
             rows += zoomer_results(found, about)
             image = torch.zeros(1, 3, size, size, device=bench.device)
-            macs = count_macs(lambda opened=opened, image=image: opened.model(image))
+            macs = count_macs(partial(opened.model, image))
             weights = sum(weight.numel() for weight in opened.model.parameters())
             about["setting"] |= {"precision": found["precision"]} if "precision" in found else {}
             rows.append(Result(**about, metric="gmacs", n=1, value=macs / 1e9))
