@@ -28,7 +28,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Relevance maps of a frozen ViT teacher at data-set scale, and ViTs that zoom where the class is decided. Try `zpipe demo`.",
+    help="Relevance maps of a frozen ViT teacher at data-set scale, and ViTs that zoom where the class is decided. "
+    "Try `zpipe demo`.",
 )
 
 
@@ -82,7 +83,10 @@ def demo_command(
         bool, typer.Option("--quick", help="Run the same steps in a minute, on too little data to learn anything.")
     ] = False,
 ) -> None:
-    """Run the whole pipeline on embedded data in minutes: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, report."""
+    """Run the whole pipeline on embedded data in minutes.
+
+    It makes scenes, teacher, maps, Zoomer, ZoomViT, evaluation and report.
+    """
     with reporting() as progress:
         from zpipe.demo import run_demo
 
@@ -95,7 +99,10 @@ def demo_command(
 
 @app.command("doctor", short_help="Check whether this machine has what is needed.")
 def doctor_command() -> None:
-    """Check versions, PIL build, devices, Ray, shared memory and temporary folder; exit code 1 for what would fail later."""
+    """Check versions, PIL build, devices, Ray, shared memory and temporary folder.
+
+    The exit code is 1 if something would fail later.
+    """
     from zpipe.doctor import examine
 
     findings = examine()

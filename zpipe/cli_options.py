@@ -82,7 +82,8 @@ Classes = Annotated[
     str | None,
     typer.Option(
         metavar="by-name|FILE",
-        help="For shards with a part of the model's classes (ImageNet-A): which class each label is; the others don't count as answers.",
+        help="For shards with a part of the model's classes (ImageNet-A): which class each label is; "
+        "the others don't count as answers.",
     ),
 ]
 Labels = Annotated[

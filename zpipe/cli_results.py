@@ -39,7 +39,7 @@ def _main_columns(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tables(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """A study's rows of zoomers and those of ViTs apart, as they have few metrics in common, each without empty columns."""
+    """A study's rows of zoomers and of ViTs apart, which have few metrics in common, each without empty columns."""
     tables = []
     for has_top1 in (False, True):
         chosen = [row for row in rows if (row.get("top1") is not None) == has_top1]
@@ -68,7 +68,8 @@ def evaluate_command(
     prune: Annotated[
         str,
         typer.Option(
-            help="Which tokens --keep drops: backward (the lowest-ranked) or forward (the highest), or either with -zoomed or -rest."
+            help="Which tokens --keep drops: backward (the lowest-ranked) or forward (the highest), "
+            "or either with -zoomed or -rest."
         ),
     ] = "backward",
     exits: Exits = "",
@@ -113,11 +114,12 @@ def evaluate_command(
             "--json",
             parser=path_or_url,
             metavar="PATH|URL",
-            help="Results file; default evaluation.json in the run, or evaluation-best.json and the like for other weights or precision.",
+            help="Results file; default evaluation.json in the run, "
+            "or evaluation-best.json and the like for other weights or precision.",
         ),
     ] = None,
 ) -> None:
-    """Measure top-1, mean tokens, GMACs and images/s of a ViT, for each alpha; or a zoomer's distance to its teacher."""
+    """Measure top-1, mean tokens, GMACs and images/s of a ViT for each alpha, or a zoomer's distance to its teacher."""
     with reporting() as progress:
         from zpipe.train.evaluation.evaluate import evaluate
         from zpipe.train.evaluation.operating_points import EvalConfig
@@ -170,7 +172,8 @@ def study_command(
     budgets: Annotated[
         str,
         typer.Option(
-            help="Budgets, comma-separated: zoomed cells per image, '300 tokens' or '2.3 GMACs'; default: those of the study."
+            help="Budgets, comma-separated: zoomed cells per image, '300 tokens' or '2.3 GMACs'; "
+            "default: those of the study."
         ),
     ] = "",
     exits: Exits = "",
@@ -203,8 +206,8 @@ def study_command(
 ) -> None:
     """Repeat one of the paper's experiments around a run.
 
-    The models that it compares are trained under the run's own settings into RUN/studies, where they are kept and resumed. The
-    results go to RUN/results/NAME.json and .parquet.
+    The models that it compares are trained under the run's own settings into RUN/studies, where they are kept and
+    resumed. The results go to RUN/results/NAME.json and .parquet.
     """
     with reporting() as progress:
         from zpipe.train.evaluation.operating_points import EvalConfig
@@ -369,7 +372,7 @@ def report_command(
     batch_size: BatchSize = 64,
     device: Device = "auto",
 ) -> None:
-    """Write one HTML page about runs: accuracy against cost, tables with intervals, training curves, and a gallery of images.
+    """Write one HTML page about runs: accuracy against cost, tables with intervals, training curves, a gallery of images.
 
     The page needs no network and no other file. Where a run lacks results, it names the command that makes them.
     """

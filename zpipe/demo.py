@@ -358,7 +358,8 @@ class Demo:
         zoomer, plain = self.results["zoomer"], self.results["plain"]
         notes = [
             f"the peak of the map lies in the digit's box (share of the area: {zoomer['box_share']:.1%}) in "
-            f"{zoomer['teacher_pointing_game']:.1%} of scenes for the teacher, {zoomer['pointing_game']:.1%} for the zoomer",
+            f"{zoomer['teacher_pointing_game']:.1%} of scenes for the teacher, "
+            f"{zoomer['pointing_game']:.1%} for the zoomer",
             f"both students start from the teacher's weights and take {self.size.vit_steps} steps",
             "the teacher's maps as scores know the label; they show what a perfect imitation of the teacher would give",
         ]
@@ -366,8 +367,8 @@ class Demo:
             zoomed = [(row["gmacs"] + counted * row["gmacs_zoomer"], row) for row in self.results["zoomvit"]]
             macs, row = min(zoomed, key=lambda pair: abs(pair[0] - plain["gmacs"]))
             notes.append(
-                f"plain ViT: {plain['top1']:.1%} at {plain['gmacs']:.4f} GMACs; ZoomViT {row['setting']}: {row['top1']:.1%} "
-                f"at {macs:.4f}, the zoomer {word}"
+                f"plain ViT: {plain['top1']:.1%} at {plain['gmacs']:.4f} GMACs; "
+                f"ZoomViT {row['setting']}: {row['top1']:.1%} at {macs:.4f}, the zoomer {word}"
             )
         return [
             *notes,

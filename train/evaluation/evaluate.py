@@ -162,7 +162,11 @@ def measure(
     progress: Progress = silent,
     precision: str = "float32",
 ) -> list[EvalRow]:
-    """A row for every mode, all of them judged on the same batches. Errors: :class:`UsageError` for an unknown precision."""
+    """A row for every mode, all of them measured on the same batches.
+
+    Raises:
+        UsageError: the precision is unknown.
+    """
     lowered = autocast_of(precision, device)
     model = model.to(device)
     if source is not None and source.zoomer is not None:
@@ -239,8 +243,8 @@ def measure_zoomer(
     """Measure how far a zoomer's scores are from its teacher's maps.
 
     Returns:
-        {setting, count, metrics}: means over images of the distances of Table 2, the rank correlation and the overlap of
-        the highest cells; with object boxes also the pointing game of zoomer and teacher. `precision` is there if it is
+        {setting, count, metrics}: means over images of the distances of Table 2, the rank correlation and the overlap
+        of the highest cells; with object boxes also the pointing game of zoomer and teacher. `precision` is there if it is
         not float32.
 
     Raises:

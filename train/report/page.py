@@ -45,7 +45,8 @@ class ReportConfig:
     def __post_init__(self) -> None:
         if self.gallery < 0 or self.seed < 0 or self.batch_size < 1:
             raise UsageError(
-                f"gallery {self.gallery}, seed {self.seed}, batch size {self.batch_size}: give numbers of at least 0, 0 and 1"
+                f"gallery {self.gallery}, seed {self.seed}, batch size {self.batch_size}: "
+                "give numbers of at least 0, 0 and 1"
             )
 
 
@@ -118,7 +119,9 @@ def describe(found: Gathered, missing: Sequence[str] = ()) -> dict[str, Any]:
     if not any("top1" in point.measures for point in known):
         notes.append("Nothing has been evaluated. To get accuracies: zpipe evaluate RUN VAL_SHARDS")
     elif not any(point.histogram for point in known) and any(point.zooms for point in known):
-        notes.append("The evaluations hold no token histograms. To get them, evaluate again: zpipe evaluate RUN VAL_SHARDS")  # fmt: skip
+        notes.append(
+            "The evaluations hold no token histograms. To get them, evaluate again: zpipe evaluate RUN VAL_SHARDS"
+        )
     for run in vits:
         if not run.finished:
             notes.append(f"{run.name} is not finished. To continue it, run its command again.")
@@ -141,12 +144,12 @@ def describe(found: Gathered, missing: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
-    """Fill in the page. Its policy forbids every request: scripts are allowed by digest, and images are data in the file."""
+    """Fill in the page. Its policy forbids all requests: scripts are allowed by digest, images are data in the file."""
     source = files("zpipe.train.report")
-    # Plotly, for it is the one library here that draws with hover, zoom and a legend that hides series, which a dozen models
-    # in one plot need, comes as a Python package with its whole JavaScript in it, runs without eval under a strict
-    # policy, and is looked after. The price is 4.8 MB a page, paid once however many plots. matplotlib's SVG would be
-    # small and dead; Vega and Bokeh want eval or more than one file.
+    # Plotly is the one library here that draws with hover, zoom and a legend that hides series, which a dozen models in one
+    # plot need. It comes as a Python package with all of its JavaScript, runs without eval under a strict policy, and is
+    # maintained. The price is 4.8 MB a page, however many plots. matplotlib's SVG would be small but static; Vega and
+    # Bokeh need eval or more than one file.
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]  # plotly has no stubs
 
     plotly = get_plotlyjs()

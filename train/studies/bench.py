@@ -1,7 +1,7 @@
 """What a study works with: its settings, the finished run, and ways to train variants of it and to measure them.
 
-The variants are trained under the run's own settings into RUN/studies, where they are kept and resumed. The same study takes
-minutes on the demo and days on ImageNet.
+The variants are trained under the run's own settings into RUN/studies, where they are kept and resumed. The same study
+takes minutes on the demo and days on ImageNet.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class Bench:
     # -- measuring
 
     def loader(self, opened: Run, image_size: int | None = None, missing: str = "uniform") -> RelevanceLoader:
-        """The images to measure on, in the view that a run was made for, or larger; missing: as of `RelevanceLoader`."""
+        """The images to measure on, in the view of a run, or larger; missing: as of `RelevanceLoader`."""
         preprocessing = opened.preprocessing
         if image_size is not None:
             preprocessing = replace(preprocessing, image_size=image_size)
