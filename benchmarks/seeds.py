@@ -3,8 +3,8 @@
     python benchmarks/seeds.py FOLDER --seeds 3
 
 Every seed's demo and its further models lie in FOLDER/seed-N; interrupted, the same command resumes. The results of all
-models go to FOLDER/results/accuracy-gmacs.json and .parquet, where `zpipe report FOLDER` finds them. --quick runs the same
-steps on too little data to learn anything.
+models go to FOLDER/results/accuracy-gmacs.json and .parquet, where `zpipe report FOLDER` finds them. --quick runs the
+same steps on too little data to learn anything.
 """
 
 from __future__ import annotations

@@ -372,7 +372,7 @@ def report_command(
     batch_size: BatchSize = 64,
     device: Device = "auto",
 ) -> None:
-    """Write one HTML page about runs: accuracy against cost, tables with intervals, training curves, a gallery of images.
+    """Write one HTML page about runs: accuracy against cost, tables with intervals, training curves, and a gallery.
 
     The page needs no network and no other file. Where a run lacks results, it names the command that makes them.
     """

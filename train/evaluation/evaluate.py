@@ -244,8 +244,8 @@ def measure_zoomer(
 
     Returns:
         {setting, count, metrics}: means over images of the distances of Table 2, the rank correlation and the overlap
-        of the highest cells; with object boxes also the pointing game of zoomer and teacher. `precision` is there if it is
-        not float32.
+        of the highest cells; with object boxes also the pointing game of zoomer and teacher. `precision` is there if it
+        is not float32.
 
     Raises:
         UsageError: the precision is unknown.

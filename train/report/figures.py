@@ -1,7 +1,7 @@
 """Points and training curves as Plotly traces.
 
-Everything here is pure, no file and no model, and makes JSON. Names come from files and may hold anything, and Plotly reads
-the text inside plots as a small markup language; `plot_text` escapes it.
+Everything here is pure, no file and no model, and makes JSON. Names come from files and may hold anything, and Plotly
+reads the text inside plots as a small markup language; `plot_text` escapes it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PLOTS = (
 
 
 def curves(found: Sequence[Point], titles: dict[str, str], runs: Sequence[RunRecord] = ()) -> list[Figure]:
-    """Accuracy against multiply-adds and against throughput. A run has one colour (`series` of a trace) in all plots."""
+    """Accuracy against multiply-adds and against throughput. A run has one colour (a trace's `series`) in all plots."""
     judged = [point for point in found if "top1" in point.measures]
     named = [(EVALUATION, run.name) for run in runs] + [(point.study, point.series) for point in judged]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(named))}
