@@ -121,7 +121,7 @@ def test_the_cookbook(here, cli, monkeypatch):
 
 def test_extending(here, cli, monkeypatch):
     from zpipe.pipeline.methods import METHODS
-    from zpipe.train.studies.bench import STUDIES
+    from zpipe.train.studies.registry import STUDIES
 
     for registry in (METHODS, STUDIES):
         for key, value in registry.items():

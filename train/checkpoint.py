@@ -52,6 +52,8 @@ FORMAT = "zpipe-run"
 VERSION = 1
 CHECKPOINT_FORMAT = "zpipe-checkpoint"
 CHECKPOINT_VERSION = 1
+BEST_FORMAT = "zpipe-best-epoch"
+BEST_VERSION = 1
 # Settings that may change when a run is resumed: how the work is distributed, logged and kept, not what is computed.
 # Another device computes the same up to rounding.
 FREE_SETTINGS = (
@@ -265,7 +267,7 @@ def keep_epoch(run: Path, model: nn.Module, epoch: int, keep: int, score: float 
     path = run / "best.json"
     if not path.is_file() or score > read_json(path, "the best epoch")["val_top1"]:
         _write_weights(run / "best.safetensors", model)
-        write_json(path, {"epoch": epoch, "val_top1": score})
+        write_json(path, header(BEST_FORMAT, BEST_VERSION) | {"epoch": epoch, "val_top1": score})
 
 
 def _write_weights(path: Path, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The command line: one verb per stage. Each parses, calls one function, and prints what came of it."""
+"""The command line: one verb per stage. Each verb parses its options, calls one function and prints the outcome."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from rich.table import Table
 from zpipe import __version__
 from zpipe.cli_data import extract_command, make_shards_command
 from zpipe.cli_maps import maps_app
-from zpipe.cli_options import Seed
-from zpipe.cli_results import calibrate_command, evaluate_command, predict_command, report_command
+from zpipe.cli_options import Seed, moved
+from zpipe.cli_results import (
+    StudyCommand,
+    calibrate_command,
+    evaluate_command,
+    predict_command,
+    report_command,
+    study_command,
+)
 from zpipe.cli_train import train_vit_command, train_zoomer_command
 from zpipe.console import fail, local_path, out, print_rows, reporting, tell, warn
 
@@ -21,12 +28,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Relevance maps of a frozen ViT teacher at data-set scale, and ViTs that zoom where the class is decided. Try `zpipe demo`.",
+    help="Relevance maps of a frozen ViT teacher at data-set scale, and ViTs that zoom where the class is decided. "
+    "Try `zpipe demo`.",
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(show: bool) -> None:
+    if show:
         tell(f"zpipe {__version__}")
         raise typer.Exit
 
@@ -37,21 +45,30 @@ def zpipe_command(
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """What stands before every verb."""
+    """The options before the verb."""
 
 
 app.command("make-shards", short_help="Pack images into WebDataset tars.")(make_shards_command)
 app.command("extract-teacher-maps", short_help="Store a frozen teacher's maps of tar shards.")(extract_command)
 app.command("train-zoomer", short_help="Stage 1: teach a Zoomer to predict the maps.")(train_zoomer_command)
 app.command("train-vit", short_help="Stage 2: train a ZoomViT, a plain ViT or a rival.")(train_vit_command)
-app.command("evaluate", short_help="Measure accuracy, tokens, GMACs and images/s.")(evaluate_command)
+app.command(
+    "evaluate",
+    short_help="Measure accuracy, tokens, GMACs and images/s.",
+    cls=moved("--study", "studies are a verb of their own; run zpipe study {} RUN SHARDS"),
+)(evaluate_command)
+app.command("study", short_help="Repeat one of the paper's experiments around a run.", cls=StudyCommand)(study_command)
 app.command("predict", short_help="Classify image files.")(predict_command)
 app.command("calibrate", short_help="Find the threshold for a budget per image.")(calibrate_command)
 app.command("report", short_help="Write one HTML page about runs.")(report_command)
 app.add_typer(maps_app, name="maps")
 
 
-@app.command("demo", short_help="Run the whole pipeline on embedded data.")
+@app.command(
+    "demo",
+    short_help="Run the whole pipeline on embedded data.",
+    cls=moved("--seeds", "the demo over seeds is a benchmark; run python benchmarks/seeds.py FOLDER --seeds {}"),
+)
 def demo_command(
     output: Annotated[
         Path,
@@ -62,29 +79,18 @@ def demo_command(
         ),
     ] = Path("demo-run"),
     seed: Seed = 0,
-    seeds: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Instead of the single demo, run it for N seeds, 0 to N-1, with more score sources and all rival models, and print one table.",
-        ),
-    ] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="Run the same steps in a minute, on too little data to learn anything.")
     ] = False,
 ) -> None:
-    """Run the whole pipeline on embedded data in minutes: scenes, teacher, maps, Zoomer, ZoomViT, evaluation, report."""
-    with reporting() as progress:
-        from zpipe.demo import run_demo, run_seeds
+    """Run the whole pipeline on embedded data in minutes.
 
-        if seeds:
-            rows = run_seeds(output, seeds, quick=quick, progress=progress, say=warn)
-        else:
-            report = run_demo(output, seed=seed, quick=quick, progress=progress, say=warn)
-    if seeds:
-        print_rows(rows, title=f"validation scenes, {seeds} seeds")
-        tell(f"written to {output / 'results'}")
-        return
+    It makes scenes, teacher, maps, Zoomer, ZoomViT, evaluation and report.
+    """
+    with reporting() as progress:
+        from zpipe.demo import run_demo
+
+        report = run_demo(output, seed=seed, quick=quick, progress=progress, say=warn)
     print_rows(report["rows"], title="validation scenes")
     print_rows([report["maps"]], title="maps on validation scenes")
     for line in report["notes"]:
@@ -93,7 +99,10 @@ def demo_command(
 
 @app.command("doctor", short_help="Check whether this machine has what is needed.")
 def doctor_command() -> None:
-    """Check versions, PIL build, devices, Ray, shared memory and temporary folder; exit code 1 for what would fail later."""
+    """Check versions, PIL build, devices, Ray, shared memory and temporary folder.
+
+    The exit code is 1 if something would fail later.
+    """
     from zpipe.doctor import examine
 
     findings = examine()

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from zpipe.console import local_path, path_or_url
+from zpipe.console import fail, local_path, path_or_url
+
+
+def moved(option: str, remedy: str) -> type[TyperCommand]:
+    """A command that answers an option it no longer has in one line, `OPTION VALUE: REMEDY`; {} in it is the value."""
+
+    class Moved(TyperCommand):
+        def parse_args(
+            self, ctx: Any, args: list[str]
+        ) -> list[str]:  # a Context of click's, which typer may bring as its own
+            for word, following in zip(args, [*args[1:], ""], strict=True):
+                name, _, value = word.partition("=")
+                if name == option:
+                    value = value or following
+                    fail(f"{option} {value}: {remedy.format(value)}", (), 2)
+            return super().parse_args(ctx, args)
+
+    return Moved
+
 
 Shards = Annotated[
     Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="Folder or URL of tar shards, or one tar.")
@@ -50,6 +69,32 @@ NumWorkers = Annotated[
 ]
 Resume = Annotated[str, typer.Option(help="If the folder already holds a run: auto (resume it) or never (stop).")]
 Missing = Annotated[str, typer.Option(help="What to do with samples without a usable map: error, skip or uniform.")]
+
+# Of those that measure.
+Alphas = Annotated[
+    str | None, typer.Option(help="Thresholds of a ZoomViT, comma-separated. Default 0,0.05,0.1,0.2,0.5,1.")
+]
+Exits = Annotated[
+    str, typer.Option(help="Thresholds of early exit of a cfvit_* or lfvit_*. Default 0,0.3,0.5,0.7,0.9,1.")
+]
+Merge = Annotated[str, typer.Option(help="Tokens that a tome_vit merges in each block, comma-separated.")]
+Classes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="by-name|FILE",
+        help="For shards with a part of the model's classes (ImageNet-A): which class each label is; "
+        "the others don't count as answers.",
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        parser=local_path,
+        metavar="FILE",
+        help="JSON file with the right classes of each key, possibly several (ImageNet-ReaL's real.json).",
+    ),
+]
+Precision = Annotated[str, typer.Option(help="float32, or under autocast bf16 or fp16.")]
 
 # Of those that only run a model.
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from zpipe.cli_options import (
     Address,
+    Alphas,
     BatchSize,
+    Classes,
     Device,
+    Exits,
+    Labels,
     LoadingProcesses,
+    Merge,
+    Precision,
     Scores,
     ScoresOfImages,
     Shards,
@@ -21,25 +27,38 @@ from zpipe.cli_options import (
 from zpipe.console import local_path, parse_budgets, parse_numbers, path_or_url, print_rows, reporting, tell, warn
 from zpipe.schemas.errors import UsageError
 
-_HIDDEN = ("scores", "alpha", "budget", "keep", "prune", "exit", "merge", "token_histogram")
-_HIDDEN += ("images_per_s_low", "images_per_s_high", "parameters", "precision")
+# Those of an evaluation that a table has room for; the file has all.
+_COLUMNS = [
+    "setting",
+    "count",
+    "top1",
+    "top1_interval",
+    "top5",
+    "tokens",
+    "exited",
+    "gmacs",
+    "gmacs_zoomer",
+    "images_per_s",
+]
 
 
 def _main_columns(row: dict[str, Any]) -> dict[str, Any]:
-    """Those of an evaluation that a table has room for; the file has all."""
-    hidden = _HIDDEN if row.get("exited") is not None else (*_HIDDEN, "exited")
-    return {name: value for name, value in row.items() if name not in hidden}
+    """A row of an evaluation as it is printed."""
+    if "top1" not in row:
+        return {name: value for name, value in row.items() if name != "precision"}
+    return {name: row[name] for name in _COLUMNS if name != "exited" or row["exited"] is not None}
 
 
 def _tables(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Those of zoomers and those of ViTs apart, for they have few figures in common, and neither with columns that are empty."""
-    found = []
+    """A study's rows of zoomers and of ViTs apart, which have few metrics in common, each without empty columns."""
+    tables = []
     for has_top1 in (False, True):
         chosen = [row for row in rows if (row.get("top1") is not None) == has_top1]
         filled = {name for row in chosen for name, value in row.items() if value is not None}
+        filled -= {"parameters"} if has_top1 else set()
         if chosen:
-            found.append([{name: value for name, value in row.items() if name in filled} for row in chosen])
-    return found
+            tables.append([{name: value for name, value in row.items() if name in filled} for row in chosen])
+    return tables
 
 
 def evaluate_command(
@@ -47,9 +66,7 @@ def evaluate_command(
         Path, typer.Argument(parser=local_path, metavar="RUN", help="Finished train-vit or train-zoomer run.")
     ],
     shards: Shards,
-    alphas: Annotated[
-        str | None, typer.Option(help="Thresholds of a ZoomViT, comma-separated. Default 0,0.05,0.1,0.2,0.5,1.")
-    ] = None,
+    alphas: Alphas = None,
     budgets: Annotated[
         str,
         typer.Option(
@@ -62,13 +79,12 @@ def evaluate_command(
     prune: Annotated[
         str,
         typer.Option(
-            help="Which tokens --keep drops: backward (the lowest-ranked) or forward (the highest), or either with -zoomed or -rest."
+            help="Which tokens --keep drops: backward (the lowest-ranked) or forward (the highest), "
+            "or either with -zoomed or -rest."
         ),
     ] = "backward",
-    exits: Annotated[
-        str, typer.Option(help="Thresholds of early exit of a cfvit_* or lfvit_*. Default 0,0.3,0.5,0.7,0.9,1.")
-    ] = "",
-    merge: Annotated[str, typer.Option(help="Tokens that a tome_vit merges in each block, comma-separated.")] = "",
+    exits: Exits = "",
+    merge: Merge = "",
     target_gmacs: Annotated[
         float | None,
         typer.Option(help="Instead of --alphas or --exits: use the threshold whose mean cost per image is this."),
@@ -96,23 +112,10 @@ def evaluate_command(
         ),
     ] = None,
     scores: Scores = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="by-name|FILE",
-            help="For shards with a part of the model's classes (ImageNet-A): which class each label is; the others don't count as answers.",
-        ),
-    ] = None,
-    labels: Annotated[
-        Path | None,
-        typer.Option(
-            parser=local_path,
-            metavar="FILE",
-            help="JSON file with the right classes of each key, possibly several (ImageNet-ReaL's real.json).",
-        ),
-    ] = None,
+    classes: Classes = None,
+    labels: Labels = None,
     weights: Weights = "final",
-    precision: Annotated[str, typer.Option(help="float32, or under autocast bf16 or fp16.")] = "float32",
+    precision: Precision = "float32",
     batch_size: BatchSize = 128,
     data_workers: LoadingProcesses = 0,
     device: Device = "auto",
@@ -122,47 +125,19 @@ def evaluate_command(
             "--json",
             parser=path_or_url,
             metavar="PATH|URL",
-            help="Results file; default evaluation.json in the run, or evaluation-best.json and the like for other weights or precision.",
+            help="Results file; default evaluation.json in the run, "
+            "or evaluation-best.json and the like for other weights or precision.",
         ),
     ] = None,
-    study: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of evaluating, run a study, one of the paper's experiments around this run: alpha-eta, pruning, zfe, zoom-in-training, "
-            "zoomer-depth, score-sources, test-time-zoom, nine-crops, backbone-size, selection or errors."
-        ),
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="(with --study) Seeds of what it trains, comma-separated.")] = "",
-    epochs: Annotated[
-        float | None, typer.Option(help="(with --study) Epochs of what it trains; default: those of the run.")
-    ] = None,
-    zoomer: Annotated[
-        Path | None,
-        typer.Option(
-            parser=local_path,
-            metavar="RUN",
-            help="(with --study test-time-zoom) Train-zoomer run whose scores decide where to zoom.",
-        ),
-    ] = None,
-    num_workers: Annotated[
-        int, typer.Option(min=0, help="(with --study) Training processes, as of train-vit; they share the run's batch.")
-    ] = 1,
-    address: Address = None,
 ) -> None:
-    """Measure top-1, mean tokens, GMACs and images/s of a ViT, for each alpha; or a zoomer's distance to its teacher.
-
-    With --study, run a whole experiment: the models it compares are trained under the run's own settings into RUN/studies, and its
-    figures go to RUN/results/STUDY.json and .parquet.
-    """
+    """Measure top-1, mean tokens, GMACs and images/s of a ViT for each alpha, or a zoomer's distance to its teacher."""
     with reporting() as progress:
         from zpipe.train.evaluation.evaluate import evaluate
         from zpipe.train.evaluation.operating_points import EvalConfig
-        from zpipe.train.evaluation.results import wide
-        from zpipe.train.fit.distributed import Workers
-        from zpipe.train.studies.bench import STUDIES, StudyConfig, run_study
+        from zpipe.train.evaluation.results import results_path
 
         config = EvalConfig(
-            alphas=parse_numbers(alphas or "", float, "--alphas"),
+            alphas=EvalConfig.alphas if alphas is None else parse_numbers(alphas, float, "--alphas"),
             budgets=parse_budgets(budgets),
             keeps=parse_numbers(keep, int, "--keep"),
             prune=prune,
@@ -180,33 +155,101 @@ def evaluate_command(
             data_workers=data_workers,
             device=device,
         )
-        if study is not None:
-            told = (("--scores", scores), ("--weights", weights if weights != "final" else None))
-            if chosen := [name for name, value in (*told, ("--json", json_path), ("--keep", keep)) if value]:
-                raise UsageError(f"{chosen[0]}: a study chooses it itself")
-            workers = Workers(count=num_workers, address=address)
-            trained = parse_numbers(seeds, int, "--seeds")
-            wanted = StudyConfig(evaluation=config, seeds=trained, epochs=epochs, workers=workers)
-            path, rows, notes = run_study(
-                study, run, shards, wanted, maps=maps, zoomer=zoomer, progress=progress, say=warn
-            )
-        else:
-            of_studies = (("--seeds", seeds), ("--epochs", epochs), ("--zoomer", zoomer), ("--address", address))
-            if chosen := [name for name, value in of_studies if value] + ["--num-workers"] * (num_workers != 1):
-                raise UsageError(f"{chosen[0]}: goes with --study alone; leave it out")
-            unusual = [value for value, usual in ((weights, "final"), (precision, "float32")) if value != usual]
-            target = json_path or run / f"{'-'.join(['evaluation', *unusual])}.json"
-            config = config if alphas is not None else replace(config, alphas=EvalConfig.alphas)
-            result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
-    if study is not None:
-        for table in _tables(wide(rows)):
-            print_rows(table, title=STUDIES[study].title)
-        for note in notes:
-            tell(f"note: {note}")
-        tell(f"written to {path} and {path.with_suffix('.parquet').name}")
-        return
+        target = json_path or results_path(run, "evaluation", weights=weights, precision=precision)
+        result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
     print_rows([_main_columns(row) for row in result["rows"]], title=str(run))
     tell(f"written to {target}")
+
+
+class StudyCommand(TyperCommand):
+    """`zpipe study`, whose help ends with the list of studies; only there are they imported, and torch with them."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # click's classes, which typer may bring as its own
+        from zpipe.train.studies.registry import STUDIES
+
+        with formatter.section("Studies"):
+            formatter.write_dl([(name, study.title) for name, study in STUDIES.items()])
+
+
+def study_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="One of the studies below.")],
+    run: Annotated[
+        Path, typer.Argument(parser=local_path, metavar="RUN", help="Finished train-vit or train-zoomer run.")
+    ],
+    shards: Shards,
+    alphas: Annotated[
+        str, typer.Option(help="Thresholds of a ZoomViT, comma-separated; default: those of the study.")
+    ] = "",
+    budgets: Annotated[
+        str,
+        typer.Option(
+            help="Budgets, comma-separated: zoomed cells per image, '300 tokens' or '2.3 GMACs'; "
+            "default: those of the study."
+        ),
+    ] = "",
+    exits: Exits = "",
+    merge: Merge = "",
+    maps: Annotated[
+        Path | None, typer.Option(parser=path_or_url, metavar="PATH|URL", help="Relevance store of these shards.")
+    ] = None,
+    zoomer: Annotated[
+        Path | None,
+        typer.Option(
+            parser=local_path,
+            metavar="RUN",
+            help="(test-time-zoom) Train-zoomer run whose scores decide where to zoom.",
+        ),
+    ] = None,
+    classes: Classes = None,
+    labels: Labels = None,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds of what it trains, comma-separated; default: that of the run.")
+    ] = "",
+    epochs: Annotated[float | None, typer.Option(help="Epochs of what it trains; default: those of the run.")] = None,
+    num_workers: Annotated[
+        int, typer.Option(min=0, help="Training processes, as of train-vit; they share the run's batch.")
+    ] = 1,
+    address: Address = None,
+    precision: Precision = "float32",
+    batch_size: BatchSize = 128,
+    data_workers: LoadingProcesses = 0,
+    device: Device = "auto",
+) -> None:
+    """Repeat one of the paper's experiments around a run.
+
+    The models that it compares are trained under the run's own settings into RUN/studies, where they are kept and
+    resumed. The results go to RUN/results/NAME.json and .parquet.
+    """
+    with reporting() as progress:
+        from zpipe.train.evaluation.operating_points import EvalConfig
+        from zpipe.train.evaluation.results import wide
+        from zpipe.train.fit.distributed import Workers
+        from zpipe.train.studies.bench import StudyConfig, StudyInputs
+        from zpipe.train.studies.registry import STUDIES, run_study
+
+        evaluation = EvalConfig(
+            alphas=parse_numbers(alphas, float, "--alphas"),
+            budgets=parse_budgets(budgets),
+            exits=parse_numbers(exits, float, "--exits"),
+            merges=parse_numbers(merge, int, "--merge"),
+            classes=classes,
+            labels=labels,
+            precision=precision,
+            batch_size=batch_size,
+            data_workers=data_workers,
+            device=device,
+        )
+        workers = Workers(count=num_workers, address=address)
+        config = StudyConfig(
+            evaluation=evaluation, seeds=parse_numbers(seeds, int, "--seeds"), epochs=epochs, workers=workers
+        )
+        inputs = StudyInputs(run=run, shards=shards, maps=maps, zoomer=zoomer)
+        path, results, notes = run_study(name, inputs, config, progress=progress, say=warn)
+    for table in _tables(wide(results)):
+        print_rows(table, title=STUDIES[name].title)
+    for note in notes:
+        tell(f"note: {note}")
+    tell(f"written to {path} and {path.with_suffix('.parquet').name}")
 
 
 def predict_command(
@@ -289,6 +332,7 @@ def calibrate_command(
     """Find the threshold (alpha, or that of early exit) at which a model costs a given budget per image on average."""
     with reporting() as progress:
         from zpipe.train.evaluation.calibrate import CalibrationConfig, calibrate
+        from zpipe.train.evaluation.results import results_path
 
         config = CalibrationConfig(
             budget=budget,
@@ -299,7 +343,7 @@ def calibrate_command(
             data_workers=data_workers,
             device=device,
         )
-        target = json_path or run / "calibration.json"
+        target = json_path or results_path(run, "calibration", weights=weights)
         found = calibrate(run, shards, config, maps=maps, out=target, progress=progress)
     name = next(name for name in ("alpha", "exit_threshold") if name in found)
     unit = found["unit"]
@@ -339,7 +383,7 @@ def report_command(
     batch_size: BatchSize = 64,
     device: Device = "auto",
 ) -> None:
-    """Write one HTML page about runs: accuracy against cost, tables with intervals, training curves, and a gallery of images.
+    """Write one HTML page about runs: accuracy against cost, tables with intervals, training curves, and a gallery.
 
     The page needs no network and no other file. Where a run lacks results, it names the command that makes them.
     """

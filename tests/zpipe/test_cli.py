@@ -286,6 +286,7 @@ def test_all_verbs_are_there():
         "train-zoomer",
         "train-vit",
         "evaluate",
+        "study",
         "calibrate",
         "predict",
         "report",
@@ -420,22 +421,47 @@ def test_a_wrong_use_by_subprocess(places, tmp_path):
 def test_a_study_by_the_command_line(places, tmp_path, cli):
     run = tmp_path / "run"
     shutil.copytree(places["vit"], run)
-    done = cli("evaluate", run, places["shards"], "--study", "pruning", "--alphas", "0.3", "--device", "cpu")
+    done = cli("study", "pruning", run, places["shards"], "--alphas", "0.3", "--device", "cpu")
     assert done.code == 0, done.stderr
     assert "Table 5" in done.stdout and "backward-zoomed" in done.stdout and "pruning.parquet" in done.stdout
+    assert "…" not in done.stdout
     assert (run / "results" / "pruning.json").is_file() and not (run / "evaluation.json").exists()
-    for more, told in (
-        (("--scores", "random"), "--scores: a study chooses it"),
-        (("--seeds", "a"), "--seeds a: write"),
-    ):
-        refused = cli("evaluate", run, places["shards"], "--study", "pruning", *more)
-        assert refused.code == 2 and told in refused.error
-    for more, told in (
-        (("--seeds", "1"), "--seeds: goes with --study alone"),
-        (("--num-workers", "2"), "--num-workers: goes with --study alone"),
-    ):
-        refused = cli("evaluate", run, places["shards"], *more)
-        assert refused.code == 2 and told in refused.error
+    refused = cli("study", "pruning", run, places["shards"], "--seeds", "a")
+    assert refused.code == 2 and "--seeds a: write" in refused.error
+    refused = cli("study", "tables", run, places["shards"])
+    assert refused.code == 2 and "study tables: choose one of alpha-eta" in refused.error
+
+
+def test_the_help_of_study_lists_the_studies():
+    from zpipe.train.studies.registry import STUDIES
+
+    told = " ".join(succeed("study --help").stdout.split())
+    assert all(f"{name} {study.title}" in told for name, study in STUDIES.items())
+
+
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        ("evaluate {vit} {shards} --study zfe --seeds 0,1", "zpipe study zfe RUN SHARDS"),
+        ("evaluate --study=zfe {vit} {shards}", "zpipe study zfe RUN SHARDS"),
+        ("demo {out} --seeds 3", "python benchmarks/seeds.py FOLDER --seeds 3"),
+    ],
+)
+def test_what_moved_says_where(places, tmp_path, line, instead):
+    result = call(line, places | {"out": tmp_path / "out"})
+    (error,) = errors_of(result.stderr)
+    assert result.exit_code == 2 and instead in error and not (tmp_path / "out").exists()
+
+
+def test_results_of_other_weights_and_precisions_go_elsewhere(places, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(places["plain"], run)
+    told = succeed("evaluate {run} {shards} --precision bf16 --device cpu", places | {"run": run}).stdout
+    assert f"written to {run / 'evaluation-bf16.json'}" in told and not (run / "evaluation.json").exists()
+    shutil.copy(run / "model.safetensors", run / "best.safetensors")
+    told = succeed("evaluate {run} {shards} --weights best --device cpu", places | {"run": run}).stdout
+    found = json.loads((run / "evaluation-best.json").read_text())
+    assert (found["content"], found["weights"], found["precision"]) == ("evaluation", "best", "float32")
 
 
 def test_an_interrupt_is_one_line(places, tmp_path):

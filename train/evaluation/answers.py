@@ -1,4 +1,4 @@
-"""Which answers of a classifier are right: one label, several (ImageNet-ReaL), or of fewer classes (ImageNet-A)."""
+"""Which answers of a classifier are right: one label, several labels (ImageNet-ReaL), or fewer classes (ImageNet-A)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ REAL_KEY = "ILSVRC2012_val_{:08d}"  # the images that the entries of ReaL's real
 
 
 class Answers:
-    """Judges logits.
+    """Ranks of the right classes among a model's logits.
 
     Args:
-        num_classes: of the model.
-        classes: the model's class for each label of the data, where the data knows fewer; all others are then no
-            answers. None: labels are the model's classes.
-        several: the right classes by key, in the model's numbering; a sample with none isn't counted. None: the label.
+        num_classes: the number of the model's classes.
+        classes: the model's class for each label of the data, if the data has fewer classes; the model's other classes
+            then do not count as answers. None if the labels are the model's classes.
+        several: the right classes by key, in the model's numbering; a sample without any is not counted. None to take
+            the label.
     """
 
     def __init__(
@@ -34,11 +35,17 @@ class Answers:
         self._several = several
 
     def ranks(self, logits: Tensor, batch: dict[str, Any]) -> Tensor:
-        """The place of the best right class among the classes by falling logit, int64 [B]: 0 is a right first answer.
-        -1 for a sample that doesn't count. Of equal logits the lower class comes first.
+        """Rank the classes by descending logit, and find the best right one. Of equal logits the lower class is first.
 
-        Errors: :class:`ZpipeError` naming the first key whose label isn't among the classes, or whose logits aren't
-        numbers.
+        Args:
+            logits: [B, num_classes].
+            batch: of a loader, with `key` and `label`.
+
+        Returns:
+            int64 [B]: 0 if the first answer is right; -1 for a sample that does not count.
+
+        Raises:
+            ZpipeError: a label is outside the classes, or logits are NaN; the message names the key.
         """
         logits, keys = logits.float().cpu(), batch["key"]
         if logits.isnan().any():
@@ -68,38 +75,44 @@ class Answers:
         return torch.nn.functional.one_hot(labels, self.num_classes).bool()
 
 
-def read_classes(asked: str, own: Sequence[str], theirs: Sequence[str]) -> list[int]:
+def read_classes(source: str, own: Sequence[str], theirs: Sequence[str]) -> list[int]:
     """The model's class for each label of the data.
 
-    asked: `by-name`, or a text file with one line a label: the model's class, by number or name. own: the names of the
-    model's classes, theirs: those of the data's. Errors: :class:`UsageError` naming the class that is missing.
+    Args:
+        source: `by-name`, or a text file with one line per label: the model's class, by number or by name.
+        own: the names of the model's classes.
+        theirs: the names of the data's classes.
+
+    Raises:
+        UsageError: the model lacks a class, or the file can't be read.
     """
-    number = {name: index for index, name in enumerate(own)}
-    if asked == "by-name":
+    index_of = {name: index for index, name in enumerate(own)}
+    if source == "by-name":
         wanted = list(theirs)
-        if not wanted or not number:
+        if not wanted or not index_of:
             raise UsageError("--classes by-name: run and shards must both name their classes; give a file")
     else:
         try:
-            wanted = Path(asked).read_text(encoding="utf-8").split("\n")
+            wanted = Path(source).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--classes {asked}: can't be read ({error}); give by-name or a text file") from error
+            raise UsageError(f"--classes {source}: can't be read ({error}); give by-name or a text file") from error
         wanted = [line.strip() for line in wanted if line.strip()]
     classes = []
     for label, name in enumerate(wanted):
-        found = number.get(name, int(name) if name.isdecimal() and asked != "by-name" else None)
-        if found is None or (own and found >= len(own)):
-            raise UsageError(f"--classes {asked}: label {label}, {name}: the model knows no such class")
-        classes.append(found)
+        index = index_of.get(name, int(name) if name.isdecimal() and source != "by-name" else None)
+        if index is None or (own and index >= len(own)):
+            raise UsageError(f"--classes {source}: label {label}, {name}: the model knows no such class")
+        classes.append(index)
     if len(set(classes)) < len(classes):
-        raise UsageError(f"--classes {asked}: names a class twice")
+        raise UsageError(f"--classes {source}: names a class twice")
     return classes
 
 
 def read_several(path: Path, num_classes: int) -> dict[str, list[int]]:
     """The right classes of every key, from a JSON file: {key: [classes]}, or ReaL's own list of lists.
 
-    Errors: :class:`ZpipeError` for a file of another form, or a class that the model doesn't have.
+    Raises:
+        ZpipeError: the file has another form, or names a class that the model does not have.
     """
     try:
         found = json.loads(Path(path).read_bytes())

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.evaluation.inference import OpenRun, choose_run_source, eval_loader
+from zpipe.train.evaluation.results import calibration_results, identity, unusual, write_results
 from zpipe.train.models.operating_points import OperatingPoint, setting_names
 from zpipe.train.models.zoom_tokens import calibrate_alpha, coarse_scores, parse_budget
 
@@ -67,8 +67,12 @@ def calibrate(
     ready = OpenRun(opened, source, device=config.device)
     find = _exit_threshold if "exit" in setting_names(opened.model) else _alpha
     result = find(ready, _batches(loader, config.limit, progress), config)
-    if out is not None:
-        write_json(out, result)
+    scores = {} if source is None else {"scores": source.name}
+    about = identity(opened, "calibration") | {"setting": scores | unusual({"weights": config.weights})}
+    stated = {"run": str(run), "model": about["model"], "seed": about["seed"], "weights": config.weights}
+    stated |= {"shards": str(shards), "maps": None if maps is None else str(maps)} | result
+    rows = [{"setting": f"budget={config.budget}"} | result]
+    write_results(out, "calibration", stated, rows, calibration_results(result, about))
     return result
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zpipe.schemas.atomic import commit, write_json
+from zpipe.schemas.atomic import commit
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.geometry import Box, covered_share
 from zpipe.schemas.progress import Progress, silent
@@ -25,7 +25,7 @@ from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.evaluation.answers import Answers
 from zpipe.train.evaluation.inference import OpenRun
 from zpipe.train.evaluation.pictures import patches
-from zpipe.train.evaluation.results import Result, share
+from zpipe.train.evaluation.results import Result, share, write_verdicts
 from zpipe.train.models.operating_points import OperatingPoint
 from zpipe.train.models.zoom_tokens import choose_cells, token_boxes
 
@@ -134,7 +134,7 @@ def write_errors(run: Path, verdicts: list[Verdict], pictured: list[_Pictured], 
     """Write `results/errors_samples.json`, every sample's verdict, and `results/errors.png`, some of the errors."""
     folder = Path(run) / "results"
     samples = folder / "errors_samples.json"
-    write_json(samples, {"samples": [verdict._asdict() for verdict in verdicts]})
+    write_verdicts(samples, [verdict._asdict() for verdict in verdicts])
     if not pictured:
         return [samples]
     kinds = [kind for kind in ("zoomer", "backbone") if any(item.verdict.kind == kind for item in pictured)]

@@ -1,20 +1,19 @@
-"""What a finished run is worth: accuracy against tokens, multiply-adds and measured speed; maps against their teacher."""
+"""Evaluation of finished runs: accuracy beside tokens, multiply-adds and speed; zoomers against their teacher."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import Run, load_run
@@ -26,46 +25,22 @@ from zpipe.train.evaluation.costs import CostMeter
 from zpipe.train.evaluation.inference import Answer, OpenRun, choose_run_source, eval_loader
 from zpipe.train.evaluation.metrics import mae, mse, pointing_game, spearman, topk_overlap
 from zpipe.train.evaluation.operating_points import EvalConfig, operating_points
+from zpipe.train.evaluation.results import (
+    EVALUATION,
+    ZOOMER_EVALUATION,
+    EvalRow,
+    Result,
+    identity,
+    metric_results,
+    results_of,
+    unusual,
+    write_results,
+)
 from zpipe.train.models.operating_points import OperatingPoint
+from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.scoring import check_grid
 
 __all__ = ["EvalConfig", "EvalRow", "answers_for", "evaluate", "measure", "measure_zoomer"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalRow:
-    """One setting's figures.
-
-    scores, alpha, budget, keep, prune, exit, merge: the setting; None where it has none. count: images judged. top1_interval:
-    half width of the 95 % interval (normal approximation). tokens: mean sequence length an image, class token not counted
-    (see `modes.Cost`); None for a model without patches. token_histogram: images by sequence length, where it varies.
-    exited: share of images that the first of two stages answered. gmacs: 1e9 multiply-adds an image of the ViT; gmacs_zoomer: those of
-    the zoomer (or another source of scores) beside it. images_per_s: median over batches, after a warm-up, of both together;
-    low and high are its quartiles. parameters: weights of the ViT. precision: as of `EvalConfig`.
-    """
-
-    setting: str
-    scores: str | None = None
-    alpha: float | None = None
-    budget: int | str | None = None
-    keep: int | None = None
-    prune: str | None = None
-    exit: float | None = None
-    merge: int | None = None
-    count: int
-    top1: float
-    top1_interval: float
-    top5: float
-    tokens: float | None
-    token_histogram: dict[str, int]
-    exited: float | None
-    gmacs: float
-    gmacs_zoomer: float
-    images_per_s: float
-    images_per_s_low: float
-    images_per_s_high: float
-    parameters: int
-    precision: str = "float32"
 
 
 def evaluate(
@@ -77,10 +52,23 @@ def evaluate(
     out: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Evaluate a finished run on shards; returns, and writes as JSON to `out` when given, {kind, run, model, seed, shards, maps, rows}.
+    """Evaluate a finished run on shards, each sample once, in the centre crop that the run was made for.
 
-    Every sample is counted once, on the centre crop that the run was made for. A ViT's rows are `EvalRow`s; a zoomer has
-    one row with its distance to the teacher's maps (needs `maps`). Errors: :class:`UsageError`, :class:`ZpipeError`.
+    Args:
+        run: the run's folder.
+        shards: the images.
+        config: what to measure, and how.
+        maps: the relevance store of these shards; a zoomer needs it.
+        out: the JSON file to write; None to write none.
+        progress: called once per batch.
+
+    Returns:
+        What the file holds, see `results`: {kind, run, model, seed, weights, precision, shards, maps, rows, results}.
+        The rows of a ViT are those of `EvalRow.flat`; a zoomer has one row, its distance to the teacher's maps.
+
+    Raises:
+        UsageError: the run is not finished, or a setting does not suit it.
+        ZpipeError: a file is broken, or a label is outside the model's classes.
     """
     opened = load_run(run, config.weights)
     missing = "skip" if opened.kind == "zoomer" else "uniform"
@@ -95,11 +83,17 @@ def evaluate(
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
+    about = identity(opened, EVALUATION if opened.kind == "vit" else ZOOMER_EVALUATION)
+    about["setting"] = unusual({"weights": config.weights})
+    for name, value in (("classes", config.classes), ("labels", config.labels)):
+        about["setting"] |= {} if value is None else {name: Path(value).name}
+    rows: list[dict[str, Any]]
     if opened.kind == "zoomer":
         if loader.maps is None:
             raise UsageError(f"{run}: a zoomer is measured against its teacher's maps; give --maps")
-        check_grid(loader.maps, opened.model.grid)
+        check_grid(loader.maps, cast(Zoomer, opened.model).grid)
         rows = [measure_zoomer(opened, loader, device, progress, config.precision)]
+        results = zoomer_results(rows[0], about)
     else:
         if config.target_gmacs is not None:
             config = _calibrated(run, config, progress)
@@ -107,18 +101,16 @@ def evaluate(
         points = operating_points(opened.model, source, config)
         ready = OpenRun(opened, source, device=config.device, precision=config.precision)
         measured = measure(ready, loader, points, answers_for(opened, loader, config), progress)
-        rows = [asdict(row) for row in measured]
-    about = {"kind": opened.kind, "run": str(run), "model": opened.settings.get("model", opened.kind)}
-    about |= {} if config.weights == "final" else {"weights": config.weights}
-    about["seed"] = opened.settings.get("train", {}).get("seed")
-    result = about | {"shards": str(shards), "maps": None if maps is None else str(maps), "rows": rows}
-    if out is not None:
-        write_json(out, result)
-    return result
+        rows = [row.flat() for row in measured]
+        results = [result for row in measured for result in results_of(row, about)]
+    stated = {"kind": opened.kind, "run": str(run), "model": about["model"], "seed": about["seed"]}
+    stated |= {"weights": config.weights, "precision": config.precision}
+    stated |= {"shards": str(shards), "maps": None if maps is None else str(maps)}
+    return write_results(out, "evaluation", stated, rows, results)
 
 
 def _calibrated(run: Path, config: EvalConfig, progress: Progress) -> EvalConfig:
-    """With the threshold at which an image costs `target_gmacs` on average over the calibration shards."""
+    """The config with the threshold at which an image of the calibration shards costs `target_gmacs` on average."""
     if config.calibration is None:
         raise UsageError("--target-gmacs: give --calibration SHARDS, images to choose the threshold by")
     wanted = CalibrationConfig(
@@ -129,23 +121,28 @@ def _calibrated(run: Path, config: EvalConfig, progress: Progress) -> EvalConfig
         data_workers=config.data_workers,
         device=config.device,
     )
-    found = calibrate(run, config.calibration, wanted, maps=config.calibration_maps, progress=progress)
-    if "exit_threshold" in found:
-        return replace(config, exits=(found["exit_threshold"],))
-    return replace(config, alphas=(found["alpha"],), budgets=())
+    result = calibrate(run, config.calibration, wanted, maps=config.calibration_maps, progress=progress)
+    if "exit_threshold" in result:
+        return replace(config, exits=(result["exit_threshold"],))
+    return replace(config, alphas=(result["alpha"],), budgets=())
 
 
 def answers_for(opened: Run, loader: RelevanceLoader, config: EvalConfig) -> Answers:
-    """What is right for a run on these shards. Errors: as of `read_classes` and `read_several`."""
-    number = opened.model.num_classes
+    """Which answers are right for a run on these shards.
+
+    Raises:
+        UsageError: `classes` does not suit the model.
+        ZpipeError: the file of labels is broken, see `read_several`.
+    """
+    num_classes: int = opened.model.num_classes  # type: ignore[assignment]  # a classifier has an int there
     classes = several = None
     if config.classes is not None:
         classes = read_classes(config.classes, opened.settings.get("classes") or [], loader.index.classes)
-        if max(classes) >= number:
-            raise UsageError(f"--classes {config.classes}: class {max(classes)}; the model has {number}")
+        if max(classes) >= num_classes:
+            raise UsageError(f"--classes {config.classes}: class {max(classes)}; the model has {num_classes}")
     if config.labels is not None:
-        several = read_several(config.labels, number)
-    return Answers(number, classes, several)
+        several = read_several(config.labels, num_classes)
+    return Answers(num_classes, classes, several)
 
 
 def measure(
@@ -207,7 +204,7 @@ def _metrics(
     low, middle, high = np.quantile(rates, (0.25, 0.5, 0.75)).tolist()
     return {
         "setting": point.name,
-        **point.settings,
+        "settings": dict(point.settings),
         "count": len(ranks),
         "top1": top1,
         "top1_interval": 1.96 * (top1 * (1 - top1) / len(ranks)) ** 0.5,
@@ -230,13 +227,19 @@ def measure_zoomer(
     progress: Progress = silent,
     precision: str = "float32",
 ) -> dict[str, Any]:
-    """Means over images of the distance between zoomer and teacher; with object boxes, the pointing game of both.
+    """Measure how far a zoomer's scores are from its teacher's maps.
 
-    Errors: :class:`UsageError` for an unknown precision.
+    Returns:
+        {setting, count, metrics}: means over images of the distances of Table 2, the rank correlation and the overlap
+        of the highest cells; with object boxes also the pointing game of zoomer and teacher. `precision` is there if it
+        is not float32.
+
+    Raises:
+        UsageError: the precision is unknown.
     """
     lowered = autocast(precision, device)
-    zoomer = opened.model.to(device)
-    sums: Counter[str] = Counter()
+    zoomer = cast(Zoomer, opened.model).to(device)
+    sums: dict[str, float] = defaultdict(float)
     count = with_box = ranked = 0
     batches = len(loader)
     for number, batch in enumerate(loader):
@@ -259,6 +262,11 @@ def measure_zoomer(
             with_box += len(boxes)
         progress("evaluate", number + 1, batches, mse=sums["mse"] / count)
     divisor = {"mse": count, "mae": count, "top10_overlap": count, "rank_correlation": ranked}
-    row = {name: value / divisor.get(name, with_box) for name, value in sums.items() if divisor.get(name, with_box)}
-    told = {} if precision == "float32" else {"precision": precision}
-    return {"setting": "zoomer", "count": count} | told | row
+    means = {name: value / divisor.get(name, with_box) for name, value in sums.items() if divisor.get(name, with_box)}
+    return {"setting": "zoomer", "count": count} | unusual({"precision": precision}) | means
+
+
+def zoomer_results(row: dict[str, Any], about: dict[str, Any]) -> list[Result]:
+    """The row of `measure_zoomer` as results; about: as of `results_of`."""
+    precision = {"precision": row["precision"]} if "precision" in row else {}
+    return metric_results(row, about | {"setting": about.get("setting", {}) | precision})

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import load_run
 from zpipe.train.data.labels import check_labels
 from zpipe.train.evaluation.inference import OpenRun, eval_loader
 from zpipe.train.evaluation.metrics import pointing_game
+from zpipe.train.evaluation.results import identity, judge_results, write_results
 from zpipe.train.models.scores import centre_prior
 from zpipe.train.scoring import key_noise
 
@@ -154,6 +154,8 @@ def judge_maps(
             row[figure] = float(values.mean())
             row[f"{figure}_interval"] = 1.96 * float(values.std(correction=0)) / len(values) ** 0.5
         rows.append(row)
-    if out is not None:
-        write_json(out, {"run": str(run), "shards": str(shards), "maps": str(maps), "rows": rows})
+    about = identity(opened, "judge")
+    stated = {"run": str(run), "model": about["model"], "seed": about["seed"]}
+    stated |= {"shards": str(shards), "maps": str(maps)}
+    write_results(out, "judge", stated, rows, judge_results(rows, about))
     return rows

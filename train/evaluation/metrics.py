@@ -1,4 +1,4 @@
-"""How well a score map agrees with a teacher's map, or with an object's box. One number for each map, [B]."""
+"""How well score maps agree with a teacher's maps or with objects' boxes: one number per map, [B]."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ def mae(maps: Tensor, target: Tensor) -> Tensor:
 
 
 def spearman(maps: Tensor, target: Tensor) -> Tensor:
-    """Spearman's rank correlation over the cells, in [-1, 1], equal scores sharing their mean rank. Both [B, S] -> [B].
+    """Spearman's rank correlation over the cells, in [-1, 1]; equal scores share their mean rank. Both [B, S] -> [B].
 
-    float64. NaN for an image where either map is constant, since it ranks nothing.
+    The result is float64, and NaN for an image where either map is constant.
     """
     x, y = _centred_ranks(maps), _centred_ranks(target)
     return (x * y).sum(dim=1) / (x.square().sum(dim=1) * y.square().sum(dim=1)).sqrt()
 
 
 def topk_overlap(maps: Tensor, target: Tensor, k: int) -> Tensor:
-    """The share of the target's k highest cells that are among the map's k highest, in [0, 1]. Both [B, S] -> [B].
+    """The fraction of the target's k highest cells that are among the map's k highest, in [0, 1]. Both [B, S] -> [B].
 
-    Of equal scores the lower index counts as higher. Raises ValueError unless 1 <= k <= S.
+    Of equal scores the one with the lower index counts as higher.
+
+    Raises:
+        ValueError: unless 1 <= k <= S.
     """
     if not 1 <= k <= maps.shape[1]:
         raise ValueError(f"k must lie between 1 and the {maps.shape[1]} cells, got {k!r}")
@@ -36,13 +39,17 @@ def topk_overlap(maps: Tensor, target: Tensor, k: int) -> Tensor:
 
 
 def pointing_game(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Whether the centre of the highest cell lies in the box, its edges included. bool [B].
+    """Whether the centre of the highest cell lies in the box or on its edge (Zhang et al. 2018).
 
-    maps [B, gh, gw]; boxes [B, 4] as (left, top, right, bottom) in fractions of the image. Of equally high cells the
-    first in row-major order counts.
+    Args:
+        maps: [B, gh, gw]; of equally high cells the first in row-major order counts.
+        boxes: [B, 4] as (left, top, right, bottom) in fractions of the image.
+
+    Returns:
+        bool [B].
     """
     _, height, width = maps.shape
-    peak = maps.flatten(1).argsort(dim=1, descending=True, stable=True)[:, 0]  # argmax leaves ties open
+    peak = maps.flatten(1).argsort(dim=1, descending=True, stable=True)[:, 0]  # argmax leaves the order of ties open
     x = (peak % width + 0.5) / width
     y = (peak // width + 0.5) / height
     left, top, right, bottom = boxes.unbind(dim=1)

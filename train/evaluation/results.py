@@ -1,17 +1,26 @@
-"""Results as tidy rows, one value a row: what evaluations and studies leave and the report reads.
+"""The results format: whatever measures a run writes it, and its writer and its reader are both here.
 
-A results file is `RUN/results/STUDY.json`: {format, version, study, title, shards, zpipe, rows}, beside it the rows alone as
-Parquet. Its reader and writer are here.
+An evaluation, a study, a calibration, a test of maps and the demo each leave one JSON file with
+
+    format, version, zpipe         the header, and the release that measured
+    content                        what the file holds: evaluation, study, calibration, judge or demo
+    run, model, seed, shards, ...  what was measured, and on what
+    rows                           the table that people read: a row per setting, with its metrics side by side
+    results                        the same as tidy `Result`s, one value each, which is what programs read
+
+Version 1 held studies only, with their tidy results under `rows`; all other files had no header then. `read_results`
+reads them too. A study also leaves its results as Parquet, and `results/errors_samples.json` is a format of its own.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,93 +28,378 @@ import pyarrow.parquet as pq
 from zpipe.schemas.atomic import commit, read_json, write_json
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.formats import check_format, header
+from zpipe.train.checkpoint import Run
 
 FORMAT = "zpipe-results"
-VERSION = 1
+VERSION = 2
+VERDICTS_FORMAT = "zpipe-verdicts"
+VERDICTS_VERSION = 1
+FOLDER = "results"  # within a run: its studies
+EVALUATION, ZOOMER_EVALUATION = "evaluation", "zoomer evaluation"  # the `study` of results that belong to none
+HISTOGRAM = "images_with_tokens"
+DEFAULTS = {"weights": "final", "precision": "float32"}  # stated in a setting or a file name only where they differ
 
 Value = str | int | float | None
+Content = Literal["evaluation", "study", "calibration", "judge", "demo"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """One figure.
-
-    study: what it belongs to; `evaluation` for a plain one. run, model: the run's folder name and its timm model. setting:
-    what was varied, such as {"alpha": 0.1, "scores": "zoomer"}. seed: of the training. metric: `top1`, `gmacs`, ... n: images (or
-    whatever it is the mean of) behind the value. low, high: its 95 % interval, None where it has none.
-    """
+    """One value of one metric."""
 
     study: str
+    """The study that it belongs to; `evaluation` or `zoomer evaluation` for a plain evaluation."""
     run: str
+    """The name of the run's folder."""
     model: str
+    """The model's name in timm."""
     setting: dict[str, Value] = field(default_factory=dict)
+    """What was varied, such as {"alpha": 0.1, "scores": "zoomer"}."""
     seed: int | None = None
+    """The seed of the training."""
     metric: str
+    """`top1`, `gmacs`, ..."""
     n: int
+    """The number of images (or of whatever it is the mean of) that the value is computed from."""
     value: float
     low: float | None = None
+    """The lower end of the 95 % interval (of images_per_s: the lower quartile); None if there is no interval."""
     high: float | None = None
+    """The upper end of the same interval."""
 
 
-def share(**where: Any) -> Any:
-    """A `Result` for a share of n: `right` of `n`, with the Wilson interval. Takes the other fields of `Result`."""
-    right, n = where.pop("right"), where["n"]
+@dataclass(frozen=True, kw_only=True)
+class EvalRow:
+    """The metrics of one operating point of a ViT."""
+
+    setting: str
+    """The name of the operating point."""
+    scores: str | None = None
+    """The source of the scores; None for a model that takes none."""
+    settings: dict[str, Value] = field(default_factory=dict)
+    """The settings of the operating point, such as {"alpha": 0.1}; which ones there are is up to the model."""
+    count: int
+    """The number of images that were judged."""
+    top1: float
+    top1_interval: float
+    """Half the width of the 95 % interval of top1 (normal approximation)."""
+    top5: float
+    tokens: float | None
+    """The mean sequence length per image without the class token; None for a model without patches."""
+    token_histogram: dict[str, int]
+    """The number of images by sequence length; empty where all images have the same length."""
+    exited: float | None
+    """The fraction of images that the first of two stages answered; None for other models."""
+    gmacs: float
+    """1e9 multiply-adds per image of the ViT."""
+    gmacs_zoomer: float
+    """1e9 multiply-adds per image of the zoomer, or of another source of scores."""
+    images_per_s: float
+    """The median over batches after a warm-up, of the ViT and the source of the scores together."""
+    images_per_s_low: float
+    """The lower quartile over batches."""
+    images_per_s_high: float
+    """The upper quartile over batches."""
+    parameters: int
+    """The number of weights of the ViT."""
+    precision: str = "float32"
+    """See `EvalConfig`."""
+
+    def flat(self) -> dict[str, Any]:
+        """The row of a table: {"setting": name, "scores": ..., one entry per setting, one per metric}."""
+        values = asdict(self)
+        settings = values.pop("settings")
+        return {"setting": values.pop("setting"), "scores": values.pop("scores"), **settings, **values}
+
+
+# -- rows to results ---------------------------------------------------------------------------------------------------
+
+NOT_METRICS = {"setting", "settings", "scores", "count", "seed", "model", "token_histogram", *DEFAULTS}
+NOT_METRICS_V1 = {"alpha", "budget", "keep", "prune", "exit", "merge"}  # the settings that a row could have then
+BOUNDS = ("_interval", "_low", "_high")
+SHARES = ("top1", "top5", "exited")
+
+
+def identity(opened: Run, study: str) -> dict[str, Any]:
+    """The fields of a `Result` that say whose it is: study, run, model and seed."""
+    model = opened.settings.get("model", opened.kind)
+    seed = opened.settings.get("train", {}).get("seed")
+    return {"study": study, "run": Path(opened.path).resolve().name, "model": model, "seed": seed}
+
+
+def results_of(row: EvalRow, about: Mapping[str, Any]) -> list[Result]:
+    """The results of an operating point.
+
+    Args:
+        row: its metrics.
+        about: study, run, model and seed as of `identity`, and possibly a `setting` that the row's own is added to.
+    """
+    setting = {"scores": row.scores, **row.settings} | unusual({"precision": row.precision})
+    setting = {name: value for name, value in setting.items() if value is not None}
+    values = {each.name: getattr(row, each.name) for each in fields(row)}
+    return metric_results(values, {**about, "setting": {**about.get("setting", {}), **setting}})
+
+
+def metric_results(row: Mapping[str, Any], about: Mapping[str, Any]) -> list[Result]:
+    """Every metric of a row of a table as a result, over the row's `count` images.
+
+    Intervals: Wilson's for shares of the images, else what the row has as `NAME_low` and `NAME_high` (both ends) or as
+    `NAME_interval` (half the width). A token histogram becomes one result per sequence length.
+    """
+    n = row["count"]
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f"count {n!r} of images")
+    results = []
+    for name, value in row.items():
+        if name in NOT_METRICS or name.endswith(BOUNDS) or not _is_number(value):
+            continue
+        metric = "gmacs_scores" if name == "gmacs_zoomer" else name
+        low, high = _interval(row, name, value, n)
+        results.append(Result(**about, metric=metric, n=n, value=float(value), low=low, high=high))
+    histogram = row.get("token_histogram") or {}
+    images = sum(histogram.values())
+    for tokens, count in histogram.items():
+        setting = {**about.get("setting", {}), "tokens": int(tokens)}
+        results.append(Result(**{**about, "setting": setting}, metric=HISTOGRAM, n=images, value=count / images))
+    return results
+
+
+def calibration_results(result: Mapping[str, Any], about: Mapping[str, Any]) -> list[Result]:
+    """What `calibrate` returns, as results whose setting is the budget."""
+    setting = {**about.get("setting", {}), "budget": f"{result['budget']:g} {result['unit']}"}
+    metrics = {name: value for name, value in result.items() if name not in ("budget", "images")}
+    return metric_results({"count": result["images"], **metrics}, {**about, "setting": setting})
+
+
+def judge_results(rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any]) -> list[Result]:
+    """The rows of `judge_maps` as results whose setting is the order of the cells: maps, centre or random."""
+    return [result for row in rows for result in metric_results(row, {**about, "setting": {"order": row["setting"]}})]
+
+
+def _interval(row: Mapping[str, Any], name: str, value: float, n: int) -> tuple[float | None, float | None]:
+    low, high, half = (row.get(name + end) for end in ("_low", "_high", "_interval"))
+    if _is_number(low) and _is_number(high):
+        return float(cast(float, low)), float(cast(float, high))
+    if name in SHARES:  # this interval also holds at 0 and at 1
+        return wilson(value * n, n)
+    return (value - half, value + half) if half is not None and _is_number(half) else (None, None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def unusual(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `weights` and `precision` that are not the defaults."""
+    return {name: value for name, value in values.items() if value != DEFAULTS[name]}
+
+
+def share(*, right: float, n: int, **about: Any) -> Result:
+    """The result for a fraction, `right` of `n`, with its Wilson interval; `about`: the other fields of `Result`."""
     low, high = wilson(right, n)
-    return Result(value=right / n, low=low, high=high, **where)
+    return Result(value=right / n, n=n, low=low, high=high, **about)
 
 
 def wilson(right: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share, `right` of `n` (Wilson 1927): never outside [0, 1], nor empty at its ends."""
+    """The 95 % interval of a fraction, `right` of `n` (Wilson 1927): never outside [0, 1], nor empty at its ends."""
     z, p = 1.959964, right / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def write_results(run: Path, study: str, title: str, shards: str, rows: Sequence[Result]) -> Path:
-    """Write the results of a study into a run's folder; returns the JSON file."""
-    path = Path(run) / "results" / f"{study}.json"
-    table = [asdict(row) for row in rows]
-    flat = [
-        {name: value for name, value in row.items() if name != "setting"}
-        | {f"setting.{name}": value for name, value in row["setting"].items()}
-        for row in table
-    ]
-    with commit(path.with_suffix(".parquet")) as tmp:
-        pq.write_table(pa.table({name: _column([row.get(name) for row in flat]) for name in _names(flat)}), tmp)
-    about = header(FORMAT, VERSION) | {"study": study, "title": title, "shards": shards}
-    write_json(path, about | {"zpipe": version("zpipe"), "rows": table})
-    return path
-
-
-def read_results(path: Path) -> tuple[dict[str, Any], list[Result]]:
-    """What a results file says of itself, and its rows. Errors: :class:`ZpipeError` naming a file that is none."""
-    found = read_json(path, "a results file")
-    check_format(path, found, FORMAT, VERSION, remedy="evaluate again")
-    try:
-        return found, [Result(**row) for row in found.pop("rows")]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ZpipeError(f"{path}: not a complete results file ({error}); evaluate again") from error
-
-
-def wide(rows: Sequence[Result]) -> list[dict[str, Any]]:
-    """One row a run and setting, its metrics side by side, for people to read. Histograms are left out."""
-    table: dict[tuple, dict[str, Any]] = {}
-    for row in rows:
-        if row.metric != "images_with_tokens":
+def wide(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """A row per run and setting with its metrics side by side, for people to read. Histograms are left out."""
+    table: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in results:
+        if row.metric != HISTOGRAM:
             about = {"run": row.run, **row.setting, "seed": row.seed}
             table.setdefault(tuple(about.items()), about)[row.metric] = row.value
     names = _names(table.values())
     return [{name: row.get(name) for name in names} for row in table.values()]
 
 
-def _names(rows: Iterable[dict[str, Any]]) -> list[str]:
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def results_path(
+    run: Path, content: Content, *, study: str | None = None, weights: str = "final", precision: str = "float32"
+) -> Path:
+    """Where results go unless the user says otherwise: a file for each content, study, weights and precision."""
+    stem = "-".join([study or content, *unusual({"weights": weights, "precision": precision}).values()])
+    return Path(run) / FOLDER / f"{stem}.json" if content == "study" else Path(run) / f"{stem}.json"
+
+
+def write_results(
+    path: Path | None,
+    content: Content,
+    about: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    results: Iterable[Result],
+) -> dict[str, Any]:
+    """Put results into the form of a file, write it if there is a `path`, and return it.
+
+    Args:
+        path: the JSON file; None to write nothing.
+        content: what the file holds.
+        about: what was measured, and on what: run, model, seed, shards, maps, ...
+        rows: the table that people read.
+        results: the same as tidy results.
+    """
+    found = header(FORMAT, VERSION) | {"zpipe": version("zpipe"), "content": content, **about}
+    found |= {"rows": list(rows), "results": [asdict(result) for result in results]}
+    if path is not None:
+        write_json(path, found)
+    return found
+
+
+def write_study(run: Path, about: Mapping[str, Any], results: Sequence[Result]) -> Path:
+    """Write the results of a study into a run's folder, as JSON and as Parquet.
+
+    Args:
+        run: the folder.
+        about: `study`, `title` and `shards`, and what else there is to say; `precision` if it is not float32.
+        results: one value each.
+
+    Returns:
+        The JSON file.
+    """
+    path = results_path(run, "study", study=about["study"], precision=about.get("precision", "float32"))
+    flat = []
+    for result in results:
+        row = asdict(result)
+        setting = row.pop("setting")
+        flat.append(row | {f"setting.{name}": value for name, value in setting.items()})
+    with commit(path.with_suffix(".parquet")) as tmp:
+        pq.write_table(pa.table({name: _column([row.get(name) for row in flat]) for name in _names(flat)}), tmp)
+    write_results(path, "study", about, wide(results), results)
+    return path
+
+
+def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _column(values: list[Value]) -> pa.Array:
-    """Values of one kind as they are, mixed ones as text."""
+    """Values of one type as they are, mixed ones as text."""
     kinds = {type(value) for value in values if value is not None}
     if len(kinds) > 1 and not kinds <= {int, float}:
         return pa.array([None if value is None else str(value) for value in values])
     return pa.array([float(value) if kinds == {int, float} and value is not None else value for value in values])
+
+
+def content_of(path: Path) -> Content | Literal["verdicts"] | None:
+    """What a JSON file of ours holds, by its header or, before there was one, by its fields; None for other files.
+
+    Raises:
+        ZpipeError: the file is not JSON.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ZpipeError(f"{path}: not readable as JSON ({error}); restore or delete the file") from error
+    if not isinstance(found, dict):
+        return None
+    if found.get("format") == VERDICTS_FORMAT or ("format" not in found and "samples" in found):
+        return "verdicts"
+    if found.get("format") != FORMAT:
+        return _unversioned_content(found)
+    return found.get("content", "study")
+
+
+def read_results(path: Path) -> tuple[dict[str, Any], list[Result]]:
+    """Read a results file of any version.
+
+    Returns:
+        What the file states, `content` and `rows` among it, and its results.
+
+    Raises:
+        ZpipeError: the file holds no results, or is of a later version.
+    """
+    found = read_json(path, "a results file")
+    if (content := _unversioned_content(found)) is not None:
+        try:
+            results = _unversioned_results(found, content, path)
+            return {"rows": [dict(found)]} | found | {"content": content}, results  # a calibration was a row by itself
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            what = {"evaluation": "an evaluation", "judge": "a test of maps"}.get(content, f"a {content}")
+            raise ZpipeError(f"{path}: not {what} that this zpipe reads ({error}); make it again") from error
+    number = check_format(path, found, FORMAT, VERSION, remedy="evaluate again")
+    try:
+        if number == 1:
+            found |= {"content": "study", "results": found.pop("rows")}
+        results = [Result(**row) for row in found.pop("results")]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ZpipeError(f"{path}: not a complete results file ({error}); evaluate again") from error
+    return found | {"rows": found.get("rows") or wide(results)}, results
+
+
+def write_verdicts(path: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
+    """Write what an error analysis says of single samples: their `key`, `kind` and more."""
+    write_json(path, header(VERDICTS_FORMAT, VERDICTS_VERSION) | {"samples": list(verdicts)})
+
+
+def read_verdicts(path: Path) -> list[dict[str, Any]]:
+    """The samples of an error analysis.
+
+    Raises:
+        ZpipeError: the file is none, or is of a later version.
+    """
+    found = read_json(path, "an error analysis")
+    if "format" in found:  # earlier files have no header
+        check_format(path, found, VERDICTS_FORMAT, VERDICTS_VERSION, remedy="analyse again")
+    samples = found.get("samples")
+    if not isinstance(samples, list) or not all(
+        isinstance(each, dict) and {"key", "kind"} <= set(each) for each in samples
+    ):
+        raise ZpipeError(f"{path}: not an error analysis that this zpipe reads; analyse again")
+    return samples
+
+
+# -- files without a header --------------------------------------------------------------------------------------------
+
+
+def _unversioned_content(found: Mapping[str, Any]) -> Content | None:
+    """What a file from before the header holds; None if it is no results file, or has a header."""
+    if "format" in found:
+        return None
+    if "rows" not in found:
+        return "calibration" if {"unit", "budget", "mean", "std", "images"} <= set(found) else None
+    if "notes" in found:
+        return "demo"
+    rows = found["rows"]
+    first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
+    return "judge" if "deletion" in first else "evaluation"
+
+
+def _unversioned_results(found: Mapping[str, Any], content: Content, path: Path) -> list[Result]:
+    """The results of such a file, which names its run by a path, or not at all if it lies in the run's folder."""
+    run = Path(found["run"]).name if "run" in found else path.resolve().parent.name
+    about: dict[str, Any] = {"study": content, "run": run, "model": str(found.get("model", ""))}
+    about |= {"seed": found.get("seed")}
+    if content == "calibration":
+        return calibration_results(found, about)
+    rows = found["rows"]
+    if not isinstance(rows, list) or not rows:
+        raise ValueError("no rows")
+    if content == "demo":
+        return []  # its table does not say how many images it is of
+    if content == "judge":
+        return judge_results(rows, about)
+    results = []
+    for row in rows:
+        each = about | {name: row[name] for name in ("model", "seed") if row.get(name) is not None}
+        each["study"] = ZOOMER_EVALUATION if found.get("kind") == "zoomer" else EVALUATION
+        each["setting"] = _setting_v1(row, found)
+        results += metric_results({name: row[name] for name in row if name not in NOT_METRICS_V1}, each)
+    return results
+
+
+def _setting_v1(row: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Value]:
+    """What was varied, from a row's fields; from its name where an older file has no such fields."""
+    setting = {name: row[name] for name in ("scores", *sorted(NOT_METRICS_V1)) if row.get(name) is not None}
+    stated = {name: row.get(name, found.get(name, usual)) for name, usual in DEFAULTS.items()}
+    name, equals, value = row.get("setting", "").partition("=")
+    if equals and name in ("alpha", "budget") and name not in setting:
+        setting[name] = float(value) if name == "alpha" else int(value) if value.isdecimal() else value
+    return setting | unusual(stated)

@@ -192,7 +192,10 @@ def _open(
             notes.append(f"{record.name}: not in the gallery, its scores are the teacher's maps; give --maps")
             continue
         source = choose_run_source(run, None, store)
-        alike = [point for point in record.points if point.keys() == record.points[0].keys()]  # such as thresholds
+        names = setting_names(run.model)
+        points = [{name: value for name, value in point.items() if name in names} for point in record.points]
+        points = [point for point in points if point]
+        alike = [point for point in points if point.keys() == points[0].keys()]  # such as all thresholds
         middle = alike[len(alike) // 2] if alike else {}
         opened = OpenRun(run, source, device=config.device, precision=config.precision)
         shown.append(_Shown(record, opened, one_point(run.model, source, middle)))

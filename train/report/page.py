@@ -16,8 +16,10 @@ from typing import Any
 from zpipe.schemas.atomic import write_bytes
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
-from zpipe.train.report import figures
+from zpipe.train.report.figures import curves, histograms, training_figures
+from zpipe.train.report.points import points
 from zpipe.train.report.runs import Gathered, RunRecord, gather
+from zpipe.train.report.tables import headline, tables, token_table, training_table
 
 PAGE_NAME = "index.html"
 SCRIPTS = ("patches.js", "figures.js", "gallery.js", "main.js")
@@ -25,29 +27,44 @@ SCRIPTS = ("patches.js", "figures.js", "gallery.js", "main.js")
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """shards: images of the gallery; None takes those of the first evaluated vit run. maps: the teacher's maps of them.
-    gallery: entries, 0 for no gallery; seed: which ones.
-    """
+    """Settings of a report."""
 
     shards: Path | None = None
+    """The images of the gallery; None for those of the first evaluated ViT."""
     maps: Path | None = None
+    """The relevance store of these shards."""
     gallery: int = 200
+    """The number of images in the gallery; 0 for no gallery."""
     seed: int = 0
+    """The seed of the choice of images."""
     batch_size: int = 64
+    """Images per batch when the models run on them."""
     device: str = "auto"
+    """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
         if self.gallery < 0 or self.seed < 0 or self.batch_size < 1:
             raise UsageError(
-                f"gallery {self.gallery}, seed {self.seed}, batch size {self.batch_size}: give numbers of at least 0, 0 and 1"
+                f"gallery {self.gallery}, seed {self.seed}, batch size {self.batch_size}: "
+                "give numbers of at least 0, 0 and 1"
             )
 
 
 def report(runs: Sequence[Path], out: Path, config: ReportConfig | None = None, progress: Progress = silent) -> Path:
-    """Write OUT/index.html about runs, studies, or folders of them; returns that file.
+    """Write one HTML page about runs. The same inputs give the same bytes.
 
-    The same inputs give the same bytes. What is missing, the page says, with the command that gives it.
-    Errors: :class:`UsageError` for a path that holds neither run nor results; :class:`ZpipeError` naming a broken file.
+    Args:
+        runs: runs, studies, or folders of them.
+        out: the folder of the page.
+        config: settings; None for the defaults.
+        progress: called while the models run on the images of the gallery.
+
+    Returns:
+        The page, OUT/index.html. Where results are missing, it names the command that makes them.
+
+    Raises:
+        UsageError: a path holds neither a run nor results.
+        ZpipeError: a file is broken.
     """
     config = config or ReportConfig()
     found = gather(runs)
@@ -75,10 +92,8 @@ def _gallery(
             return None, [
                 f"No gallery: the evaluation was on {named}, which does not exist here. Give --shards VAL_SHARDS."
             ]
-    from zpipe.train.report.gallery import (  # torch and the models, which figures alone don't need
-        GalleryConfig,
-        build_gallery,
-    )
+    # The gallery imports torch and the models, which a page without one does not need.
+    from zpipe.train.report.gallery import GalleryConfig, build_gallery
 
     gallery, notes = build_gallery(
         vits,
@@ -94,13 +109,15 @@ def _gallery(
 
 def describe(found: Gathered, missing: Sequence[str] = ()) -> dict[str, Any]:
     """Everything on the page but the gallery, as JSON."""
-    known = figures.points(found.results)
+    known = points(found.results)
     vits = [run for run in found.runs if run.kind == "vit"]
     notes = []
     if not any("top1" in point.measures for point in known):
         notes.append("Nothing has been evaluated. To get accuracies: zpipe evaluate RUN VAL_SHARDS")
     elif not any(point.histogram for point in known) and any(point.zooms for point in known):
-        notes.append("The evaluations hold no token histograms. To get them, evaluate again: zpipe evaluate RUN VAL_SHARDS")  # fmt: skip
+        notes.append(
+            "The evaluations hold no token histograms. To get them, evaluate again: zpipe evaluate RUN VAL_SHARDS"
+        )
     for run in vits:
         if not run.finished:
             notes.append(f"{run.name} is not finished. To continue it, run its command again.")
@@ -109,27 +126,27 @@ def describe(found: Gathered, missing: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "zpipe": version("zpipe"),
         "runs": [run.name for run in found.runs],
-        "headline": figures.headline(known),
+        "headline": headline(known),
         "notes": [*notes, *missing],
         "figures": {
-            "accuracy": figures.curves(known, found.titles, found.runs) + figures.histograms(known),
-            "training": figures.training_figures(found.runs),
+            "accuracy": curves(known, found.titles, found.runs) + histograms(known),
+            "training": training_figures(found.runs),
         },
         "tables": {
-            "accuracy": figures.tables(known, found.titles) + figures.token_table(known),
-            "training": figures.training_table(found.runs),
+            "accuracy": tables(known, found.titles) + token_table(known),
+            "training": training_table(found.runs),
         },
     }
 
 
 def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
-    """The page. Its policy forbids every request: scripts run by their digest, and images are data in the file."""
+    """Fill in the page. Its policy forbids all requests: scripts are allowed by digest, images are data in the file."""
     source = files("zpipe.train.report")
-    # Plotly, for it is the one library here that draws with hover, zoom and a legend that hides series, which a dozen models
-    # in one plot need, comes as a Python package with its whole JavaScript in it, runs without eval under a strict
-    # policy, and is looked after. The price is 4.8 MB a page, paid once however many plots. matplotlib's SVG would be
-    # small and dead; Vega and Bokeh want eval or more than one file.
-    from plotly.offline import get_plotlyjs
+    # Plotly is the one library here that draws with hover, zoom and a legend that hides series, which a dozen models in
+    # one plot need. It comes as a Python package with all of its JavaScript, runs without eval under a strict policy,
+    # and is maintained. The price is 4.8 MB a page, however many plots. matplotlib's SVG would be small but static; Vega
+    # and Bokeh need eval or more than one file.
+    from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]  # plotly has no stubs
 
     plotly = get_plotlyjs()
     ours = "\n".join(source.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
@@ -147,14 +164,14 @@ def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
         "plotly": plotly,
         "script": ours,
     }
-    # One pass, so that nothing in what is filled in is taken for a place to fill.
+    # In one pass, so that no text that is filled in is mistaken for a placeholder.
     return re.sub(
         r"\{\{(\w+)\}\}", lambda found: parts[found[1]], source.joinpath("page.html").read_text(encoding="utf-8")
     )
 
 
 def embedded_json(value: Any) -> str:
-    """JSON that may stand in a <script>: no `<`, so that nothing in it ends the element or begins a comment."""
+    """JSON for a <script>: without `<`, so that nothing in it ends the element or begins a comment."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 

@@ -1,9 +1,10 @@
-"""Makes an example of every file of ours that has a version, in the folder given: how tests/golden/formats/v1 was made.
+"""Makes an example of every file of ours that has a version, in the folder given: how tests/golden/formats/v2 was made.
 
     python tests/golden/formats/make.py FOLDER
 
 An example is made once, when a version is new, and never again: later zpipes must read what this one wrote. When a
-version changes, make a new folder and leave the old one to tests/test_formats.py.
+version changes, make a new folder and leave the old ones to tests/schemas/test_formats.py. An earlier state of this
+file made v1.
 """
 
 import contextlib
@@ -21,7 +22,11 @@ from zpipe.pipeline.make_shards import SceneSource, make_shards
 from zpipe.pipeline.scenes import SceneConfig
 from zpipe.train.checkpoint import load_checkpoint, load_run
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.evaluation.results import Result, write_results
+from zpipe.train.evaluation.calibrate import CalibrationConfig, calibrate
+from zpipe.train.evaluation.evaluate import evaluate
+from zpipe.train.evaluation.judge import JudgeConfig, judge_maps
+from zpipe.train.evaluation.operating_points import EvalConfig
+from zpipe.train.evaluation.results import Result, write_results, write_study, write_verdicts
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.train_vit import VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
@@ -70,8 +75,26 @@ def main(folder: Path) -> None:
     for run in ("zoomer", "zoomvit"):
         (Path(run) / "checkpoint.pt").unlink()  # the stopped run has one
     row = Result(study="example", run="zoomvit", model="zoomvit", setting={"alpha": 0.5}, metric="top1", n=6, value=0.5)
-    write_results(Path("zoomvit"), "example", "An example", "shards", [row])
+    about = {"study": "example", "title": "An example", "run": "zoomvit", "shards": "shards"}
+    write_study(Path("zoomvit"), about, [row])
+    measure(shards, maps)
     write_expected(maps)
+
+
+def measure(shards: Path, maps: Path) -> None:
+    """Write an example of every other content that a results file has, and of verdicts."""
+    config = EvalConfig(alphas=(0.0, 0.5), budgets=(4,), device="cpu", batch_size=3)
+    for run in ("zoomvit", "zoomer"):
+        evaluate(Path(run), shards, config, maps=maps, out=Path(run, "evaluation.json"))
+    budget = CalibrationConfig(budget="20 tokens", device="cpu")
+    calibrate(Path("zoomvit"), shards, budget, maps=maps, out=Path("zoomvit/calibration.json"))
+    judge_maps(Path("zoomvit"), shards, maps, JudgeConfig(steps=2, device="cpu"), out=Path("zoomvit/judge.json"))
+    rows = [{"model": "plain 6 px", "top1": 0.5}]
+    about = {"seed": 0, "quick": True, "maps": {"count": 6}, "seconds": {"all": 1.0}, "notes": ["a note"]}
+    row = Result(study="evaluation", run="plain", model="deit", metric="top1", n=6, value=0.5)
+    write_results(Path("demo/report.json"), "demo", about, rows, [row])
+    verdict = {"key": "train_0000000", "label": 2, "predicted": 9, "kind": "zoomer", "seen": 0.0}
+    write_verdicts(Path("zoomvit/results/errors_samples.json"), [verdict])
 
 
 def write_expected(maps: Path) -> None:

@@ -184,7 +184,9 @@ def test_the_last_and_the_best_epochs_are_kept(data, tmp_path):
     train_vit(data / "shards", run, with_loop(config, epochs=1), val=data / "val")
     assert [path.name for path in (run / "epochs").iterdir()] == ["00001.safetensors"]
     again = [line["val_top1"] for line in lines(run) if "val_top1" in line]
-    assert json.loads((run / "best.json").read_text()) == {"epoch": 1, "val_top1": again[0]} and len(again) == 1
+    stated = {"format": "zpipe-best-epoch", "version": 1}
+    assert json.loads((run / "best.json").read_text()) == stated | {"epoch": 1, "val_top1": again[0]}
+    assert len(again) == 1
 
 
 def _load(path):

@@ -21,7 +21,8 @@ from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
 from zpipe.train.losses import CoarseToFineLoss
 from zpipe.train.macs import count_macs
 from zpipe.train.report import ReportConfig, report
-from zpipe.train.studies.bench import StudyConfig, run_study
+from zpipe.train.studies.bench import StudyConfig, StudyInputs
+from zpipe.train.studies.registry import run_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -228,9 +229,8 @@ def test_all_of_them_are_in_one_report(data, tmp_path):
 
 @pytest.mark.parametrize("name", ["cfvit", "lfvit"])
 def test_what_is_refined_as_a_study(data, name):
-    path, _, _ = run_study(
-        "selection", data / name, data / "shards", StudyConfig(evaluation=replace(CONFIG, alphas=()))
-    )
+    config = StudyConfig(evaluation=replace(CONFIG, alphas=()))
+    path, _, _ = run_study("selection", StudyInputs(run=data / name, shards=data / "shards"), config)
     _, rows = read_results(path)
     selections = load_run(data / name).model.SELECTIONS
     assert {row.setting["selection"] for row in rows} == set(selections)
@@ -241,4 +241,4 @@ def test_what_is_refined_as_a_study(data, name):
     }
     assert trained == set(selections[1:])
     with pytest.raises(UsageError, match="needs a cfvit_"):
-        run_study("selection", data / "merged", data / "shards", StudyConfig())
+        run_study("selection", StudyInputs(run=data / "merged", shards=data / "shards"), StudyConfig())

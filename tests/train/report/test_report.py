@@ -27,16 +27,18 @@ from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.evaluation.evaluate import evaluate
 from zpipe.train.evaluation.operating_points import EvalConfig
 from zpipe.train.evaluation.predict import Classifier, PredictConfig
-from zpipe.train.evaluation.results import Result, write_results
+from zpipe.train.evaluation.results import EVALUATION, Result, write_study
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.initialise import build_vit
 from zpipe.train.fit.train_vit import VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
 from zpipe.train.models import zoom_tokens
 from zpipe.train.report import ReportConfig, report
-from zpipe.train.report.figures import EVALUATION, base_name, curves, headline, histograms, points, tables
+from zpipe.train.report.figures import curves, histograms
 from zpipe.train.report.page import describe, embedded_json, render
+from zpipe.train.report.points import base_name, points
 from zpipe.train.report.runs import gather
+from zpipe.train.report.tables import headline, tables
 from zpipe.train.scoring import SOURCES
 
 torch.set_num_threads(1)
@@ -86,6 +88,12 @@ def embedded(html: str, name: str):
     return json.loads(re.search(rf'id="{name}">(.*?)</script>', html, re.S)[1])
 
 
+def without_header(path):
+    """An evaluation as files without a header had it: what it was made on, and the table."""
+    found = read_json(path, "an evaluation")
+    return {name: found[name] for name in ("kind", "run", "model", "seed", "shards", "maps", "rows")}
+
+
 def result(**fields):
     usual = {"study": "evaluation", "run": "vit", "model": "m", "metric": "top1", "n": 100, "value": 0.5}
     return Result(**usual | fields)
@@ -118,7 +126,7 @@ def test_runs_of_a_folder_with_their_figures(data):
 def test_every_field_of_an_evaluation_and_its_token_histogram(data, tmp_path):
     run = shutil.copytree(data / "double", tmp_path / "double")
     path = run / "evaluation.json"
-    found = read_json(path, "an evaluation")
+    found = without_header(path)
     found["rows"][0] |= {
         "alpha": 0.4,
         "scores": "zoomer",
@@ -175,7 +183,7 @@ def test_studies_alone_and_metrics_nobody_foresaw(tmp_path):
     rows = [
         result(study="zfe", setting={"zfe": kind, "alpha": 0.1}, metric="glow", value=3.0) for kind in ("soft", "none")
     ]
-    write_results(tmp_path / "study", "zfe", "Zoom factor embedding", "shards", rows)
+    write_study(tmp_path / "study", {"study": "zfe", "title": "Zoom factor embedding", "shards": "shards"}, rows)
     found = gather([tmp_path / "study"])
     assert found.runs == [] and found.titles == {"zfe": "Zoom factor embedding"}
     (table,) = describe(found)["tables"]["accuracy"]
@@ -200,7 +208,7 @@ def test_figures_that_are_there_twice_are_shown_once(data, tmp_path):
     run = shutil.copytree(data / "double", tmp_path / "double")
     rows = [row for row in gather([run]).results if row.metric == "top1"]
     tidy = [replace(row, value=0.25, setting=row.setting | {"scores": "zoomer", "keep": None}) for row in rows]
-    write_results(run, "evaluation", "Evaluation", "shards", tidy)
+    write_study(run, {"study": "evaluation", "title": "Evaluation", "shards": "shards"}, tidy)
     found = points(gather([run]).results)
     assert [point.setting for point in found] == [{"alpha": 0.4}, {"alpha": 0.5}, {"alpha": 0.6}]
     assert all(point.measures["top1"].value == 0.25 and "gmacs" in point.measures for point in found)
@@ -208,20 +216,21 @@ def test_figures_that_are_there_twice_are_shown_once(data, tmp_path):
 
 def test_other_weights_and_precisions_are_settings_of_their_own(data, tmp_path):
     run = shutil.copytree(data / "half", tmp_path / "half")
-    final = read_json(run / "evaluation.json", "an evaluation")
+    final = without_header(run / "evaluation.json")
     rows = [row | {"top1": 0.25} for row in final["rows"]]
     write_json(run / "evaluation-best.json", final | {"weights": "best", "rows": rows})
     write_json(run / "evaluation-bf16.json", final | {"rows": [row | {"precision": "bf16"} for row in rows]})
     write_json(run / "evaluation-other-labels.json", final | {"rows": rows})
     found = [p for p in points(gather([run]).results) if p.setting.get("budget") == 4]
     best = {"half": final["rows"][2]["top1"]}
-    others = ("weights best", "precision bf16", "evaluation other-labels")
+    others = ("weights best", "precision bf16", "evaluation-other-labels")
     assert {p.series: p.measures["top1"].value for p in found} == best | {f"half, {other}": 0.25 for other in others}
 
 
 def test_equal_names_in_two_folders_stay_apart(tmp_path):
     for name, value in (("a", 0.1), ("b", 0.2)):
-        write_results(tmp_path / name, "study", "Study", "shards", [result(study="study", value=value)])
+        about = {"study": "study", "title": "Study", "shards": "shards"}
+        write_study(tmp_path / name, about, [result(study="study", value=value)])
     found = points(gather([tmp_path / "a", tmp_path / "b"]).results)
     assert [(point.series, point.measures["top1"].value) for point in found] == [("vit", 0.1), ("vit, b", 0.2)]
 

@@ -18,14 +18,15 @@ from zpipe.train.checkpoint import load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.evaluation.evaluate import evaluate
 from zpipe.train.evaluation.operating_points import EvalConfig
-from zpipe.train.evaluation.results import Result, read_results, wide, wilson, write_results
+from zpipe.train.evaluation.results import Result, read_results, wide, wilson, write_study
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.distributed import Workers
 from zpipe.train.fit.train_vit import VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
 from zpipe.train.models.warm_start import zooming_twin
 from zpipe.train.settings import rebuild
-from zpipe.train.studies.bench import STUDIES, StudyConfig, run_study
+from zpipe.train.studies.bench import StudyConfig, StudyInputs
+from zpipe.train.studies.registry import STUDIES, run_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,8 +49,12 @@ def data(tmp_path_factory):
     return root
 
 
-def study(data, name, run="zoom", config=CONFIG, **options):
-    path, rows, notes = run_study(name, data / run, data / "shards", config, **options)
+def launch(name, run, shards, config, **inputs):
+    return run_study(name, StudyInputs(run=run, shards=shards, **inputs), config)
+
+
+def study(data, name, run="zoom", config=CONFIG, **inputs):
+    path, rows, notes = launch(name, data / run, data / "shards", config, **inputs)
     about, read = read_results(path)
     assert read == rows and about["study"] == name and about["title"] == STUDIES[name].title
     assert pq.read_table(path.with_suffix(".parquet")).num_rows == len(rows)
@@ -115,7 +120,7 @@ def test_two_processes_train_what_one_does(data, tmp_path):
         run = tmp_path / str(count)
         shutil.copytree(data / "zoom", run, ignore=shutil.ignore_patterns("studies", "results"))
         wanted = replace(CONFIG, workers=Workers(count=count))
-        found.append(values(run_study("alpha-eta", run, data / "shards", wanted)[1], "top1", "eta", "budget"))
+        found.append(values(launch("alpha-eta", run, data / "shards", wanted)[1], "top1", "eta", "budget"))
     one, two = found
     assert one.keys() == two.keys()
     assert all(two[setting] == pytest.approx(top1, abs=2 / COUNT) for setting, top1 in one.items())
@@ -156,7 +161,7 @@ def test_zoomers_of_every_depth(data):
     assert sorted(weights) == [(2,), (4,), (6,)] and weights[2,] < weights[4,] < weights[6,]
     assert set(values(rows, "top1", "blocks", "budget")) == set(itertools.product((2, 4, 6), (0, 2, 4, 6, 8)))
     with pytest.raises(UsageError, match="give --maps"):
-        run_study("zoomer-depth", data / "zoom", data / "shards", CONFIG)
+        launch("zoomer-depth", data / "zoom", data / "shards", CONFIG)
 
 
 def test_a_plain_vit_that_zooms_is_itself_where_nothing_is_zoomed(data):
@@ -172,9 +177,9 @@ def test_a_plain_vit_that_zooms_is_itself_where_nothing_is_zoomed(data):
     # Logits that are equal up to rounding may differ in the answer to an image in which two classes all but tie.
     assert top1["at test time", 2.0, 1.0] == pytest.approx(top1["none", None, None], abs=1.01 / COUNT)
     with pytest.raises(UsageError, match="give --zoomer RUN"):
-        run_study("test-time-zoom", data / "plain", data / "shards", CONFIG)
+        launch("test-time-zoom", data / "plain", data / "shards", CONFIG)
     with pytest.raises(UsageError, match="zooms with a plain ViT"):
-        run_study("test-time-zoom", data / "zoom", data / "shards", CONFIG, zoomer=data / "zoomer")
+        launch("test-time-zoom", data / "zoom", data / "shards", CONFIG, zoomer=data / "zoomer")
 
 
 def test_what_is_trained_is_normalised_as_the_run_is(data, tmp_path):
@@ -189,27 +194,27 @@ def test_what_is_trained_is_normalised_as_the_run_is(data, tmp_path):
     wanted = load_run(tmp_path / "zoom").preprocessing
     assert wanted == load_run(data / "zoom").preprocessing
     config = replace(CONFIG, seeds=(1,), evaluation=replace(CONFIG.evaluation, budgets=(4,)))
-    run_study("score-sources", tmp_path / "zoom", data / "shards", config)
+    launch("score-sources", tmp_path / "zoom", data / "shards", config)
     trained = sorted((tmp_path / "zoom" / "studies" / "score-sources").glob("centre-*"))
     assert trained and all(load_run(path).preprocessing == wanted for path in trained)
     with pytest.raises(UsageError, match="--zoomer: was trained with mean"):
-        run_study("test-time-zoom", begun, data / "shards", CONFIG, zoomer=data / "zoomer")
+        launch("test-time-zoom", begun, data / "shards", CONFIG, zoomer=data / "zoomer")
 
 
 @pytest.mark.parametrize(
     ("name", "options", "changes", "told"),
     [
-        ("pruning", {}, {"seeds": (1,)}, "--seeds: --study pruning has no use for it"),
+        ("pruning", {}, {"seeds": (1,)}, "--seeds: study pruning has no use for it"),
         ("errors", {}, {"epochs": 3.0}, "--epochs"),
         ("errors", {}, {"workers": Workers(count=2)}, "--num-workers"),
-        ("zfe", {"zoomer": Path("zoomer")}, {}, "--zoomer: --study zfe"),
+        ("zfe", {"zoomer": Path("zoomer")}, {}, "--zoomer: study zfe"),
         ("zfe", {}, {"evaluation": EvalConfig(target_gmacs=1.0)}, "--target-gmacs"),
         ("zfe", {}, {"evaluation": EvalConfig(calibration=Path("shards"))}, "--calibration"),
     ],
 )
 def test_what_a_study_has_no_use_for_is_refused(data, name, options, changes, told):
     with pytest.raises(UsageError, match=told):
-        run_study(name, data / "zoom", data / "shards", replace(CONFIG, **changes), **options)
+        launch(name, data / "zoom", data / "shards", replace(CONFIG, **changes), **options)
 
 
 @pytest.mark.parametrize(("name", "run"), [("nine-crops", "plain"), ("errors", "zoom")])
@@ -326,15 +331,15 @@ def test_errors_are_told_apart_by_what_was_zoomed(data, tmp_path, boxes, monkeyp
 @pytest.mark.parametrize(
     ("name", "run", "told"),
     [
-        ("tables", "zoom", "--study tables: choose one of alpha-eta"),
-        ("pruning", "plain", "plain: --study pruning needs a zoomvit_* run"),
-        ("zfe", "zoomer", "zoomer: --study zfe needs a zoomvit_* run"),
+        ("tables", "zoom", "study tables: choose one of alpha-eta"),
+        ("pruning", "plain", "plain: study pruning needs a zoomvit_* run"),
+        ("zfe", "zoomer", "zoomer: study zfe needs a zoomvit_* run"),
         ("errors", "plain", "needs a zoomvit_* run"),
     ],
 )
 def test_wrong_usage(data, name, run, told):
     with pytest.raises(UsageError) as error:
-        run_study(name, data / run, data / "shards", CONFIG)
+        launch(name, data / run, data / "shards", CONFIG)
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
@@ -357,7 +362,7 @@ def test_results_come_back_as_they_were(tmp_path):
         ),
         Result(study="s", run="r", model="m", setting={"budget": "2 GMACs"}, metric="gmacs", n=1, value=2.0),
     ]
-    path = write_results(tmp_path, "s", "a title", "shards", rows)
+    path = write_study(tmp_path, {"study": "s", "title": "a title", "shards": "shards"}, rows)
     assert read_results(path)[1] == rows
     table = pq.read_table(path.with_suffix(".parquet")).to_pylist()
     assert [line["setting.alpha"] for line in table] == [0.1, None]
