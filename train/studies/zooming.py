@@ -76,14 +76,20 @@ def test_time_zoom(bench: Bench) -> list[Result]:
         raise UsageError("study test-time-zoom: give --zoomer RUN, whose scores a plain ViT is to zoom by")
     zoomer, wanted = load_zoomer(bench.zoomer)
     check_normalisation(wanted, bench.opened.preprocessing.mean, bench.opened.preprocessing.std)
+    size = bench.opened.preprocessing.image_size
+    try:
+        twins = {eta: zooming_twin(bench.opened.model, size, eta) for eta in (2.0, 0.5)}
+    except ValueError as error:
+        raise UsageError(f"{bench.opened.path}: study test-time-zoom: {error}") from error
     rows = bench.measured(bench.opened, {"zoom": "none"}, {"alphas": (), "budgets": ()})
-    asked = bench.config.evaluation
-    for eta in (2.0, 0.5):
-        try:
-            twin = zooming_twin(bench.opened.model, bench.opened.preprocessing.image_size, eta)
-        except ValueError as error:
-            raise UsageError(f"{bench.opened.path}: study test-time-zoom: {error}") from error
-        opened = replace(bench.opened, model=twin)
-        sweep = {"alphas": asked.alphas or (() if asked.budgets else PAPER_ALPHAS), "budgets": asked.budgets}
-        rows += bench.measured(opened, {"zoom": "at test time", "eta": eta}, sweep, scores="zoomer", zoomer=zoomer)
+    evaluation = bench.config.evaluation
+    alphas = evaluation.alphas or (() if evaluation.budgets else PAPER_ALPHAS)
+    for eta, twin in twins.items():
+        rows += bench.measured(
+            replace(bench.opened, model=twin),
+            {"zoom": "at test time", "eta": eta},
+            {"alphas": alphas, "budgets": evaluation.budgets},
+            scores="zoomer",
+            zoomer=zoomer,
+        )
     return rows
