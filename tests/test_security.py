@@ -85,7 +85,6 @@ def test_pickles_in_a_tar_are_not_looked_at(tmp_path, bomb, members):
     assert batch["key"] == ["a"]
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("how", ["torch", "pickle"])
 def test_pickles_in_weights_and_checkpoints_are_refused(tmp_path, bomb, how):
     run = tmp_path / "run"
