@@ -25,8 +25,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory pillow-simd
 	@touch $@
 
-# pillow-simd owns the same PIL/ folder as Pillow, which other packages require by name: it goes in last and on top.
-# Without a compiler or headers this step says so and changes nothing.
+# pillow-simd owns the same PIL/ folder as Pillow, which other packages require by name, so it is installed last, over Pillow.
+# Without a compiler or headers, this step prints that and changes nothing.
 pillow-simd:
 	@BIN=$(BIN) sh docker/install-pillow-simd.sh
 
@@ -97,7 +97,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: setup lint
 	$(PYTEST) -m 'not slow and not gpu'
 
-# The slow ones one at a time: they load the machine themselves.
+# Slow tests run one at a time, because each of them uses the whole machine.
 test-all: test
 	$(BIN)/python -m pytest -m 'slow and not gpu'
 

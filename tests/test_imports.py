@@ -22,13 +22,13 @@ PURE = ("train/models/", "train/losses.py")
 SHARED_BY_MODELS = {"backbone", "zoom_tokens", "packing"}
 # Models that are built on another one: LF-ViT is a CF-ViT that refines one region.
 PARENTS = {"lfvit": {"cfvit"}}
-# Modules of train/models that still know several models; each model is to have these functions as its own methods.
+# Modules of train/models that still know several models. Their functions belong in methods of each model.
 KNOW_SEVERAL_MODELS = {
     "release": {"cfvit", "sparseformer", "zoomer", "zoomvit"},
     "scores": {"zoomvit"},
     "warm_start": {"cfvit", "zoomvit"},
 }
-# Files that still ask what class a model has. What differs between models belongs into the models' methods.
+# Files that still ask what class a model has. What differs between models belongs in methods of the models.
 ASK_FOR_MODEL_CLASSES = {
     "train/checkpoint.py",
     "train/evaluation/calibrate.py",
@@ -258,7 +258,7 @@ def module_file(name: str) -> Path | None:
 
 
 def test_the_command_line_loads_no_stage_before_it_is_asked_for():
-    """Everything that importing zpipe or zpipe.cli runs, followed through the modules of ours that it reaches."""
+    """Follows the imports of zpipe and zpipe.cli through our modules."""
     todo, seen = ["zpipe", "zpipe.cli"], set()
     while todo:
         name = todo.pop()
@@ -280,7 +280,7 @@ def test_importing_it_in_a_fresh_interpreter_is_cheap(module):
 
 
 def test_a_store_is_read_with_three_packages():
-    """numpy, pyarrow and zarr, and what they bring; none of the others that zpipe as a whole asks for."""
+    """numpy, pyarrow and zarr with their own dependencies, and no other dependency of zpipe."""
     others = {"torch", "torchvision", "timm", "webdataset", "ray", "PIL", "typer", "rich", "safetensors", "matplotlib"}
     others |= {"plotly", "upath"}
     store = ROOT / "tests" / "golden" / "formats" / "v1" / "maps"
@@ -290,6 +290,16 @@ assert maps.array().shape == (6, 4, 4) and maps[next(iter(maps))].any() and maps
 print(*(set(sys.modules) & {others!r}))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == []
+
+
+def test_no_test_module_imports_another():
+    """Shared fixtures are in a conftest.py, shared functions in modules such as tiny.py."""
+    importing = {
+        path.name: names
+        for path in (ROOT / "tests").rglob("*.py")
+        if (names := [n for n in imports_of(path.read_text()) if n.startswith(("test_", "conftest"))])
+    }
+    assert importing == {}
 
 
 def test_no_file_is_named_after_nothing():
