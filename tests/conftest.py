@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # a process of a test that crashes says where
+os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # subprocesses that crash print their stacks
 
-# A grid that is not square (4 x 6), so that rows and columns can't be mixed up unnoticed.
+# The grid is not square (4 x 6), so that a test notices when rows and columns are swapped.
 TEACHER = {
     "teacher": "deit_tiny_patch16_224",
     "weights": "random",
@@ -27,7 +27,7 @@ TEACHER = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command said and how it ended."""
+    """The output and the exit code of a command."""
 
     code: int
     stdout: str
@@ -35,7 +35,7 @@ class Outcome:
 
     @property
     def error(self) -> str:
-        """The one `error:` line, which a failed command must have; fails on a traceback or on several."""
+        """The one `error:` line of a failed command. Fails if there is none, several, or a traceback."""
         assert "Traceback" not in self.stdout + self.stderr, self.stderr
         lines = [line for line in self.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, self.stderr
@@ -43,7 +43,7 @@ class Outcome:
 
     @property
     def details(self) -> list[str]:
-        """The indented lines behind the `error:` line."""
+        """The indented lines after the `error:` line."""
         lines = self.stderr.splitlines()
         after = lines[[line.startswith("error: ") for line in lines].index(True) + 1 :]
         assert all(line.startswith("  ") for line in after), self.stderr
@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """torch computes on one thread, which is faster for models as small as these and sums in one order."""
+    """torch uses one thread: faster for small models, and sums are always in the same order."""
     import torch
 
     before = torch.get_num_threads()
@@ -176,7 +176,7 @@ def shards_copy(tmp_path, shards) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MiB of its own. `small_disk.fill(leave)` takes all of it but `leave` bytes."""
+    """A file system of 1 MiB. `small_disk.fill(leave)` fills it up to `leave` bytes."""
     root = tmp_path / "disk"
     root.mkdir()
     if os.geteuid() != 0:
@@ -197,7 +197,7 @@ class SmallDisk:
     root: Path
 
     def fill(self, leave: int = 0) -> None:
-        """Leave `leave` bytes free; call again to change how many."""
+        """Leave `leave` bytes free. It may be called again with another number."""
         filler = self.root / "filler"
         filler.unlink(missing_ok=True)
         free = shutil.disk_usage(self.root).free - leave
@@ -206,7 +206,7 @@ class SmallDisk:
 
 @pytest.fixture(scope="session")
 def contents():
-    """`contents(folder)`: every file below it, as relative path -> bytes. Temporary names included."""
+    """`contents(folder)`: every file below it, temporary ones too, as relative path -> bytes."""
 
     def run(root: Path) -> dict[str, bytes]:
         return {

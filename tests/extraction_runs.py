@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-# Slow enough for a signal to arrive between the first shard and the last.
+# Settings of a teacher slow enough for a signal to arrive between the first and the last shard.
 SLOWER = {"img_size": [160, 240], "depth": 12, "embed_dim": 192}
 
 
@@ -18,7 +18,7 @@ def descendants(pid):
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             continue
         children.setdefault(parent, []).append(int(path.parent.name))
     found, todo = [], [pid]

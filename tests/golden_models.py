@@ -16,7 +16,7 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
 
 def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, torch.Tensor], torch.Tensor]:
-    """What is in the file, its state dict, and the images as the model sees them."""
+    """The arrays of the file, the state dict among them, and the images as the model gets them."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         values = dict(file)
     state = {key[2:]: torch.from_numpy(value) for key, value in values.items() if key.startswith("w/")}

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 def run():
     spec = importlib.util.spec_from_file_location("benchmarks_run", FOLDER / "run.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
@@ -36,9 +36,11 @@ def last(run):
 def test_worse_is_a_fall_that_neither_spread_explains(run):
     old = [1.0, 1.02, 0.98, 1.01, 0.99]
     assert run.got_worse(old, [0.80, 0.81, 0.79, 0.80, 0.82]) == pytest.approx(0.2)
-    assert run.got_worse(old, [0.90, 0.91, 0.89, 0.90, 0.92]) is None  # apart, but a fall of a tenth
-    assert run.got_worse(old, [0.80, 0.50, 1.10, 0.79, 1.05]) is None  # its own spread reaches up to the old one
-    assert run.got_worse([1.0, 0.6, 1.3, 0.7, 1.2], [0.80] * 5) is None  # the old spread reaches down to the new one
+    assert (
+        run.got_worse(old, [0.90, 0.91, 0.89, 0.90, 0.92]) is None
+    )  # the ranges do not overlap, but it is only a tenth lower
+    assert run.got_worse(old, [0.80, 0.50, 1.10, 0.79, 1.05]) is None  # the new range reaches up into the old one
+    assert run.got_worse([1.0, 0.6, 1.3, 0.7, 1.2], [0.80] * 5) is None  # the old range reaches down into the new one
     assert run.got_worse(old, [2.0] * 5) is None and run.got_worse(old, old) is None
 
 

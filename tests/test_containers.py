@@ -25,10 +25,10 @@ KUBERAY = ["kuberay-extract.yaml", "kuberay-train.yaml"]
 
 @pytest.fixture(scope="module")
 def dockerfile():
-    """The stages by name, as the script that carries the Dockerfile out without an engine reads them."""
+    """The stages by name, as read by the script that runs the Dockerfile without a container engine."""
     spec = importlib.util.spec_from_file_location("build_in_chroot", DOCKER / "build_in_chroot.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return {stage.name: stage for stage in module.parse((DOCKER / "Dockerfile").read_text())[1]}
 
@@ -122,7 +122,7 @@ def test_compose_fits_its_schema():
 
 
 # No package carries KubeRay's own schema. These are the fields of its v1 API reference (RayJobSpec and below) that such
-# may use, with their types; pod templates are held against Kubernetes' schema.
+# may use, with their types; pod templates are checked against Kubernetes' own schema.
 RAY_JOB = {
     "entrypoint": str,
     "shutdownAfterJobFinishes": bool,
@@ -225,7 +225,7 @@ def parses(words):
 
 
 def shell_commands(text):
-    """Every `zpipe` and `ray` command in a piece of shell, variables replaced by a 1."""
+    """Every `zpipe` and `ray` command in a piece of shell, with each variable replaced by 1."""
     text = re.sub(r"\\\n\s*|\s+#.*", " ", text).replace('"$@"', "")
     text = re.sub(r"\$\{[^}]*\}|\$\w+", "1", text)
     found = re.findall(r"(?:^|[;&|]|exec|if|--\S+)\s*((?:ray|zpipe) [a-z][^;&|><\n]*)", text, re.M)
@@ -294,7 +294,7 @@ wait
 
 @pytest.mark.slow
 def test_the_batch_script_extracts_on_two_nodes_and_leaves_nothing(tmp_path, shards, store, contents, teacher_flags):
-    """With an srun that starts its tasks on this machine: the script itself, its order of things, its end."""
+    """The script itself runs, in order and to its end, with an srun that starts its tasks on this machine."""
     programs = {
         "srun": SRUN,
         "scontrol": f"#!/bin/sh\necho {socket.gethostname()}\necho other\n",

@@ -1,4 +1,4 @@
-"""What the documents say is so: their snippets run, their commands parse, their links lead somewhere."""
+"""The documents are true: their snippets run, their commands parse, their links lead somewhere."""
 
 import itertools
 import json
@@ -63,7 +63,7 @@ def run_blocks(name: str, cli, replacing: dict[str, str] | None = None) -> int:
 
 
 def test_the_python_of_the_readme(here, cli):
-    """As it stands there, but for the size of the data set."""
+    """The snippet as it is in the README, on a smaller data set."""
     smaller = {"n01440764_10026": next(iter(zpipe.open_maps("maps/train"))), "range(100)": "range(1)"}
     smaller |= {"batch_size=128, num_workers=8": "batch_size=4, num_workers=1"}
     assert all(there in (ROOT / "README.md").read_text() for there in smaller)
@@ -86,7 +86,7 @@ SMALLER = {
 
 
 def test_the_commands_of_the_readme(tmp_path, monkeypatch, cli):
-    """As they stand there, on twelve images of three classes, with models and epochs as small."""
+    """The commands as they are in the README, on twelve images of three classes, with small models and short epochs."""
     rng = np.random.default_rng(0)
     for part, name, number in itertools.product(("train", "val"), ("ant", "bee", "cat"), range(4)):
         path = tmp_path / "images" / part / name / f"{name}-{number}.jpg"
@@ -192,14 +192,14 @@ WRITTEN = written_commands()
 
 
 def check(words: list[str]) -> None:
-    """An exception for a command, a flag or an argument that doesn't exist."""
+    """Raise an exception for a command, a flag or an argument that does not exist."""
     command, context = typer.main.get_command(app), None
     rest = words[1:]
     while hasattr(command, "commands"):
         context = command.make_context("zpipe", [], parent=context, resilient_parsing=True)
         command = command.commands[rest.pop(0)]
     context = command.make_context("x", [], parent=context, resilient_parsing=True)
-    context.resilient_parsing = False  # it stood for the arguments that are parsed only now
+    context.resilient_parsing = False  # only building the context needed it; the arguments are parsed strictly
     _, extra, _ = command.make_parser(context).parse_args(rest)
     assert extra == [], f"{extra[0]}: no such argument"
 

@@ -18,8 +18,8 @@ NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 TAR_READERS = ("pipeline/make_shards.py", "pipeline/datasets.py", "pipeline/shard_reader.py", "train/data/")
 RAY_USERS = ("pipeline/executor.py", "train/fit/distributed.py")
 PURE = ("train/models/", "train/losses.py")
-# What models may share: a frozen backbone's parts, the token maths, batches of unequal lengths, and how a model says what it
-# can do, starts from a ViT's weights, and takes published ones.
+# What models may share: a frozen backbone's parts, the token maths, batches of unequal lengths, and how a model says
+# what it can do, starts from a ViT's weights, and takes published ones.
 SHARED_BY_MODELS = {"backbone", "zoom_tokens", "packing", "operating_points", "warm_start", "released_weights"}
 # Models that are built on another one: LF-ViT is a CF-ViT that refines one region.
 PARENTS = {"lfvit": {"cfvit"}, "released_zoomvit": {"zoomvit", "zoomer"}}
@@ -241,7 +241,7 @@ def module_file(name: str) -> Path | None:
 
 
 def test_the_command_line_loads_no_stage_before_it_is_asked_for():
-    """Everything that importing zpipe or zpipe.cli runs, followed through the modules of ours that it reaches."""
+    """Follows the imports of zpipe and zpipe.cli through our modules."""
     todo, seen = ["zpipe", "zpipe.cli"], set()
     while todo:
         name = todo.pop()
@@ -263,7 +263,7 @@ def test_importing_it_in_a_fresh_interpreter_is_cheap(module):
 
 
 def test_a_store_is_read_with_three_packages():
-    """numpy, pyarrow and zarr, and what they bring; none of the others that zpipe as a whole asks for."""
+    """numpy, pyarrow and zarr with their own dependencies, and no other dependency of zpipe."""
     others = {"torch", "torchvision", "timm", "webdataset", "ray", "PIL", "typer", "rich", "safetensors", "matplotlib"}
     others |= {"plotly", "upath"}
     store = ROOT / "tests" / "golden" / "formats" / "v1" / "maps"
@@ -273,6 +273,16 @@ assert maps.array().shape == (6, 4, 4) and maps[next(iter(maps))].any() and maps
 print(*(set(sys.modules) & {others!r}))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == []
+
+
+def test_no_test_module_imports_another():
+    """Shared fixtures are in a conftest.py, shared functions in modules such as tiny.py."""
+    importing = {
+        path.name: names
+        for path in (ROOT / "tests").rglob("*.py")
+        if (names := [n for n in imports_of(path.read_text()) if n.startswith(("test_", "conftest"))])
+    }
+    assert importing == {}
 
 
 def test_no_file_is_named_after_nothing():

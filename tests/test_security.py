@@ -43,7 +43,7 @@ CANARY = "hunter2canary"
 
 
 def refused(function, *args, match="", error=ZpipeError, **kwargs):
-    """The one line that a call fails with."""
+    """The one-line error message of a call that must fail."""
     with pytest.raises(error, match=match) as caught:
         function(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -55,7 +55,7 @@ def refused(function, *args, match="", error=ZpipeError, **kwargs):
 
 @pytest.fixture
 def bomb(tmp_path):
-    """Something whose unpickling leaves a file behind; fails the test that finds it."""
+    """An object whose unpickling creates a file; the test fails if the file exists at its end."""
     mark = tmp_path / "it-ran"
 
     class Bomb:
@@ -63,7 +63,7 @@ def bomb(tmp_path):
             return (Path.touch, (mark,))
 
     pickle.loads(pickle.dumps(Bomb()))
-    assert mark.exists()  # it would
+    assert mark.exists()  # unpickling does create it
     mark.unlink()
     yield Bomb()
     assert not mark.exists()
@@ -85,7 +85,6 @@ def test_pickles_in_a_tar_are_not_looked_at(tmp_path, bomb, members):
     assert batch["key"] == ["a"]
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("how", ["torch", "pickle"])
 def test_pickles_in_weights_and_checkpoints_are_refused(tmp_path, bomb, how):
     run = tmp_path / "run"
@@ -102,7 +101,7 @@ def test_pickles_in_weights_and_checkpoints_are_refused(tmp_path, bomb, how):
     refused(load_checkpoint, run, match="checkpoint.pt: not a readable checkpoint")
     (tmp_path / "weights.pth").write_bytes(evil)
     refused(load_teacher, "deit_tiny_patch16_224", str(tmp_path / "weights.pth"), match="cannot be read as weights")
-    # timm takes this name where there is no model.safetensors, and fields of the description may point to files.
+    # timm reads this name if there is no model.safetensors, and fields of the configuration may point to files.
     (run / "model.safetensors").unlink()
     (run / "pytorch_model.bin").write_bytes(evil)
     refused(load_run, run, match="weights can't be read")
@@ -227,13 +226,13 @@ def jpeg(encode, width, height):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_images_of_more_pixels_than_89_million_are_not_decoded(encode):
-    assert Image.MAX_IMAGE_PIXELS == 89_478_485  # PIL's own, which 9459 x 9459 is just below
+    assert Image.MAX_IMAGE_PIXELS == 89_478_485  # PIL's own limit; 9459 x 9459 is just below it
     squash = Frame(kind="full", size=(8, 8), interpolation="bicubic")
     text = zlib.compress(bytes(100 << 20))
     for data in (png(9460, 9460), png(2**31 - 1, 2**31 - 1), jpeg(encode, 65535, 65535), jpeg(encode, 9460, 9460)):
         found = frame_image(Sample(key="k", image=data, label=0), squash)
         assert found.pixels is None and re.search("pixels|bomb", found.problem)
-    for kind in (b"zTXt", b"iCCP"):  # beside the pixels
+    for kind in (b"zTXt", b"iCCP"):  # chunks other than the pixels
         found = frame_image(Sample(key="k", image=png(4, 4, (kind, b"k\0\0" + text)), label=0), squash)
         assert found.pixels is None or found.pixels.shape == (8, 8, 3)
 
@@ -314,7 +313,7 @@ def test_urls_with_credentials_are_refused_and_not_repeated(shards, tmp_path, cl
     ],
 )
 def test_what_a_path_would_lose_of_its_url_is_refused(url):
-    """Workers open what its text names: without account or host, another store. It isn't called a credential."""
+    """Workers open what the path names: without its account or host, another store. It is not called a credential."""
     with pytest.raises(
         UsageError, match=r"would be lost .*; give [a-z]+://(container)?/\.\.\., and the rest by the environ"
     ):

@@ -1,4 +1,4 @@
-"""What is installed: the wheel holds what it needs, its bare part needs neither torch nor ray, and its command starts.
+"""The wheel: it holds every file, `import zpipe` needs neither torch nor ray, and its command starts.
 
 Nothing is fetched: the installed setuptools builds the wheel, whose dependencies are those of this environment.
 """
@@ -28,7 +28,7 @@ def run(*args: object, **options: object) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy, since setuptools leaves folders behind."""
+    """The wheel, built from a copy of the sources, because setuptools leaves folders behind."""
     pytest.importorskip("setuptools", minversion="77")
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -53,7 +53,7 @@ def python(wheel, tmp_path_factory):
 
 
 def with_dependencies(python: Path) -> None:
-    """Let the clean environment see the packages of this one, behind its own; they include zpipe only as a link."""
+    """Let the clean environment see the packages of this one after its own; zpipe is only an editable link there."""
     (site,) = (python.parents[1] / "lib").glob("python*/site-packages")
     here = sysconfig.get_path("purelib")
     found = [path for path in sys.path if path.endswith("site-packages")]
@@ -86,7 +86,7 @@ def test_it_says_whose_it_is_and_under_what_licence(wheel):
 
 
 def test_the_bare_part_needs_no_dependency(python):
-    """`import zpipe` asks for nothing; only reading a store does."""
+    """`import zpipe` needs no other package; only reading a store does."""
     code = "import sys, zpipe; print(zpipe.__version__, zpipe.__file__, {'torch', 'ray', 'numpy'} & set(sys.modules))"
     version, file, loaded = run(python, "-I", "-c", code).split(maxsplit=2)
     assert version == PROJECT["project"]["version"] and loaded.strip() == "set()"
@@ -103,7 +103,7 @@ def test_the_command_starts(python, tmp_path):
 
 
 def test_all_of_it_compiles_on_this_python(tmp_path):
-    """Cheap on any interpreter that has no torch: python3.13 -m compileall zpipe schemas pipeline train."""
+    """For an interpreter without torch, run python3.13 -m compileall zpipe schemas pipeline train."""
     for name in ("zpipe", "schemas", "pipeline", "train"):
         copied = shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
         assert compileall.compile_dir(copied, quiet=1)

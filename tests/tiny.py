@@ -27,14 +27,14 @@ TEACHER = {"img_size": SIDE} | BODY
 
 
 def scenes(out: Path, count: int = 40, *, shard_size: int = 10, seed: int = 0, split: str = "train") -> Path:
-    """Tars of the embedded scenes, 32 pixels a side."""
+    """Tar shards of the embedded scenes, 32 x 32 pixels."""
     config = SceneConfig(image_size=SIDE, digit_size=(9, 10), pieces=(1, 2))
     make_shards(SceneSource(count=count, split=split, seed=seed, config=config, shard_size=shard_size), out)
     return out
 
 
 def store(shards: Path, out: Path, *, num_classes: int = 10, seed: int = 0, **teacher: int) -> Path:
-    """Maps of a random teacher over `shards`, in this process."""
+    """The maps of a random teacher for `shards`, computed in this process."""
     config = ExtractConfig(
         teacher="deit_tiny_patch16_224",
         weights="random",
@@ -117,7 +117,7 @@ def rewrite_store(root: Path, maps: dict[str, np.ndarray], statuses: dict[str, s
 
 
 def cut(path: Path, where: str) -> None:
-    """Truncate a tar `on` a sample boundary, or `inside` the data of a member, about half way through."""
+    """Truncate a tar about half way through, `on` a sample boundary or `inside` the data of a member."""
     with tarfile.open(path) as tar:
         members = tar.getmembers()
     middle = len(members) // 2

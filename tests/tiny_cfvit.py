@@ -15,7 +15,7 @@ few = settings(max_examples=25, deadline=None)
 
 
 def shake(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights large enough that every one of them shows in the logits."""
+    """Set random weights, large enough for each of them to change the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -30,7 +30,7 @@ def small(cls: type[CFViT] = CFViT, **kwargs) -> CFViT:
 
 
 def pixels(n: int = 6, img_size: int = 48, seed: int = 0) -> torch.Tensor:
-    """Images whose coarse cells differ, as the ones that the model attends to must."""
+    """Random images whose coarse cells differ, so that attention prefers some of them."""
     generator = torch.Generator().manual_seed(seed)
     rough = torch.randn(n, 3, 12, 12, generator=generator)
     return nn.functional.interpolate(rough, img_size) + 0.3 * torch.randn(n, 3, img_size, img_size, generator=generator)

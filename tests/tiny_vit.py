@@ -5,7 +5,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 
 def tiny_vit(seed=0, dtype=torch.float64, **kwargs):
-    """A small ViT with weights large enough that every rule and every bias matters; LayerScale of both signs."""
+    """A small ViT with weights large enough for every rule and every bias to matter; LayerScale has both signs."""
     size = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
     model = VisionTransformer(**(size | kwargs)).to(dtype).eval()
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Extractions with the tiny teacher, in this process and in one of their own."""
+"""Extractions with the tiny teacher, in this process and in a process of their own."""
 
 import contextlib
 import os
@@ -41,7 +41,7 @@ def undisturbed(tmp_path_factory, many, teacher_settings):
 
 @pytest.fixture
 def start(command, teacher_flags, many, tmp_path):
-    """Start an extraction of `many` as a process; whatever is left of it and of its children is killed at the end."""
+    """Start an extraction of `many` as a process. What is left of it and its children at the end is killed."""
     started: list[tuple[subprocess.Popen, set[int]]] = []
 
     def run(out, *flags):

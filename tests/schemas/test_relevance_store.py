@@ -291,7 +291,8 @@ def test_the_index_says_what_the_teacher_saw(store, shards, photos):
 
     for row in table.to_pylist():
         name = row["key"].partition("_")[0]
-        width, height = Image.open(photos / name / f"{row['key']}.jpg").size
+        with Image.open(photos / name / f"{row['key']}.jpg") as image:
+            width, height = image.size
         assert (row["label"], row["target"]) == (labels[name], labels[name])
         assert (row["width"], row["height"]) == (width, height)
         assert [row[f"frame_{edge}"] for edge in ("x1", "y1", "x2", "y2")] == [0, 0, width, height]

@@ -29,7 +29,8 @@ def test_it_ends_with_tables_a_report_and_a_picture(demo):
     assert (tokens["teacher, plain 4 px"], tokens["plain 6 px"], tokens["ZoomViT budget=4"]) == (144, 64, 48)
     assert report["maps"]["count"] == 64 and 0 < report["maps"]["mse"] < 1
     assert all(note in done.stdout.replace("\n", " ") for note in report["notes"])
-    sheet = np.asarray(Image.open(out / "contact_sheet.png").convert("RGB"))
+    with Image.open(out / "contact_sheet.png") as image:
+        sheet = np.asarray(image.convert("RGB"))
     page = (out / "report" / "index.html").read_text()
     for name in ("zoomvit", "plain", "teacher", "zoomer"):
         assert f'"{name}"' in page

@@ -8,7 +8,7 @@ from tiny import encode, rewrite_store, store, write_shards
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Every image is the picture of its own map: a ramp in a direction that no other image has."""
+    """Shards and maps in which every image shows its own map: a ramp in a direction that no other image has."""
     root = tmp_path_factory.mktemp("loader")
     tars, number = [], 0
     for length in LENGTHS:
@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def holes(data, tmp_path_factory):
-    """The same store with two maps that hold no relevance."""
+    """The same store, with two maps that hold no relevance."""
     shards = data[0]
     maps = {key: plane(angle_of(number), CELLS, CELLS) for number, key in enumerate(KEYS)}
     root = store(shards, tmp_path_factory.mktemp("holes") / "maps", num_classes=len(KEYS))
