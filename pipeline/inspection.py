@@ -30,7 +30,7 @@ class StoreStatistics:
 
     manifest: StoreManifest
     """Its manifest."""
-    bytes: int
+    size_bytes: int
     """Its size on disk in bytes."""
     teacher_top1: float | None
     """Fraction of the usable, labelled samples whose label is the teacher's best class; None where there are none."""
@@ -82,7 +82,7 @@ def store_statistics(root: Path) -> StoreStatistics:
     }
     return StoreStatistics(
         manifest=maps.manifest,
-        bytes=folder_bytes(as_path(root)),
+        size_bytes=folder_bytes(as_path(root)),
         teacher_top1=correct / labelled if labelled else None,
         **{name: _quantiles(values) for name, values in measures.items()},
         histograms={name: _histogram(values) for name, values in measures.items()},
