@@ -61,7 +61,7 @@ class ExplainConfig:
             raise UsageError(f"--target {self.target}: choose ground-truth, predicted or class:K")
 
     @property
-    def asks_label(self) -> bool:
+    def needs_label(self) -> bool:
         """Whether each image needs a label that is one of the teacher's classes."""
         return self.target == "ground-truth" and self.method not in CLASS_BLIND
 
@@ -171,7 +171,7 @@ class Explainer:
     def _targets(self, labels: np.ndarray) -> Targets:
         if self.config.target == "predicted":
             return lambda logits: logits.argmax(dim=1)
-        if self.config.asks_label:
+        if self.config.needs_label:
             return torch.from_numpy(labels).to(self.device)
         return torch.full((len(labels),), self.config.fixed_class or 0, device=self.device)
 

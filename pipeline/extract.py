@@ -313,7 +313,7 @@ def _problems(audited: Audit, reports: list[ShardReport]) -> tuple[str, ...]:
 def _notes(audited: Audit, reports: list[ShardReport], config: ExtractConfig) -> tuple[str, ...]:
     notes = [note for report in reports for note in report.notes]
     top1 = audited.top1
-    if top1 is not None and top1 < MIN_PLAUSIBLE_TOP1 and config.explain.asks_label and config.weights != "random":
+    if top1 is not None and top1 < MIN_PLAUSIBLE_TOP1 and config.explain.needs_label and config.weights != "random":
         notes.append(
             f"the teacher names only {100 * top1:.1f} % of these labels: are they its classes? A teacher for yours: "
             "zpipe train-vit ... --recipe finetune, then --weights RUN"

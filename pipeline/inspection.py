@@ -18,7 +18,7 @@ from zpipe.schemas.atomic import commit
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import StoreManifest
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.schemas.relevance_store import OK, labels_named
+from zpipe.schemas.relevance_store import OK, count_correct_labels
 from zpipe.schemas.sample import DECODE_ERRORS, Sample
 from zpipe.schemas.shard_index import find_shards
 from zpipe.schemas.storage import as_path, check_reachable, folder_bytes
@@ -30,7 +30,7 @@ class StoreStatistics:
 
     manifest: StoreManifest
     """Its manifest."""
-    bytes: int
+    size_bytes: int
     """Its size on disk in bytes."""
     teacher_top1: float | None
     """Fraction of the usable, labelled samples whose label is the teacher's best class; None where there are none."""
@@ -74,7 +74,7 @@ def store_statistics(root: Path) -> StoreStatistics:
     table = maps.table(["label", "predicted", "entropy", "scale", "top10_mass", "status"])
     usable = table["status"].to_numpy(zero_copy_only=False) == OK
     columns = {name: table[name].to_numpy() for name in ("entropy", "scale", "top10_mass")}
-    correct, labelled = labels_named(table)
+    correct, labelled = count_correct_labels(table)
     measures = {
         "entropy": columns["entropy"][usable],
         "log10_scale": np.log10(columns["scale"][usable]),
@@ -82,7 +82,7 @@ def store_statistics(root: Path) -> StoreStatistics:
     }
     return StoreStatistics(
         manifest=maps.manifest,
-        bytes=folder_bytes(as_path(root)),
+        size_bytes=folder_bytes(as_path(root)),
         teacher_top1=correct / labelled if labelled else None,
         **{name: _quantiles(values) for name, values in measures.items()},
         histograms={name: _histogram(values) for name, values in measures.items()},

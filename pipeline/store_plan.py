@@ -35,7 +35,7 @@ from zpipe.schemas.manifest import (
     write_manifest,
 )
 from zpipe.schemas.progress import Progress
-from zpipe.schemas.relevance_store import OK, IndexFile, index_path, labels_named, maps_path, max_rows
+from zpipe.schemas.relevance_store import OK, IndexFile, count_correct_labels, index_path, maps_path, max_rows
 from zpipe.schemas.shard_index import ShardEntry
 from zpipe.schemas.storage import map_files, names_in, remove
 
@@ -166,13 +166,13 @@ def _plan(store: WantedStore, progress: Progress) -> Plan:
 
     While a replacement is in progress, remove what a worker of the replaced run left since.
     """
-    root, by_stem = store.root, {entry.stem for entry in store.entries}
-    if len(by_stem) != len(store.tars):
+    root, stems = store.root, {entry.stem for entry in store.entries}
+    if len(stems) != len(store.tars):
         raise ZpipeError(f"{store.tars[0][0].parent}: two tars share a name; rename one")
     indexed = {name.removesuffix(".parquet") for name in names_in(root / "index")}
     mapped = {name.removesuffix(".zarr") for name in names_in(root / "maps")}
     replacing = (root / REPLACING_NAME).is_file()
-    foreign = sorted(indexed - by_stem)
+    foreign = sorted(indexed - stems)
     if foreign and not replacing:
         raise ZpipeError(
             f"{index_path(root, foreign[0])}: its input tar is not among these shards; "
@@ -281,7 +281,7 @@ def audit(store: WantedStore, plan: Plan, progress: Progress) -> Audit:
         table = file.table(["label", "predicted", "status"])
         if len(table) != entry.count:
             raise ZpipeError(f"{file.path}: {len(table)} rows for {entry.count} samples; delete it and run again")
-        shard_correct, shard_labelled = labels_named(table)
+        shard_correct, shard_labelled = count_correct_labels(table)
         correct, labelled = correct + shard_correct, labelled + shard_labelled
         statuses.update(table["status"].to_pylist())
         unusable += _unusable_samples(entry.stem, file, table)

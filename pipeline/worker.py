@@ -183,7 +183,7 @@ class ShardWorker:
 
     def _explain(self, batch: list[FramedImage], path: Path) -> Explained:
         """Explain a batch; images that could not be decoded get NaN maps and logits, and no class."""
-        for item in batch if self.spec.explain.asks_label else ():
+        for item in batch if self.spec.explain.needs_label else ():
             if item.label is None:
                 raise ZpipeError(
                     f"{path}: key {item.key}: has no label (.cls, or label in .json); add one, it is the target class, "

@@ -187,7 +187,7 @@ def read_index(root: Path, stem: str, columns: list[str] | None = None) -> pa.Ta
     return IndexFile(index_path(root, stem)).table(columns)
 
 
-def labels_named(table: pa.Table) -> tuple[int, int]:
+def count_correct_labels(table: pa.Table) -> tuple[int, int]:
     """Count how often the teacher's best class is the label.
 
     Args:

@@ -27,7 +27,7 @@ from timm.models import save_for_hf
 import zpipe
 from zpipe.pipeline.make_shards import index_shards
 from zpipe.pipeline.shard_reader import Frame, frame_image, open_shards, read_samples
-from zpipe.pipeline.teacher import load_teacher
+from zpipe.pipeline.teacher import TeacherSpec, load_teacher
 from zpipe.schemas import relevance_store
 from zpipe.schemas.atomic import read_json
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -100,8 +100,9 @@ def test_pickles_in_weights_and_checkpoints_are_refused(tmp_path, bomb, how):
     (run / "checkpoint.pt").write_bytes(evil)
     refused(load_checkpoint, run, match="checkpoint.pt: not a readable checkpoint")
     (tmp_path / "weights.pth").write_bytes(evil)
-    refused(load_teacher, "deit_tiny_patch16_224", str(tmp_path / "weights.pth"), match="cannot be read as weights")
-    # timm reads this name if there is no model.safetensors, and fields of the configuration may point to files.
+    spec = TeacherSpec(name="deit_tiny_patch16_224", weights=str(tmp_path / "weights.pth"))
+    refused(load_teacher, spec, match="cannot be read as weights")
+    # timm takes this name where there is no model.safetensors, and fields of the description may point to files.
     (run / "model.safetensors").unlink()
     (run / "pytorch_model.bin").write_bytes(evil)
     refused(load_run, run, match="weights can't be read")

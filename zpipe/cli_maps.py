@@ -33,8 +33,8 @@ def maps_info(
         table.add_row("maps", f"{statistics.manifest.count} ({statuses}) in {len(statistics.manifest.shards)} shards")
         table.add_row(
             "size",
-            f"{statistics.bytes / 1e6:.1f} MB, "
-            f"{statistics.bytes / max(1, statistics.manifest.count):.0f} bytes a sample",
+            f"{statistics.size_bytes / 1e6:.1f} MB, "
+            f"{statistics.size_bytes / max(1, statistics.manifest.count):.0f} bytes a sample",
         )
         table.add_row("teacher", f"{origin.teacher}, weights {origin.weights}, digest {origin.teacher_digest[:12]}")
         table.add_row(
