@@ -157,12 +157,12 @@ def _claim(run: Path, kind: str, settings: dict[str, Any], resume: Resume, defau
     claim_folder(run, RUN_NAME, "training run")
     wanted = header(FORMAT, VERSION) | {"kind": kind, "settings": settings}
     path = run / RUN_NAME
-    found = read_record(run) if path.is_file() else wanted
-    if found["kind"] != kind:
-        raise ZpipeError(f"{run}: holds a {found['kind']} run, this is {kind}; give another --out folder")
+    record = read_record(run) if path.is_file() else wanted
+    if record["kind"] != kind:
+        raise ZpipeError(f"{run}: holds a {record['kind']} run, this is {kind}; give another --out folder")
     if (run / CHECKPOINT_NAME).is_file() or (run / CONFIG_NAME).is_file():
         new = _dotted(settings)
-        recorded = _dotted(found["settings"])
+        recorded = _dotted(record["settings"])
         old = {name: value for name, value in _dotted(defaults).items() if name in new} | recorded
         for name in sorted(set(old) | set(new)):
             if name in RECORDED_LATER and name not in recorded:
@@ -177,7 +177,7 @@ def _claim(run: Path, kind: str, settings: dict[str, Any], resume: Resume, defau
                 )
         moved = {name: settings[name] for name in KNOWN_BY if name in recorded and recorded[name] != settings.get(name)}
         if moved:
-            write_json(path, found | {"settings": found["settings"] | moved})
+            write_json(path, record | {"settings": record["settings"] | moved})
     else:
         write_json(path, wanted)
     return (run / CONFIG_NAME).is_file()
@@ -328,7 +328,7 @@ def _write_finished(run: Path, write: Callable[[str], object]) -> None:
 
 
 def digest_zoomer(run: Path) -> str:
-    """SHA-256 (hex) of a finished zoomer's weights as they lie on disk, by which another one at the same path shows."""
+    """SHA-256 (hex) of the weights file of a finished zoomer, to notice another zoomer at the same path."""
     return digest_file(Path(run) / WEIGHTS_NAME)
 
 

@@ -42,20 +42,20 @@ def check_store(maps: RelevanceMaps, shards: list[Shard], view: ViewConfig) -> N
         )
     known = {shard.stem: shard for shard in maps.manifest.shards}
     for shard in shards:
-        found = known.get(shard.entry.stem)
-        if found is None:
+        stored = known.get(shard.entry.stem)
+        if stored is None:
             raise ZpipeError(
                 f"{maps.path}: has no maps for {shard.path}; extract from these shards, or give the right store"
             )
         # The digest of a tar without an index is unknown; its keys are compared when it is read.
-        if shard.entry.sha256 and found.input_sha256 != shard.entry.sha256:
+        if shard.entry.sha256 and stored.input_sha256 != shard.entry.sha256:
             raise ZpipeError(
-                f"{maps.path}: made from a {shard.path.name} with SHA-256 {found.input_sha256[:12]}, {shard.path} has "
+                f"{maps.path}: made from a {shard.path.name} with SHA-256 {stored.input_sha256[:12]}, {shard.path} has "
                 f"{shard.entry.sha256[:12]}; extract again"
             )
-        if found.count != shard.entry.count:
+        if stored.count != shard.entry.count:
             raise ZpipeError(
-                f"{maps.path}: made from a {shard.path.name} of {found.count} samples, {shard.path} has "
+                f"{maps.path}: made from a {shard.path.name} of {stored.count} samples, {shard.path} has "
                 f"{shard.entry.count}; extract again"
             )
 

@@ -78,8 +78,9 @@ class RelevanceLoader:
         view: Crop, flip and colour settings; `augment` overrides its mode.
 
     Raises:
-        UsageError: If an argument is out of range, or the store does not serve these shards and views.
-        ZpipeError: If shards or store can't be read. Iterating raises it too, naming the folder, tar or key.
+        UsageError: If an argument is out of range, or there are no shards.
+        ZpipeError: If shards or store can't be read, or the store does not serve these shards and views. Iterating
+            raises it too, naming the folder, tar or key.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""What only training needs."""
+"""The two training stages, and the loop that they share."""
