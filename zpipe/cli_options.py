@@ -15,13 +15,12 @@ def moved(option: str, remedy: str) -> type[TyperCommand]:
     """A command that answers an option it no longer has in one line, `OPTION VALUE: REMEDY`; {} in it is the value."""
 
     class Moved(TyperCommand):
-        def parse_args(
-            self, ctx: Any, args: list[str]
-        ) -> list[str]:  # a Context of click's, which typer may bring as its own
-            for word, following in zip(args, [*args[1:], ""], strict=True):
+        # The context is click's, which some versions of typer bring as their own.
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            for place, word in enumerate(args):
                 name, _, value = word.partition("=")
                 if name == option:
-                    value = value or following
+                    value = value or " ".join(args[place + 1 : place + 2])
                     fail(f"{option} {value}: {remedy.format(value)}", (), 2)
             return super().parse_args(ctx, args)
 

@@ -164,7 +164,8 @@ def evaluate_command(
 class StudyCommand(TyperCommand):
     """`zpipe study`, whose help ends with the list of studies; only there are they imported, and torch with them."""
 
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # click's classes, which typer may bring as its own
+    # Context and formatter are click's, which some versions of typer bring as their own.
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
         from zpipe.train.studies.registry import STUDIES
 
         with formatter.section("Studies"):

@@ -144,8 +144,8 @@ def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
     source = files("zpipe.train.report")
     # Plotly is the one library here that draws with hover, zoom and a legend that hides series, which a dozen models in
     # one plot need. It comes as a Python package with all of its JavaScript, runs without eval under a strict policy,
-    # and is maintained. The price is 4.8 MB a page, however many plots. matplotlib's SVG would be small but static; Vega
-    # and Bokeh need eval or more than one file.
+    # and is maintained. The price is 4.8 MB a page, however many plots. matplotlib's SVG would be small but static;
+    # Vega and Bokeh need eval or more than one file.
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]  # plotly has no stubs
 
     plotly = get_plotlyjs()

@@ -85,8 +85,8 @@ def gather(paths: Sequence[Path]) -> Gathered:
                 continue  # the report shows neither calibrations nor tests of maps
             titles.setdefault(str(about["study"]), str(about.get("title") or about["study"]))
             # A run's own results name it by its folder at that time; here it may have a longer or another name.
-            own = Path(about.get("run", folder.name)).name
-            rows = [replace(row, run=names[folder]) if folder in names and row.run == own else row for row in rows]
+            own = (folder.name, Path(about.get("run", folder)).name)
+            rows = [replace(row, run=names[folder]) if folder in names and row.run in own else row for row in rows]
             _add(known, rows, folder.name)
     for run in runs:
         for row in run.results:

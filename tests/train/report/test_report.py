@@ -27,7 +27,7 @@ from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.evaluation.evaluate import evaluate
 from zpipe.train.evaluation.operating_points import EvalConfig
 from zpipe.train.evaluation.predict import Classifier, PredictConfig
-from zpipe.train.evaluation.results import EVALUATION, Result, write_study
+from zpipe.train.evaluation.results import EVALUATION, Result, write_results, write_study
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.initialise import build_vit
 from zpipe.train.fit.train_vit import VitConfig, train_vit
@@ -225,6 +225,26 @@ def test_other_weights_and_precisions_are_settings_of_their_own(data, tmp_path):
     best = {"half": final["rows"][2]["top1"]}
     others = ("weights best", "precision bf16", "evaluation-other-labels")
     assert {p.series: p.measures["top1"].value for p in found} == best | {f"half, {other}": 0.25 for other in others}
+
+
+def test_results_follow_a_run_that_was_renamed(data, tmp_path):
+    run = shutil.copytree(data / "double", tmp_path / "other")
+    about = {"study": "s", "title": "S", "run": str(data / "double"), "shards": "shards"}
+    write_study(run, about, [result(study="s", run="double"), result(study="s", run="double/studies/s/a-seed-0")])
+    found = gather([run]).results
+    assert {row.run for row in found if row.study == "s"} == {"other", "double/studies/s/a-seed-0"}
+    assert {row.run for row in found if row.study != "s"} == {"other"} and len(found) > 10
+
+
+def test_files_of_other_content_in_a_run_are_left_alone(data, tmp_path):
+    run = shutil.copytree(data / "double", tmp_path / "double")
+    (run / "predictions.json").write_text("[]")
+    (run / "notes.json").write_text("{}")
+    write_results(run / "evaluation-like.json", "calibration", {"run": "double"}, [], [result(study="calibration")])
+    assert gather([run]).results == gather([data / "double"]).results
+    (run / "broken.json").write_text("{")
+    with pytest.raises(ZpipeError, match="broken.json: not readable as JSON"):
+        gather([run])
 
 
 def test_equal_names_in_two_folders_stay_apart(tmp_path):
