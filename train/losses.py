@@ -1,6 +1,4 @@
-"""Losses: the zoomer's distillation loss (ZoomViT, Eq. 5) and its terms, LV-ViT's token labelling, and the loss of a
-model of two stages (CF-ViT, LF-ViT).
-"""
+"""Losses: distillation of the zoomer (ZoomViT, Eq. 5), token labelling (LV-ViT), and two stages (CF-ViT, LF-ViT)."""
 
 from __future__ import annotations
 
@@ -57,8 +55,9 @@ class ZoomerLoss(nn.Module):
     """MSE + w_kl * KL + w_dice * Dice (Eq. 5).
 
     Args:
-        w_kl, w_dice: The paper's w1 and w2, whose values it does not give; 0.1 each is our choice. KL ignores the scale
-            of a map; MSE and Dice bind it to [0, 1], the range of the threshold alpha.
+        w_kl: Weight of KL, the paper's w1. The paper gives no values of its weights; 0.1 each is our choice. KL ignores
+            the scale of a map; MSE and Dice bind it to [0, 1], the range of the threshold alpha.
+        w_dice: Weight of Dice, the paper's w2.
         kl_direction: "student||teacher", as in the paper, or "teacher||student", which is usual in distillation.
         normalisation: How maps become the distributions that KL compares, see `distribution`; the paper does not say.
 
@@ -91,7 +90,8 @@ class ZoomerLoss(nn.Module):
         """Compute the loss, in float32 for inputs of any dtype.
 
         Args:
-            student, teacher: Maps [B, S] in [0, 1].
+            student: Maps [B, S] in [0, 1].
+            teacher: Maps [B, S] in [0, 1].
 
         Returns:
             The total, 0-d float32, and its terms mse, kl and dice before weighting, detached.
@@ -144,7 +144,8 @@ class CoarseToFineLoss(nn.Module):
         """Compute the loss, in float32 for inputs of any dtype.
 
         Args:
-            coarse, fine: Logits [B, K].
+            coarse: Logits of the coarse stage [B, K].
+            fine: Logits of the fine stage [B, K].
             target: Class indices, int64 [B], or distributions [B, K].
 
         Returns:

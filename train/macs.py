@@ -1,4 +1,4 @@
-"""One counter of multiply-adds for every model of the project, and the paper's formula to hold it against."""
+"""One counter of multiply-adds for every model of the project, and the paper's formula to compare it with."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 def count_macs(run: Callable[[], object]) -> int:
     """Multiply-adds of the matrix products and convolutions that `run()` executes, attention's two products included.
 
-    torch's flop counter over what really runs, halved; normalisation, activations and softmax are not counted. Attention
-    is run unfused here, because the counter doesn't know every device's fused kernel.
+    The count is half of what torch's flop counter finds in what really runs; normalisation, activations and softmax are
+    not counted. Attention runs unfused here, because the counter doesn't know every device's fused kernel.
     """
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()

@@ -1,18 +1,25 @@
-"""What models wrapped around a timm model share: making the backbone, and running a plain ViT part by part."""
+"""What the models share.
+
+- `StandaloneModel`, `transformer_blocks`, `linear_head`, `init_linear`: models made of their own layers;
+- `WrappedModel`, `build_wrapped`, `create_backbone`: models around a timm model;
+- `check_plain` and the functions after it: running a plain timm ViT part by part, and counting its multiply-adds;
+- `untrained_cfgs`, `build`, the `DEIT_*` sizes: timm's registry.
+"""
 
 from __future__ import annotations
 
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import timm
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import PatchEmbed
+from timm.layers import PatchEmbed, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
@@ -21,48 +28,130 @@ from zpipe.train.models.operating_points import ImageCost, OperatingPoint, count
 from zpipe.train.models.warm_start import WarmStart, load_weights
 
 
-class WrappedModel(nn.Module):
-    """A model around a timm model: what timm's optimizers and fine-tuning tools ask of it, passed on.
+class StandaloneModel(nn.Module):
+    """A model made of its own layers with one linear `head`, and what timm's optimizers and fine-tuning tools require.
 
-    The one inside is `backbone`, and the state dict has it under `backbone.`.
+    The parameters `undecayed` are kept from weight decay, besides the one-dimensional ones. `stem_pattern` matches
+    the names of the parameters before the first block, for layer-wise learning rates.
     """
+
+    undecayed: ClassVar[tuple[str, ...]]
+    stem_pattern: ClassVar[str]
+    num_classes: int
+    embed_dim: int
+    head: nn.Module
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters without weight decay, besides the one-dimensional ones."""
+        return set(self.undecayed)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return which parameters belong to which layer, for layer-wise learning rates."""
+        return {"stem": self.stem_pattern, "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]}
+
+    def get_classifier(self) -> nn.Module:
+        """Return the head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a freshly initialised one."""
+        self.num_classes = num_classes
+        self.head = linear_head(self.embed_dim, num_classes).to(next(self.parameters())).apply(init_linear)
+
+
+def linear_head(width: int, num_classes: int) -> nn.Module:
+    """A linear classifier, or an identity for no classes; initialised by PyTorch's default."""
+    return nn.Linear(width, num_classes) if num_classes else nn.Identity()
+
+
+def init_linear(module: nn.Module) -> None:
+    """Initialise a linear layer as timm's ViT does; leave other modules alone. To be used with `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def transformer_blocks(
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    mlp_ratio: float,
+    drop_path_rate: float,
+    block: Callable[..., nn.Module] = Block,
+    **changes: Any,
+) -> nn.Sequential:
+    """timm's pre-norm blocks, with biases and a LayerNorm as in DeiT.
+
+    Args:
+        embed_dim: width of the tokens.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
+        mlp_ratio: width of the MLPs, as a multiple of embed_dim.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        block: creates a block.
+        changes: further arguments of every block.
+    """
+    arguments = {"qkv_bias": True, "norm_layer": layer_norm} | changes
+    rates = drop_path_rates(drop_path_rate, depth)
+    return nn.Sequential(*(block(embed_dim, num_heads, mlp_ratio, drop_path=rate, **arguments) for rate in rates))
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """The rates of stochastic depth of `depth` blocks, growing linearly from 0 to `last`."""
+    return [last * i / max(depth - 1, 1) for i in range(depth)]
+
+
+class WrappedModel(nn.Module):
+    """A model around a timm model: forwards what timm's optimizers and fine-tuning tools require of a model.
+
+    The timm model is `backbone`; its parameters are under `backbone.` in the state dict.
+    """
+
+    own_prefix = "backbone."  # see `warm_start.StartsFromViT`
+    backbone: Any  # a timm model, whose attributes differ from kind to kind
+    num_classes: int
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
-        self.num_classes, self.num_features = backbone.num_classes, backbone.num_features
-
-    own_prefix = "backbone."  # in state dicts of this model, and not in those of plain ViTs
+        self.num_classes, self.num_features = self.backbone.num_classes, self.backbone.num_features
 
     def cost(self, point: OperatingPoint, kind: int | None = None) -> ImageCost:
-        """The same for every image; see `operating_points.cost`."""
+        """Return the cost of an image, which is the same for every image; see `operating_points.cost`."""
         return ImageCost(count_patches(self.backbone), point.arguments)
 
     def load_from_vit(self, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart:
-        """Start the backbone from a model of its kind, in place; see `warm_start.load_weights`."""
+        """Fill the backbone, in place, from a model of its kind; see `warm_start.load_weights`."""
         return load_weights(self.backbone, vit.state_dict() if isinstance(vit, nn.Module) else vit)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
+        """Return the names of parameters without weight decay, besides the one-dimensional ones."""
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
         return {f"backbone.{name}" for name in names}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Groups of parameters from input to output, for layer-wise learning rates: those of the backbone."""
+        """Return which parameters belong to which layer of the backbone, for layer-wise learning rates."""
 
-        def inside(pattern: str) -> str:
-            unanchored = re.sub(r"(?<!\[)\^", "", pattern)  # a ^ behind a bracket is no anchor
+        def prefixed(pattern: str) -> str:
+            unanchored = re.sub(r"(?<!\[)\^", "", pattern)  # a ^ after a bracket is no anchor
             return rf"^backbone\.(?:{unanchored})"
 
         return {
-            name: inside(found) if isinstance(found, str) else [(inside(pattern), order) for pattern, order in found]
-            for name, found in self.backbone.group_matcher(coarse=coarse).items()
+            name: prefixed(group)
+            if isinstance(group, str)
+            else [(prefixed(pattern), order) for pattern, order in group]
+            for name, group in self.backbone.group_matcher(coarse=coarse).items()
         }
 
     def get_classifier(self) -> nn.Module:
-        return self.backbone.get_classifier()
+        """Return the head of the backbone."""
+        classifier: nn.Module = self.backbone.get_classifier()
+        return classifier
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a freshly initialised one."""
@@ -71,37 +160,47 @@ class WrappedModel(nn.Module):
 
 
 def build_wrapped(kind: type[WrappedModel], name: str, pretrained: bool, **kwargs: Any) -> Any:
-    """timm's builder, for models of its registry. A model without a description of its own, as one that was saved has, gets its
-    backbone's: mean, standard deviation, crop, and where the first convolution and the classifier lie.
+    """Build a wrapped model of timm's registry.
+
+    A model without a `pretrained_cfg` of its own (saved models have one) takes from its backbone's the mean, standard
+    deviation, interpolation and crop, and the names of the first convolution and the classifier.
     """
     if kwargs.get("pretrained_cfg") is None:
         inner = kwargs.get("backbone", inspect.signature(kind).parameters["backbone"].default)
-        kwargs["pretrained_cfg_overlay"] = _described(inner) | (kwargs.get("pretrained_cfg_overlay") or {})
+        kwargs["pretrained_cfg_overlay"] = _cfg_of(inner) | (kwargs.get("pretrained_cfg_overlay") or {})
     return build_model_with_cfg(kind, name, pretrained, **kwargs)
 
 
-def _described(backbone: str | nn.Module) -> dict[str, Any]:
+def _cfg_of(backbone: str | nn.Module) -> dict[str, Any]:
     if isinstance(backbone, str):
-        found = get_pretrained_cfg(backbone, allow_unregistered=True)
-        cfg = found.to_dict() if found is not None else {}
+        registered = get_pretrained_cfg(backbone, allow_unregistered=True)
+        cfg = {} if registered is None else registered.to_dict()
     else:
         cfg = getattr(backbone, "pretrained_cfg", {})
     same = {key: cfg[key] for key in ("mean", "std", "interpolation", "crop_pct") if key in cfg}
-    return same | {key: _inside(cfg[key]) for key in ("first_conv", "classifier") if cfg.get(key)}
+    return same | {key: _prefixed(cfg[key]) for key in ("first_conv", "classifier") if cfg.get(key)}
 
 
-def _inside(names: str | Sequence[str]) -> str | tuple[str, ...]:
+def _prefixed(names: str | Sequence[str]) -> str | tuple[str, ...]:
     return f"backbone.{names}" if isinstance(names, str) else tuple(f"backbone.{name}" for name in names)
 
 
 def create_backbone(
     name: str, img_size: int, num_classes: int, in_chans: int, backbone_args: dict[str, Any] | None, sized: bool = True
 ) -> nn.Module:
-    """The timm model of that name, untrained.
+    """Create an untrained timm model.
 
-    backbone_args: further keyword arguments of it; they win over the others. sized: whether it must know its image size;
-    otherwise a model that takes any size will do. Raises ValueError for weights among the arguments, which
-    would be stored with the model and fetched again at every reload, and for a model without img_size when sized.
+    Args:
+        name: its name in timm.
+        img_size: pixels a side of its images.
+        num_classes: number of classes.
+        in_chans: channels of its images.
+        backbone_args: further keyword arguments of the model, which override the ones above.
+        sized: whether the model must have an `img_size`; without, a model that takes any size is accepted, too.
+
+    Raises:
+        ValueError: pretrained weights among the arguments, which would be stored with the model and fetched again each
+            time it is loaded; or a model without `img_size` when sized.
     """
     if unwanted := sorted(key for key in backbone_args or {} if key.startswith("pretrained")):
         raise ValueError(f"backbone_args: {unwanted[0]} is not for here; fill `backbone` afterwards")
@@ -117,60 +216,93 @@ def create_backbone(
 
 
 def check_plain(vit: nn.Module) -> int:
-    """The side of a plain ViT's patch grid. Raises ValueError for a model that the functions below can't run part by part:
-    other than timm's VisionTransformer with its usual blocks, a square image and all its patches.
+    """Check that the functions below can run a model part by part.
+
+    Returns:
+        Patches a side of the model's grid.
+
+    Raises:
+        ValueError: anything but timm's VisionTransformer with its standard blocks, square images and all patches.
     """
-    told = f"{type(vit).__name__} is no plain timm VisionTransformer"
+    problem = f"{type(vit).__name__} is no plain timm VisionTransformer"
     if not isinstance(vit, VisionTransformer) or type(vit).forward_features is not VisionTransformer.forward_features:
-        raise ValueError(f"{told}; choose a vit_*, deit_* or deit3_* model")
+        raise ValueError(f"{problem}; choose a vit_*, deit_* or deit3_* model")
     for block in vit.blocks:
-        if type(block) is not Block or not _usual(block.attn):
-            raise ValueError(f"{told}: its blocks are of another form than Block with Attention")
+        if type(block) is not Block or not _is_standard(block.attn):
+            raise ValueError(f"{problem}: its blocks are of another form than Block with Attention")
     if (
         vit.dynamic_img_size
         or not isinstance(vit.patch_drop, nn.Identity)
         or not isinstance(vit.patch_embed, PatchEmbed)
     ):
-        raise ValueError(f"{told}: it has patch dropout, a size that changes, or another patch embedding")
+        raise ValueError(f"{problem}: it has patch dropout, a size that changes, or another patch embedding")
     height, width = vit.patch_embed.grid_size
     if height != width:
         raise ValueError(f"images must be square, got patches on a grid of {height} x {width}")
-    return height
+    return int(height)
 
 
-def _usual(attn: nn.Module) -> bool:
-    """Whether attention is what `project` and `attend` compute; newer versions of timm know gates and a norm inside."""
-    inside = (getattr(attn, "gate", None), getattr(attn, "norm", None))
-    return type(attn) is Attention and all(part is None or isinstance(part, nn.Identity) for part in inside)
+def _is_standard(attn: nn.Module) -> bool:
+    """Whether attention is what `project` and `attend` compute; newer versions of timm can add a gate and a norm."""
+    additions = (getattr(attn, "gate", None), getattr(attn, "norm", None))
+    return type(attn) is Attention and all(part is None or isinstance(part, nn.Identity) for part in additions)
 
 
 def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
-    """[B, D, H, W] -> tokens [B, prefix + N, E] as they enter the first block. Raises ValueError for images of another shape."""
+    """Embed images as the tokens that enter the first block of a ViT.
+
+    Args:
+        vit: a plain ViT.
+        images: [B, D, H, W].
+
+    Returns:
+        [B, prefix + N, E].
+
+    Raises:
+        ValueError: images of another shape than the model's.
+    """
     side, chans = vit.patch_embed.img_size[0], vit.patch_embed.proj.in_channels
     if tuple(images.shape[1:]) != (chans, side, side):
         raise ValueError(f"images must be [batch, {chans}, {side}, {side}], got {list(images.shape)}")
-    return vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    tokens: Tensor = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    return tokens
 
 
 def project(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of normalised tokens [B, N, E], [B, heads, N, D] each."""
+    """Queries, keys and values of normalised tokens [B, N, E], each [B, heads, N, D]."""
     q, k, v = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
     return attn.q_norm(q), attn.k_norm(k), v
 
 
 def attend(attn: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """timm's attention from there on -> [B, N, E]. bias, broadcast to [B, heads, N, N], is added to the logits."""
+    """The rest of timm's attention after `project`, [B, N, E]. bias is added to the logits [B, heads, N, N]."""
     dropout = attn.attn_drop.p if attn.training else 0.0
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    return attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2)))
+    output: Tensor = attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2)))
+    return output
+
+
+def class_attention_row(attn: Attention, q: Tensor, k: Tensor) -> Tensor:
+    """How much the first token attends to each token, mean over heads. q, k [B, heads, N, D] -> float32 [B, N]."""
+    logits: Tensor = q[:, :, :1] @ k.transpose(2, 3) * attn.scale  # [B, heads, 1, N]
+    return logits.float().softmax(dim=3).mean(dim=1)[:, 0]
 
 
 def read_scores(scores: Tensor, batch: int, side: int) -> Tensor:
-    """Scores as one number for each patch: of the score cells that a patch overlaps the plain mean.
+    """Resample scores to one number per patch: the plain mean of the score cells that a patch overlaps.
 
-    scores [batch, s * s], row-major, any s -> [batch, side * side]. Where s is the grid's side they stay as they are; where
-    the patches are the smaller ones, all patches within a cell get its score. Raises ValueError for another shape
-    and for NaN, which isn't looked for while a graph is compiled.
+    Where several patches lie in one score cell, all of them get its score.
+
+    Args:
+        scores: [batch, s * s], row-major, for any s; with s = side they are returned as they are.
+        batch: number of images.
+        side: patches a side.
+
+    Returns:
+        [batch, side * side], detached.
+
+    Raises:
+        ValueError: scores of another shape, or NaN (which is not looked for while a graph is compiled).
     """
     own = math.isqrt(scores.shape[-1]) if scores.ndim == 2 else 0
     if scores.ndim != 2 or len(scores) != batch or own * own != scores.shape[1] or not own:
@@ -185,24 +317,24 @@ def read_scores(scores: Tensor, batch: int, side: int) -> Tensor:
 
 def embed_macs(vit: VisionTransformer) -> int:
     """Multiply-adds of the patch embedding of an image."""
-    return vit.patch_embed.num_patches * vit.patch_embed.proj.weight.numel()
+    return int(vit.patch_embed.num_patches * vit.patch_embed.proj.weight.numel())
 
 
 def block_macs(block: Block, length: int, mlp_length: int | None = None) -> int:
-    """Multiply-adds of a block over `length` tokens, of which its MLP sees `mlp_length`."""
-    attn, mlp = (
-        sum(x.weight.numel() for x in part.modules() if isinstance(x, nn.Linear)) for part in (block.attn, block.mlp)
-    )
-    return (
-        length * attn
-        + (length if mlp_length is None else mlp_length) * mlp
-        + 2 * length**2 * attention_width(block.attn)
-    )
+    """Multiply-adds of a block over `length` tokens, `mlp_length` of which reach its MLP; None is all of them."""
+    mlp_length = length if mlp_length is None else mlp_length
+    products = 2 * length**2 * attention_width(block.attn)
+    return length * linear_macs(block.attn) + mlp_length * linear_macs(block.mlp) + products
+
+
+def linear_macs(module: nn.Module) -> int:
+    """Multiply-adds per token of all linear layers in a module."""
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def attention_width(attn: Attention) -> int:
-    """Channels of all heads together; timm has no name for it in all versions that we support."""
-    return attn.num_heads * attn.head_dim
+    """Channels of all heads together; not all versions of timm that we support have a name for it."""
+    return int(attn.num_heads * attn.head_dim)
 
 
 def head_macs(vit: VisionTransformer) -> int:
@@ -211,13 +343,29 @@ def head_macs(vit: VisionTransformer) -> int:
     return sum(head.weight.numel() for head in heads if isinstance(head, nn.Linear))
 
 
+def check_images(images: Tensor, chans: int, side: int) -> None:
+    """Raise ValueError unless images are [B, chans, side, side], and at least one."""
+    if images.ndim != 4 or tuple(images.shape[1:]) != (chans, side, side) or images.shape[0] == 0:
+        raise ValueError(f"images must be [batch, {chans}, {side}, {side}], got {list(images.shape)}")
+
+
 def square_side(img_size: int | tuple[int, int]) -> int:
-    """The side of square images, in pixels. Raises ValueError for images of another shape."""
+    """The side of square images, in pixels.
+
+    Raises:
+        ValueError: images that are not square.
+    """
     height, width = img_size if isinstance(img_size, (tuple, list)) else (img_size, img_size)
     if height != width:
         raise ValueError(f"images must be square, got {height} x {width}")
     return int(height)
 
+
+# Arguments of DeiT's sizes, and the normalisation of their blocks.
+DEIT_TINY = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
+DEIT_SMALL = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
+DEIT_BASE = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 _CFG = {
     "url": "",
@@ -234,12 +382,17 @@ _CFG = {
 
 
 def untrained_cfgs(*names: str, **changes: Any) -> Any:
-    """timm's descriptions of models that have no pretrained weights; modules that register models export them."""
+    """timm's `default_cfgs` of models without pretrained weights; a module that registers models must define them.
+
+    Args:
+        names: the names of the models.
+        changes: entries that differ from DeiT's.
+    """
     return generate_default_cfgs({f"{name}.untrained": _CFG | changes for name in names})
 
 
 def build(
     cls: type[nn.Module], variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]
 ) -> Any:
-    """timm's builder for a model of its registry, whose keyword arguments win over `defaults`."""
+    """Build a model of timm's registry; keyword arguments of the caller override `defaults`."""
     return build_model_with_cfg(cls, variant, pretrained, **defaults | kwargs)

@@ -1,8 +1,8 @@
 """Score-fused patches for backbones that need a regular grid (ZoomViT, appendix G).
 
-Swin's windows and LV-ViT's token labels want one token per cell. So a zoomed cell is cut into 2 x 2 half-size patches,
-each embedded by the backbone's own kernel, and the four are fused into one token by a score-weighted mean (Eq. 13). The
-token count stays the backbone's.
+Swin's windows and LV-ViT's token labels need one token per cell. So a zoomed cell is cut into 2 x 2 half-size patches,
+each is embedded by the backbone's own kernel, and the four are fused into one token by a score-weighted mean (Eq. 13).
+The number of tokens stays the backbone's.
 """
 
 from __future__ import annotations
@@ -20,35 +20,46 @@ from zpipe.train.models.operating_points import OperatingPoint, Requested, Score
 
 
 def fuse(quarters: Tensor, scores: Tensor) -> Tensor:
-    """Eq. 13: of each 2 x 2 group the mean, weighted by scores. quarters [B, E, 2g, 2g], scores [B, 2g, 2g] >= 0 ->
-    [B, E, g, g]. Groups whose scores are all 0 get the plain mean.
+    """Eq. 13: the mean of each 2 x 2 group, weighted by scores; the plain mean where all four scores are 0.
+
+    Args:
+        quarters: [B, E, 2g, 2g].
+        scores: [B, 2g, 2g], >= 0.
+
+    Returns:
+        [B, E, g, g].
     """
-    weight = scores[:, None].float()  # [B, 1, 2g, 2g]; float32, for scores may be tiny
+    weight = scores[:, None].float()  # [B, 1, 2g, 2g]; float32, since scores may be tiny
     mean = F.avg_pool2d(weight, 2).repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
     share = torch.where(mean > 0, weight / mean, 1.0)  # 4 s_i / sum of s_j
     return F.avg_pool2d(quarters * share.to(quarters.dtype), 2)
 
 
 class FusedViT(WrappedModel):
-    """A timm model whose patches are score-fused where the scores say so.
+    """A timm model whose patches are score-fused where the scores are high.
 
-    `model(images, scores, alpha=...)` or `budget=` as of `ZoomViT`; with scores=None, or with nothing zoomed, it is the
-    backbone. Every cell of the backbone's grid belongs to the score cell that its centre lies in; the four quarters of a
-    zoomed cell are weighted by the score map read at their centres (bilinear), since within one score cell the paper's
-    weights would all be equal.
+    `model(images, scores, alpha=...)` or `budget=`, as of `ZoomViT`; with scores=None, or with nothing zoomed, it is
+    the backbone. Every cell of the backbone's grid belongs to the score cell that its centre lies in. The four quarters
+    of a zoomed cell are weighted by the score map read at their centres (bilinear), since within one score cell the
+    paper's weights would all be equal.
 
-    Both embeddings are made of the whole image, which costs twice the backbone's patch embedding: little, and regular.
+    Both embeddings are computed for the whole image, which costs twice the backbone's patch embedding: little, and
+    regular.
 
     Args:
         backbone: a timm model (or its name) whose patches come from a convolution as large as its stride, even, without
-            padding: ViT, DeiT, Swin, `lvvit_small` and their like. Its state dict is under `backbone.`.
+            padding, such as ViT, DeiT, Swin and `lvvit_small`. Its state dict is under `backbone.`.
         img_size: pixels a side; images are square.
         patch_size: pixels a side of a score cell; the zoomer's grid is img_size / patch_size.
-        backbone_args: keyword arguments of the backbone, when given by name. num_classes and in_chans go to it too.
+        num_classes: number of classes of a backbone given by name.
+        in_chans: channels of its images.
+        backbone_args: its further keyword arguments.
 
     Raises:
         ValueError: a backbone without such a convolution, or sizes that don't divide.
     """
+
+    setting_names = ("alpha", "budget")
 
     def __init__(
         self,
@@ -68,7 +79,7 @@ class FusedViT(WrappedModel):
         if img_size % patch_size:
             raise ValueError(f"image size {img_size} doesn't divide into score cells of {patch_size} pixels")
         self.score_grid = self.coarse_grid = img_size // patch_size
-        self._zoom: tuple[Tensor, Tensor] | None = None  # scores and mask, while a forward pass is under way
+        self._zoom: tuple[Tensor, Tensor] | None = None  # scores and zoomed cells, during a forward pass
         projection.register_forward_hook(self._embed)
 
     def forward(
@@ -79,8 +90,20 @@ class FusedViT(WrappedModel):
         budget: int | None = None,
         **backbone_args: Any,
     ) -> Any:
-        """What the backbone, given also backbone_args, returns. Arguments and errors as of `ZoomViT.forward`, with scores [B, s * s], s = img_size /
-        patch_size, and budget a number of score cells.
+        """Run the backbone on fused patches.
+
+        Args:
+            images: [B, in_chans, img_size, img_size].
+            scores: [B, s * s], s = img_size / patch_size, row-major; None zooms nothing.
+            alpha: as of `ZoomViT.forward`.
+            budget: a number of score cells to zoom, instead of those above alpha.
+            **backbone_args: further arguments of the backbone's forward pass.
+
+        Returns:
+            What the backbone returns.
+
+        Raises:
+            ValueError: as of `ZoomViT.forward`.
         """
         if alpha is not None:
             zoom_tokens.check_alpha(alpha)
@@ -112,23 +135,30 @@ class FusedViT(WrappedModel):
         mask = F.interpolate(zoomed.float(), coarse.shape[-2:], mode="nearest-exact") > 0
         return torch.where(mask, fuse(quarters, read), coarse)
 
-    setting_names = ("alpha", "budget")
-
     @property
     def score_use(self) -> ScoreUse:
+        """How scores guide the model."""
         return ScoreUse(grid=self.score_grid, zooms=True)
 
     @property
     def dense_head(self) -> bool:
         """Whether the backbone learns token labels."""
-        return getattr(self.backbone, "dense_head", False)
+        return bool(getattr(self.backbone, "dense_head", False))
 
     def operating_points(self, requested: Requested) -> list[OperatingPoint]:
         """Thresholds and budgets, as of `ZoomViT`; the cost is the same for all."""
         return zoom_points(requested, self.resolve_budget)
 
+    def cost_kinds(self, point: OperatingPoint, scores: Tensor | None, output: Any) -> Tensor | None:
+        """0 for every image with scores, int64 [B]: results state the number of tokens of a model that zooms."""
+        return None if scores is None else torch.zeros(len(scores), dtype=torch.int64)
+
     def resolve_budget(self, budget: int | str) -> int:
-        """A number of score cells; the cost is the same for all. Raises ValueError outside 0 .. s * s."""
+        """A number of score cells.
+
+        Raises:
+            ValueError: anything but a number in 0 .. s * s.
+        """
         cells = self.score_grid**2
         if isinstance(budget, str) or not 0 <= budget <= cells:
             raise ValueError(f"budget must lie between 0 and the {cells} score cells, got {budget!r}")

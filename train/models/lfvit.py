@@ -1,4 +1,4 @@
-"""LF-ViT (Hu et al., AAAI 2024): CF-ViT whose refined cells all lie in one square region, the one most attended to.
+"""LF-ViT (Hu et al., AAAI 2024): CF-ViT whose refined cells all lie in one square region, the most attended one.
 
 Importing this module registers lfvit_tiny and lfvit_small with timm.
 """
@@ -14,8 +14,9 @@ from timm.models import register_model
 from torch import Tensor
 
 from zpipe.train.models import zoom_tokens
-from zpipe.train.models.backbone import build, untrained_cfgs
-from zpipe.train.models.cfvit import CFViT, attention_weights, share_of
+from zpipe.train.models.backbone import DEIT_SMALL, DEIT_TINY, build, untrained_cfgs
+from zpipe.train.models.cfvit import CFViT
+from zpipe.train.models.cfvit_stages import attention_weights, share_of
 
 __all__ = ["LFViT"]
 
@@ -23,25 +24,28 @@ __all__ = ["LFViT"]
 class LFViT(CFViT):
     """A two-stage vision transformer that focuses on one region; as `lfvit_small` 1.10 + 2.70 GMACs.
 
-    Everything but the choice of cells is as in `CFViT`, its notes on paper and code included. The score is summed over every
-    window of region_size x region_size coarse cells (Eq. 9); in the best window (Eq. 10) the highest-scored cells are
-    refined, as many as `keep` of its area. Where the authors' code differs from the paper, this follows the code:
+    Everything but the choice of cells is as in `CFViT`, including its notes on paper and code. The scores are summed
+    over every window of region_size x region_size coarse cells (Eq. 9); in the best window (Eq. 10) the highest-scored
+    cells are refined, as many as `keep` of its area. Where the authors' code differs from the paper, this follows the
+    code:
 
-    - Cells that aren't refined enter the focus stage as they entered the localization stage; the paper's text has its features
-      reused for them.
-    - Confidence that equals the threshold exits; the paper writes p > eta in one place and p < eta goes on in another.
+    - Cells that aren't refined enter the focus stage as they entered the localization stage; in the paper's text their
+      features are reused.
+    - A confidence equal to the threshold exits; the paper writes p > eta in one place, and that p < eta continues in
+      another.
 
-    and it doesn't follow their code in that any region fits any image size: at 288 px theirs is fixed at 5, the paper
-    says 8.
+    It differs from their code in one point: any region fits any image size; at 288 px theirs is fixed at 5, while the
+    paper says 8.
 
     Args:
+        *args: as of `CFViT`.
         region_size: coarse cells a side of the region (the paper's m; Table 2). It may be changed on the model.
-        keep: the share of the region's cells that is refined (the paper's alpha, Table 5), rounded up.
-        selection: which region it is (Table 6): "region" of the highest sum, "negative" of the lowest, "maximum" around the
-            highest-scored cell, "minimum" around the lowest-scored, moved where it would leave the image, "random"
-            anywhere. In each of them the highest-scored cells are refined. The paper doesn't say where in the region
-            the highest- or lowest-scored cell lies.
-        Others as of `CFViT`.
+        keep: the share of the region's cells to refine (the paper's alpha, Table 5), rounded up.
+        selection: which region to choose (Table 6): "region" with the highest sum, "negative" with the lowest,
+            "maximum" around the highest-scored cell, "minimum" around the lowest-scored one, both moved to lie within
+            the image, or "random". In each of them the highest-scored cells are refined. The paper doesn't say where in
+            the region the highest- or lowest-scored cell lies.
+        **kwargs: as of `CFViT`.
 
     Raises:
         ValueError: as of `CFViT`; a region that doesn't fit the grid of coarse cells.
@@ -67,12 +71,12 @@ class LFViT(CFViT):
             )
         return share_of(size**2, self.keep if keep is None else keep)
 
-    def _attention_weights(self, selection: str, scores_given: bool) -> tuple[float, ...]:
-        # A region at random still needs scores to choose its cells by.
+    def _attention_weights(self, selection: str, has_scores: bool) -> tuple[float, ...]:
+        # A random region still needs scores, to choose its cells.
         depth = len(self.blocks)
-        return (0.0,) * depth if scores_given else attention_weights(depth, self.beta)
+        return (0.0,) * depth if has_scores else attention_weights(depth, self.beta)
 
-    def _order(self, scores: Tensor, selection: str) -> Tensor:
+    def _rank(self, scores: Tensor, selection: str) -> Tensor:
         row, column = region_corner(scores, self.region_size, selection)  # [B, 1] each
         place = torch.arange(self.coarse_grid, device=scores.device)
         inside = [(place >= first) & (place < first + self.region_size) for first in (row, column)]  # [B, n] each
@@ -81,9 +85,15 @@ class LFViT(CFViT):
 
 
 def region_corner(scores: Tensor, size: int, selection: str = "region") -> tuple[Tensor, Tensor]:
-    """The upper left cell of each image's region: scores [B, n * n] -> row and column, int64 [B, 1].
+    """The upper left cell of each image's region.
 
-    Selections as of `LFViT`; of equal regions the first, row by row.
+    Args:
+        scores: [B, n * n].
+        size: cells a side of the region.
+        selection: as of `LFViT`; of equal regions the first in row-major order is taken.
+
+    Returns:
+        Row and column, int64 [B, 1] each.
     """
     side = math.isqrt(scores.shape[1])
     places = side - size + 1  # of a region, along each side
@@ -94,8 +104,8 @@ def region_corner(scores: Tensor, size: int, selection: str = "region") -> tuple
         corner = (mean if selection == "region" else -mean).argmax(dim=1, keepdim=True)
     else:
         cell = (scores if selection == "maximum" else -scores).argmax(dim=1, keepdim=True)  # [B, 1]
-        centred = (cell // side - size // 2, cell % side - size // 2)
-        return tuple(first.clamp(0, places - 1) for first in centred)
+        row, column = cell // side - size // 2, cell % side - size // 2
+        return row.clamp(0, places - 1), column.clamp(0, places - 1)
     return corner // places, corner % places
 
 
@@ -105,12 +115,10 @@ default_cfgs = untrained_cfgs("lfvit_tiny", "lfvit_small")
 @register_model
 def lfvit_tiny(pretrained: bool = False, **kwargs: Any) -> LFViT:
     """LF-ViT on DeiT-Ti. Takes the arguments of `LFViT`."""
-    defaults = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
-    return build(LFViT, "lfvit_tiny", pretrained, defaults, kwargs)
+    return build(LFViT, "lfvit_tiny", pretrained, DEIT_TINY, kwargs)
 
 
 @register_model
 def lfvit_small(pretrained: bool = False, **kwargs: Any) -> LFViT:
     """LF-ViT on DeiT-S, the paper's main model. Takes the arguments of `LFViT`."""
-    defaults = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return build(LFViT, "lfvit_small", pretrained, defaults, kwargs)
+    return build(LFViT, "lfvit_small", pretrained, DEIT_SMALL, kwargs)

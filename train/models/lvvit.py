@@ -1,6 +1,6 @@
-"""LV-ViT (Jiang et al. 2021, "All Tokens Matter"): a ViT with a convolutional stem whose patch tokens learn labels too.
+"""LV-ViT (Jiang et al. 2021, "All Tokens Matter"): a ViT with a convolutional stem, whose patches learn labels, too.
 
-It needs exactly one token per cell, and is thus one of the two backbones of ZoomViT's appendix G; see `fusion`.
+It needs exactly one token per cell, so it is one of the two backbones of ZoomViT's appendix G; see `fusion`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,23 @@ from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, register_model
+from timm.models import register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from zpipe.train.models.backbone import square_side, untrained_cfgs
+from zpipe.train.models.backbone import (
+    StandaloneModel,
+    build,
+    init_linear,
+    linear_head,
+    square_side,
+    transformer_blocks,
+    untrained_cfgs,
+)
 
 
 class ConvPatchEmbed(nn.Module):
-    """Three 3x3-or-larger convolutions at half resolution, then patches. [B, D, H, W] -> [B, N, E], row-major."""
+    """Three convolutions of 7x7, 3x3 and 3x3 at half resolution, then patches. [B, D, H, W] -> [B, N, E], row-major."""
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, width: int = 64) -> None:
         super().__init__()
@@ -33,20 +41,36 @@ class ConvPatchEmbed(nn.Module):
         self.num_patches = (img_size // patch_size) ** 2
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(self.stem(images)).flatten(2).transpose(1, 2)
+        """[B, D, H, W] -> [B, N, E]."""
+        x: Tensor = self.proj(self.stem(images))  # [B, E, h, w]
+        return x.flatten(2).transpose(1, 2)
 
 
-class LVViT(nn.Module):
+class LVViT(StandaloneModel):
     """LV-ViT; the default is LV-ViT-S: 26.2 M parameters, 6.6 GMACs, 224 px.
 
-    Residual branches are divided by `skip_lam` (their value, 2). `return_dense=True` gives the patch tokens' logits
-    too, for `losses.TokenLabelLoss`; otherwise the logits are the class token's plus half of the highest of the patches',
-    their evaluation rule. MixToken isn't part of the model; mix images instead.
+    With num_classes=0, forward returns the features of the class token. MixToken is not part of the model; mix images
+    instead.
 
-    With num_classes=0 forward gives the class token's features. Raises ValueError for sizes that don't divide.
+    Args:
+        img_size: pixels a side; images are square.
+        patch_size: pixels a side of a patch, even.
+        embed_dim: width of the transformer.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
+        num_classes: number of classes; 0 makes both heads identities.
+        in_chans: channels of the images.
+        mlp_ratio: width of the MLPs, as a multiple of embed_dim.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        skip_lam: divisor of the residual branches (the paper's value is 2).
+
+    Raises:
+        ValueError: sizes that don't divide.
     """
 
     dense_head = True  # its patches learn token labels
+    undecayed = ("pos_embed", "cls_token")
+    stem_pattern = r"^cls_token|^pos_embed|^patch_embed"
 
     def __init__(
         self,
@@ -70,72 +94,47 @@ class LVViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         norm = partial(nn.LayerNorm, eps=1e-5)
-        self.blocks = nn.Sequential(
-            *(
-                _ScaledBlock(
-                    embed_dim,
-                    num_heads,
-                    mlp_ratio,
-                    qkv_bias=False,
-                    drop_path=drop_path_rate * i / max(depth - 1, 1),
-                    norm_layer=norm,
-                    skip_lam=skip_lam,
-                )
-                for i in range(depth)
-            )
+        changes = {"qkv_bias": False, "norm_layer": norm, "skip_lam": skip_lam}
+        self.blocks = transformer_blocks(
+            embed_dim, depth, num_heads, mlp_ratio, drop_path_rate, block=_ScaledBlock, **changes
         )
         self.norm = norm(embed_dim)
         self.head, self.aux_head = self._heads()
         trunc_normal_(self.pos_embed, std=0.02)
         trunc_normal_(self.cls_token, std=0.02)
-        self.apply(_init)
+        self.apply(init_linear)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> normalised tokens [B, 1 + N, E], the class token first."""
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        return self.norm(self.blocks(x))
+        tokens: Tensor = self.norm(self.blocks(x))
+        return tokens
 
     def forward(self, images: Tensor, return_dense: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits [B, classes]; with return_dense the class token's [B, classes] and the patches' [B, N, classes]."""
+        """Classify images.
+
+        Args:
+            images: [B, in_chans, H, W].
+            return_dense: return the class token's logits and the patches', for `losses.TokenLabelLoss`.
+
+        Returns:
+            Logits [B, num_classes]: the class token's plus half of the patches' highest, which is the authors'
+            evaluation rule. With return_dense the class token's [B, num_classes] and the patches' [B, N, num_classes].
+        """
         x = self.forward_features(images)
         if not self.num_classes and not return_dense:
             return x[:, 0]
         logits, dense = self.head(x[:, 0]), self.aux_head(x[:, 1:])
         return (logits, dense) if return_dense else logits + 0.5 * dense.amax(dim=1)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves alone, besides the one-dimensional ones."""
-        return {"pos_embed", "cls_token"}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Which parameters belong to which layer, for layer-wise learning rates."""
-        return {
-            "stem": r"^cls_token|^pos_embed|^patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
     def reset_classifier(self, num_classes: int) -> None:
         """Replace both heads by freshly initialised ones."""
         self.num_classes = num_classes
-        self.head, self.aux_head = (head.apply(_init).to(self.cls_token) for head in self._heads())
+        self.head, self.aux_head = (head.apply(init_linear).to(self.cls_token) for head in self._heads())
 
     def _heads(self) -> tuple[nn.Module, nn.Module]:
-        if not self.num_classes:
-            return nn.Identity(), nn.Identity()
-        return nn.Linear(self.embed_dim, self.num_classes), nn.Linear(self.embed_dim, self.num_classes)
-
-
-def _init(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        return linear_head(self.embed_dim, self.num_classes), linear_head(self.embed_dim, self.num_classes)
 
 
 class _ScaledBlock(Block):
@@ -156,4 +155,4 @@ default_cfgs = untrained_cfgs("lvvit_small", first_conv="patch_embed.stem.0", cl
 @register_model
 def lvvit_small(pretrained: bool = False, **kwargs: Any) -> LVViT:
     """LV-ViT-S. Takes the arguments of `LVViT`."""
-    return build_model_with_cfg(LVViT, "lvvit_small", pretrained, **kwargs)
+    return build(LVViT, "lvvit_small", pretrained, {}, kwargs)

@@ -1,19 +1,19 @@
-"""What a model says about how it can be run: its use of scores, its operating points, and the cost of an image.
+"""How a model can be run: its use of scores, its operating points, and the cost of an image.
 
-A model says it with three members, all of them optional, so that a new model is one file:
+A model declares it with members, all of them optional, so that a new model is one file:
 
 - `score_use`, a :class:`ScoreUse`, of a model that scores guide;
 - `setting_names` and `operating_points(requested)`, of a model with settings that a user may vary at inference time;
-- `cost(point, kind)`, and where the cost differs between images `cost_kinds(point, scores, output)`.
+- `cost(point, kind)`, and if the cost differs between images `cost_kinds(point, scores, output)`.
 
-The functions below read these members, and answer for the models that lack them, such as those of timm.
+The functions below read these members, and have defaults for models that lack them, such as those of timm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -30,11 +30,11 @@ class ScoreUse:
     any_grid: bool = False
     """Whether the model resamples scores of another square grid."""
     has_own: bool = False
-    """Whether the model goes by its own class attention when it is given no scores."""
+    """Whether the model uses its own class attention when it is given no scores."""
     zooms: bool = False
     """Whether the model zooms the cells above a threshold `alpha`, or within a `budget`."""
     class_attention: bool = False
-    """Whether the class attention of the model's pass without scores can be its scores."""
+    """Whether the class attention of the model's forward pass without scores can serve as its scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,9 @@ class ImageCost(NamedTuple):
     """What one image costs at an operating point.
 
     Attributes:
-        tokens: tokens that enter a block, as a mean over blocks, the class token not counted; None for a model
-            without tokens.
-        arguments: keyword arguments of a forward pass, beside an image and any scores, that costs as much.
+        tokens: tokens that enter a block, as a mean over blocks, without the class token; None for a model without
+            tokens.
+        arguments: keyword arguments of a forward pass of the same cost, besides an image and any scores.
         exited: whether the first of two stages answered; None for a model of one stage.
     """
 
@@ -65,7 +65,7 @@ class ImageCost(NamedTuple):
 
 
 class SettingError(ValueError):
-    """A setting of an operating point that the model can't take."""
+    """A value of a setting that the model can't take."""
 
     def __init__(self, setting: str, value: Any, reason: object) -> None:
         super().__init__(f"{setting} {value}: {reason}")
@@ -74,12 +74,14 @@ class SettingError(ValueError):
 
 def score_use(model: nn.Module) -> ScoreUse | None:
     """How scores guide a model; None for a model that takes no scores."""
-    return getattr(model, "score_use", None)
+    use: ScoreUse | None = getattr(model, "score_use", None)
+    return use
 
 
 def setting_names(model: nn.Module) -> tuple[str, ...]:
-    """The settings that `operating_points` of a model takes."""
-    return getattr(model, "setting_names", ())
+    """The settings that a model's operating points have."""
+    names: tuple[str, ...] = getattr(model, "setting_names", ())
+    return names
 
 
 def operating_points(model: nn.Module, requested: Requested) -> list[OperatingPoint]:
@@ -94,22 +96,25 @@ def operating_points(model: nn.Module, requested: Requested) -> list[OperatingPo
 
     Raises:
         SettingError: a value that is out of range.
-        ValueError: no value of a setting that the model can't do without.
+        ValueError: no value for a setting that the model requires.
     """
     if not setting_names(model):
         return [OperatingPoint(name="")]
-    points: list[OperatingPoint] = model.operating_points(requested)
+    points: list[OperatingPoint] = cast(Any, model).operating_points(requested)
     return points
 
 
 def points_of(name: str, values: Iterable[Any], argument: str, resolve: Callable[[Any], Any]) -> list[OperatingPoint]:
-    """One point for each value of a single setting.
+    """A point for each value of a single setting.
 
     Args:
         name: the setting.
         values: its values.
         argument: the keyword argument of the forward pass that the setting becomes.
         resolve: turns a value into that argument; a ValueError becomes a :class:`SettingError`.
+
+    Raises:
+        SettingError: a value that `resolve` refuses.
     """
     points = []
     for value in values:
@@ -128,7 +133,7 @@ def zoom_points(requested: Requested, resolve_budget: Callable[[int | str], int]
         SettingError: a threshold outside [0, 1], or a budget that the model can't keep.
         ValueError: neither thresholds nor budgets.
     """
-    # A threshold isn't rounded: cells may score exactly what it is.
+    # Thresholds are not rounded, since cells may score exactly as much.
     alphas = points_of("alpha", requested.get("alpha", ()), "alpha", check_threshold)
     budgets = points_of("budget", requested.get("budget", ()), "budget", resolve_budget)
     if not alphas and not budgets:
@@ -153,33 +158,34 @@ def shortest(value: Any) -> str:
 
 
 def cost_kinds(model: nn.Module, point: OperatingPoint, scores: Tensor | None, output: Any) -> Tensor | None:
-    """Which images of a batch cost the same: an int64 [B] of kinds; None where all images do.
+    """Which images of a batch cost the same.
 
     Args:
         model: the model.
-        point: where it ran.
-        scores: [B, s * s], as given to it, or None.
+        point: the operating point at which it ran.
+        scores: its scores [B, s * s], or None.
         output: what it returned.
+
+    Returns:
+        A kind for each image, int64 [B]; None if all images cost the same.
     """
-    kinds = getattr(model, "cost_kinds", None)
-    return None if kinds is None else kinds(point, scores, output)
+    own: Callable[..., Tensor | None] | None = getattr(model, "cost_kinds", None)
+    return None if own is None else own(point, scores, output)
 
 
 def cost(model: nn.Module, point: OperatingPoint, kind: int | None = None) -> ImageCost:
-    """The cost of an image of a kind, see `cost_kinds`; of any image where there are no kinds."""
-    if hasattr(model, "cost"):
-        known: ImageCost = model.cost(point, kind)
-        return known
-    return ImageCost(count_patches(model), point.arguments)
+    """The cost of an image of a kind (see `cost_kinds`), or of any image if there are no kinds."""
+    own: Callable[..., ImageCost] | None = getattr(model, "cost", None)
+    return ImageCost(count_patches(model), point.arguments) if own is None else own(point, kind)
 
 
 def count_patches(model: nn.Module) -> float | None:
-    """Patches that a timm model cuts an image into; None for a model without patches."""
+    """The number of patches of an image in a timm model; None for a model without patches."""
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     return None if patches is None else float(patches)
 
 
 def logits_of(output: Any) -> Tensor:
-    """Logits [B, classes] of a model's output; of the stage that answered, where there are two."""
+    """The logits [B, classes] in a model's output; of a model of two stages, those of the stage that answered."""
     logits: Tensor = getattr(output, "logits", output)
     return logits

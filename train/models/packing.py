@@ -1,8 +1,9 @@
-"""Transformer blocks over sequences of different lengths, packed end to end: no padding, so no wasted token and no mask.
+"""Transformer blocks over sequences of different lengths, packed end to end: without padding, hence without masks.
 
 A batch is one [T, E] tensor, sequence after sequence. Everything in a block but attention treats tokens one by one and
-runs over all T at once. Attention runs per sequence: on the CPU in one call for each run of neighbours of equal length, on
-an accelerator in one call on a jagged nested tensor (variable-length flash attention in half precision).
+runs over all T at once. Attention runs per sequence: on the CPU in one call for each run of consecutive sequences of
+equal length, on an accelerator in one call on a jagged nested tensor (variable-length flash attention in half
+precision).
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 
 class Packing(NamedTuple):
     """Where the sequences of a packed batch lie.
 
-    lengths  tokens of each sequence, in the order they are packed; sort them, and equal ones share a call.
-    offsets  int64 [B + 1]: where each begins, and the end of the last; on the tokens' device.
+    Attributes:
+        lengths: tokens of each sequence, in the order they are packed; if sorted, equal ones share a call.
+        offsets: int64 [B + 1], where each begins, and the end of the last; on the tokens' device.
     """
 
     lengths: tuple[int, ...]
@@ -30,7 +32,11 @@ class Packing(NamedTuple):
 
 
 def packing(lengths: Sequence[int], device: torch.device) -> Packing:
-    """The packing of sequences of these lengths. Raises ValueError for an empty sequence, or for none."""
+    """The packing of sequences of the given lengths.
+
+    Raises:
+        ValueError: an empty sequence, or no sequence.
+    """
     if not lengths or min(lengths) < 1:
         raise ValueError("a packed batch needs sequences of at least one token")
     offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
@@ -38,9 +44,14 @@ def packing(lengths: Sequence[int], device: torch.device) -> Packing:
 
 
 def rows_of(lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Which sequence each of `total` packed rows belongs to, and its place there. lengths [B] -> int64 [total] each.
+    """The sequence that each packed row belongs to, and its place in it.
 
-    total is the sum of lengths; known beforehand, nothing waits for an accelerator.
+    Args:
+        lengths: [B].
+        total: their sum, so that nothing waits for an accelerator.
+
+    Returns:
+        int64 [total] each.
     """
     sequence = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=total)
     begin = lengths.cumsum(0) - lengths
@@ -48,7 +59,7 @@ def rows_of(lengths: Tensor, total: int) -> tuple[Tensor, Tensor]:
 
 
 def run_blocks(blocks: Iterable[Block], tokens: Tensor, packed: Packing) -> Tensor:
-    """timm's pre-norm blocks over packed tokens [T, E] -> [T, E]; each sequence as if it were alone in the batch.
+    """Run timm's pre-norm blocks over packed tokens [T, E], each sequence as if it were alone in the batch.
 
     Stochastic depth drops a block for whole sequences, as timm does for whole samples.
     """
@@ -60,16 +71,17 @@ def run_blocks(blocks: Iterable[Block], tokens: Tensor, packed: Packing) -> Tens
     return tokens
 
 
-def _attention(attn: nn.Module, x: Tensor, packed: Packing) -> Tensor:
+def _attention(attn: Attention, x: Tensor, packed: Packing) -> Tensor:
     """timm's Attention on packed x [T, E]."""
     qkv = attn.qkv(x).unflatten(1, (3, attn.num_heads, attn.head_dim))  # [T, 3, H, D]
     dropout = attn.attn_drop.p if attn.training else 0.0
     attend = attend_runs if x.device.type == "cpu" else attend_jagged
-    return attn.proj_drop(attn.proj(attend(qkv, packed, dropout).flatten(1)))
+    output: Tensor = attn.proj_drop(attn.proj(attend(qkv, packed, dropout).flatten(1)))
+    return output
 
 
 def attend_runs(qkv: Tensor, packed: Packing, dropout: float = 0.0) -> Tensor:
-    """Attention within each sequence, one call for each run of equal lengths. qkv [T, 3, H, D] -> [T, H, D]."""
+    """Attention within each sequence, with a call for each run of equal lengths. qkv [T, 3, H, D] -> [T, H, D]."""
     parts, start = [], 0
     for length, run in groupby(packed.lengths):
         count = len(list(run))
@@ -81,10 +93,12 @@ def attend_runs(qkv: Tensor, packed: Packing, dropout: float = 0.0) -> Tensor:
 
 
 def attend_jagged(qkv: Tensor, packed: Packing, dropout: float = 0.0) -> Tensor:
-    """The same in one call for all sequences, on a nested tensor of jagged layout. qkv [T, 3, H, D] -> [T, H, D]."""
-    bounds = {"min_seqlen": min(packed.lengths), "max_seqlen": max(packed.lengths)}
+    """As `attend_runs`, in one call for all sequences, on a nested tensor of jagged layout."""
+    shortest, longest = min(packed.lengths), max(packed.lengths)
     q, k, v = (
-        torch.nested.nested_tensor_from_jagged(part.contiguous(), packed.offsets, **bounds).transpose(1, 2)
+        torch.nested.nested_tensor_from_jagged(
+            part.contiguous(), packed.offsets, min_seqlen=shortest, max_seqlen=longest
+        ).transpose(1, 2)
         for part in qkv.unbind(1)
     )
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).values()

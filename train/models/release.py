@@ -1,4 +1,4 @@
-"""Checkpoints that papers' authors published, opened to compute what their code computes at batch size 1."""
+"""Checkpoints that papers' authors published, opened so that they compute what their code computes at batch size 1."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def load_release(source: str | Path | Mapping[str, Any], model: str = "zoomvit",
     Args:
         source: a file that torch.save wrote, read without unpickling code, or a state dict. Either may be wrapped as
             {"model": state dict}, the names in it prefixed with "module.".
-        model: whose checkpoint it is: "zoomvit", "cfvit", "lfvit" or "sparseformer" (v1).
-        config: what the shapes of the weights can't tell. For zoomvit: num_heads, zoom_factor (2.0 or 0.5), alpha;
-            for cfvit: num_heads; for lfvit: num_heads, region_size; for sparseformer: num_heads and focus_repeats, in
-            all that were published 64 and 4.
+        model: the model of the checkpoint: "zoomvit", "cfvit", "lfvit" or "sparseformer" (v1).
+        config: what does not follow from the shapes of the weights. For zoomvit: num_heads, zoom_factor (2.0 or 0.5),
+            alpha; for cfvit: num_heads; for lfvit: num_heads, region_size; for sparseformer: num_heads and
+            focus_repeats, which are 64 and 4 in all published checkpoints.
 
     Returns:
         For zoomvit (ReleasedZoomViT, Zoomer), both in eval mode, the zoomer frozen: `vit(images, zoomer(images))`.

@@ -18,10 +18,10 @@ class ReleasedWeights:
     """A published state dict.
 
     Attributes:
-        name: what messages call it, the file's path or "state dict".
+        name: its name in messages, the file's path or "state dict".
         model: the model that it should be of, for messages.
         tensors: the tensors by their authors' names, or by ours after `renamed`.
-        prefix: what `part` took away from the names.
+        prefix: what `part` removed from the names.
         is_renamed: whether the names are ours.
     """
 
@@ -33,13 +33,16 @@ class ReleasedWeights:
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any], model: str) -> ReleasedWeights:
-        """Read a file that torch.save wrote, without unpickling code, or take a state dict; either may be wrapped.
+        """Read a file that torch.save wrote, without unpickling code, or take a state dict.
+
+        Either may be wrapped as {"model": state dict} or {"state_dict": state dict}.
 
         Raises:
             ValueError: a file that is no checkpoint of plain tensors.
             OSError: the file can't be read.
         """
-        name, state = "state dict", source
+        name: str = "state dict"
+        state: Any = source
         if not isinstance(source, Mapping):
             name = str(source)
             try:
@@ -62,7 +65,7 @@ class ReleasedWeights:
         """The shape of a tensor.
 
         Raises:
-            ValueError: there is none of that name.
+            ValueError: no tensor has that name.
         """
         if key not in self.tensors:
             lacks = "nothing for" if self.is_renamed else "no"
@@ -81,33 +84,33 @@ class ReleasedWeights:
         return replace(self, tensors={rename(key): value for key, value in self.tensors.items()}, is_renamed=True)
 
     def part(self, prefix: str, *, inside: bool = True) -> ReleasedWeights:
-        """The tensors whose names start with `prefix`, which goes; or all the others."""
+        """The tensors whose names start with `prefix`, without it; or, unless inside, all the others."""
         chosen = {key: value for key, value in self.tensors.items() if key.startswith(prefix) == inside}
         tensors = {key.removeprefix(prefix): value for key, value in chosen.items()}
         return replace(self, tensors=tensors, prefix=prefix if inside else "")
 
     def fill(self, model: nn.Module, rename: Callable[[str], str]) -> None:
-        """Copy every parameter of `model` from here. Positions need not be there where the model computes them.
+        """Copy every parameter of a model from here, except positions that the model computes itself.
 
         Args:
             model: the model to fill, in place.
-            rename: the authors' name of a tensor -> ours.
+            rename: turns the authors' name of a tensor into ours.
 
         Raises:
             ValueError: names that are missing or unknown, or tensors of unexpected shapes.
         """
         target = model.state_dict()
-        given = {rename(theirs): (self.prefix + theirs, value) for theirs, value in self.tensors.items()}
+        values = {rename(theirs): (self.prefix + theirs, value) for theirs, value in self.tensors.items()}
         computed = {key for key, _ in model.named_buffers() if key.startswith("pos_")}
-        if unknown := sorted(set(given) - set(target)):
+        if unknown := sorted(set(values) - set(target)):
             raise ValueError(
-                f"{self.name}: {given[unknown[0]][0]} is not known ({len(unknown)} such); another model's checkpoint?"
+                f"{self.name}: {values[unknown[0]][0]} is not known ({len(unknown)} such); another model's checkpoint?"
             )
-        if missing := sorted(set(target) - set(given) - computed):
+        if missing := sorted(set(target) - set(values) - computed):
             raise ValueError(
                 f"{self.name}: has nothing for {missing[0]} ({len(missing)} such); the checkpoint is not whole"
             )
-        for ours, (theirs, value) in given.items():
+        for ours, (theirs, value) in values.items():
             if value.shape != target[ours].shape:
                 raise ValueError(f"{self.name}: {theirs} is {list(value.shape)}, expected {list(target[ours].shape)}")
-        model.load_state_dict({ours: value for ours, (_, value) in given.items()}, strict=False)
+        model.load_state_dict({ours: value for ours, (_, value) in values.items()}, strict=False)

@@ -1,6 +1,7 @@
-"""The ZoomViT that its authors released: evaluation code and weights that differ from the paper in the tokens.
+"""The ZoomViT that its authors released: evaluation code and weights, whose tokens differ from the paper.
 
-With these differences kept, published weights give published numbers. Importing this module registers zoomvit_released.
+These differences are kept, so that published weights give published numbers. Importing this module registers
+zoomvit_released.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from timm.models import register_model
 from torch import Tensor
 
 from zpipe.train.models import zoom_tokens
-from zpipe.train.models.backbone import build, untrained_cfgs
+from zpipe.train.models.backbone import DEIT_SMALL, build, untrained_cfgs
 from zpipe.train.models.operating_points import ScoreUse
 from zpipe.train.models.released_weights import ReleasedWeights
 from zpipe.train.models.zoom_tokens import Zoom
@@ -27,20 +28,26 @@ _ZOOMER = "Importance_Score.model."
 class ReleasedZoomViT(ZoomViT):
     """The ZoomViT of the authors' public code: DeiT-III blocks, 1-D sine-cosine positions, fixed zoom factor embedding.
 
-    It differs from `ZoomViT` in the tokens:
+    Its tokens differ from those of `ZoomViT`:
 
-    - A zero vector follows the fine and another the coarse tokens, and both take part in attention.
+    - A zero vector follows the fine tokens and another the coarse ones, and both take part in attention.
     - Fine tokens are those whose own place scores above alpha. At zoom factor 0.5 a cell is split if any of its four
-      places does, and the other places of that cell are then not seen at all.
-    - Cells that score exactly alpha are not seen either.
+      places does, and its other places are then not covered by any token.
+    - Cells that score exactly alpha are not covered either.
 
-    Their batches pad shorter images with more zero vectors, so that logits depend on the batch; here every image is
-    computed as their code does it alone. Images are normalised with ImageNet's mean and standard deviation.
+    The authors' batches pad shorter images with more zero vectors, so their logits depend on the batch; here every
+    image is computed as their code computes it alone. Images are normalised with ImageNet's mean and standard
+    deviation.
 
     Args:
-        alpha: the threshold that the authors fix at construction (Small .01, Tiny .03); calls may give another.
-        Others as of `ZoomViT`.
+        *args: as of `ZoomViT`.
+        alpha: the threshold, which the authors fix at construction (Small .01, Tiny .03); calls may give another.
+        init_values: initial value of LayerScale.
+        **kwargs: as of `ZoomViT`.
     """
+
+    RELEASE_NAME = "ZoomViT"
+    RELEASE_CONFIG = ("num_heads", "zoom_factor", "alpha")
 
     def __init__(self, *args: Any, alpha: float, init_values: float | None = 1e-4, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, init_values=init_values, pos="sincos-1d", zfe="fixed")
@@ -55,7 +62,7 @@ class ReleasedZoomViT(ZoomViT):
         budget: int | str | None = None,
         prune: str = "backward",
     ) -> Tensor:
-        """As of `ZoomViT`, under the threshold only: ValueError for keep_tokens and budget, and without scores."""
+        """As of `ZoomViT`, but only under the threshold: keep_tokens, budget and scores=None raise ValueError."""
         return self._run_packed(self.tokenise(images, scores, alpha, keep_tokens, budget, prune))
 
     def tokenise(
@@ -77,25 +84,24 @@ class ReleasedZoomViT(ZoomViT):
         fine_patches, fine_kernel, coarse_patches, coarse_kernel = zoom_tokens.patches_and_kernels(
             images, self.patch_embed.weight, self.zoom_factor
         )
+        own = self._embedding()
         sequences, ids = [], []
         for b in range(len(images)):
             fine = (place_scores[b] > alpha).nonzero()[:, 0]
             coarse = (cell_scores[b] < alpha).nonzero()[:, 0]
-            zero, bias = images.new_zeros(1, self.embed_dim), self.patch_embed.bias
-            fine_tokens = (
-                fine_patches[b, fine] @ fine_kernel.T + bias + self.pos_fine[0, fine] + 1
-            )  # 1: fixed embedding
-            coarse_tokens = coarse_patches[b, coarse] @ coarse_kernel.T + bias + self.pos_coarse[0, coarse]
-            cls = (self.cls_token + self.pos_cls)[0]
+            # The 1 is the fixed zoom factor embedding.
+            fine_tokens = fine_patches[b, fine] @ fine_kernel.T + own.bias + self.pos_fine[0, fine] + 1
+            coarse_tokens = coarse_patches[b, coarse] @ coarse_kernel.T + own.bias + self.pos_coarse[0, coarse]
+            zero, cls = images.new_zeros(1, self.embed_dim), (self.cls_token + self.pos_cls)[0]
             sequences.append(torch.cat([cls, fine_tokens, zero, coarse_tokens, zero]))
             gap, last = fine.new_tensor([-1]), fine.new_tensor([5 * self.coarse_grid**2])
             ids.append(torch.cat([last, fine, gap, coarse + self.pos_fine.shape[1], gap]))
-        rising = sorted(range(len(images)), key=lambda b: len(ids[b]))
+        by_length = sorted(range(len(images)), key=lambda b: len(ids[b]))
         return Tokens(
-            tokens=torch.cat([sequences[b] for b in rising]),
-            ids=torch.cat([ids[b] for b in rising]),
-            lengths=tuple(len(ids[b]) for b in rising),
-            index=torch.tensor(rising, device=images.device),
+            tokens=torch.cat([sequences[b] for b in by_length]),
+            ids=torch.cat([ids[b] for b in by_length]),
+            lengths=tuple(len(ids[b]) for b in by_length),
+            index=torch.tensor(by_length, device=images.device),
         )
 
     def token_counts(
@@ -106,7 +112,7 @@ class ReleasedZoomViT(ZoomViT):
         budget: int | str | None = None,
         prune: str = "backward",
     ) -> Tensor:
-        """As of `ZoomViT`, the two zero vectors included."""
+        """As of `ZoomViT`, including the two zero vectors."""
         if keep_tokens is not None or budget is not None:
             raise ValueError("the released ZoomViT works by threshold: give no keep_tokens and no budget")
         alpha = self.alpha if alpha is None else zoom_tokens.check_alpha(alpha)
@@ -114,27 +120,24 @@ class ReleasedZoomViT(ZoomViT):
         return fine + (zoom_tokens.coarse_scores(scores, self.zoom_factor) < alpha).sum(1) + 2
 
     def macs(self, zoomed: int, keep_tokens: int | None = None) -> int:
-        """Not known by the number of zoomed cells alone, so ValueError: places that no token covers make sequences shorter."""
+        """Raise ValueError: the length of a sequence depends on more than the number of zoomed cells."""
         raise ValueError("what the released ZoomViT costs depends on the scores; count it by train.macs.count_macs")
 
     @property
     def score_use(self) -> ScoreUse:
-        """Evaluations and trainings don't take this model, whose tokens they can't count; so ValueError."""
+        """Raise ValueError: evaluation and training refuse this model, whose tokens they can't count."""
         raise ValueError(
             "zoomvit_released is for published checkpoints, from Python: load_release(...); choose zoomvit_*"
         )
-
-    RELEASE_NAME = "ZoomViT"
-    RELEASE_CONFIG = ("num_heads", "zoom_factor", "alpha")
 
     @classmethod
     def load_release(
         cls, weights: ReleasedWeights, num_heads: int, zoom_factor: float, alpha: float
     ) -> tuple[ReleasedZoomViT, Zoomer]:
-        """The model and its frozen zoomer, both in eval mode. See `release.load_release`.
+        """Build the model and its frozen zoomer, both in eval mode; see `release.load_release`.
 
         Raises:
-            ValueError: weights that aren't those of a published ZoomViT.
+            ValueError: weights of anything but a published ZoomViT.
         """
         of_zoomer, of_vit = weights.part(_ZOOMER), weights.part(_ZOOMER, inside=False)
         width, chans, patch, _ = of_vit.shape("patch_embed.proj.weight")
@@ -165,9 +168,9 @@ def _our_name(theirs: str) -> str:
 
 
 def _our_zoomer_name(theirs: str) -> str:
-    """features: conv, bn, relu, pool, then stages of two blocks; ours lists the blocks one after another."""
-    if found := re.match(r"features\.(\d+)\.([01])\.(.*)", theirs):
-        return f"trunk.{4 + 2 * (int(found[1]) - 4) + int(found[2])}.{found[3]}"
+    """Their `features` has conv, bn, relu, pool, then stages of two blocks; ours has the blocks one after another."""
+    if match := re.match(r"features\.(\d+)\.([01])\.(.*)", theirs):
+        return f"trunk.{4 + 2 * (int(match[1]) - 4) + int(match[2])}.{match[3]}"
     return theirs.replace("features.", "trunk.").replace("new_fc.0.", "reduce.")
 
 
@@ -177,5 +180,4 @@ default_cfgs = untrained_cfgs("zoomvit_released")
 @register_model
 def zoomvit_released(pretrained: bool = False, **kwargs: Any) -> ReleasedZoomViT:
     """`ReleasedZoomViT` as DeiT-III-S. Takes its arguments; alpha is .01 unless given."""
-    defaults = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, "alpha": 0.01}
-    return build(ReleasedZoomViT, "zoomvit_released", pretrained, defaults, kwargs)
+    return build(ReleasedZoomViT, "zoomvit_released", pretrained, DEIT_SMALL | {"alpha": 0.01}, kwargs)

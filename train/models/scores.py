@@ -1,19 +1,21 @@
-"""Score maps that need no zoomer: what a ZoomViT's scores are held against. Tensors in, scores in [0, 1] out."""
+"""Score maps that need no zoomer, to compare a ZoomViT's scores with. Tensors in, scores in [0, 1] out."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from zpipe.train.models.backbone import class_attention_row, project
 from zpipe.train.models.operating_points import score_use
 
 
 def centre_prior(side: int, sigma: float = 0.25) -> Tensor:
-    """A Gaussian around the image's centre, 1 at its peak. sigma in image sides. -> [side * side]."""
+    """A Gaussian around the image's centre with a maximum of 1, [side * side]; sigma is in image sides."""
     offset = (torch.arange(side) + 0.5) / side - 0.5
     wave = torch.exp(-(offset**2) / (2 * sigma**2))
     prior = wave[:, None] * wave  # [side, side]
@@ -21,11 +23,20 @@ def centre_prior(side: int, sigma: float = 0.25) -> Tensor:
 
 
 def entropy_scores(images: Tensor, side: int, bins: int = 32) -> Tensor:
-    """How varied the grey values of each cell are: the Shannon entropy of their histogram, as a share of the highest
-    possible. The intuitive measure of importance that the paper argues against (section 3.2; Table 11).
+    """The Shannon entropy of the grey values in each cell, as a fraction of the highest possible.
 
-    images [B, D, H, W] on any scale; grey is the mean over channels, its range in the image cut into `bins`.
-    -> [B, side * side]. Raises ValueError when side doesn't divide the image.
+    The intuitive measure of importance that the paper argues against (section 3.2; Table 11).
+
+    Args:
+        images: [B, D, H, W] on any scale; grey is the mean over channels.
+        side: cells a side.
+        bins: bins of the histogram, which span the range of grey in the image.
+
+    Returns:
+        [B, side * side].
+
+    Raises:
+        ValueError: images that don't divide into that many cells.
     """
     height, width = images.shape[2:]
     if height % side or width % side:
@@ -43,33 +54,42 @@ def entropy_scores(images: Tensor, side: int, bins: int = 32) -> Tensor:
     counts.scatter_add_(2, cells, torch.ones_like(cells, dtype=counts.dtype))  # [B, S, bins]
     share = counts / cells.shape[2]
     entropy = -torch.special.xlogy(share, share).sum(dim=2)
-    most = math.log(max(min(bins, cells.shape[2]), 2))
-    return (entropy / most).clamp(max=1.0)  # rounding may lead a hair above
+    highest = math.log(max(min(bins, cells.shape[2]), 2))
+    return (entropy / highest).clamp(max=1.0)  # rounding may lead slightly above
 
 
 def class_attention(model: nn.Module, images: Tensor, side: int) -> Tensor:
-    """The attention that the class token pays to each patch in the last block, mean over heads, min-max per image.
+    """The attention of the class token to each patch in the last block, mean over heads, scaled to [0, 1] per image.
 
-    model: a timm VisionTransformer with a class token, or a ZoomViT, which then runs with nothing zoomed. It costs that
-    model's forward pass. images [B, D, H, W] -> [B, side * side], each cell the value of the patch that it lies in
-    (bilinear where neither grid divides the other). Raises ValueError for another kind of model.
+    It costs the model's forward pass.
+
+    Args:
+        model: a timm VisionTransformer with a class token, or a ZoomViT, which runs with nothing zoomed.
+        images: [B, D, H, W].
+        side: cells a side of the result.
+
+    Returns:
+        [B, side * side], each cell with the value of the patch that it lies in (bilinear if the model's grid doesn't
+        divide this one).
+
+    Raises:
+        ValueError: another kind of model.
     """
     use = score_use(model)
-    known = isinstance(model, VisionTransformer) or (use is not None and use.class_attention)
-    if not known or getattr(model, "cls_token", None) is None:
+    is_supported = isinstance(model, VisionTransformer) or (use is not None and use.class_attention)
+    if not is_supported or getattr(model, "cls_token", None) is None:
         raise ValueError(f"class attention needs a ViT with a class token, got {type(model).__name__}")
-    seen: list[Tensor] = []
+    vit: Any = model
+    inputs: list[Tensor] = []
     training = model.training
-    attn = model.blocks[-1].attn
-    hook = attn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    attn = vit.blocks[-1].attn
+    hook = attn.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     try:
         with torch.no_grad():
-            model.eval()  # stochastic depth would draw other maps each time
-            model.forward_features(images)
-            x = seen[0]  # [B, N, E]
-            q, k, _ = attn.qkv(x).unflatten(2, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-            q, k = attn.q_norm(q[:, :, :1]), attn.k_norm(k)  # [B, H, 1, D], [B, H, N, D]
-            weights = (q @ k.transpose(2, 3) * attn.scale).softmax(dim=3).mean(dim=1)[:, 0]  # [B, N]
+            model.eval()  # stochastic depth would give other maps each time
+            vit.forward_features(images)
+            q, k, _ = project(attn, inputs[0])
+            weights = class_attention_row(attn, q, k)  # [B, N]
     finally:
         hook.remove()
         model.train(training)

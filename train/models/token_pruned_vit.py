@@ -1,7 +1,8 @@
 """Token pruning half way through a plain ViT: the smallest mechanism that spends tokens by importance.
 
-A small study of ZoomViT's idea on Flowers-102 drops all but the most important patch tokens after the sixth block. There
-importance is the L2 norm of features; here it is whatever scores are given, relevance maps, a zoomer's or the model's own.
+A small study of ZoomViT's idea on Flowers-102 drops all but the most important patch tokens after the sixth block.
+There, importance is the L2 norm of features; here it is any score: relevance maps, a zoomer's scores, or the model's
+own.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from timm.models import register_model
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from zpipe.train.models.backbone import (
@@ -19,6 +21,7 @@ from zpipe.train.models.backbone import (
     block_macs,
     build_wrapped,
     check_plain,
+    class_attention_row,
     create_backbone,
     embed,
     embed_macs,
@@ -34,23 +37,27 @@ from zpipe.train.models.operating_points import ImageCost, OperatingPoint, Reque
 class TokenPrunedViT(WrappedModel):
     """A plain timm ViT that keeps only its most important patch tokens after one of its blocks.
 
-    `model(images, scores, keep=0.3)` runs the first `prune_block` blocks on all tokens and the others on the class token
-    (with a distillation or register token, if there is one) and the best 30 % of the patch tokens. With scores=None the class attention of
-    block `prune_block` itself, mean over heads, decides: it is at hand there, and costs next to nothing. With keep=1 the logits are the backbone's.
-
-    All shapes are fixed by the settings, so that the model can be compiled and exported.
+    `model(images, scores, keep=0.3)` runs the first `prune_block` blocks on all tokens, and the others on the class
+    token (with the distillation or register tokens, if any) and the best 30 % of the patch tokens. With scores=None,
+    the class attention of block `prune_block` decides, mean over heads: it is available there, and costs next to
+    nothing. With keep=1 the logits are the backbone's. The settings fix all shapes, so the model can be compiled and
+    exported.
 
     Args:
         backbone: a plain timm VisionTransformer, or its name. Its state dict is under `backbone.`.
-        prune_block: how many blocks see all tokens, counted from 1: 6 prunes after the sixth block, between `blocks[5]` and
+        prune_block: how many blocks see all tokens: 6 prunes after the sixth block, between `blocks[5]` and
             `blocks[6]`.
-        keep: the share of patch tokens kept when a call gives none, rounded down: .3 of 196 are 58.
+        keep: the share of patch tokens to keep, rounded down (.3 of 196 are 58), unless a call gives another.
         img_size: pixels a side; images are square.
-        backbone_args: keyword arguments of the backbone, when given by name. num_classes and in_chans go to it too.
+        num_classes: number of classes of a backbone given by name.
+        in_chans: channels of its images.
+        backbone_args: its further keyword arguments.
 
     Raises:
         ValueError: another kind of backbone, prune_block outside 1 .. depth - 1, keep outside (0, 1].
     """
+
+    setting_names = ("keep",)
 
     def __init__(
         self,
@@ -65,8 +72,8 @@ class TokenPrunedViT(WrappedModel):
         if isinstance(backbone, str):
             backbone = create_backbone(backbone, square_side(img_size), num_classes, in_chans, backbone_args)
         super().__init__(backbone)
-        self.score_grid = check_plain(backbone)  # cells a side of the patch grid; scores on another grid are resampled
-        depth = len(backbone.blocks)
+        self.score_grid = check_plain(backbone)  # cells a side of the patch grid; scores of other grids are resampled
+        depth = len(self.backbone.blocks)
         if not 1 <= prune_block < depth:
             raise ValueError(f"prune_block must lie between 1 and {depth - 1} with {depth} blocks, got {prune_block!r}")
         self.prune_block = prune_block
@@ -75,25 +82,28 @@ class TokenPrunedViT(WrappedModel):
     def forward(
         self, images: Tensor, scores: Tensor | None = None, keep: float | None = None, keep_tokens: int | None = None
     ) -> Tensor:
-        """Logits of every image, [B, num_classes].
+        """Classify images.
 
         Args:
             images: [B, in_chans, img_size, img_size].
-            scores: [B, s * s], row-major, of any range; no gradient flows into them. Where s isn't `score_grid`, a patch's score is the
-                mean of the cells it overlaps. None takes the class attention of block `prune_block`.
+            scores: [B, s * s], row-major, of any range; no gradient flows into them. If s isn't `score_grid`, a patch's
+                score is the mean of the cells it overlaps. None takes the class attention of block `prune_block`.
             keep: the share of patch tokens to keep, in (0, 1], rounded down but at least one; None takes the model's.
-            keep_tokens: instead of a share, a number of patch tokens.
+            keep_tokens: a number of patch tokens to keep instead of a share.
+
+        Returns:
+            Logits [B, num_classes].
 
         Raises:
-            ValueError: images or scores of another shape, NaN in scores, keep or keep_tokens out of range or both given,
-                scores=None on a backbone without class token.
+            ValueError: images or scores of another shape, NaN in scores, keep or keep_tokens out of range or both
+                given, scores=None on a backbone without class token.
         """
         return self.forward_head(self.forward_features(images, scores, keep, keep_tokens))
 
     def forward_features(
         self, images: Tensor, scores: Tensor | None = None, keep: float | None = None, keep_tokens: int | None = None
     ) -> Tensor:
-        """The normalised tokens after the last block, [B, prefix + kept, E]. Arguments and errors as in `forward`."""
+        """The normalised tokens after the last block, [B, prefix + kept, E]; arguments and errors as in `forward`."""
         vit, count = self.backbone, self.resolve_keep(keep, keep_tokens)
         if scores is not None:
             scores = read_scores(scores, len(images), self.score_grid)
@@ -102,47 +112,48 @@ class TokenPrunedViT(WrappedModel):
         x = vit.blocks[: self.prune_block - 1](embed(vit, images))
         block = vit.blocks[self.prune_block - 1]
         if scores is None:
-            x, scores = self._run_attentively(block, x)
+            x, scores = self._run_with_class_attention(block, x)
         else:
             x = block(x)
         if count < scores.shape[1]:
             x = prune_tokens(x, scores, count)
-        return vit.norm(vit.blocks[self.prune_block :](x))
+        tokens: Tensor = vit.norm(vit.blocks[self.prune_block :](x))
+        return tokens
 
-    def _run_attentively(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _run_with_class_attention(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
         """A block's output, and the attention that its class token paid to each patch [B, N], mean over heads."""
         q, k, v = project(block.attn, block.norm1(x))
         with torch.no_grad():
-            logits = q[:, :, :1] @ k.transpose(2, 3) * block.attn.scale  # [B, heads, 1, prefix + N]
-            attention = logits.float().softmax(dim=3).mean(dim=1)[:, 0, self.backbone.num_prefix_tokens :]
+            attention = class_attention_row(block.attn, q, k)[:, self.backbone.num_prefix_tokens :]
         x = x + block.drop_path1(block.ls1(attend(block.attn, q, k, v)))
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), attention
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens as of `forward_features` -> logits [B, num_classes], or what enters the classifier with pre_logits."""
-        return self.backbone.forward_head(features, pre_logits=pre_logits)
-
-    setting_names = ("keep",)
+        """Tokens of `forward_features` -> logits [B, num_classes], or with pre_logits what enters the classifier."""
+        logits: Tensor = self.backbone.forward_head(features, pre_logits=pre_logits)
+        return logits
 
     @property
     def score_use(self) -> ScoreUse:
+        """How scores guide the model."""
         return ScoreUse(grid=self.score_grid, any_grid=True, has_own=True)
 
     def operating_points(self, requested: Requested) -> list[OperatingPoint]:
-        """Numbers of patch tokens kept; without any requested, the model's own."""
+        """A point for each number of patch tokens kept; for the model's own if none is requested."""
         keeps = requested.get("keep", (self.resolve_keep(),))
         return points_of("keep", keeps, "keep_tokens", lambda keep: self.resolve_keep(keep_tokens=keep))
 
     def cost(self, point: OperatingPoint, kind: int | None = None) -> ImageCost:
+        """The cost of an image, which is the same for every image."""
         depth, first = len(self.backbone.blocks), self.prune_block
         kept = self.resolve_keep(keep_tokens=point.arguments.get("keep_tokens"))
         return ImageCost((first * self.score_grid**2 + (depth - first) * kept) / depth, point.arguments)
 
     def resolve_keep(self, keep: float | None = None, keep_tokens: int | None = None) -> int:
-        """How many patch tokens stay. Errors as in `forward`."""
+        """How many patch tokens stay; arguments and errors as in `forward`."""
         patches = self.score_grid**2
         if keep_tokens is None:
-            # A hair more, or .29 of 100 would be 28.
+            # Slightly more, since .29 * 100 comes out below 29.
             return max(1, int(check_keep(self.keep if keep is None else keep) * patches + 1e-6))
         if keep is not None:
             raise ValueError(f"give keep or keep_tokens, not both; got keep={keep!r}, keep_tokens={keep_tokens!r}")
@@ -151,8 +162,12 @@ class TokenPrunedViT(WrappedModel):
         return keep_tokens
 
     def macs(self, keep: float | None = None, keep_tokens: int | None = None, scored: bool = True) -> int:
-        """Multiply-adds of an image's forward pass, as torch's flop counter sees it. scored: scores are given, whose source is
-        not in it; otherwise the class attention is.
+        """Multiply-adds of an image's forward pass, counted as by torch's flop counter.
+
+        Args:
+            keep: as of `forward`.
+            keep_tokens: as of `forward`.
+            scored: whether scores are given, whose source is not included; otherwise the class attention is.
         """
         vit = self.backbone
         kept = vit.num_prefix_tokens + self.resolve_keep(keep, keep_tokens)
@@ -163,16 +178,26 @@ class TokenPrunedViT(WrappedModel):
 
 
 def check_keep(keep: float) -> float:
-    """The share of tokens to keep. Raises ValueError unless it lies in (0, 1]."""
+    """The share of tokens to keep.
+
+    Raises:
+        ValueError: a share outside (0, 1].
+    """
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"keep must lie in (0, 1], got {keep!r}")
     return keep
 
 
 def prune_tokens(x: Tensor, scores: Tensor, count: int) -> Tensor:
-    """Keep the `count` patch tokens that score highest, in their old order; of equals the first.
+    """Keep the `count` highest-scored patch tokens in their order; of equal scores the first.
 
-    x [B, prefix + N, E], scores [B, N] -> [B, prefix + count, E].
+    Args:
+        x: [B, prefix + N, E].
+        scores: [B, N].
+        count: how many of the N patch tokens stay.
+
+    Returns:
+        [B, prefix + count, E].
     """
     prefix = x.shape[1] - scores.shape[1]
     best = scores.argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values  # [B, count]

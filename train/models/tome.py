@@ -1,7 +1,8 @@
 """Token merging (ToMe; Bolya et al., ICLR 2023) on a plain timm ViT: a control that needs no training and no scores.
 
-In every block, between attention and MLP, r patch tokens are merged into the tokens most like them. Matching and merging
-are pure functions here, and the model runs the backbone's own blocks from outside: nothing of the backbone is replaced.
+In every block, between attention and MLP, r patch tokens are merged into the tokens most like them. Matching and
+merging are pure functions, and the model runs the backbone's own blocks part by part: nothing of the backbone is
+replaced.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from zpipe.train.models.operating_points import ImageCost, OperatingPoint, Reque
 
 
 class Matching(NamedTuple):
-    """Which tokens of a sequence of N are merged. Places in the sequence, int64.
+    """Which tokens of a sequence of N are merged, as int64 places in the sequence.
 
-    source  [B, r]: the tokens that go.
-    target  [B, r]: the token that each of them goes into; it may take more than one.
-    stay    [B, N - r]: those that stay, in their new order.
+    Attributes:
+        source: [B, r], the tokens that are merged away.
+        target: [B, r], the token that each of them is merged into; a token may take several.
+        stay: [B, N - r], the tokens that stay, in their new order.
     """
 
     source: Tensor
@@ -44,16 +46,19 @@ class Matching(NamedTuple):
 
 
 def match(metric: Tensor, r: int, prefix: int = 1) -> Matching:
-    """Bipartite soft matching (section 3): tokens at even places are set A, those at odd places set B; every token of A has an edge
-    to the token of B that is most like it, and the r strongest edges are merged.
+    """Bipartite soft matching (section 3).
+
+    Tokens at even places are set A, those at odd places set B. Every token of A has an edge to the token of B that is
+    most like it, and the r strongest edges are merged; of equally strong edges those of the first tokens. The new
+    order, as in the authors' code, is what remains of A, then B.
 
     Args:
         metric: [B, N, D], what tokens are compared by, with cosine similarity (the paper: keys, mean over heads).
-        r: how many go, 0 .. `most_merged(N, prefix)`.
-        prefix: this many tokens at the beginning (class, distillation, register tokens) take no part and stay first.
+        r: how many tokens to merge away, 0 .. `most_merged(N, prefix)`.
+        prefix: this many tokens at the beginning (class, distillation, register tokens) are not merged and stay first.
 
-    Of equally strong edges those of the first tokens are merged. New order, as in the authors' code: what is left of A, then B.
-    Raises ValueError for another r.
+    Raises:
+        ValueError: r out of range.
     """
     batch, length, _ = metric.shape
     if not 0 <= r <= most_merged(length, prefix):
@@ -69,49 +74,61 @@ def match(metric: Tensor, r: int, prefix: int = 1) -> Matching:
     source, left = 2 * ranked[:, :r], 2 * ranked[:, r:].sort(dim=1).values
     target = 2 * partner.gather(1, ranked[:, :r]) + 1
     stay = torch.cat([left, place[1::2].expand(batch, -1)], dim=1)  # [B, N - r]
-    if prefix > 1:  # the first place is even, so a single one is first already
+    if prefix > 1:  # a single one has an even place, so it is already first
         stay = stay.gather(1, (stay >= prefix).to(torch.uint8).argsort(dim=1, stable=True))
     return Matching(source, target, stay)
 
 
 def merge(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
-    """Merged tokens are means, weighted by how many patches each stands for (section 3, "tracking token size").
+    """Merge tokens as means, weighted by how many patches each stands for (section 3, "tracking token size").
 
-    x [B, N, E], size [B, N] -> [B, N - r, E], [B, N - r]. Sizes are summed, so their total stays.
+    Args:
+        x: [B, N, E].
+        size: patches of each token, [B, N].
+        matching: which tokens to merge.
+
+    Returns:
+        The tokens [B, N - r, E] and their sizes [B, N - r], which have the same sum as before.
     """
     source, target, stay = (place[..., None] for place in matching)
     weighted, size = x * size[..., None], size[..., None]  # [B, N, E], [B, N, 1]
 
-    def gathered(values: Tensor) -> Tensor:
+    def merged(values: Tensor) -> Tensor:
         wide = (-1, -1, values.shape[2])
         moved = values.gather(1, source.expand(wide))
         return values.scatter_add(1, target.expand(wide), moved).gather(1, stay.expand(wide))
 
-    size = gathered(size)
-    return (gathered(weighted) / size).to(x.dtype), size[..., 0]
+    size = merged(size)
+    return (merged(weighted) / size).to(x.dtype), size[..., 0]
 
 
 def most_merged(length: int, prefix: int = 1) -> int:
-    """The most tokens that one matching can merge: half of those that take part, at most."""
+    """The largest number of tokens that one matching can merge: half of those outside the prefix."""
     return max(length - prefix, 0) // 2
 
 
 class ToMeViT(WrappedModel):
     """A plain timm ViT that merges r tokens in every block. `model(images, r=13)`; with r=0 it is the backbone.
 
-    As the paper: matching on keys, the class token protected, attention weighted by size (Eq. 1: log size is added to its
-    logits). Their code lowers an r that is too large for the last blocks; here it is refused, so that a setting says what runs.
+    As in the paper, tokens are matched by their keys, the class token is protected, and attention is weighted by size
+    (Eq.
+    1: log size is added to its logits). The authors' code lowers an r that is too large for the last blocks; here it is
+    refused, so that results state what ran.
 
     Args:
-        backbone: a plain timm VisionTransformer whose class token is classified, or its name. Its state dict is under
-            `backbone.`; any of its weights will do.
-        r: tokens merged in each block when a call gives none; 0 merges nothing.
+        backbone: a plain timm VisionTransformer that classifies its class token, or its name. Its state dict is under
+            `backbone.`; any weights of it will do.
+        r: tokens merged in each block, unless a call gives another number; 0 merges nothing.
         img_size: pixels a side; images are square.
-        backbone_args: keyword arguments of the backbone, when given by name. num_classes and in_chans go to it too.
+        num_classes: number of classes of a backbone given by name.
+        in_chans: channels of its images.
+        backbone_args: its further keyword arguments.
 
     Raises:
         ValueError: another kind of backbone, r below 0 or too large (DeiT's 197 tokens and 12 blocks: above 15).
     """
+
+    setting_names = ("merge",)
 
     def __init__(
         self,
@@ -126,25 +143,37 @@ class ToMeViT(WrappedModel):
             backbone = create_backbone(backbone, square_side(img_size), num_classes, in_chans, backbone_args)
         super().__init__(backbone)
         check_plain(backbone)
-        if backbone.cls_token is None or backbone.global_pool != "token":
+        if self.backbone.cls_token is None or self.backbone.global_pool != "token":
             raise ValueError(
-                f"merging needs a class token that is classified, got global_pool={backbone.global_pool!r}"
+                f"merging needs a class token that is classified, got global_pool={self.backbone.global_pool!r}"
             )
         self.r = self.resolve_r(r)
 
     def forward(self, images: Tensor, r: int | None = None) -> Tensor:
-        """images [B, in_chans, img_size, img_size] -> logits [B, num_classes]. r: see the class; None takes the model's.
+        """Classify images.
 
-        Raises ValueError for images of another shape, and r below 0 or too large.
+        Args:
+            images: [B, in_chans, img_size, img_size].
+            r: tokens merged in each block; None takes the model's.
+
+        Returns:
+            Logits [B, num_classes].
+
+        Raises:
+            ValueError: images of another shape, or r below 0 or too large.
         """
         return self.forward_head(self.forward_features(images, r))
 
     def forward_features(self, images: Tensor, r: int | None = None) -> Tensor:
-        """The normalised tokens after the last block, [B, prefix + N - depth * r, E]. Arguments and errors as in `forward`."""
+        """The normalised tokens after the last block, [B, prefix + N - depth * r, E]; arguments as in `forward`."""
         vit, r = self.backbone, self.resolve_r(self.r if r is None else r)
         x = embed(vit, images)
-        if not r:
-            return vit.norm(vit.blocks(x))
+        features: Tensor = vit.norm(self._run_merging(x, r) if r else vit.blocks(x))
+        return features
+
+    def _run_merging(self, x: Tensor, r: int) -> Tensor:
+        """All blocks over tokens [B, prefix + N, E], merging r tokens in each."""
+        vit = self.backbone
         size = x.new_ones(x.shape[:2], dtype=torch.float32)  # [B, N]
         for i, block in enumerate(vit.blocks):
             q, k, v = project(block.attn, block.norm1(x))
@@ -152,33 +181,37 @@ class ToMeViT(WrappedModel):
             x = x + block.drop_path1(block.ls1(attend(block.attn, q, k, v, bias)))
             x, size = merge(x, size, match(k.mean(dim=1), r, vit.num_prefix_tokens))
             x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        return vit.norm(x)
+        return x
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens as of `forward_features` -> logits [B, num_classes], or what enters the classifier with pre_logits."""
-        return self.backbone.forward_head(features, pre_logits=pre_logits)
-
-    setting_names = ("merge",)
+        """Tokens of `forward_features` -> logits [B, num_classes], or with pre_logits what enters the classifier."""
+        logits: Tensor = self.backbone.forward_head(features, pre_logits=pre_logits)
+        return logits
 
     def operating_points(self, requested: Requested) -> list[OperatingPoint]:
-        """Numbers of tokens merged in each block; without any requested, the model's own."""
+        """A point for each number of tokens merged per block; for the model's own if none is requested."""
         return points_of("merge", requested.get("merge", (self.r,)), "r", self.resolve_r)
 
     def cost(self, point: OperatingPoint, kind: int | None = None) -> ImageCost:
-        merged = point.arguments.get("r", self.r) * (len(self.backbone.blocks) - 1) / 2  # the mean over blocks
+        """The cost of an image, which is the same for every image."""
+        merged = point.arguments.get("r", self.r) * (len(self.backbone.blocks) - 1) / 2  # mean over blocks
         return ImageCost(self.backbone.patch_embed.num_patches - merged, point.arguments)
 
     def resolve_r(self, r: int) -> int:
-        """r itself. Raises ValueError unless every block has tokens enough to merge as many."""
+        """r itself.
+
+        Raises:
+            ValueError: r below 0, or more than every block can merge.
+        """
         vit, depth = self.backbone, len(self.backbone.blocks)
         patches = vit.patch_embed.num_patches
-        most = patches // (depth + 1)  # the last block sees patches - (depth - 1) r, and may merge half of them
-        if not 0 <= r <= most:
-            raise ValueError(f"r must lie between 0 and {most} with {patches} patches and {depth} blocks, got {r!r}")
+        largest = patches // (depth + 1)  # the last block sees patches - (depth - 1) r, and may merge half of them
+        if not 0 <= r <= largest:
+            raise ValueError(f"r must lie between 0 and {largest} with {patches} patches and {depth} blocks, got {r!r}")
         return r
 
     def macs(self, r: int | None = None) -> int:
-        """Multiply-adds of an image's forward pass, matching included, as torch's flop counter sees it."""
+        """Multiply-adds of an image's forward pass, matching included, counted as by torch's flop counter."""
         vit, r = self.backbone, self.resolve_r(self.r if r is None else r)
         total, length = embed_macs(vit) + head_macs(vit), vit.num_prefix_tokens + vit.patch_embed.num_patches
         for block in vit.blocks:

@@ -1,10 +1,10 @@
-"""Models that start from the weights of others: of their own kind, or of a plain ViT of the same width and depth."""
+"""Fill models with the weights of others: of their own kind, or of a plain ViT of the same width and depth."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import timm
 import torch
@@ -16,55 +16,75 @@ Positions = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
 class WarmStart(NamedTuple):
-    """What `load_vit` did: the names of our parameters that it filled, and one line for each thing it left out."""
+    """The result of a warm start.
+
+    Attributes:
+        filled: names of the model's parameters that were filled.
+        left: a line for each thing that was left out.
+    """
 
     filled: tuple[str, ...]
     left: tuple[str, ...]
 
 
-def load_vit(model: nn.Module, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart:
+@runtime_checkable
+class StartsFromViT(Protocol):
+    """A model that can start from a plain ViT.
+
+    `own_prefix` begins the names of parameters that state dicts of such models have, and those of plain ViTs don't.
+    """
+
+    own_prefix: str
+
+    def load_from_vit(self, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart:
+        """Fill the model, in place, from a ViT or its state dict."""
+        ...
+
+
+def load_vit(model: StartsFromViT, vit: nn.Module | Mapping[str, Tensor]) -> WarmStart:
     """Start a ZoomViT, a CFViT or an LFViT from a plain ViT or DeiT of the same width and depth, in place.
 
-    Blocks, norm, patch kernel and class token are copied; `load_from_vit` of each model says what becomes of the
-    position table. A table for another number of patches is resized (bicubic) first.
+    Blocks, norm, patch kernel and class token are copied; `load_from_vit` of each model describes what becomes of the
+    position table, which is first resized (bicubic) if it has another number of patches.
 
-    Left as they were, each with a line in the result: a head for another number of classes, the positions of a model
-    with fixed ones, the reuse MLP of a CFViT, and the distillation token of a distilled DeiT.
+    Some things are left as they were, each with a line in the result: a head for another number of classes, the
+    positions of a model with fixed ones, the reuse MLP of a CFViT, and the distillation token of a distilled DeiT.
 
     Args:
-        model: the model to fill; one with a method `load_from_vit`.
+        model: the model to fill.
         vit: a timm VisionTransformer or its state dict.
 
     Raises:
         ValueError: the two differ in any other way (width, depth, patch size, LayerScale, norms, register tokens).
-            The model is then untouched.
+            The model is then unchanged.
     """
-    result: WarmStart = model.load_from_vit(vit)
-    return result
+    return model.load_from_vit(vit)
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> WarmStart:
-    """Fill a model, in place, from the weights of its kind, or of a plain ViT where it can start from one.
+    """Fill a model, in place, from the weights of its kind, or of a plain ViT if it can start from one.
 
-    A timm ViT may have another image or patch size. A head for other classes is left as it was.
+    A plain ViT may differ from another in image and patch size. A head for other classes is left as it was.
 
     Raises:
-        ValueError, RuntimeError: the two aren't built alike.
+        ValueError: the two are not built alike.
+        RuntimeError: the same, from PyTorch or timm.
     """
-    if hasattr(model, "load_from_vit") and not any(name.startswith(model.own_prefix) for name in state):
-        result: WarmStart = model.load_from_vit(state)
-        return result
-    fitting = checkpoint_filter_fn(dict(state), model) if isinstance(model, VisionTransformer) else dict(state)
-    heads = model.pretrained_cfg["classifier"] if hasattr(model, "pretrained_cfg") else "head"
-    prefixes = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    if isinstance(model, StartsFromViT) and not any(name.startswith(model.own_prefix) for name in state):
+        return model.load_from_vit(state)
+    values = checkpoint_filter_fn(dict(state), model) if isinstance(model, VisionTransformer) else dict(state)
+    cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", {"classifier": "head"})
+    heads = [cfg["classifier"]] if isinstance(cfg["classifier"], str) else cfg["classifier"]
     own = model.state_dict()
-    left = []
-    for name in own:
-        if name.startswith(prefixes) and (name not in fitting or fitting[name].shape[0] != own[name].shape[0]):
-            fitting[name] = own[name]
-            left.append(f"{name}: of other classes")
-    model.load_state_dict(fitting)
-    return WarmStart(filled=tuple(fitting), left=tuple(left))
+    unfit = {
+        name: own[name]
+        for name in own
+        if name.startswith(tuple(f"{head}." for head in heads))
+        and (name not in values or values[name].shape[0] != own[name].shape[0])
+    }
+    model.load_state_dict(values | unfit)
+    filled = tuple(name for name in values if name not in unfit)
+    return WarmStart(filled=filled, left=tuple(f"{name}: of other classes" for name in unfit))
 
 
 @torch.no_grad()
@@ -74,21 +94,21 @@ def fill_from_vit(
     positions: Positions | None,
     left: Sequence[str] = (),
 ) -> WarmStart:
-    """Copy a plain ViT into a model with the same blocks, `norm`, `head` and `cls_token`, and `patch_embed` as its kernel.
+    """Copy a plain ViT into a model with the same blocks, `norm`, `head`, `cls_token`, and `patch_embed` as its kernel.
 
     Args:
         model: the model to fill, in place.
         vit: a timm VisionTransformer or its state dict.
         positions: turns the ViT's positions, of the class token [1, 1, E] and of the patches [1, E, side, side], into
             the model's tables by name; None leaves the model's as they are.
-        left: lines of what the model leaves out by itself.
+        left: lines about what the model itself leaves out.
 
     Raises:
         ValueError: as of `load_vit`.
     """
-    source = dict(vit.state_dict() if isinstance(vit, nn.Module) else vit)
+    source: dict[str, Tensor] = dict(vit.state_dict() if isinstance(vit, nn.Module) else vit)
     updates: dict[str, Tensor] = {}
-    notes = [*_take_distillation(model, source)]
+    notes = _remove_distillation(model, source)
     prefix = 2 if notes else 1
     for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"):
         if name not in source:
@@ -105,7 +125,8 @@ def fill_from_vit(
         notes.append("pos_embed: the model's positions are fixed")
     notes += left
 
-    head = {name: source.pop(name) for name in ("head.weight", "head.bias") if name in source}
+    names = ("head.weight", "head.bias")
+    head: dict[str, Tensor] = {name: source.pop(name) for name in names if name in source}
     classes = len(head["head.bias"]) if "head.bias" in head else 0
     if classes == model.num_classes:
         updates |= head
@@ -119,7 +140,7 @@ def fill_from_vit(
 
 
 def zooming_twin(plain: nn.Module, image_size: int, zoom_factor: float) -> nn.Module:
-    """A ZoomViT with the weights of a plain ViT, not trained further, in eval mode (ZoomViT, Table 13).
+    """A ZoomViT with the weights of a plain ViT, without further training, in eval mode (ZoomViT, Table 13).
 
     Raises:
         ValueError: another kind of model, or a ViT that a ZoomViT can't start from.
@@ -141,18 +162,19 @@ def zooming_twin(plain: nn.Module, image_size: int, zoom_factor: float) -> nn.Mo
         num_classes=plain.num_classes,
     )
     load_vit(model, plain)
-    return model.eval()
+    twin: nn.Module = model.eval()
+    return twin
 
 
 def resize_positions(grid: Tensor, side: int) -> Tensor:
-    """Positions [1, E, s, s] -> [1, E, side, side], bicubic; those of the same side stay as they are."""
+    """Resize positions [1, E, s, s] to [1, E, side, side], bicubic; those of the same side stay as they are."""
     if grid.shape[-1] == side:
         return grid
     return F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False, antialias=True)
 
 
-def _take_distillation(model: nn.Module, source: dict[str, Tensor]) -> list[str]:
-    """Remove what a distilled DeiT has besides; a line for each."""
+def _remove_distillation(model: nn.Module, source: dict[str, Tensor]) -> list[str]:
+    """Remove the tensors that only a distilled DeiT has; return a line about each."""
     if "dist_token" not in source:
         return []
     names = [name for name in source if name == "dist_token" or name.startswith("head_dist.")]
@@ -173,7 +195,11 @@ def _check_alike(target: dict[str, Tensor], updates: dict[str, Tensor], body: di
 
 
 def _class_and_grid(positions: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """Positions [1, prefix + side * side, E] -> the class token's [1, 1, E], 0 if it has none, and [1, E, side, side]."""
+    """Split positions [1, prefix + side * side, E].
+
+    Returns:
+        The class token's [1, 1, E], 0 if it has none, and the grid [1, E, side, side].
+    """
     side = math.isqrt(positions.shape[1] - prefix)
     if side * side != positions.shape[1] - prefix:
         raise ValueError(f"pos_embed: {positions.shape[1]} positions are no square grid with {prefix} before it")

@@ -1,4 +1,4 @@
-"""The token arithmetic of ZoomViT (section 3.3, Fig. 4): tensors in, tensors out, no model in sight.
+"""The token arithmetic of ZoomViT (section 3.3, Fig. 4): tensors in, tensors out; no model is involved.
 
 An image is covered by a coarse grid of c x c cells and a fine grid of 2c x 2c cells. A coarse cell is either kept
 as one coarse token or *zoomed*: replaced by the four fine tokens that cover the same pixels. So every pixel lies in
@@ -32,13 +32,13 @@ PRUNE_KINDS = ("backward", "forward", "backward-zoomed", "forward-zoomed", "back
 
 
 class Zoom(NamedTuple):
-    """How a call of a ZoomViT chooses its tokens; see `ZoomViT.forward`.
+    """How a forward pass of a ZoomViT chooses its tokens; see `ZoomViT.forward`.
 
     Attributes:
         alpha: threshold above which a coarse cell is zoomed.
-        budget: instead of a threshold, the number of cells zoomed, or a text such as "300 tokens".
+        budget: instead of a threshold, the number of cells to zoom, or a text such as "300 tokens".
         keep_tokens: the length that sequences are pruned to; None prunes nothing.
-        prune: which tokens pruning takes away, one of `PRUNE_KINDS`.
+        prune: which tokens pruning removes, one of `PRUNE_KINDS`.
     """
 
     alpha: float | None = None
@@ -50,9 +50,10 @@ class Zoom(NamedTuple):
 class TokenOrder(NamedTuple):
     """Which tokens cover each image of a batch, and in which order.
 
-    ids     int64 [B, 5C]: token ids; the first counts[b] of row b are its sequence, the rest are absent tokens.
-    counts  int64 [B]: tokens in the sequence; the class token is not among them.
-    fine    int64 [B]: fine tokens (N_k of Eq. 6), four for each zoomed cell; backward pruning leaves it as it was.
+    Attributes:
+        ids: int64 [B, 5C], token ids; the first counts[b] of row b are its sequence, the rest are absent tokens.
+        counts: int64 [B], tokens in the sequence, without the class token.
+        fine: int64 [B], fine tokens (N_k of Eq. 6), four for each zoomed cell; backward pruning does not change it.
     """
 
     ids: Tensor
@@ -64,14 +65,22 @@ class TokenOrder(NamedTuple):
 
 
 def check_zoom_factor(zoom_factor: float) -> float:
-    """The zoom factor as a float. Raises ValueError unless it is 2.0 or 0.5."""
+    """The zoom factor as a float.
+
+    Raises:
+        ValueError: anything but 2.0 or 0.5.
+    """
     if zoom_factor not in ZOOM_FACTORS:
         raise ValueError(f"zoom_factor must be 2.0 or 0.5, got {zoom_factor!r}")
     return float(zoom_factor)
 
 
 def check_alpha(alpha: float) -> float:
-    """The threshold. Raises ValueError unless it lies in [0, 1]."""
+    """The threshold itself.
+
+    Raises:
+        ValueError: a threshold outside [0, 1].
+    """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha!r}")
     return alpha
@@ -80,7 +89,15 @@ def check_alpha(alpha: float) -> float:
 def coarse_scores(scores: Tensor, zoom_factor: float) -> Tensor:
     """The score of every coarse cell: its own at zoom factor 2, the highest of its 2 x 2 block at 0.5.
 
-    scores [B, s*s] -> [B, C], same dtype. Raises ValueError if the scores form no square grid (an even one at 0.5).
+    Args:
+        scores: [B, s * s].
+        zoom_factor: 2.0 or 0.5.
+
+    Returns:
+        [B, C] in the dtype of the scores.
+
+    Raises:
+        ValueError: scores that form no square grid (at 0.5 an even one).
     """
     side = _side(scores)
     if check_zoom_factor(zoom_factor) == 2.0:
@@ -92,7 +109,7 @@ def coarse_scores(scores: Tensor, zoom_factor: float) -> Tensor:
 
 
 def fine_scores(scores: Tensor, zoom_factor: float) -> Tensor:
-    """The score of every fine cell: that of the score cell it lies in. scores [B, s*s] -> [B, 4C], same dtype."""
+    """The score of every fine cell: that of the score cell it lies in. scores [B, s * s] -> [B, 4C], same dtype."""
     side = _side(scores)
     if check_zoom_factor(zoom_factor) == 0.5:
         return scores
@@ -103,32 +120,55 @@ def fine_scores(scores: Tensor, zoom_factor: float) -> Tensor:
 
 
 def select_above(cell_scores: Tensor, alpha: float) -> Tensor:
-    """Zoom every coarse cell whose score is above the threshold, strictly. [B, C] -> bool [B, C].
+    """Zoom every coarse cell whose score is strictly above the threshold. [B, C] -> bool [B, C].
 
-    At alpha = 1 nothing is zoomed. Raises ValueError unless 0 <= alpha <= 1.
+    At alpha = 1 nothing is zoomed.
+
+    Raises:
+        ValueError: a threshold outside [0, 1].
     """
     return cell_scores > check_alpha(alpha)
 
 
 def select_top(cell_scores: Tensor, budget: int) -> Tensor:
-    """Zoom exactly `budget` coarse cells an image, the highest-scored; of equals the lower index. [B, C] -> bool.
+    """Zoom exactly `budget` coarse cells of each image, so that all images have the same number of tokens.
 
-    Every image of the batch then has the same number of tokens. Raises ValueError unless 0 <= budget <= C.
+    Args:
+        cell_scores: [B, C]; the highest-scored cells are zoomed, and of equal scores the lower index.
+        budget: number of cells.
+
+    Returns:
+        bool [B, C].
+
+    Raises:
+        ValueError: a budget outside 0 .. C.
     """
     cells = cell_scores.shape[1]
     if not 0 <= budget <= cells:
         raise ValueError(f"budget must lie between 0 and the {cells} coarse cells, got {budget!r}")
-    falling = stable_argsort(cell_scores, descending=True)  # [B, C]
-    return torch.zeros_like(cell_scores, dtype=torch.bool).scatter_(1, falling[:, :budget], True)
+    ranked = stable_argsort(cell_scores, descending=True)  # [B, C]
+    return torch.zeros_like(cell_scores, dtype=torch.bool).scatter_(1, ranked[:, :budget], True)
 
 
 def choose_cells(
     scores: Tensor, batch: int, side: int, alpha: float | None, budget: int | None, zoom_factor: float = 2.0
 ) -> Tensor:
-    """The coarse cells that scores [B, side * side] zoom, under a threshold or a budget. -> bool [B, C].
+    """The coarse cells that scores zoom, under a threshold or a budget.
 
-    Raises ValueError for scores of another shape or with NaN, both or neither of alpha and budget, and values of them
-    out of range. NaN isn't looked for while a graph is compiled, which can't branch on values.
+    Args:
+        scores: [B, side * side].
+        batch: B.
+        side: score cells a side.
+        alpha: threshold, or None.
+        budget: number of cells, or None.
+        zoom_factor: 2.0 or 0.5.
+
+    Returns:
+        bool [B, C].
+
+    Raises:
+        ValueError: scores of another shape or with NaN (which is not looked for while a graph is compiled, since that
+            can't branch on values), both or neither of alpha and budget, or values of them out of range.
     """
     if tuple(scores.shape) != (batch, side * side):
         raise ValueError(
@@ -139,20 +179,27 @@ def choose_cells(
     if not torch.compiler.is_compiling() and scores.isnan().any():
         raise ValueError("scores must be numbers in [0, 1], got NaN")
     cell_scores = coarse_scores(scores.detach(), zoom_factor)
-    return select_above(cell_scores, alpha) if budget is None else select_top(cell_scores, budget)
+    if budget is not None:
+        return select_top(cell_scores, budget)
+    assert alpha is not None  # checked above
+    return select_above(cell_scores, alpha)
 
 
 def order_tokens(cell_scores: Tensor, place_scores: Tensor, zoomed: Tensor) -> TokenOrder:
-    """The token sequence of every image: fine tokens by falling score, then coarse tokens by falling score.
+    """The token sequence of every image: fine tokens by descending score, then coarse tokens by descending score.
 
-    cell_scores [B, C], place_scores [B, 4C] (see `coarse_scores`, `fine_scores`), zoomed bool [B, C]. The sort is
-    stable: equal scores keep the order of their token ids.
+    The sort is stable: equal scores keep the order of their token ids.
+
+    Args:
+        cell_scores: [B, C], see `coarse_scores`.
+        place_scores: [B, 4C], see `fine_scores`.
+        zoomed: bool [B, C].
     """
     cells = zoomed.shape[1]
     side = math.isqrt(cells)
     zoomed_fine = _enlarge(zoomed.reshape(-1, side, side)).flatten(1)  # [B, 4C]
     kind = torch.cat([torch.where(zoomed_fine, 0, 2), torch.where(zoomed, 2, 1)], dim=1)  # [B, 5C]; 2: absent
-    # Two stable sorts, the lesser key first, sort by (kind, falling score, id).
+    # Two stable sorts, the minor key first, sort by (kind, descending score, id).
     by_score = stable_argsort(torch.cat([place_scores, cell_scores], dim=1), descending=True)
     ids = by_score.gather(1, stable_argsort(kind.gather(1, by_score)))  # [B, 5C]
     fine = 4 * zoomed.sum(1)
@@ -160,14 +207,17 @@ def order_tokens(cell_scores: Tensor, place_scores: Tensor, zoomed: Tensor) -> T
 
 
 def prune(order: TokenOrder, keep_tokens: int, kind: str = "backward") -> TokenOrder:
-    """Keep `keep_tokens` of every ordered sequence (section 3.3, inference strategy; section 5.3, Fig. 6 c and d).
+    """Prune every ordered sequence to `keep_tokens` (section 3.3, inference strategy; section 5.3, Fig. 6 c and d).
 
-    kind says which tokens go: "backward" the lowest-ranked, the way to use a model; "forward" the highest-ranked, to
-    show that they matter. "backward-zoomed" and "forward-zoomed" take fine tokens only, "backward-rest" and
-    "forward-rest" coarse ones only, and stop when there are none left of them.
+    Args:
+        order: the sequences; those of at most `keep_tokens` stay as they are.
+        keep_tokens: tokens to keep.
+        kind: which tokens to remove. "backward": the lowest-ranked, the way to use a model; "forward": the
+            highest-ranked, to show that they matter. "backward-zoomed" and "forward-zoomed" remove only fine tokens,
+            "backward-rest" and "forward-rest" only coarse ones, and stop when none of them is left.
 
-    An image with fewer tokens keeps them all. Raises ValueError unless 1 <= keep_tokens <= 4C, the longest sequence, and
-    for an unknown kind.
+    Raises:
+        ValueError: keep_tokens outside 1 .. 4C (the longest sequence), or an unknown kind.
     """
     longest = order.ids.shape[1] // 5 * 4
     if not 1 <= keep_tokens <= longest:
@@ -178,56 +228,62 @@ def prune(order: TokenOrder, keep_tokens: int, kind: str = "backward") -> TokenO
         return order._replace(counts=order.counts.clamp(max=keep_tokens))
     direction, _, part = kind.partition("-")
     place = torch.arange(order.ids.shape[1], device=order.ids.device).expand_as(order.ids)  # [B, 5C]
-    first = (
-        order.fine if part == "rest" else torch.zeros_like(order.fine)
-    )  # the candidates are the places first..last-1
+    # The tokens at first .. last - 1 may be removed.
+    first = order.fine if part == "rest" else torch.zeros_like(order.fine)
     last = order.fine if part == "zoomed" else order.counts
     drop = (order.counts - keep_tokens).clamp(min=0).minimum(last - first)
     lowest = first if direction == "forward" else last - drop
-    gone = (place >= lowest[:, None]) & (place < (lowest + drop)[:, None])
-    ids = order.ids.gather(1, stable_argsort(gone.to(torch.int32)))  # [B, 5C], what went goes last
-    gone_fine = (gone & (place < order.fine[:, None])).sum(1)
-    return TokenOrder(ids=ids, counts=order.counts - drop, fine=order.fine - gone_fine)
+    removed = (place >= lowest[:, None]) & (place < (lowest + drop)[:, None])
+    ids = order.ids.gather(1, stable_argsort(removed.to(torch.int32)))  # [B, 5C], removed tokens last
+    removed_fine = (removed & (place < order.fine[:, None])).sum(1)
+    return TokenOrder(ids=ids, counts=order.counts - drop, fine=order.fine - removed_fine)
 
 
 def pruned_counts(fine: int, count: int, keep_tokens: int, kind: str) -> tuple[int, int]:
-    """What `prune` leaves of a sequence of `count` tokens, `fine` of them fine: (fine tokens, all tokens)."""
+    """How many tokens `prune` leaves of a sequence of `count`, `fine` of them fine: (fine tokens, all tokens)."""
     direction, _, part = kind.partition("-")
-    lowest, highest = (fine if part == "rest" else 0), (fine if part == "zoomed" else count)
-    drop = min(max(count - keep_tokens, 0), highest - lowest)
-    begin = lowest if direction == "forward" else highest - drop
+    first, last = (fine if part == "rest" else 0), (fine if part == "zoomed" else count)
+    drop = min(max(count - keep_tokens, 0), last - first)
+    begin = first if direction == "forward" else last - drop
     return fine - max(min(fine, begin + drop) - begin, 0), count - drop
 
 
 def parse_budget(text: str, mean: bool = False) -> tuple[float, str]:
-    """ "300 tokens" -> (300.0, "tokens"); units are cells, tokens and GMACs (G for short), a bare number counts cells.
-    mean: it is a mean over images, and may be a fraction of a cell or token.
+    """Parse a budget such as "300 tokens".
 
-    Raises ValueError for another form.
+    Args:
+        text: a number and a unit: cells, tokens or GMACs (G for short); without a unit it counts cells.
+        mean: the budget is a mean over images, and may be a fraction of a cell or token.
+
+    Returns:
+        The number, and "cells", "tokens" or "GMACs".
+
+    Raises:
+        ValueError: a text of another form.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(cells?|tokens?|g|gmacs?|)", text.strip().lower())
-    if found is None or ("." in found[1] and not mean and not found[2].startswith("g")):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(cells?|tokens?|g|gmacs?|)", text.strip().lower())
+    if match is None or ("." in match[1] and not mean and not match[2].startswith("g")):
         raise ValueError(f"budget {text!r} is none: give a number of cells, or '300 tokens', or '2.3 GMACs'")
-    return float(found[1]), {"t": "tokens", "g": "GMACs"}.get(found[2][:1], "cells")
+    return float(match[1]), {"t": "tokens", "g": "GMACs"}.get(match[2][:1], "cells")
 
 
 def calibrate_alpha(
     cell_scores: Tensor, budget: float, cost: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[float, float]:
-    """The threshold at which a data set costs `budget` an image on average, or as much less as its scores allow.
+    """Find the threshold at which images cost `budget` on average, or as little less as their scores allow.
 
     Args:
         cell_scores: [N, C], the coarse scores of N images in [0, 1] (see `coarse_scores`).
-        budget: mean cost an image that must not be passed.
-        cost: of an image, given how many of its cells are zoomed, int64 [N] -> [N]; it must not fall. None counts the
-            zoomed cells themselves.
+        budget: maximum of the mean cost of an image.
+        cost: the costs of images, given their numbers of zoomed cells, int64 [N] -> [N]; it must not decrease. None
+            counts the zoomed cells themselves.
 
     Returns:
-        (alpha, mean cost at alpha). The smallest alpha within the budget: bisection over the distinct scores, since the
-        cost changes only there. Time grows as N C log(N C), memory as N C.
+        (alpha, mean cost at alpha): the smallest alpha within the budget, found by bisection over the distinct scores,
+        since the cost changes only there. Time grows as N C log(N C), memory as N C.
 
     Raises:
-        ValueError: no threshold is cheap enough: even with nothing zoomed an image costs more.
+        ValueError: scores of another shape, or a budget below the cost of images with nothing zoomed.
     """
     if cell_scores.ndim != 2 or not len(cell_scores):
         raise ValueError(f"cell_scores must be [images, cells], got {list(cell_scores.shape)}")
@@ -239,8 +295,8 @@ def calibrate_alpha(
     scores = cell_scores.flatten().double()
     steps = torch.cat([scores, scores.new_tensor([0.0, 1.0])]).unique()
     low, high = 0, len(steps) - 1  # the answer lies in steps[low .. high]
-    if (least := mean_cost(1.0)) > budget:
-        raise ValueError(f"a budget of {budget:g} is below the {least:g} of an image in which nothing is zoomed")
+    if (minimum := mean_cost(1.0)) > budget:
+        raise ValueError(f"a budget of {budget:g} is below the {minimum:g} of an image in which nothing is zoomed")
     while low < high:
         middle = (low + high) // 2
         if mean_cost(float(steps[middle])) <= budget:
@@ -259,13 +315,25 @@ def zoom_factor_embedding(
 ) -> Tensor:
     """What is added to every channel of the token at each place of the ordered sequence.
 
-    fine int64 [B] (N_k) -> [B, length]. With pos = 0 .. length-1 the place in the sequence:
+    With pos = 0 .. length-1 the place in the sequence, and N_k the fine tokens of an image:
+
         none   0
         fixed  1 where pos < N_k (fine tokens), else 0
         soft   Eq. 6: 1 - 1 / (1 + exp(omega (N_k - pos))) = sigmoid(omega (N_k - pos)); it tends to `fixed` as omega
                grows, except at pos = N_k, the first coarse token, where it is 1/2 for every omega
 
-    Raises ValueError for another kind.
+    Args:
+        fine: int64 [B], N_k.
+        length: places of a sequence.
+        kind: one of `ZFE_KINDS`.
+        omega: steepness of the soft embedding.
+        dtype: of the result.
+
+    Returns:
+        [B, length].
+
+    Raises:
+        ValueError: an unknown kind.
     """
     ahead = fine[:, None] - torch.arange(length, device=fine.device)  # [B, length], N_k - pos
     if kind == "none":
@@ -281,7 +349,7 @@ def zoom_factor_embedding(
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """images [B, D, H, W] -> [B, (H/patch) * (W/patch), D * patch * patch], each laid out as a flattened conv kernel."""
+    """Cut images [B, D, H, W] into patches [B, (H/patch) * (W/patch), D * patch^2], laid out as a flattened kernel."""
     batch, chans, height, width = images.shape
     x = images.reshape(batch, chans, height // patch, patch, width // patch, patch)
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -308,12 +376,18 @@ def double_kernel(kernel: Tensor) -> Tensor:
 def patches_and_kernels(images: Tensor, kernel: Tensor, zoom_factor: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Flattened patches of both grids and the flattened kernel that embeds each: one kernel serves all patch sizes.
 
-    images [B, D, H, W], kernel [E, D, p, p] -> fine patches [B, 4C, Kf], fine kernel [E, Kf], coarse patches
-    [B, C, Kc], coarse kernel [E, Kc]. A token's embedding is patch @ kernel.T + bias.
+    At zoom factor 2 the half-size patches meet `half_kernel`: the image is not enlarged, and a fine token costs a
+    quarter of a coarse one. At 0.5 the image is averaged over 2 x 2 pixels first, which equals `double_kernel` on the
+    double-size patches for a quarter of the multiply-adds.
 
-    At zoom factor 2 the half-size patches meet `half_kernel`: the image enlarged to twice its size is never made,
-    and a fine token costs a quarter of a coarse one. At 0.5 the image is averaged over 2 x 2 pixels first, which
-    equals `double_kernel` on the double-size patches for a quarter of the multiply-adds.
+    Args:
+        images: [B, D, H, W].
+        kernel: [E, D, p, p].
+        zoom_factor: 2.0 or 0.5.
+
+    Returns:
+        Fine patches [B, 4C, Kf], fine kernel [E, Kf], coarse patches [B, C, Kc], coarse kernel [E, Kc]. A token's
+        embedding is patch @ kernel.T + bias.
     """
     patch = kernel.shape[-1]
     if check_zoom_factor(zoom_factor) == 2.0:
@@ -327,8 +401,15 @@ def patches_and_kernels(images: Tensor, kernel: Tensor, zoom_factor: float) -> t
 
 
 def token_boxes(ids: Tensor, coarse_side: int, image_size: int) -> Tensor:
-    """The pixels that tokens cover. ids int64 [...] -> int64 [..., 4] as (left, top, right, bottom), right and bottom
-    exclusive. coarse_side is c, the coarse cells a side; image_size the pixels a side, a multiple of 2c.
+    """The pixels that tokens cover.
+
+    Args:
+        ids: token ids, int64 [...].
+        coarse_side: c, coarse cells a side.
+        image_size: pixels a side, a multiple of 2c.
+
+    Returns:
+        int64 [..., 4] as (left, top, right, bottom), right and bottom exclusive.
     """
     cells = coarse_side * coarse_side
     coarse = ids >= 4 * cells
@@ -347,11 +428,11 @@ def _side(scores: Tensor) -> int:
 
 
 def stable_argsort(x: Tensor, descending: bool = False) -> Tensor:
-    """[B, N] -> the indices that sort each row; of equals the lower index comes first."""
+    """The indices that sort each row of x [B, N]; of equal values the lower index comes first."""
     if not torch.compiler.is_exporting():
         return x.argsort(dim=1, descending=descending, stable=True)
-    # ONNX has no stable sort, so the keys are made unique: scores in [0, 1] lose a hair for their place. Those that
-    # differ by less than 3e-11 (at a thousand cells) then count as equal.
+    # ONNX has no stable sort, so the keys are made unique: scores in [0, 1] are lowered slightly by their place. Those
+    # that differ by less than 3e-11 (at a thousand cells) then count as equal.
     place = torch.arange(x.shape[1], device=x.device, dtype=torch.float64)
     key = (x if descending else -x).double() - place * 2.0**-45
     return key.sort(dim=1, descending=True).indices

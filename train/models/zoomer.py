@@ -6,7 +6,7 @@ import torch
 from timm.models.resnet import BasicBlock, downsample_conv
 from torch import Tensor, nn
 
-# Blocks that a ResNet-18 has spent when each of its stages ends; the paper's n (Tables 2 and 10).
+# Stages of a ResNet-18 by the number of blocks up to their end; the paper's n (Tables 2 and 10).
 _STAGES = {2: 1, 4: 2, 6: 3}
 
 
@@ -14,22 +14,22 @@ class Zoomer(nn.Module):
     """A ResNet-18 trunk cut after `num_blocks` basic blocks, and a projection onto the teacher's grid (Fig. 3).
 
     The trunk's map is average-pooled to (2 * grid)^2 cells, reduced to one channel by a 1x1 convolution, passed
-    through ReLU, flattened, and projected by one linear layer and a sigmoid. Any image size works; where the trunk's
-    map is smaller than 2 * grid a side, pooling repeats its cells.
+    through ReLU, flattened, and projected by one linear layer and a sigmoid. Any image size works; if the trunk's
+    map has fewer than 2 * grid cells a side, pooling repeats them.
 
     At 224 x 224 with the default width (Table 10): n = 2, 4, 6 have 0.3114, 0.8371, 2.9369 M parameters and
     0.581, 0.992, 1.403 GMACs (convolutions and the linear layer; normalisation, activations and pooling not counted).
-
-    Args:
-        num_blocks: 2, 4 (the paper's default) or 6 basic blocks.
-        grid: cells a side of the teacher's relevance map (14 for 224-pixel images in 16-pixel patches).
-        width: channels of the first stage; 64 is ResNet-18, less suits small images.
-        in_chans: channels of the image.
 
     While it guides a ZoomViT the zoomer is frozen, and its BatchNorm must use the statistics it was trained with.
     Call `freeze()` for that: it stops gradients, switches to eval, and from then on ignores `.train()`, so that no
     trainer that owns the zoomer can let the statistics drift. A zoomer that isn't frozen follows `.train()` and
     `.eval()` like any module.
+
+    Args:
+        num_blocks: 2, 4 (the paper's default) or 6 basic blocks.
+        grid: cells a side of the teacher's relevance map (14 for 224-pixel images in 16-pixel patches).
+        width: channels of the first stage; 64 is ResNet-18, less suits small images.
+        in_chans: channels of the images.
 
     Raises:
         ValueError: num_blocks other than 2, 4 or 6; grid or width below 1.
@@ -43,6 +43,8 @@ class Zoomer(nn.Module):
             raise ValueError(f"grid and width must be at least 1, got grid {grid}, width {width}")
         self.num_blocks = num_blocks
         self.grid = grid
+        self.width = width
+        self.in_chans = in_chans
         self.frozen = False
 
         layers: list[nn.Module] = [
@@ -70,21 +72,16 @@ class Zoomer(nn.Module):
 
     def model_args(self) -> dict[str, int]:
         """The arguments of the constructor that made this zoomer."""
-        stem = self.trunk[0]
-        return {
-            "num_blocks": self.num_blocks,
-            "grid": self.grid,
-            "width": stem.out_channels,
-            "in_chans": stem.in_channels,
-        }
+        return {"num_blocks": self.num_blocks, "grid": self.grid, "width": self.width, "in_chans": self.in_chans}
 
     def freeze(self) -> Zoomer:
-        """Stop gradients and stay in eval for good. Returns the zoomer itself."""
+        """Stop gradients and stay in eval mode from now on. Returns the zoomer itself."""
         self.requires_grad_(False)
         self.frozen = True
         return self.eval()
 
     def train(self, mode: bool = True) -> Zoomer:
+        """Set the mode; a frozen zoomer stays in eval mode."""
         return super().train(mode and not self.frozen)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from zpipe.train.checkpoint import Preprocessing, load_run, save_model
 from zpipe.train.fit.initialise import start_from
 from zpipe.train.macs import count_macs
 from zpipe.train.models import CFViT, load_release, load_vit
-from zpipe.train.models.cfvit import REUSES, attention_weights, share_of
+from zpipe.train.models.cfvit_stages import REUSES, attention_weights, share_of
 
 torch.set_num_threads(1)
 # -- the authors' numbers ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from timm.optim import create_optimizer_v2
 from zpipe.train.checkpoint import Preprocessing, load_run, save_model
 from zpipe.train.macs import count_macs
 from zpipe.train.models import SparseFormer, load_release
-from zpipe.train.models.sparseformer import adjust_rois, place_points, sample
+from zpipe.train.models.sparseformer_sampling import adjust_rois, place_points, sample
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parents[2] / "golden" / "sparseformer_golden.npz"
