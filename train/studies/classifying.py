@@ -86,7 +86,6 @@ def errors(bench: Bench) -> list[Result]:
         raise UsageError("study errors: nothing is zoomed")
     config = replace(bench.config.evaluation, **bench.one_zoom())
     zoom = operating_points(opened.model, ready.source, config)[0]
-    verdicts, pictured = analyse_errors(ready, loader, zoom, answers_for(opened, loader, config), bench.progress)
-    write_errors(opened.path, verdicts, pictured, opened.settings.get("classes") or [])
-    about = bench.about(opened)
-    return error_results(verdicts, about["run"], about["model"], about["seed"], zoom)
+    verdicts, pictures = analyse_errors(ready, loader, zoom, answers_for(opened, loader, config), bench.progress)
+    write_errors(opened.path, verdicts, pictures)
+    return error_results(verdicts, bench.about(opened), zoom)
