@@ -129,28 +129,22 @@ def judge_maps(
     """
     run_opened = load_run(run)
     opened = OpenRun(run_opened, None, device=config.device)
-    loader = eval_loader(
-        run_opened.preprocessing,
-        shards,
-        maps,
-        batch_size=config.batch_size,
-        data_workers=config.data_workers,
-        missing="skip",
-    )
+    sizes = {"batch_size": config.batch_size, "data_workers": config.data_workers}
+    loader = eval_loader(run_opened.preprocessing, shards, maps, **sizes, missing="skip")
     chunks: dict[tuple[str, str], list[Tensor]] = defaultdict(list)  # by order and metric
-    count = 0
+    count, limit = 0, config.limit
     for batch in loader:
         for order, metric, values in _judge_batch(opened, batch, config):
             chunks[order, metric].append(values.cpu())
         count += len(batch["key"])
-        progress("judge", min(count, config.limit), min(config.limit, loader.sample_count))
-        if count >= config.limit:
+        progress("judge", min(count, limit), min(limit, loader.sample_count))
+        if count >= limit:
             break
     if not count:
         raise UsageError(f"{maps}: has no usable map of a sample in {shards}")
     rows: dict[str, dict[str, Any]] = {}
     for (order, metric), parts in chunks.items():
-        values = torch.cat(parts)[: config.limit].double()
+        values = torch.cat(parts)[:limit].double()
         row = rows.setdefault(order, {"setting": order, "count": len(values)})
         row[metric] = float(values.mean())
         row[f"{metric}_interval"] = 1.96 * float(values.std(correction=0)) / len(values) ** 0.5

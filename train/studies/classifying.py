@@ -1,4 +1,4 @@
-"""Studies of the classifier: the size of its backbone, several crops of an image, and whose fault its errors are."""
+"""Studies of the classifier: the size of its backbone, several crops of an image, and the causes of its errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zpipe.train.studies.bench import Bench
 
 
 def backbone_size(bench: Bench) -> list[Result]:
-    """Tiny, small and base, or half and double the width, trained from scratch (Table 8)."""
+    """Tiny, small and base backbones, or half and double the width, trained from scratch (Table 8)."""
     bench.need_zoomvit()
     config = bench.vit_config()
     named = "embed_dim" not in config.model_args
