@@ -1,4 +1,4 @@
-"""Where a zooming model's scores come from: named sources, the same ones in training and in evaluation."""
+"""The sources of the scores that guide a model, the same in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -37,18 +37,17 @@ Scorer = Callable[[Tensor, dict[str, Any]], Tensor | None]
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSource:
-    """A source chosen and fitted to a model.
-
-    score: normalised images [B, 3, S, S] and their batch -> scores [B, s * s] in [0, 1], or None to zoom nothing.
-    zoomer: the one behind it, if it is one.
-    """
+    """A source of scores for a certain model."""
 
     name: str
+    """One of `SOURCES`."""
     score: Scorer
+    """Normalised images [B, 3, S, S] and their batch -> scores [B, s * s] in [0, 1], or None to give none."""
     zoomer: Zoomer | None = None
+    """The zoomer that scores, if the source is one."""
 
     def macs(self, image: Tensor) -> int:
-        """Multiply-adds that scoring one image [1, 3, S, S] takes; those of entropy and noise are none."""
+        """Multiply-adds of scoring one image [1, 3, S, S]; 0 for sources without matrix products, such as noise."""
         if self.name not in ("zoomer", "attention"):
             return 0
         return count_macs(lambda: self.score(image, {}))
@@ -58,7 +57,7 @@ def score_use(model: nn.Module) -> ScoreUse | None:
     """How scores guide a model; None for a model that takes no scores.
 
     Raises:
-        UsageError: a model that can't be trained or evaluated here, with its reason.
+        UsageError: the model can't be trained or evaluated here; the message says why.
     """
     try:
         return use_of(model)
@@ -67,7 +66,7 @@ def score_use(model: nn.Module) -> ScoreUse | None:
 
 
 def zooms(model: nn.Module) -> bool:
-    """Whether the model zooms the cells above a threshold, or within a budget."""
+    """Whether the model zooms cells, by a threshold or within a budget."""
     use = score_use(model)
     return use is not None and use.zooms
 
@@ -75,10 +74,16 @@ def zooms(model: nn.Module) -> bool:
 def run_model(
     model: Callable[..., Any], source: ScoreSource | None, batch: dict[str, Any], point: OperatingPoint
 ) -> tuple[Any, Tensor | None]:
-    """Score the images of a batch, normalised and on the model's device, and run the model on both.
+    """Score the normalised images of a batch, and run the model on images and scores.
+
+    Args:
+        model: the model.
+        source: the source of its scores; None for a model that takes none.
+        batch: as of the loader, with normalised images on the device of the model.
+        point: the operating point.
 
     Returns:
-        What the model returns, and the scores [B, s * s] that it was given, if any.
+        The output of the model, and the scores [B, s * s] that it got, or None.
     """
     images = batch["image"]
     scores = source.score(images, batch) if source is not None else None
@@ -88,7 +93,7 @@ def run_model(
 
 
 def default_source(zoomer: object | None, maps: object | None) -> str | None:
-    """The source that was meant when only its data was given."""
+    """The source to use if only one of its inputs is given; None if it is ambiguous."""
     if (zoomer is None) == (maps is None):
         return None
     return "zoomer" if zoomer is not None else "maps"
@@ -103,10 +108,18 @@ def choose_source(
     store: RelevanceMaps | None = None,
     training: bool = False,
 ) -> ScoreSource:
-    """The source of that name for a zooming model.
+    """Make a source of scores for a model.
 
-    zoomer, which came from `origin`, and store are what "zoomer" and "maps" need. Errors: :class:`UsageError` for an unknown name, a source whose
-    data isn't there, or whose grid isn't the model's.
+    Args:
+        name: one of `SOURCES`.
+        model: the model that gets the scores.
+        zoomer: for the source "zoomer".
+        origin: where the zoomer comes from, for messages.
+        store: the relevance store of the images, for the source "maps".
+        training: whether random scores are new for every batch.
+
+    Raises:
+        UsageError: the name is unknown, an input of the source is missing, or its grid is not the model's.
     """
     if name not in SOURCES:
         raise UsageError(f"--scores {name}: choose one of {', '.join(SOURCES)}")
@@ -146,7 +159,7 @@ def choose_source(
 
 
 def open_zoomer(path: Path, image_size: int) -> Zoomer:
-    """The zoomer of a finished run, frozen; a warning when it was trained on another image size."""
+    """Open the zoomer of a finished run, frozen. Warns if it was trained on another image size."""
     zoomer, preprocessing = load_zoomer(path)
     if preprocessing.image_size != image_size:
         warnings.warn(f"{path}: trained on {preprocessing.image_size} px images, used on {image_size} px", stacklevel=2)
@@ -154,7 +167,11 @@ def open_zoomer(path: Path, image_size: int) -> Zoomer:
 
 
 def check_grid(store: RelevanceMaps, side: int) -> None:
-    """Errors: :class:`UsageError` when the maps of `store` aren't the side x side that a model scores with."""
+    """Check that the maps of a store have the grid of a model's scores, side x side.
+
+    Raises:
+        UsageError: the grid is another one.
+    """
     grid = store.manifest.provenance.grid
     if tuple(grid) != (side, side):
         raise UsageError(f"{store.path}: maps of {grid[0]} x {grid[1]}, the model wants {side} x {side}")
@@ -166,13 +183,13 @@ def _frozen(zoomer: Zoomer, images: Tensor) -> Tensor:
 
 
 def _noise(cells: int, images: Tensor, keys: list[str] | None) -> Tensor:
-    """Uniform in [0, 1), [B, cells]; from the global generator, or from each key alone."""
+    """Uniform noise in [0, 1), [B, cells], from the global generator or, with keys, from each key alone."""
     noise = torch.rand(len(images), cells) if keys is None else key_noise(cells, keys)
     return noise.to(images.device)
 
 
 def key_noise(cells: int, keys: Sequence[str]) -> Tensor:
-    """Uniform in [0, 1), float32 [len(keys), cells], each row fixed by its key."""
+    """Uniform noise in [0, 1), float32 [len(keys), cells]; each row depends on its key only."""
     return torch.stack(
         [torch.rand(cells, generator=torch.Generator().manual_seed(zlib.crc32(key.encode()))) for key in keys]
     )

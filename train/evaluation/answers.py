@@ -1,4 +1,4 @@
-"""Which answers of a classifier are right: one label, several labels (ImageNet-ReaL), or fewer classes (ImageNet-A)."""
+"""Right answers of a classifier: by one label, by several (ImageNet-ReaL), or among fewer classes (ImageNet-A)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.data.labels import check_labels
 
-REAL_KEY = "ILSVRC2012_val_{:08d}"  # the images that the entries of ReaL's real.json belong to, in order from 1
+REAL_KEY = "ILSVRC2012_val_{:08d}"  # of the n-th entry of ReaL's real.json, counted from 1
 
 
 class Answers:
@@ -23,7 +23,7 @@ class Answers:
         num_classes: the number of the model's classes.
         classes: the model's class for each label of the data, if the data has fewer classes; the model's other classes
             then do not count as answers. None if the labels are the model's classes.
-        several: the right classes by key, in the model's numbering; a sample without any is not counted. None to take
+        several: the right classes by key, in the model's numbering; a sample without any does not count. None to use
             the label.
     """
 
@@ -52,9 +52,9 @@ class Answers:
             raise ZpipeError(f"key {keys[int(logits.isnan().any(1).nonzero()[0])]}: the model's logits are NaN")
         right = self._right(batch)  # [B, classes]
         if self._classes is not None:
-            among = torch.zeros(self.num_classes, dtype=torch.bool)
-            among[self._classes] = True
-            logits = logits.masked_fill(~among, -torch.inf)
+            is_candidate = torch.zeros(self.num_classes, dtype=torch.bool)
+            is_candidate[self._classes] = True
+            logits = logits.masked_fill(~is_candidate, -torch.inf)
         best, place = logits.masked_fill(~right, -torch.inf).max(dim=1)
         index = torch.arange(self.num_classes)
         before = (logits > best[:, None]) | ((logits == best[:, None]) & (index < place[:, None]))
@@ -115,10 +115,10 @@ def read_several(path: Path, num_classes: int) -> dict[str, list[int]]:
         ZpipeError: the file has another form, or names a class that the model does not have.
     """
     try:
-        found = json.loads(Path(path).read_bytes())
-        if isinstance(found, list):
-            found = {REAL_KEY.format(number): classes for number, classes in enumerate(found, start=1)}
-        labels = {str(key): [int(item) for item in classes] for key, classes in found.items()}
+        content = json.loads(Path(path).read_bytes())
+        if isinstance(content, list):
+            content = {REAL_KEY.format(number): classes for number, classes in enumerate(content, start=1)}
+        labels = {str(key): [int(item) for item in classes] for key, classes in content.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ZpipeError(
             f"{path}: no labels ({error}); expected JSON, a list of classes for each key, or ReaL's real.json"

@@ -1,4 +1,4 @@
-"""The threshold that makes a model cost what it may, on average over a data set: alpha of a zoom, or eta of early exit."""
+"""Calibration: the threshold of zoom or of early exit at which a model costs a given budget on average."""
 
 from __future__ import annotations
 
@@ -25,18 +25,26 @@ BOTH_STAGES = OperatingPoint(name="both stages", arguments={"return_stages": Tru
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """budget: mean cost of an image, such as "300 tokens", "2.3 GMACs" or a number of zoomed cells; the source of the
-    scores isn't counted. limit: images looked at; their scores are held in memory, 4 bytes a cell. weights: of the run, see
-    `checkpoint.load_run`.
-    """
+    """Settings of a calibration."""
 
     budget: str
+    """The mean cost per image without the scores: "300 tokens", "2.3 GMACs" or a number of zoomed cells."""
     scores: str | None = None
+    """The source of the scores, one of `scoring.SOURCES`; None for the one that the run was trained with."""
     weights: str = "final"
+    """The weights of the run to use, see `checkpoint.load_run`."""
     limit: int = 50_000
+    """The maximum number of images; their scores are held in memory, 4 bytes per cell."""
     batch_size: int = 128
+    """Images per batch."""
     data_workers: int = 0
+    """Processes that load data; 0 to load in this one."""
     device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+
+    def __post_init__(self) -> None:
+        if self.limit < 1:
+            raise UsageError(f"limit {self.limit}: give a number >= 1")
 
 
 @torch.inference_mode()
@@ -49,14 +57,24 @@ def calibrate(
     out: Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Find the threshold for a mean budget; returns, and writes as JSON to `out` when given, it and what it costs.
+    """Find the threshold at which a model costs a given budget per image on average.
 
-    {alpha, unit, budget, mean, std, images}: mean and standard deviation over images of the cost at alpha, in the
-    budget's unit. The mean stays within the budget and falls short of it only where many cells score alike. For a model of two
-    stages `exit_threshold` takes alpha's place. Errors: :class:`UsageError` for a model without thresholds, or a budget that nothing fits into.
+    Args:
+        run: the folder of a finished run.
+        shards: the images to choose the threshold on.
+        config: the budget, and how to measure.
+        maps: the relevance store of these shards, if maps are the scores.
+        out: the JSON file to write; None to write none.
+        progress: called once per batch.
+
+    Returns:
+        {alpha, unit, budget, mean, std, images}: `mean` and `std`, over images, are of the cost at alpha in the unit of
+        the budget. The mean is at most the budget, and clearly less only if many cells score alike. A model of two
+        stages has `exit_threshold` instead of alpha.
+
+    Raises:
+        UsageError: the model has no threshold, or the budget is below its least cost.
     """
-    if config.limit < 1:
-        raise UsageError(f"limit {config.limit}: give a number >= 1")
     opened = load_run(run, config.weights)
     if not hasattr(opened.model, "cost_kinds"):
         raise UsageError(f"{run}: only zoomvit_*, cfvit_* and lfvit_* models cost more or less by a threshold")
@@ -65,8 +83,8 @@ def calibrate(
     )
     source = choose_run_source(opened, config.scores, loader.maps)
     ready = OpenRun(opened, source, device=config.device)
-    find = _exit_threshold if "exit" in setting_names(opened.model) else _alpha
-    result = find(ready, _batches(loader, config.limit, progress), config)
+    calibrate_model = _exit_threshold if "exit" in setting_names(opened.model) else _alpha
+    result = calibrate_model(ready, _batches(loader, config.limit, progress), config)
     scores = {} if source is None else {"scores": source.name}
     about = identity(opened, "calibration") | {"setting": scores | unusual({"weights": config.weights})}
     stated = {"run": str(run), "model": about["model"], "seed": about["seed"], "weights": config.weights}
@@ -77,7 +95,7 @@ def calibrate(
 
 
 def _batches(loader: RelevanceLoader, limit: int, progress: Progress) -> Iterator[dict[str, Any]]:
-    """Batches of the first `limit` samples."""
+    """The batches of the first `limit` samples."""
     images = 0
     for batch in loader:
         left = limit - images
@@ -91,13 +109,13 @@ def _batches(loader: RelevanceLoader, limit: int, progress: Progress) -> Iterato
 def _alpha(opened: OpenRun, batches: Iterator[dict[str, Any]], config: CalibrationConfig) -> dict[str, Any]:
     model = opened.model
     value, unit, table = _costs(model, config.budget)
-    found: list[Tensor] = []
+    chunks: list[Tensor] = []
     for batch in batches:
         scores = opened.scores(batch)
         if scores is None:
             raise UsageError("--scores none: nothing is zoomed, whatever the threshold")
-        found.append(coarse_scores(scores, model.zoom_factor).cpu())
-    cell_scores = torch.cat(found)  # [N, C]
+        chunks.append(coarse_scores(scores, model.zoom_factor).cpu())
+    cell_scores = torch.cat(chunks)  # [N, C]
     alpha, mean = calibrate_alpha(cell_scores, value, lambda zoomed: table[zoomed])
     spread = table[(cell_scores > alpha).sum(dim=1)].std(correction=0)
     about = {"unit": unit, "budget": value, "mean": mean, "std": float(spread)}
@@ -105,7 +123,7 @@ def _alpha(opened: OpenRun, batches: Iterator[dict[str, Any]], config: Calibrati
 
 
 def _exit_threshold(opened: OpenRun, batches: Iterator[dict[str, Any]], config: CalibrationConfig) -> dict[str, Any]:
-    """The highest threshold under which enough images exit: the more go on to the fine stage, the better the answers."""
+    """The highest threshold at which enough images exit: the more images reach the fine stage, the better."""
     model = opened.model
     try:
         value, unit = parse_budget(config.budget, mean=True)
@@ -116,23 +134,23 @@ def _exit_threshold(opened: OpenRun, batches: Iterator[dict[str, Any]], config: 
     coarse, whole = model.macs(1.0) / 1e9, model.macs(0.0) / 1e9
     if value < coarse:
         raise UsageError(f"--budget {config.budget}: below the {coarse:.4g} GMACs of the coarse stage")
-    found = []
+    chunks = []
     for batch in batches:
         stages = opened.answer(batch, BOTH_STAGES).output
-        found.append(stages.coarse.float().softmax(1).amax(1).cpu())
-    sure = torch.cat(found).sort(descending=True).values  # [N]
-    going_on = min(1.0, (value - coarse) / (whole - coarse))
-    exits = math.ceil((1 - going_on) * len(sure) - 1e-9)
-    # None has to exit: only those whose probability is 1 to rounding do.
-    threshold = float(sure[exits - 1]) if exits else 1.0
-    exited = float((sure >= threshold).double().mean())
+        chunks.append(stages.coarse.float().softmax(1).amax(1).cpu())
+    confidence = torch.cat(chunks).sort(descending=True).values  # [N]
+    refined = min(1.0, (value - coarse) / (whole - coarse))
+    exits = math.ceil((1 - refined) * len(confidence) - 1e-9)
+    # If no image has to exit, only those exit whose probability rounds to 1.
+    threshold = float(confidence[exits - 1]) if exits else 1.0
+    exited = float((confidence >= threshold).double().mean())
     mean, spread = coarse + (1 - exited) * (whole - coarse), (whole - coarse) * (exited * (1 - exited)) ** 0.5
     about = {"unit": unit, "budget": value, "mean": mean, "std": spread}
-    return {"exit_threshold": threshold} | about | {"images": len(sure)}
+    return {"exit_threshold": threshold} | about | {"images": len(confidence)}
 
 
 def _costs(model: Any, budget: str) -> tuple[float, str, Tensor]:
-    """The budget, its unit, and in that unit the cost of an image with 0, 1, .. C zoomed cells, float64 [C + 1]."""
+    """The budget, its unit, and in this unit the cost of an image with 0, 1, ..., C zoomed cells, float64 [C + 1]."""
     try:
         value, unit = parse_budget(budget, mean=True)
     except ValueError as error:

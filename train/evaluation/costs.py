@@ -1,4 +1,4 @@
-"""What the images that a model has answered have cost, in tokens and in multiply-adds."""
+"""The cost of images in tokens and in multiply-adds, from the answers of a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CostMeter:
         self._scored = False
 
     def add(self, answer: Answer) -> None:
-        """Count a batch."""
+        """Count the images of a batch."""
         kinds = cost_kinds(self._model, self._point, answer.scores, answer.output)
         self._scored = answer.scores is not None
         self._images.update([None] * len(answer.logits) if kinds is None else kinds.tolist())
@@ -31,7 +31,7 @@ class CostMeter:
         return [(cost(self._model, self._point, kind), images) for kind, images in self._images.items()]
 
     def histogram(self) -> dict[int, int]:
-        """Images by their number of tokens; empty where the model spends the same on all images."""
+        """The number of images by their number of tokens; empty for a model that spends the same on all images."""
         images: Counter[int] = Counter()
         for kind, count in self._images.items():
             if kind is not None:
@@ -39,24 +39,28 @@ class CostMeter:
         return dict(sorted(images.items()))
 
     def tokens(self) -> float | None:
-        """Tokens an image that enter a block, as a mean over blocks and images, the class token not counted.
+        """Tokens that enter a block without the class token, averaged over blocks and images.
 
         None for a model without tokens.
         """
         costs = self._costs()
-        if any(each.tokens is None for each, _ in costs):
+        if any(image.tokens is None for image, _ in costs):
             return None
-        return sum((each.tokens or 0.0) * images for each, images in costs) / self._images.total()
+        return sum((image.tokens or 0.0) * images for image, images in costs) / self._images.total()
 
     def exited(self) -> float | None:
-        """The share of images that the first of two stages answered; None for a model of one stage."""
+        """The fraction of images that the first of two stages answered; None for a model of one stage."""
         costs = self._costs()
-        if all(each.exited is None for each, _ in costs):
+        if all(image.exited is None for image, _ in costs):
             return None
-        return sum(images for each, images in costs if each.exited) / self._images.total()
+        return sum(images for image, images in costs if image.exited) / self._images.total()
 
     def macs(self, image: Tensor) -> float:
-        """Multiply-adds an image of the model, as torch's flop counter counts them; image [1, 3, S, S]."""
+        """Multiply-adds of the model per image, from torch's flop counter.
+
+        Args:
+            image: any image of the right size, [1, 3, S, S].
+        """
         return sum(self._macs_of(each, image) * images for each, images in self._costs()) / self._images.total()
 
     def _macs_of(self, each: ImageCost, image: Tensor) -> int:

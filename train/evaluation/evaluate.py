@@ -1,11 +1,11 @@
-"""Evaluation of finished runs: accuracy beside tokens, multiply-adds and speed; zoomers against their teacher."""
+"""Evaluation of finished runs: accuracy, tokens, multiply-adds and speed; for a zoomer, the distance to its teacher."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -63,44 +63,32 @@ def evaluate(
         progress: called once per batch.
 
     Returns:
-        What the file holds, see `results`: {kind, run, model, seed, weights, precision, shards, maps, rows, results}.
-        The rows of a ViT are those of `EvalRow.flat`; a zoomer has one row, its distance to the teacher's maps.
+        The content of the file, see `results`: {kind, run, model, seed, weights, precision, shards, maps, rows,
+        results}. The rows of a ViT are those of `EvalRow.flat`; a zoomer has one row, its distance to the teacher's
+        maps.
 
     Raises:
         UsageError: the run is not finished, or a setting does not suit it.
         ZpipeError: a file is broken, or a label is outside the model's classes.
     """
     opened = load_run(run, config.weights)
-    missing = "skip" if opened.kind == "zoomer" else "uniform"
     loader = eval_loader(
         opened.preprocessing,
         shards,
         maps,
         batch_size=config.batch_size,
         data_workers=config.data_workers,
-        missing=missing,
+        missing="skip" if opened.kind == "zoomer" else "uniform",
     )
-    device = resolve_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     about = identity(opened, EVALUATION if opened.kind == "vit" else ZOOMER_EVALUATION)
     about["setting"] = unusual({"weights": config.weights})
     for name, value in (("classes", config.classes), ("labels", config.labels)):
         about["setting"] |= {} if value is None else {name: Path(value).name}
-    rows: list[dict[str, Any]]
     if opened.kind == "zoomer":
-        if loader.maps is None:
-            raise UsageError(f"{run}: a zoomer is measured against its teacher's maps; give --maps")
-        check_grid(loader.maps, cast(Zoomer, opened.model).grid)
-        rows = [measure_zoomer(opened, loader, device, progress, config.precision)]
-        results = zoomer_results(rows[0], about)
+        row = _evaluate_zoomer(opened, loader, config, progress)
+        rows, results = [row], zoomer_results(row, about)
     else:
-        if config.target_gmacs is not None:
-            config = _calibrated(run, config, progress)
-        source = choose_run_source(opened, config.scores, loader.maps)
-        points = operating_points(opened.model, source, config)
-        ready = OpenRun(opened, source, device=config.device, precision=config.precision)
-        measured = measure(ready, loader, points, answers_for(opened, loader, config), progress)
+        measured = _evaluate_vit(opened, loader, config, progress)
         rows = [row.flat() for row in measured]
         results = [result for row in measured for result in results_of(row, about)]
     stated = {"kind": opened.kind, "run": str(run), "model": about["model"], "seed": about["seed"]}
@@ -109,11 +97,30 @@ def evaluate(
     return write_results(out, "evaluation", stated, rows, results)
 
 
+def _evaluate_vit(opened: Run, loader: RelevanceLoader, config: EvalConfig, progress: Progress) -> list[EvalRow]:
+    if config.target_gmacs is not None:
+        config = _calibrated(opened.path, config, progress)
+    source = choose_run_source(opened, config.scores, loader.maps)
+    points = operating_points(opened.model, source, config)
+    ready = OpenRun(opened, source, device=config.device, precision=config.precision)
+    return measure(ready, loader, points, answers_for(opened, loader, config), progress)
+
+
+def _evaluate_zoomer(opened: Run, loader: RelevanceLoader, config: EvalConfig, progress: Progress) -> dict[str, Any]:
+    if loader.maps is None:
+        raise UsageError(f"{opened.path}: a zoomer is measured against its teacher's maps; give --maps")
+    check_grid(loader.maps, cast(Zoomer, opened.model).grid)
+    device = resolve_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return measure_zoomer(opened, loader, device, progress, config.precision)
+
+
 def _calibrated(run: Path, config: EvalConfig, progress: Progress) -> EvalConfig:
     """The config with the threshold at which an image of the calibration shards costs `target_gmacs` on average."""
     if config.calibration is None:
         raise UsageError("--target-gmacs: give --calibration SHARDS, images to choose the threshold by")
-    wanted = CalibrationConfig(
+    calibration = CalibrationConfig(
         budget=f"{config.target_gmacs:g} GMACs",
         scores=config.scores,
         weights=config.weights,
@@ -121,20 +128,20 @@ def _calibrated(run: Path, config: EvalConfig, progress: Progress) -> EvalConfig
         data_workers=config.data_workers,
         device=config.device,
     )
-    result = calibrate(run, config.calibration, wanted, maps=config.calibration_maps, progress=progress)
+    result = calibrate(run, config.calibration, calibration, maps=config.calibration_maps, progress=progress)
     if "exit_threshold" in result:
         return replace(config, exits=(result["exit_threshold"],))
     return replace(config, alphas=(result["alpha"],), budgets=())
 
 
 def answers_for(opened: Run, loader: RelevanceLoader, config: EvalConfig) -> Answers:
-    """Which answers are right for a run on these shards.
+    """The right answers of a run on these shards.
 
     Raises:
         UsageError: `classes` does not suit the model.
         ZpipeError: the file of labels is broken, see `read_several`.
     """
-    num_classes: int = opened.model.num_classes  # type: ignore[assignment]  # a classifier has an int there
+    num_classes = cast(int, opened.model.num_classes)
     classes = several = None
     if config.classes is not None:
         classes = read_classes(config.classes, opened.settings.get("classes") or [], loader.index.classes)
@@ -152,71 +159,87 @@ def measure(
     answers: Answers,
     progress: Progress = silent,
 ) -> list[EvalRow]:
-    """A row for every operating point, all of them judged on the same batches."""
-    meters = [CostMeter(opened.model, point) for point in points]
-    ranks: list[list[Tensor]] = [[] for _ in points]
-    rates: list[list[float]] = [[] for _ in points]
+    """Measure a run at operating points, all of them on the same batches.
+
+    Args:
+        opened: the run.
+        loader: the images.
+        points: the operating points.
+        answers: which answers are right.
+        progress: called once per batch.
+
+    Returns:
+        A row for each operating point.
+
+    Raises:
+        ZpipeError: a label is outside the model's classes, or no sample has a label.
+    """
+    tallies = [_Tally(point, CostMeter(opened.model, point)) for point in points]
     batches = len(loader)
     for number, batch in enumerate(loader):
         prepared = opened.prepare(batch)
-        for place, point in enumerate(points):
-            respond = partial(opened.respond, prepared, point)
+        for tally in tallies:
+            respond = partial(opened.respond, prepared, tally.point)
             if number == 0:
-                respond()  # the first call of a shape pays for allocation and the choice of kernels
+                respond()  # the first call with a shape pays for allocation and the choice of kernels
             answer, seconds = _timed(respond, opened.device)
-            ranks[place].append(answers.ranks(answer.logits, batch))
-            rates[place].append(len(answer.logits) / seconds)
-            meters[place].add(answer)
-        progress("evaluate", number + 1, batches, top1=float((ranks[-1][-1] == 0).float().mean()))
+            tally.ranks.append(answers.ranks(answer.logits, batch))
+            tally.rates.append(len(answer.logits) / seconds)
+            tally.cost.add(answer)
+        progress("evaluate", number + 1, batches, top1=float((tallies[-1].ranks[-1] == 0).float().mean()))
     size = opened.run.preprocessing.image_size
     image = torch.zeros(1, 3, size, size, device=opened.device)
-    source = opened.source
-    about = {
-        "scores": None if source is None else source.name,
-        "gmacs_zoomer": 0.0 if source is None else source.macs(image) / 1e9,
-        "precision": opened.precision,
-        "parameters": sum(weight.numel() for weight in opened.model.parameters()),
-    }
-    return [
-        EvalRow(**_metrics(point, torch.cat(found), speed, meter, image), **about)
-        for point, found, speed, meter in zip(points, ranks, rates, meters, strict=True)
-    ]
+    score_macs = 0 if opened.source is None else opened.source.macs(image)
+    return [_row(opened, tally, image, score_macs) for tally in tallies]
+
+
+@dataclass
+class _Tally:
+    """What is collected at an operating point, batch by batch."""
+
+    point: OperatingPoint
+    cost: CostMeter
+    ranks: list[Tensor] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)  # images/s
 
 
 def _timed(function: Callable[[], Answer], device: torch.device) -> tuple[Answer, float]:
-    """What the function returns, and the seconds that it took."""
+    """The result of a function, and the seconds that it took."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     result = function()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return result, time.perf_counter() - begun
+    return result, time.perf_counter() - begin
 
 
-def _metrics(
-    point: OperatingPoint, ranks: Tensor, rates: list[float], meter: CostMeter, image: Tensor
-) -> dict[str, Any]:
+def _row(opened: OpenRun, tally: _Tally, image: Tensor, score_macs: int) -> EvalRow:
+    ranks = torch.cat(tally.ranks)
     ranks = ranks[ranks >= 0]
     if not len(ranks):
         raise ZpipeError("no image of these shards has a label to be judged by; check --labels")
     top1 = float((ranks == 0).double().mean())
-    low, middle, high = np.quantile(rates, (0.25, 0.5, 0.75)).tolist()
-    return {
-        "setting": point.name,
-        "settings": dict(point.settings),
-        "count": len(ranks),
-        "top1": top1,
-        "top1_interval": 1.96 * (top1 * (1 - top1) / len(ranks)) ** 0.5,
-        "top5": float((ranks < 5).double().mean()),
-        "tokens": meter.tokens(),
-        "token_histogram": {str(length): images for length, images in meter.histogram().items()},
-        "exited": meter.exited(),
-        "gmacs": meter.macs(image) / 1e9,
-        "images_per_s": middle,
-        "images_per_s_low": low,
-        "images_per_s_high": high,
-    }
+    low, middle, high = np.quantile(tally.rates, (0.25, 0.5, 0.75)).tolist()
+    return EvalRow(
+        setting=tally.point.name,
+        scores=None if opened.source is None else opened.source.name,
+        settings=dict(tally.point.settings),
+        count=len(ranks),
+        top1=top1,
+        top1_interval=1.96 * (top1 * (1 - top1) / len(ranks)) ** 0.5,
+        top5=float((ranks < 5).double().mean()),
+        tokens=tally.cost.tokens(),
+        token_histogram={str(length): images for length, images in tally.cost.histogram().items()},
+        exited=tally.cost.exited(),
+        gmacs=tally.cost.macs(image) / 1e9,
+        gmacs_zoomer=score_macs / 1e9,
+        images_per_s=middle,
+        images_per_s_low=low,
+        images_per_s_high=high,
+        parameters=sum(weight.numel() for weight in opened.model.parameters()),
+        precision=opened.precision,
+    )
 
 
 @torch.inference_mode()
@@ -227,23 +250,30 @@ def measure_zoomer(
     progress: Progress = silent,
     precision: str = "float32",
 ) -> dict[str, Any]:
-    """Measure how far a zoomer's scores are from its teacher's maps.
+    """Measure the distance of a zoomer's scores to its teacher's maps.
+
+    Args:
+        opened: the zoomer's run.
+        loader: the images with their maps.
+        device: where to run.
+        progress: called once per batch.
+        precision: of the zoomer: float32, or bf16 or fp16 under autocast.
 
     Returns:
         {setting, count, metrics}: means over images of the distances of Table 2, the rank correlation and the overlap
-        of the highest cells; with object boxes also the pointing game of zoomer and teacher. `precision` is there if it
-        is not float32.
+        of the highest cells; with object boxes also the pointing game of zoomer and teacher. There is a `precision`
+        unless it is float32.
 
     Raises:
         UsageError: the precision is unknown.
     """
-    lowered = autocast(precision, device)
+    autocasting = autocast(precision, device)
     zoomer = cast(Zoomer, opened.model).to(device)
     sums: dict[str, float] = defaultdict(float)
     count = with_box = ranked = 0
     batches = len(loader)
     for number, batch in enumerate(loader):
-        with lowered():
+        with autocasting():
             scores = zoomer(opened.preprocessing.normalise(batch["image"].to(device))).float().cpu()  # [B, g * g]
         target = batch["relevance"].flatten(1)  # [B, g * g]
         sums["mse"] += float(mse(scores, target).sum())
@@ -267,6 +297,6 @@ def measure_zoomer(
 
 
 def zoomer_results(row: dict[str, Any], about: dict[str, Any]) -> list[Result]:
-    """The row of `measure_zoomer` as results; about: as of `results_of`."""
+    """Convert the row of `measure_zoomer` to results; `about` as in `results_of`."""
     precision = {"precision": row["precision"]} if "precision" in row else {}
     return metric_results(row, about | {"setting": about.get("setting", {}) | precision})

@@ -11,20 +11,22 @@ from torch import Tensor
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import Preprocessing, Run
+from zpipe.train.data.join import Missing
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import autocast, keep_freed_memory, resolve_device
 from zpipe.train.models.operating_points import OperatingPoint, logits_of
+from zpipe.train.models.zoom_tokens import token_boxes
 from zpipe.train.scoring import ScoreSource, choose_source, run_model, score_use
 
 
 class Answer(NamedTuple):
-    """What a run answers to a batch.
+    """What a run returns for a batch.
 
     Attributes:
-        logits: [B, classes], of whichever stage of the model answered.
-        scores: [B, s * s], as the model was given them, or None.
-        output: what the model returned, the logits among it.
+        logits: [B, classes], of the stage that answered, if the model has two.
+        scores: [B, s * s], as the model got them; None without scores.
+        output: everything that the model returned, including the logits.
     """
 
     logits: Tensor
@@ -39,11 +41,11 @@ class OpenRun:
         run: the run.
         source: where its scores come from, see `choose_run_source`; None for a model that takes none.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        precision: float32, or bf16 or fp16 under autocast, of both the scores and the model.
+        precision: of both scores and model: float32, or bf16 or fp16 under autocast.
 
     Raises:
-        UsageError: a run of a zoomer, an unknown device or precision.
-        ZpipeError: a device that isn't there.
+        UsageError: the run is not a classifier, or the device or the precision is unknown.
+        ZpipeError: the device is not available.
     """
 
     def __init__(
@@ -56,12 +58,13 @@ class OpenRun:
         self._autocast = autocast(precision, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.model = run.model.to(self.device)
+        # Any, because num_classes, the grid of a ZoomViT and the like are not declared by nn.Module.
+        self.model: Any = run.model.to(self.device)
         if source is not None and source.zoomer is not None:
             source.zoomer.to(self.device)
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with its images on the device and normalised: uint8 [B, 3, S, S] -> float32 [B, 3, S, S]."""
+        """Move the images of a batch to the device and normalise them: uint8 [B, 3, S, S] -> float32 [B, 3, S, S]."""
         return batch | {"image": self.run.preprocessing.normalise(batch["image"].to(self.device))}
 
     @torch.inference_mode()
@@ -77,9 +80,30 @@ class OpenRun:
 
     @torch.inference_mode()
     def scores(self, batch: dict[str, Any]) -> Tensor | None:
-        """The scores [B, s * s] that the model would be given for a batch; None where it would get none."""
+        """The scores [B, s * s] that the model would get for a batch; None if it would get none."""
         with self._autocast():
             return None if self.source is None else self.source.score(self.prepare(batch)["image"], batch)
+
+    def token_boxes(
+        self, prepared: dict[str, Any], scores: Tensor | None, point: OperatingPoint
+    ) -> list[Tensor] | None:
+        """The patches that the model cuts the images of a prepared batch into.
+
+        Args:
+            prepared: the batch.
+            scores: the scores of its answer.
+            point: the operating point of its answer.
+
+        Returns:
+            For each image, int64 [n, 4] as (left, top, right, bottom) in pixels, on the CPU. None without scores, and
+            for a model whose patches do not depend on them.
+        """
+        if scores is None or not hasattr(self.model, "tokenise"):
+            return None
+        with torch.inference_mode(), self._autocast():
+            ids = self.model.tokenise(prepared["image"], scores, **point.arguments).by_image()
+        size = self.run.preprocessing.image_size
+        return [token_boxes(each.cpu(), self.model.coarse_grid, size) for each in ids]
 
 
 def trained_with(run: Run) -> str | None:
@@ -95,18 +119,18 @@ def trained_with(run: Run) -> str | None:
 
 
 def choose_run_source(run: Run, name: str | None, store: RelevanceMaps | None) -> ScoreSource | None:
-    """Where a run's scores come from.
+    """Choose where a run's scores come from.
 
     Args:
         run: the run.
-        name: one of `scoring.SOURCES`; None takes the source that it was trained with.
+        name: one of `scoring.SOURCES`; None for the source that the run was trained with.
         store: the relevance store of the images, for the source "maps".
 
     Returns:
         The source; None for a model that takes no scores.
 
     Raises:
-        UsageError: what that source needs isn't there.
+        UsageError: something that the source needs is missing.
     """
     if score_use(run.model) is None:
         return None
@@ -123,17 +147,17 @@ def eval_loader(
     *,
     batch_size: int,
     data_workers: int = 0,
-    missing: str = "uniform",
+    missing: Missing = "uniform",
 ) -> RelevanceLoader:
-    """Every sample of the shards once, in the view that a run was made for.
+    """Load every sample of the shards once, in the view that a run was made for.
 
     Args:
-        preprocessing: that of the run.
+        preprocessing: of the run.
         shards: a folder of shards, or a tar.
-        maps: their relevance store, where it is needed.
-        batch_size: images a batch.
-        data_workers: processes that load; 0 loads in this one.
-        missing: how samples without a usable map are handled, see `RelevanceLoader`.
+        maps: their relevance store; None to load no maps.
+        batch_size: images per batch.
+        data_workers: processes that load data; 0 to load in this one.
+        missing: how to handle samples without a usable map, see `RelevanceLoader`.
     """
     return RelevanceLoader(
         shards,

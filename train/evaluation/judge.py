@@ -1,8 +1,9 @@
-"""Are relevance maps true to a model? Deletion and insertion curves, and the pointing game where boxes are known."""
+"""Are relevance maps faithful to a model? Deletion and insertion curves, and the pointing game if boxes are known."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,24 +19,30 @@ from zpipe.train.data.labels import check_labels
 from zpipe.train.evaluation.inference import OpenRun, eval_loader
 from zpipe.train.evaluation.metrics import pointing_game
 from zpipe.train.evaluation.results import identity, judge_results, write_results
+from zpipe.train.models.operating_points import OperatingPoint
 from zpipe.train.models.scores import centre_prior
 from zpipe.train.scoring import key_noise
 
 Baseline = Literal["mean", "blur"]
+UNZOOMED = OperatingPoint(name="plain")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeConfig:
-    """steps: points of a curve beyond its first. baseline: what stands for a cell that isn't there, the data set's mean
-    colour or the image itself, blurred until only its colours are left. limit: images looked at.
-    """
+    """Settings of a test of maps."""
 
     steps: int = 10
+    """Points of a curve after the first."""
     baseline: Baseline = "blur"
+    """What replaces a removed cell: the mean colour of the data set, or the image blurred until only colours remain."""
     limit: int = 5_000
+    """The maximum number of images."""
     batch_size: int = 64
+    """Images per batch."""
     data_workers: int = 0
+    """Processes that load data; 0 to load in this one."""
     device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.limit < 1:
@@ -47,23 +54,23 @@ class JudgeConfig:
 def perturbation_curves(
     model: Callable[[Tensor], Tensor], images: Tensor, maps: Tensor, targets: Tensor, steps: int, empty: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The target's probability while cells go, and while they come, from the most relevant on (Petsiuk et al. 2018).
+    """The target's probability while cells are removed or added, the most relevant first (Petsiuk et al. 2018).
 
     Args:
         model: normalised images -> logits.
-        images: [B, 3, S, S]; empty: the same with nothing in it, [B, 3, S, S].
-        maps: [B, gh, gw], of which only the order of the cells counts; of equals the first in row-major order goes first.
+        images: [B, 3, S, S].
+        maps: [B, gh, gw]; only the order of the cells matters, and of equal cells the first in row-major order leads.
         targets: int64 [B].
-        steps: curve points beyond the first; point i has round(i / steps * cells) cells gone, or come.
+        steps: points of a curve after the first; at point i, round(i / steps * cells) cells are removed or added.
+        empty: what replaces removed cells, [B, 3, S, S].
 
     Returns:
-        (deletion, insertion), each [B, steps + 1]. A faithful map's deletion falls early and its insertion rises early.
+        (deletion, insertion), each [B, steps + 1]. For a faithful map, deletion falls and insertion rises early.
     """
     batch, height, width = maps.shape
     cells = height * width
-    rank = (
-        maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    )  # [B, cells], 0 the most relevant
+    order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
+    rank = order.argsort(dim=1)  # [B, cells], 0 for the most relevant cell
     curves: tuple[list[Tensor], list[Tensor]] = ([], [])
     for step in range(steps + 1):
         taken = (rank < round(step / steps * cells)).view(batch, 1, height, width)
@@ -75,12 +82,12 @@ def perturbation_curves(
 
 
 def area(curves: Tensor) -> Tensor:
-    """The area under curves [B, n] over [0, 1], by trapezoids. -> [B]"""
+    """The area under curves [B, n] over [0, 1], by trapezoids. -> [B]."""
     return torch.trapezoid(curves, dx=1 / (curves.shape[1] - 1), dim=1)
 
 
 def emptied(images: Tensor, baseline: Baseline) -> Tensor:
-    """Normalised images with nothing to see in them: zero, the mean colour, or blurred over a quarter of the image."""
+    """Normalised images without content: zero, which is the mean colour, or blurred over a quarter of the image."""
     if baseline == "mean":
         return torch.zeros_like(images)
     radius = max(images.shape[-1] // 8, 1)
@@ -91,7 +98,6 @@ def emptied(images: Tensor, baseline: Baseline) -> Tensor:
     return blurred
 
 
-@torch.inference_mode()
 def judge_maps(
     run: Path,
     shards: Path,
@@ -101,61 +107,74 @@ def judge_maps(
     out: Path | None = None,
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
-    """Hold a store's maps against a classifier, a finished vit run: rows for the maps and, as controls, for a centre prior
-    and for random orders of the cells.
+    """Test the maps of a store against a classifier, with a centre prior and random orders of the cells as controls.
 
-    Each row: setting, count, deletion and insertion (mean areas, with the half width of their 95 % intervals), and where the
-    shards know boxes pointing_game. The target is the sample's label. Samples without a map are left out. A model that
-    zooms sees all images unzoomed. Errors: :class:`UsageError`, :class:`ZpipeError`.
+    The target is the label of a sample. Samples without a map are left out. A model that zooms gets no scores.
+
+    Args:
+        run: the folder of a finished vit run.
+        shards: the images.
+        maps: their relevance store.
+        config: settings.
+        out: the JSON file to write; None to write none.
+        progress: called once per batch.
+
+    Returns:
+        A row for the maps and for each control: setting, count, the mean areas `deletion` and `insertion` and, if the
+        shards have boxes, `pointing_game`; each with the half width of its 95 % interval as `NAME_interval`.
+
+    Raises:
+        UsageError: the run is not a classifier, or the store has no map of these samples.
+        ZpipeError: a file is broken, or a label is outside the model's classes.
     """
-    opened = load_run(run)
-    ready = OpenRun(opened, None, device=config.device)
-    model, device = ready.model, ready.device
-    loader = eval_loader(
-        opened.preprocessing,
-        shards,
-        maps,
-        batch_size=config.batch_size,
-        data_workers=config.data_workers,
-        missing="skip",
-    )
-    found: dict[str, dict[str, list[Tensor]]] = {}
-    count = 0
+    run_opened = load_run(run)
+    opened = OpenRun(run_opened, None, device=config.device)
+    sizes = {"batch_size": config.batch_size, "data_workers": config.data_workers}
+    loader = eval_loader(run_opened.preprocessing, shards, maps, **sizes, missing="skip")
+    chunks: dict[tuple[str, str], list[Tensor]] = defaultdict(list)  # by order and metric
+    count, limit = 0, config.limit
     for batch in loader:
-        check_labels(batch["label"], batch["key"], model.num_classes)
-        images = ready.prepare(batch)["image"]
-        relevance = batch["relevance"].to(device)
-        height, width = relevance.shape[1:]
-        orders = {"maps": relevance}
-        if height == width:
-            orders["centre"] = centre_prior(height).to(device).view(1, height, width).expand_as(relevance)
-        orders["random"] = key_noise(height * width, batch["key"]).to(device).view_as(relevance)
-        empty = emptied(images, config.baseline)
-        for name, order in orders.items():
-            deletion, insertion = perturbation_curves(
-                model, images, order, batch["label"].to(device), config.steps, empty
-            )
-            figures = found.setdefault(name, {})
-            figures.setdefault("deletion", []).append(area(deletion).cpu())
-            figures.setdefault("insertion", []).append(area(insertion).cpu())
-            if "object_box" in batch:
-                figures.setdefault("pointing_game", []).append(pointing_game(order.cpu(), batch["object_box"]).float())
-        count += len(images)
-        progress("judge", min(count, config.limit), min(config.limit, loader.sample_count))
-        if count >= config.limit:
+        for order, metric, values in _judge_batch(opened, batch, config):
+            chunks[order, metric].append(values.cpu())
+        count += len(batch["key"])
+        progress("judge", min(count, limit), min(limit, loader.sample_count))
+        if count >= limit:
             break
     if not count:
         raise UsageError(f"{maps}: has no usable map of a sample in {shards}")
-    rows = []
-    for name, figures in found.items():
-        row: dict[str, Any] = {"setting": name, "count": min(count, config.limit)}
-        for figure, parts in figures.items():
-            values = torch.cat(parts)[: config.limit].double()
-            row[figure] = float(values.mean())
-            row[f"{figure}_interval"] = 1.96 * float(values.std(correction=0)) / len(values) ** 0.5
-        rows.append(row)
-    about = identity(opened, "judge")
+    rows: dict[str, dict[str, Any]] = {}
+    for (order, metric), parts in chunks.items():
+        values = torch.cat(parts)[:limit].double()
+        row = rows.setdefault(order, {"setting": order, "count": len(values)})
+        row[metric] = float(values.mean())
+        row[f"{metric}_interval"] = 1.96 * float(values.std(correction=0)) / len(values) ** 0.5
+    about = identity(run_opened, "judge")
     stated = {"run": str(run), "model": about["model"], "seed": about["seed"]}
     stated |= {"shards": str(shards), "maps": str(maps)}
-    write_results(out, "judge", stated, rows, judge_results(rows, about))
-    return rows
+    write_results(out, "judge", stated, list(rows.values()), judge_results(rows.values(), about))
+    return list(rows.values())
+
+
+@torch.inference_mode()
+def _judge_batch(opened: OpenRun, batch: dict[str, Any], config: JudgeConfig) -> Iterator[tuple[str, str, Tensor]]:
+    """The order of the cells, the metric and its values [B], for each order and metric."""
+    check_labels(batch["label"], batch["key"], opened.model.num_classes)
+    prepared = opened.prepare(batch)
+    images, targets = prepared["image"], batch["label"].to(opened.device)
+    relevance = batch["relevance"].to(opened.device)  # [B, gh, gw]
+    height, width = relevance.shape[1:]
+    orders = {"maps": relevance}
+    if height == width:
+        orders["centre"] = centre_prior(height).to(opened.device).view(1, height, width).expand_as(relevance)
+    orders["random"] = key_noise(height * width, batch["key"]).to(opened.device).view_as(relevance)
+
+    def model(images: Tensor) -> Tensor:
+        return opened.respond(prepared | {"image": images}, UNZOOMED).logits
+
+    empty = emptied(images, config.baseline)
+    for name, order in orders.items():
+        deletion, insertion = perturbation_curves(model, images, order, targets, config.steps, empty)
+        yield name, "deletion", area(deletion)
+        yield name, "insertion", area(insertion)
+        if "object_box" in batch:
+            yield name, "pointing_game", pointing_game(order.cpu(), batch["object_box"]).float()

@@ -1,4 +1,4 @@
-"""How well score maps agree with a teacher's maps or with objects' boxes: one number per map, [B]."""
+"""Agreement of score maps with a teacher's maps or with the boxes of objects: one number per map, [B]."""
 
 from __future__ import annotations
 
@@ -62,5 +62,5 @@ def _centred_ranks(x: Tensor) -> Tensor:
 
 
 def _top(x: Tensor, k: int) -> Tensor:
-    falling = x.argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(x, dtype=torch.bool).scatter_(1, falling[:, :k], True)
+    order = x.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(x, dtype=torch.bool).scatter_(1, order[:, :k], True)

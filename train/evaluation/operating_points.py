@@ -1,8 +1,9 @@
-"""Settings of an evaluation, and the operating points that they ask a model for."""
+"""The settings of an evaluation, and the operating points of a model that they stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from torch import nn
 from zpipe.schemas.errors import UsageError
 from zpipe.train.device import autocast
 from zpipe.train.models import operating_points as of_model
-from zpipe.train.models.operating_points import OperatingPoint, SettingError, setting_names, shortest
+from zpipe.train.models.operating_points import OperatingPoint, SettingError, setting_names
 from zpipe.train.models.zoom_tokens import PRUNE_KINDS
 from zpipe.train.scoring import SOURCES, ScoreSource, zooms
 
-# The options of the settings that have one; others are given as --at NAME=VALUES.
+# The settings that have an option of their own; the values of others are given by --at NAME=VALUES.
 OPTIONS = {
     "alpha": "--alphas",
     "budget": "--budgets",
@@ -27,7 +28,7 @@ OPTIONS = {
     "merge": "--merge",
 }
 DEFAULT_ALPHA = 0.1
-"""The threshold of a model that zooms, where one point is wanted and none is given."""
+"""The threshold of a model that zooms, if one point is wanted and no threshold or budget is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,40 +36,40 @@ class EvalConfig:
     """Settings of an evaluation."""
 
     alphas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
-    """Thresholds of a model that zooms; other models take no notice of them."""
+    """Thresholds of a model that zooms; other models ignore them."""
     budgets: tuple[int | str, ...] = ()
-    """Besides or instead of thresholds, numbers of zoomed cells an image, or "300 tokens" or "2.3 GMACs"."""
+    """Budgets beside or instead of thresholds: zoomed cells per image, or "300 tokens" or "2.3 GMACs"."""
     keeps: tuple[int, ...] = ()
-    """Each threshold and budget also with its sequences pruned to so many tokens; of a token_pruned_vit, the patch
-    tokens that it keeps."""
+    """Numbers of tokens that each threshold and budget is also pruned to; for a token_pruned_vit, the numbers of patch
+    tokens to keep."""
     prune: str = "backward"
-    """Which tokens `keeps` takes away, one of `zoom_tokens.PRUNE_KINDS`."""
+    """Which tokens `keeps` drops, one of `zoom_tokens.PRUNE_KINDS`."""
     exits: tuple[float, ...] = ()
-    """Thresholds of early exit of a model of two stages; without any, `cfvit.DEFAULT_EXITS`."""
+    """Thresholds of early exit for a model of two stages; empty for `cfvit.DEFAULT_EXITS`."""
     merges: tuple[int, ...] = ()
-    """Tokens that a tome_vit merges in each block; without any, its own number."""
+    """Numbers of tokens that a tome_vit merges in each block; empty for its own number."""
     points: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Values of further settings that a model names in its `setting_names`."""
+    """Values of other settings, by their names in the model's `setting_names`."""
     target_gmacs: float | None = None
-    """Instead of thresholds, the one at which an image of the shards `calibration` costs so many GMACs on average."""
+    """The mean cost per image, in GMACs, that the threshold is chosen for; None to use the thresholds above."""
     calibration: Path | None = None
-    """Shards to choose that threshold by."""
+    """The shards to choose that threshold on."""
     calibration_maps: Path | None = None
-    """The relevance store of the calibration shards, where maps are the scores."""
+    """The relevance store of the calibration shards, if maps are the scores."""
     scores: str | None = None
-    """Where the scores come from, one of `scoring.SOURCES`; None takes the source that the run was trained with."""
+    """The source of the scores, one of `scoring.SOURCES`; None for the one that the run was trained with."""
     classes: str | None = None
-    """Of data that knows fewer classes than the model, the model's class of each label; see `answers.read_classes`."""
+    """For data with fewer classes than the model: the model's class of each label, see `answers.read_classes`."""
     labels: Path | None = None
-    """A file of labels in place of the data's, several for an image; see `answers.read_several`."""
+    """A file with several labels per image, used instead of the labels of the data; see `answers.read_several`."""
     weights: str = "final"
-    """Which weights of the run, see `checkpoint.load_run`."""
+    """The weights of the run to use, see `checkpoint.load_run`."""
     precision: str = "float32"
-    """The precision of scores and model: float32, or bf16 or fp16 under autocast."""
+    """The precision of both scores and model: float32, or bf16 or fp16 under autocast."""
     batch_size: int = 128
-    """Images a batch."""
+    """Images per batch."""
     data_workers: int = 0
-    """Processes that load data; 0 loads in this one."""
+    """Processes that load data; 0 to load in this one."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
@@ -93,7 +94,7 @@ class EvalConfig:
             raise UsageError(f"data_workers={self.data_workers}: give a number >= 0")
 
     def requested(self) -> dict[str, tuple[Any, ...]]:
-        """The values of each setting that has any."""
+        """The values of each setting that has some."""
         named = {
             "alpha": self.alphas,
             "budget": self.budgets,
@@ -106,21 +107,15 @@ class EvalConfig:
 
 
 def operating_points(model: nn.Module, source: ScoreSource | None, config: EvalConfig) -> list[OperatingPoint]:
-    """Every point at which to evaluate a model.
+    """All points at which to evaluate a model.
 
     Raises:
-        UsageError: naming a setting that the model doesn't have or a value that is out of range, or without any point.
+        UsageError: the model lacks a setting, a value is out of range or given twice, or there is no point at all.
     """
-    requested = config.requested()
-    names = setting_names(model)
-    # One sweep of thresholds and budgets goes over models that zoom and others beside them.
-    requested = {name: values for name, values in requested.items() if name in names or name not in ("alpha", "budget")}
-    if "prune" not in names:
+    requested = _without_foreign_zoom(model, config.requested())
+    if "prune" not in setting_names(model):
         requested.pop("prune", None)
-    for name in requested:
-        if name not in names:
-            takes = f"it takes {', '.join(option_of(each) for each in names)}" if names else "it takes none"
-            raise UsageError(f"{option_of(name)}: {type(model).__name__} has no such setting; {takes}")
+    _check_names(model, requested, option_of)
     if zooms(model) and (source is None or source.name == "none"):
         return [OperatingPoint(name="no zoom")]
     try:
@@ -131,39 +126,52 @@ def operating_points(model: nn.Module, source: ScoreSource | None, config: EvalC
         raise UsageError(str(error)) from error
     unnamed = "plain" if source is None else source.name
     points = [point if point.name else replace(point, name=unnamed) for point in points]
-    names_of_points = [point.name for point in points]
-    if twice := sorted({name for name in names_of_points if names_of_points.count(name) > 1}):
-        raise UsageError(f"{twice[0]}: asked for twice")
+    counts = Counter(point.name for point in points)
+    if repeated := sorted(name for name, count in counts.items() if count > 1):
+        raise UsageError(f"{repeated[0]}: asked for twice")
     return points
 
 
 def one_point(model: nn.Module, source: ScoreSource | None, settings: Mapping[str, Any]) -> OperatingPoint:
-    """The operating point with these settings, as `EvalRow.settings` or a user names them.
+    """The operating point with the given settings, named as in `EvalRow.settings`.
 
-    Without settings, a model that zooms takes the threshold DEFAULT_ALPHA, and any other model runs as it was built.
-    A model that doesn't zoom takes no notice of a threshold or a budget.
+    Without settings, it is DEFAULT_ALPHA for a model that zooms, and the model as it was built for any other. A model
+    that does not zoom ignores a threshold and a budget.
 
     Raises:
-        UsageError: naming a setting that the model doesn't have, or a value that is out of range.
+        UsageError: the model lacks a setting, a value is out of range, or there are both a threshold and a budget.
     """
-    names = setting_names(model)
-    settings = {name: value for name, value in settings.items() if name in names or name not in ("alpha", "budget")}
-    if zooms(model) and (source is None or source.name == "none"):
-        return OperatingPoint(name="no zoom")
-    if not settings and not zooms(model):
+    settings = _without_foreign_zoom(model, settings)
+    _check_names(model, settings, str)
+    if {"alpha", "budget"} <= settings.keys():
+        raise UsageError("give alpha or budget, not both")
+    if zooms(model):
+        if source is None or source.name == "none":
+            return OperatingPoint(name="no zoom")
+        if not settings.keys() & {"alpha", "budget"}:
+            settings["alpha"] = DEFAULT_ALPHA
+    if not settings:
         return OperatingPoint(name="plain")
-    if zooms(model) and not settings.keys() & {"alpha", "budget"}:
-        settings = {"alpha": DEFAULT_ALPHA, **settings}
-    for name in settings:
-        if name not in names:
-            takes = f"it takes {', '.join(names)}" if names else "it takes none"
-            raise UsageError(f"{name} {shortest(settings[name])}: {type(model).__name__} has no such setting; {takes}")
     try:
         return of_model.operating_points(model, {name: (value,) for name, value in settings.items()})[-1]
     except ValueError as error:
         raise UsageError(str(error)) from error
 
 
+def _without_foreign_zoom(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without a zoom that the model lacks: one sweep may cover models that zoom and others."""
+    names = setting_names(model)
+    return {name: value for name, value in settings.items() if name in names or name not in ("alpha", "budget")}
+
+
+def _check_names(model: nn.Module, names: Iterable[str], spell: Callable[[str], str]) -> None:
+    known = setting_names(model)
+    for name in names:
+        if name not in known:
+            takes = ", ".join(map(spell, known)) or "none"
+            raise UsageError(f"{spell(name)}: {type(model).__name__} has no such setting; it takes {takes}")
+
+
 def option_of(setting: str) -> str:
-    """The option of the command line that gives a setting's values."""
+    """The command-line option that takes a setting's values."""
     return OPTIONS.get(setting, f"--at {setting}")

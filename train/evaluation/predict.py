@@ -1,4 +1,4 @@
-"""Classify single image files with a finished run: labels, and pictures of what the model looked at."""
+"""Classify single image files with a finished run, and draw what the model looked at."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.sample import DECODE_ERRORS
 from zpipe.train.checkpoint import Run, load_run
 from zpipe.train.data.transforms import ViewConfig, decode, draw_view, view_image
+from zpipe.train.device import autocast
 from zpipe.train.evaluation.inference import OpenRun, choose_run_source, trained_with
 from zpipe.train.evaluation.operating_points import one_point
 from zpipe.train.evaluation.pictures import picture
-from zpipe.train.models.zoom_tokens import token_boxes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,44 +29,44 @@ class PredictConfig:
     """Settings of a prediction."""
 
     alpha: float | None = None
-    """The threshold of a model that zooms; 0.1 where no budget is given."""
+    """The threshold of a model that zooms; None for 0.1, unless a budget is given."""
     budget: int | str | None = None
-    """Instead of a threshold: zoomed cells an image, or "300 tokens" or "2.3 GMACs"."""
+    """A budget instead of a threshold: zoomed cells per image, or "300 tokens" or "2.3 GMACs"."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Further settings of the operating point, such as {"exit": 0.7}, {"keep": 16} or {"merge": 8}."""
+    """Other settings of the operating point, such as {"exit": 0.7}, {"keep": 16} or {"merge": 8}."""
     scores: str | None = None
-    """Where the scores come from, one of `scoring.SOURCES`; None takes the source that the run was trained with."""
+    """The source of the scores, one of `scoring.SOURCES`; None for the one that the run was trained with."""
     weights: str = "final"
-    """Which weights of the run, see `checkpoint.load_run`."""
+    """The weights of the run to use, see `checkpoint.load_run`."""
     precision: str = "float32"
-    """The precision of scores and model: float32, or bf16 or fp16 under autocast."""
+    """The precision of both scores and model: float32, or bf16 or fp16 under autocast."""
     top: int = 5
-    """Classes an image."""
+    """The number of classes per image."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
     def __post_init__(self) -> None:
-        if self.alpha is not None and self.budget is not None:
+        autocast(self.precision, torch.device("cpu"))  # refuses an unknown precision
+        if {"alpha", "budget"} <= self.point_settings().keys():
             raise UsageError("give --alpha or --budget, not both")
         if self.top < 1:
             raise UsageError(f"--top {self.top}: give a number >= 1")
 
     def point_settings(self) -> dict[str, Any]:
-        """The settings that are given, those of the zoom among them."""
+        """All settings of the operating point, including a threshold or a budget."""
         zoom = {"alpha": self.alpha, "budget": self.budget}
         return {name: value for name, value in zoom.items() if value is not None} | dict(self.settings)
 
 
 class Classifier:
-    """A run as one function: images in, logits out, the zoomer (or another source of scores) included.
+    """A run as one function from images to logits, including the zoomer or another source of scores.
 
     Args:
-        run: an opened vit run.
-        config: its operating point, source of scores, precision and device.
+        run: a vit run.
+        config: its operating point, source of scores, precision and device; None for the defaults.
 
     Raises:
-        UsageError: a run of another kind, scores that can't be had without a data set, or a setting that the model
-            can't take.
+        UsageError: the run is not a classifier, its scores need a data set, or a setting does not suit the model.
     """
 
     def __init__(self, run: Run, config: PredictConfig | None = None) -> None:
@@ -91,19 +91,19 @@ class Classifier:
         """Classify images.
 
         Args:
-            images: uint8 [B, 3, S, S], S the run's image size.
-            keys: the samples' names, which random scores are drawn by.
+            images: uint8 [B, 3, S, S] of the run's image size S.
+            keys: the names of the samples, which determine random scores.
 
         Returns:
-            Logits [B, classes] on the classifier's device.
+            Logits [B, classes] on the device of the classifier.
 
         Raises:
-            ValueError: images of another size or type.
+            ValueError: the images have another size or type.
         """
         return self.look(images, keys)[0]
 
     def look(self, images: Tensor, keys: Sequence[str] = ()) -> tuple[Tensor, Tensor | None]:
-        """Logits as above, and the scores [B, s * s] that guided the model, if there are any."""
+        """As calling the classifier, but return also the scores [B, s * s] that the model got, or None."""
         side = self.run.preprocessing.image_size
         if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
             raise ValueError(
@@ -113,18 +113,9 @@ class Classifier:
         answer = self.opened.answer(batch, self.point)
         return answer.logits, answer.scores
 
-    @torch.inference_mode()
     def token_boxes(self, images: Tensor, scores: Tensor | None) -> list[Tensor] | None:
-        """The patches of each image, int64 [n, 4] as (left, top, right, bottom) in pixels.
-
-        None for a model without patches of its own choosing, and without scores.
-        """
-        if scores is None or not hasattr(self.model, "tokenise"):
-            return None
-        pixels = self.opened.prepare({"image": images})["image"]
-        ids = self.model.tokenise(pixels, scores, **self.point.arguments).by_image()
-        size = self.run.preprocessing.image_size
-        return [token_boxes(each.cpu(), self.model.coarse_grid, size) for each in ids]
+        """The patches of images under the scores that `look` returned, see `OpenRun.token_boxes`."""
+        return self.opened.token_boxes(self.opened.prepare({"image": images}), scores, self.point)
 
 
 def predict(
@@ -135,10 +126,21 @@ def predict(
     out: Path | None = None,
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
-    """The `top` classes of every image file: [{file, classes: [{index, name, probability}], tokens}].
+    """Find the most probable classes of image files, each in the view of evaluation.
 
-    The image is seen as in evaluation. out: a folder for one PNG an image: the image, its score map and its patches.
-    Errors: :class:`UsageError`; :class:`ZpipeError` naming the file that can't be read.
+    Args:
+        run: the folder of a finished vit run.
+        files: JPEG, PNG or WEBP images.
+        config: settings.
+        out: a folder for one PNG per image, with the image, its score map and its patches; None to draw nothing.
+        progress: called once per image.
+
+    Returns:
+        [{file, classes: [{index, name, probability}], tokens}], the most probable class first.
+
+    Raises:
+        UsageError: the run or a setting does not suit, or two pictures would have the same name.
+        ZpipeError: a file can't be read.
     """
     opened = load_run(run, config.weights)
     classifier = Classifier(opened, config)
@@ -158,14 +160,13 @@ def predict(
             {"index": index, "name": names[index] if index < len(names) else None, "probability": value}
             for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        every = classifier.token_boxes(images, scores)
-        boxes = None if every is None else every[0]
+        batch_boxes = classifier.token_boxes(images, scores)
+        boxes = None if batch_boxes is None else batch_boxes[0]
         rows.append({"file": str(file), "classes": classes, "tokens": None if boxes is None else len(boxes)})
         if out is not None:
-            # Not every model wants its scores on a grid of its own.
-            side = 0 if scores is None else math.isqrt(scores.shape[1])
-            score_map = None if scores is None else scores[0].view(side, side).cpu().numpy()
-            cell = 0 if boxes is None else opened.preprocessing.image_size // opened.model.coarse_grid
+            side = 0 if scores is None else math.isqrt(scores.shape[1])  # may differ from the model's own grid
+            score_map = None if scores is None else scores[0].view(side, side).float().cpu().numpy()
+            cell = 0 if boxes is None else opened.preprocessing.image_size // classifier.model.coarse_grid
             first = classes[0]
             title = f"{first['name'] or first['index']}, {first['probability']:.0%}"
             picture(out / f"{file.stem}.png", images[0].permute(1, 2, 0).numpy(), score_map, boxes, cell, title)
@@ -174,7 +175,11 @@ def predict(
 
 
 def read_image(file: Path, size: int, view: ViewConfig) -> np.ndarray:
-    """The evaluation view of an image file, uint8 [3, size, size]. Errors: :class:`ZpipeError` naming the file."""
+    """Read an image file in the view of evaluation, as uint8 [3, size, size].
+
+    Raises:
+        ZpipeError: the file can't be read as an image.
+    """
     try:
         data = Path(file).read_bytes()
         image, chosen, source = decode(data, lambda shape: draw_view(np.random.default_rng(0), *shape, view), size)

@@ -1,12 +1,12 @@
-"""The results format: whatever measures a run writes it, and its writer and its reader are both here.
+"""The results format, its writer and its reader.
 
 An evaluation, a study, a calibration, a test of maps and the demo each leave one JSON file with
 
     format, version, zpipe         the header, and the release that measured
     content                        what the file holds: evaluation, study, calibration, judge or demo
     run, model, seed, shards, ...  what was measured, and on what
-    rows                           the table that people read: a row per setting, with its metrics side by side
-    results                        the same as tidy `Result`s, one value each, which is what programs read
+    rows                           a table for people: a row per setting, with its metrics side by side
+    results                        the same for programs: tidy `Result`s of one value each
 
 Version 1 held studies only, with their tidy results under `rows`; all other files had no header then. `read_results`
 reads them too. A study also leaves its results as Parquet, and `results/errors_samples.json` is a format of its own.
@@ -37,7 +37,9 @@ VERDICTS_VERSION = 1
 FOLDER = "results"  # within a run: its studies
 EVALUATION, ZOOMER_EVALUATION = "evaluation", "zoomer evaluation"  # the `study` of results that belong to none
 HISTOGRAM = "images_with_tokens"
-DEFAULTS = {"weights": "final", "precision": "float32"}  # stated in a setting or a file name only where they differ
+DEFAULTS = {"weights": "final", "precision": "float32"}  # a setting or a file name states only other values
+# What an evaluation's results have in their settings besides the settings of the model.
+EVALUATION_SETTINGS = ("scores", "classes", "labels", *DEFAULTS)
 
 Value = str | int | float | None
 Content = Literal["evaluation", "study", "calibration", "judge", "demo"]
@@ -56,11 +58,11 @@ class Result:
     setting: dict[str, Value] = field(default_factory=dict)
     """What was varied, such as {"alpha": 0.1, "scores": "zoomer"}."""
     seed: int | None = None
-    """The seed of the training."""
+    """The seed of the training; None if it is not known."""
     metric: str
     """`top1`, `gmacs`, ..."""
     n: int
-    """The number of images (or of whatever it is the mean of) that the value is computed from."""
+    """The number of images, or of other items, that the value is computed from."""
     value: float
     low: float | None = None
     """The lower end of the 95 % interval (of images_per_s: the lower quartile); None if there is no interval."""
@@ -77,7 +79,7 @@ class EvalRow:
     scores: str | None = None
     """The source of the scores; None for a model that takes none."""
     settings: dict[str, Value] = field(default_factory=dict)
-    """The settings of the operating point, such as {"alpha": 0.1}; which ones there are is up to the model."""
+    """The settings of the operating point, such as {"alpha": 0.1}; the model defines which ones exist."""
     count: int
     """The number of images that were judged."""
     top1: float
@@ -87,7 +89,7 @@ class EvalRow:
     tokens: float | None
     """The mean sequence length per image without the class token; None for a model without patches."""
     token_histogram: dict[str, int]
-    """The number of images by sequence length; empty where all images have the same length."""
+    """The number of images by sequence length; empty for a model that spends the same on all images."""
     exited: float | None
     """The fraction of images that the first of two stages answered; None for other models."""
     gmacs: float
@@ -121,18 +123,18 @@ SHARES = ("top1", "top5", "exited")
 
 
 def identity(opened: Run, study: str) -> dict[str, Any]:
-    """The fields of a `Result` that say whose it is: study, run, model and seed."""
+    """The fields of a `Result` that identify its run: study, run, model and seed."""
     model = opened.settings.get("model", opened.kind)
     seed = opened.settings.get("train", {}).get("seed")
     return {"study": study, "run": Path(opened.path).resolve().name, "model": model, "seed": seed}
 
 
 def results_of(row: EvalRow, about: Mapping[str, Any]) -> list[Result]:
-    """The results of an operating point.
+    """Convert the metrics of an operating point to results.
 
     Args:
         row: its metrics.
-        about: study, run, model and seed as of `identity`, and possibly a `setting` that the row's own is added to.
+        about: study, run, model and seed as of `identity`, and optionally a `setting` to extend.
     """
     setting = {"scores": row.scores, **row.settings} | unusual({"precision": row.precision})
     setting = {name: value for name, value in setting.items() if value is not None}
@@ -141,10 +143,10 @@ def results_of(row: EvalRow, about: Mapping[str, Any]) -> list[Result]:
 
 
 def metric_results(row: Mapping[str, Any], about: Mapping[str, Any]) -> list[Result]:
-    """Every metric of a row of a table as a result, over the row's `count` images.
+    """Convert the metrics of a table's row to results over the row's `count` images.
 
-    Intervals: Wilson's for shares of the images, else what the row has as `NAME_low` and `NAME_high` (both ends) or as
-    `NAME_interval` (half the width). A token histogram becomes one result per sequence length.
+    The interval of a metric is what the row has as `NAME_low` and `NAME_high`; else Wilson's for a fraction of the
+    images; else the row's `NAME_interval`, half its width. A token histogram becomes one result per sequence length.
     """
     n = row["count"]
     if not isinstance(n, int) or n < 1:
@@ -165,14 +167,14 @@ def metric_results(row: Mapping[str, Any], about: Mapping[str, Any]) -> list[Res
 
 
 def calibration_results(result: Mapping[str, Any], about: Mapping[str, Any]) -> list[Result]:
-    """What `calibrate` returns, as results whose setting is the budget."""
+    """Convert what `calibrate` returns to results whose setting is the budget."""
     setting = {**about.get("setting", {}), "budget": f"{result['budget']:g} {result['unit']}"}
     metrics = {name: value for name, value in result.items() if name not in ("budget", "images")}
     return metric_results({"count": result["images"], **metrics}, {**about, "setting": setting})
 
 
 def judge_results(rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any]) -> list[Result]:
-    """The rows of `judge_maps` as results whose setting is the order of the cells: maps, centre or random."""
+    """Convert the rows of `judge_maps` to results whose setting is the order of the cells: maps, centre or random."""
     return [result for row in rows for result in metric_results(row, {**about, "setting": {"order": row["setting"]}})]
 
 
@@ -190,18 +192,18 @@ def _is_number(value: object) -> bool:
 
 
 def unusual(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `weights` and `precision` that are not the defaults."""
+    """The values of `weights` and `precision` that are not the defaults."""
     return {name: value for name, value in values.items() if value != DEFAULTS[name]}
 
 
 def share(*, right: float, n: int, **about: Any) -> Result:
-    """The result for a fraction, `right` of `n`, with its Wilson interval; `about`: the other fields of `Result`."""
+    """The result for a fraction, `right` of `n`, with its Wilson interval; `about` are the other fields of `Result`."""
     low, high = wilson(right, n)
     return Result(value=right / n, n=n, low=low, high=high, **about)
 
 
 def wilson(right: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a fraction, `right` of `n` (Wilson 1927): never outside [0, 1], nor empty at its ends."""
+    """The 95 % interval of a fraction, `right` of `n` (Wilson 1927): within [0, 1], and not empty at 0 and 1."""
     z, p = 1.959964, right / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -225,7 +227,7 @@ def wide(results: Sequence[Result]) -> list[dict[str, Any]]:
 def results_path(
     run: Path, content: Content, *, study: str | None = None, weights: str = "final", precision: str = "float32"
 ) -> Path:
-    """Where results go unless the user says otherwise: a file for each content, study, weights and precision."""
+    """The default place of results: a file for each content, study, weights and precision."""
     stem = "-".join([study or content, *unusual({"weights": weights, "precision": precision}).values()])
     return Path(run) / FOLDER / f"{stem}.json" if content == "study" else Path(run) / f"{stem}.json"
 
@@ -237,20 +239,20 @@ def write_results(
     rows: Sequence[Mapping[str, Any]],
     results: Iterable[Result],
 ) -> dict[str, Any]:
-    """Put results into the form of a file, write it if there is a `path`, and return it.
+    """Assemble the content of a results file, write it if there is a `path`, and return it.
 
     Args:
         path: the JSON file; None to write nothing.
         content: what the file holds.
         about: what was measured, and on what: run, model, seed, shards, maps, ...
-        rows: the table that people read.
+        rows: the table.
         results: the same as tidy results.
     """
-    found = header(FORMAT, VERSION) | {"zpipe": version("zpipe"), "content": content, **about}
-    found |= {"rows": list(rows), "results": [asdict(result) for result in results]}
+    file = header(FORMAT, VERSION) | {"zpipe": version("zpipe"), "content": content, **about}
+    file |= {"rows": list(rows), "results": [asdict(result) for result in results]}
     if path is not None:
-        write_json(path, found)
-    return found
+        write_json(path, file)
+    return file
 
 
 def write_study(run: Path, about: Mapping[str, Any], results: Sequence[Result]) -> Path:
@@ -258,8 +260,8 @@ def write_study(run: Path, about: Mapping[str, Any], results: Sequence[Result]) 
 
     Args:
         run: the folder.
-        about: `study`, `title` and `shards`, and what else there is to say; `precision` if it is not float32.
-        results: one value each.
+        about: `study`, `title`, `shards` and more; `precision` if it is not float32.
+        results: the results.
 
     Returns:
         The JSON file.
@@ -281,74 +283,74 @@ def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _column(values: list[Value]) -> pa.Array:
-    """Values of one type as they are, mixed ones as text."""
-    kinds = {type(value) for value in values if value is not None}
-    if len(kinds) > 1 and not kinds <= {int, float}:
+    """A column of values; values of several types become text."""
+    types = {type(value) for value in values if value is not None}
+    if len(types) > 1 and not types <= {int, float}:
         return pa.array([None if value is None else str(value) for value in values])
-    return pa.array([float(value) if kinds == {int, float} and value is not None else value for value in values])
+    return pa.array([float(value) if types == {int, float} and value is not None else value for value in values])
 
 
 def content_of(path: Path) -> Content | Literal["verdicts"] | None:
-    """What a JSON file of ours holds, by its header or, before there was one, by its fields; None for other files.
+    """What a JSON file holds, by its header or, for files of before the header, by its fields; None for other files.
 
     Raises:
         ZpipeError: the file is not JSON.
     """
     try:
-        found = json.loads(path.read_bytes())
+        file = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ZpipeError(f"{path}: not readable as JSON ({error}); restore or delete the file") from error
-    if not isinstance(found, dict):
+    if not isinstance(file, dict):
         return None
-    if found.get("format") == VERDICTS_FORMAT or ("format" not in found and "samples" in found):
+    if file.get("format") == VERDICTS_FORMAT or ("format" not in file and "samples" in file):
         return "verdicts"
-    if found.get("format") != FORMAT:
-        return _unversioned_content(found)
-    return found.get("content", "study")
+    if file.get("format") != FORMAT:
+        return _unversioned_content(file)
+    return file.get("content", "study")
 
 
 def read_results(path: Path) -> tuple[dict[str, Any], list[Result]]:
     """Read a results file of any version.
 
     Returns:
-        What the file states, `content` and `rows` among it, and its results.
+        The other fields of the file, including `content` and `rows`, and its results.
 
     Raises:
         ZpipeError: the file holds no results, or is of a later version.
     """
-    found = read_json(path, "a results file")
-    if (content := _unversioned_content(found)) is not None:
+    file = read_json(path, "a results file")
+    if (content := _unversioned_content(file)) is not None:
         try:
-            results = _unversioned_results(found, content, path)
-            return {"rows": [dict(found)]} | found | {"content": content}, results  # a calibration was a row by itself
+            results = _unversioned_results(file, content, path)
+            return {"rows": [dict(file)]} | file | {"content": content}, results  # a calibration was a single row
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             what = {"evaluation": "an evaluation", "judge": "a test of maps"}.get(content, f"a {content}")
             raise ZpipeError(f"{path}: not {what} that this zpipe reads ({error}); make it again") from error
-    number = check_format(path, found, FORMAT, VERSION, remedy="evaluate again")
+    number = check_format(path, file, FORMAT, VERSION, remedy="evaluate again")
     try:
         if number == 1:
-            found |= {"content": "study", "results": found.pop("rows")}
-        results = [Result(**row) for row in found.pop("results")]
+            file |= {"content": "study", "results": file.pop("rows")}
+        results = [Result(**row) for row in file.pop("results")]
     except (KeyError, TypeError, ValueError) as error:
         raise ZpipeError(f"{path}: not a complete results file ({error}); evaluate again") from error
-    return found | {"rows": found.get("rows") or wide(results)}, results
+    return file | {"rows": file.get("rows") or wide(results)}, results
 
 
 def write_verdicts(path: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
-    """Write what an error analysis says of single samples: their `key`, `kind` and more."""
+    """Write the verdicts of an error analysis: `key`, `kind` and more for each sample."""
     write_json(path, header(VERDICTS_FORMAT, VERDICTS_VERSION) | {"samples": list(verdicts)})
 
 
 def read_verdicts(path: Path) -> list[dict[str, Any]]:
-    """The samples of an error analysis.
+    """Read the samples of an error analysis.
 
     Raises:
-        ZpipeError: the file is none, or is of a later version.
+        ZpipeError: the file is no error analysis, or is of a later version.
     """
-    found = read_json(path, "an error analysis")
-    if "format" in found:  # earlier files have no header
-        check_format(path, found, VERDICTS_FORMAT, VERDICTS_VERSION, remedy="analyse again")
-    samples = found.get("samples")
+    file = read_json(path, "an error analysis")
+    if "format" in file:  # earlier files have no header
+        check_format(path, file, VERDICTS_FORMAT, VERDICTS_VERSION, remedy="analyse again")
+    samples = file.get("samples")
     if not isinstance(samples, list) or not all(
         isinstance(each, dict) and {"key", "kind"} <= set(each) for each in samples
     ):
@@ -359,27 +361,27 @@ def read_verdicts(path: Path) -> list[dict[str, Any]]:
 # -- files without a header --------------------------------------------------------------------------------------------
 
 
-def _unversioned_content(found: Mapping[str, Any]) -> Content | None:
-    """What a file from before the header holds; None if it is no results file, or has a header."""
-    if "format" in found:
+def _unversioned_content(file: Mapping[str, Any]) -> Content | None:
+    """What a file of before the header holds; None if it is no results file, or has a header."""
+    if "format" in file:
         return None
-    if "rows" not in found:
-        return "calibration" if {"unit", "budget", "mean", "std", "images"} <= set(found) else None
-    if "notes" in found:
+    if "rows" not in file:
+        return "calibration" if {"unit", "budget", "mean", "std", "images"} <= set(file) else None
+    if "notes" in file:
         return "demo"
-    rows = found["rows"]
+    rows = file["rows"]
     first = rows[0] if isinstance(rows, list) and rows and isinstance(rows[0], dict) else {}
     return "judge" if "deletion" in first else "evaluation"
 
 
-def _unversioned_results(found: Mapping[str, Any], content: Content, path: Path) -> list[Result]:
-    """The results of such a file, which names its run by a path, or not at all if it lies in the run's folder."""
-    run = Path(found["run"]).name if "run" in found else path.resolve().parent.name
-    about: dict[str, Any] = {"study": content, "run": run, "model": str(found.get("model", ""))}
-    about |= {"seed": found.get("seed")}
+def _unversioned_results(file: Mapping[str, Any], content: Content, path: Path) -> list[Result]:
+    """The results of such a file. It names its run by a path, or not at all if it lies in the run's folder."""
+    run = Path(file["run"]).name if "run" in file else path.resolve().parent.name
+    about: dict[str, Any] = {"study": content, "run": run, "model": str(file.get("model", ""))}
+    about |= {"seed": file.get("seed")}
     if content == "calibration":
-        return calibration_results(found, about)
-    rows = found["rows"]
+        return calibration_results(file, about)
+    rows = file["rows"]
     if not isinstance(rows, list) or not rows:
         raise ValueError("no rows")
     if content == "demo":
@@ -389,16 +391,16 @@ def _unversioned_results(found: Mapping[str, Any], content: Content, path: Path)
     results = []
     for row in rows:
         each = about | {name: row[name] for name in ("model", "seed") if row.get(name) is not None}
-        each["study"] = ZOOMER_EVALUATION if found.get("kind") == "zoomer" else EVALUATION
-        each["setting"] = _setting_v1(row, found)
+        each["study"] = ZOOMER_EVALUATION if file.get("kind") == "zoomer" else EVALUATION
+        each["setting"] = _setting_v1(row, file)
         results += metric_results({name: row[name] for name in row if name not in NOT_METRICS_V1}, each)
     return results
 
 
-def _setting_v1(row: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Value]:
-    """What was varied, from a row's fields; from its name where an older file has no such fields."""
+def _setting_v1(row: Mapping[str, Any], file: Mapping[str, Any]) -> dict[str, Value]:
+    """What was varied: from a row's fields or, in older files without these fields, from its name."""
     setting = {name: row[name] for name in ("scores", *sorted(NOT_METRICS_V1)) if row.get(name) is not None}
-    stated = {name: row.get(name, found.get(name, usual)) for name, usual in DEFAULTS.items()}
+    stated = {name: row.get(name, file.get(name, usual)) for name, usual in DEFAULTS.items()}
     name, equals, value = row.get("setting", "").partition("=")
     if equals and name in ("alpha", "budget") and name not in setting:
         setting[name] = float(value) if name == "alpha" else int(value) if value.isdecimal() else value

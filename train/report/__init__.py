@@ -1,12 +1,12 @@
-"""One self-contained page over finished runs: curves, tables, and a gallery of what the models looked at.
+"""One self-contained page about finished runs: curves, tables, and a gallery of what the models looked at.
 
-runs.py     what runs and studies left on disk, as tidy results
+runs.py     files of runs and studies -> tidy results
 points.py   tidy results -> points, each with all metrics of one setting
 figures.py  points -> curves and histograms
 tables.py   points -> tables and the headline
-gallery.py  the models on a few samples of a data set
-page.py     all of it as one HTML file
-page.html, page.css, .js files: the page itself, plain and without a build step
+gallery.py  the answers of the models to a few samples
+page.py     all of this -> one HTML file
+page.html, page.css, *.js: the page itself, without a build step
 """
 
 from zpipe.train.report.page import ReportConfig, report

@@ -1,15 +1,15 @@
 "use strict";
 
-// Plots and tables. Text from files is set as text, never as markup; what goes to Plotly was escaped where it was made.
+// Plots and tables. Text from files is set as text, never as markup; figures.py escapes the text of plots.
 zpipe.figures = (() => {
-  // Told apart on white and on black, and by people who see few colours; the marks differ as well.
+  // Distinct on white and on black, and for colour-blind people; the markers differ as well.
   const COLOURS = ["#2f7ed8", "#e0662b", "#2a9d6e", "#b25bc4", "#c58a12", "#d6456f", "#1b9fb3", "#8a7560"];
   const SYMBOLS = ["circle", "diamond", "square", "triangle-up", "x", "star", "cross", "triangle-down"];
   const DASHES = ["solid", "dash", "dot", "dashdot"];
   const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
-  const described = new Map(); // plot's element -> its figure
+  const specs = new Map(); // plot's element -> its figure
   const drawn = new Set();
-  const tables = new Map(); // a table's name, which may be anything -> its element's id
+  const tables = new Map(); // a table's name, which may be any text -> its element's id
 
   /** An element with its attributes and children; strings among the children become text. */
   function make(tag, attributes = {}, ...children) {
@@ -69,35 +69,35 @@ zpipe.figures = (() => {
     };
   }
 
-  function figure(told) {
-    // A group, not an image: what is within an image is hidden from screen readers, and the plot's buttons can be focused.
-    const label = `${told.title}. Its numbers are in a table below.`;
-    const plot = make("div", { class: "plot", role: "group", "aria-label": label, "aria-details": tableId(told.table) });
-    const caption = make("figcaption", {}, make("h3", {}, told.title), told.note ? make("p", {}, told.note) : null);
-    described.set(plot, told);
+  function figure(spec) {
+    // A group, not an image: screen readers skip the content of an image, and the plot has buttons.
+    const label = `${spec.title}. Its numbers are in a table below.`;
+    const plot = make("div", { class: "plot", role: "group", "aria-label": label, "aria-details": tableId(spec.table) });
+    const caption = make("figcaption", {}, make("h3", {}, spec.title), spec.note ? make("p", {}, spec.note) : null);
+    specs.set(plot, spec);
     watch.observe(plot);
-    return make("figure", { class: "figure", id: `figure-${told.id}` }, caption, plot);
+    return make("figure", { class: "figure", id: `figure-${spec.id}` }, caption, plot);
   }
 
   function draw(plot) {
-    const told = described.get(plot);
-    Plotly.react(plot, traces(told), layout(told), CONFIG);
+    const spec = specs.get(plot);
+    Plotly.react(plot, traces(spec), layout(spec), CONFIG);
     drawn.add(plot);
   }
 
-  // A plot takes a tenth of a second: it is drawn when it comes near, and the page is there at once.
+  // Drawing a plot takes a tenth of a second, so plots are drawn when they come near the viewport.
   const watch = new IntersectionObserver(
-    (seen) => {
-      for (const { target } of seen.filter((one) => one.isIntersecting)) {
+    (entries) => {
+      for (const { target } of entries.filter((entry) => entry.isIntersecting)) {
         watch.unobserve(target);
         draw(target);
       }
     },
     { rootMargin: "600px" },
   );
-  addEventListener("beforeprint", () => described.forEach((_, plot) => draw(plot)));
+  addEventListener("beforeprint", () => specs.forEach((_, plot) => draw(plot)));
 
-  const NUMBER = /^[-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?(?= |$)/i; // of a cell; an interval or a unit may follow
+  const NUMBER = /^[-+]?[\d,]*\.?\d+(?:e[-+]?\d+)?(?= |$)/i; // at the start of a cell, before an interval or a unit
   const PARTS = /(\d+(?:\.\d+)?(?:e[-+]?\d+)?)/i; // "alpha 0.05" comes before "alpha 0.1", "seed-2" before "seed-10"
   const letters = new Intl.Collator("en");
 
@@ -112,7 +112,7 @@ zpipe.figures = (() => {
     return mine.length - theirs.length;
   }
 
-  /** Put a table's rows in the order of a column. Equal ones stay as they are; cells without a figure come last either way. */
+  /** Sort a table's rows by a column. Equal rows keep their order; empty cells come last in both directions. */
   function sortRows(body, column, falling) {
     const text = (row) => row.cells[column].textContent;
     const [empty, full] = [[], []];
@@ -128,22 +128,22 @@ zpipe.figures = (() => {
     const head = make("th", { scope: "col" }, button);
     button.addEventListener("click", () => {
       const falling = head.getAttribute("aria-sort") === "ascending";
-      for (const other of head.parentNode.cells) other.removeAttribute("aria-sort"); // only one column says it is sorted
+      for (const other of head.parentNode.cells) other.removeAttribute("aria-sort"); // only one column is marked as sorted
       head.setAttribute("aria-sort", falling ? "descending" : "ascending");
       sortRows(head.closest("table").tBodies[0], column, falling);
     });
     return head;
   }
 
-  function table(told) {
-    const caption = make("caption", {}, told.caption, told.note ? make("span", {}, told.note) : null);
-    const head = make("tr", {}, ...told.columns.map(header));
-    const rows = told.rows.map((row) =>
+  function table(spec) {
+    const caption = make("caption", {}, spec.caption, spec.note ? make("span", {}, spec.note) : null);
+    const head = make("tr", {}, ...spec.columns.map(header));
+    const rows = spec.rows.map((row) =>
       make("tr", {}, ...row.map((text, i) => (i === 0 ? make("th", { scope: "row" }, text) : make("td", {}, text)))),
     );
-    const whole = make("table", { id: tableId(told.id) }, caption, make("thead", {}, head), make("tbody", {}, ...rows));
-    // Wide tables scroll; what scrolls must be reachable by keyboard.
-    return make("div", { class: "table", tabindex: "0", role: "region", "aria-label": told.caption }, whole);
+    const whole = make("table", { id: tableId(spec.id) }, caption, make("thead", {}, head), make("tbody", {}, ...rows));
+    // Wide tables scroll, so they must be reachable by keyboard.
+    return make("div", { class: "table", tabindex: "0", role: "region", "aria-label": spec.caption }, whole);
   }
 
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawn.forEach(draw));

@@ -1,7 +1,7 @@
 """Points and training curves as Plotly traces.
 
-Everything here is pure, no file and no model, and makes JSON. Names come from files and may hold anything, and Plotly
-reads the text inside plots as a small markup language; `plot_text` escapes it.
+Everything here is pure (no file, no model) and makes JSON. Names come from files and may contain anything; Plotly
+interprets some markup in the text of plots, so `plot_text` escapes it.
 """
 
 from __future__ import annotations
@@ -40,9 +40,15 @@ PLOTS = (
 )
 
 
-def curves(found: Sequence[Point], titles: dict[str, str], runs: Sequence[RunRecord] = ()) -> list[Figure]:
-    """Accuracy against multiply-adds and against throughput. A run has one colour (a trace's `series`) in all plots."""
-    judged = [point for point in found if "top1" in point.measures]
+def curves(points: Sequence[Point], titles: dict[str, str], runs: Sequence[RunRecord] = ()) -> list[Figure]:
+    """Plot accuracy over multiply-adds and over throughput.
+
+    Args:
+        points: the points of evaluations and studies.
+        titles: the titles of the studies by name.
+        runs: the runs in the order of their colours (the `series` of a trace), which are the same in all plots.
+    """
+    judged = [point for point in points if "top1" in point.measures]
     named = [(EVALUATION, run.name) for run in runs] + [(point.study, point.series) for point in judged]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(named))}
     bars = "Bars: 95 % interval (of images/s, quartiles)"
@@ -50,7 +56,7 @@ def curves(found: Sequence[Point], titles: dict[str, str], runs: Sequence[RunRec
         bars += "; where several seeds were trained, the mean and the range of the seeds"
     figures = []
     for name, metric, title, axis, note in PLOTS:
-        lines: dict[tuple[str, str], dict[str, list[Point]]] = {}  # thresholds and budgets are two lines of a series
+        lines: dict[tuple[str, str], dict[str, list[Point]]] = {}  # of a series, one per sweep
         for point in judged:
             if metric in point.measures:
                 lines.setdefault((point.study, point.series), {}).setdefault(point.sweep, []).append(point)
@@ -66,7 +72,7 @@ def curves(found: Sequence[Point], titles: dict[str, str], runs: Sequence[RunRec
                 suffix = f", {sweep}" if len(sweeps) > 1 and sweep else ""
                 trace = _curve(titles, numbers[key], key, members, metric, suffix)
                 if evaluated and key[0] != EVALUATION:
-                    trace["visible"] = "legendonly"  # what a study does to a model would hide how good the models are
+                    trace["visible"] = "legendonly"  # the many points of studies would hide the models
                 data.append(trace | {"dashed": place % 2 == 1})
         axes = {
             "xaxis": {"title": {"text": axis}, "rangemode": "tozero"},
@@ -81,7 +87,7 @@ def curves(found: Sequence[Point], titles: dict[str, str], runs: Sequence[RunRec
 def _curve(
     titles: dict[str, str], number: int, key: tuple[str, str], members: list[Point], metric: str, suffix: str
 ) -> Figure:
-    """The trace of one line: the `members` of the series `key` over `metric`."""
+    """The trace of one line: the points `members` of the series `key` over `metric`."""
     study, name = key
     members = sorted(members, key=lambda point: point.measures[metric].value)
     across = [point.measures[metric] for point in members]
@@ -115,40 +121,37 @@ def _error(measures: Sequence[Measure], scale: float) -> dict[str, Any]:
 
 def _hover(point: Point) -> str:
     parts = [point.label] if point.setting else []
-    for metric in ("top1", "tokens", "total_gmacs", "images_per_s"):
-        if metric in point.measures:
-            parts.append(f"{HEADINGS[metric]} {cell(metric, point.measures[metric])}")
+    metrics = [metric for metric in ("top1", "tokens", "total_gmacs", "images_per_s") if metric in point.measures]
+    parts += [f"{HEADINGS[metric]} {cell(metric, point.measures[metric])}" for metric in metrics]
     return "; ".join(parts)
 
 
-def histograms(found: Sequence[Point]) -> list[Figure]:
-    """Images by token count, where images differ in it.
+def histograms(points: Sequence[Point]) -> list[Figure]:
+    """Plot the number of images by number of tokens, if images differ in it.
 
-    Of each series only the widest histogram is shown at first, the others by a click in the legend.
+    At first only the widest histogram of each series is shown; the others appear by a click in the legend.
     """
     series: dict[tuple[str, str], list[Point]] = {}
-    for point in found:
+    for point in points:
         if len(point.histogram) > 1:
             series.setdefault((point.study, point.series), []).append(point)
     if not series:
         return []
-    data = []
-    number = 0
+    data: list[Figure] = []
     for (_, name), members in series.items():
         widest = max(members, key=lambda point: len(point.histogram))
-        for point in members:
-            data.append(
-                {
-                    "type": "bar",
-                    "name": plot_text(f"{name}: {point.label}"),
-                    "series": number,
-                    "x": list(point.histogram),
-                    "y": [100 * share for share in point.histogram.values()],
-                    "hovertemplate": "%{x} tokens: %{y:.1f} %<extra>%{fullData.name}</extra>",
-                    "visible": True if point is widest else "legendonly",
-                }
-            )
-            number += 1
+        data += [
+            {
+                "type": "bar",
+                "name": plot_text(f"{name}: {point.label}"),
+                "series": number,
+                "x": list(point.histogram),
+                "y": [100 * share for share in point.histogram.values()],
+                "hovertemplate": "%{x} tokens: %{y:.1f} %<extra>%{fullData.name}</extra>",
+                "visible": True if point is widest else "legendonly",
+            }
+            for number, point in enumerate(members, start=len(data))
+        ]
     return [
         {
             "id": "tokens",
@@ -166,7 +169,7 @@ def histograms(found: Sequence[Point]) -> list[Figure]:
 
 
 def training_figures(runs: Sequence[RunRecord]) -> list[Figure]:
-    """Loss, accuracy, learning rate and speed over the steps."""
+    """Plot loss, accuracy, learning rate and speed over the steps."""
     everyone = list(enumerate(runs))
     vits = [(number, run) for number, run in everyone if run.kind == "vit"]
     zoomers = [(number, run) for number, run in everyone if run.kind != "vit"]

@@ -1,15 +1,15 @@
 "use strict";
 
-// The gallery: only the entries near the viewport are in the document, whatever their number.
+// The gallery. Only the entries near the viewport are in the document.
 zpipe.gallery = (() => {
   const { make } = zpipe.figures;
   const { decodeScores, decodeBytes, tokenIds, tokenBoxes, tokenCount } = zpipe.patches;
 
-  const MARGIN = 3; // entries drawn beyond either end of the viewport
+  const MARGIN = 3; // entries beyond either end of the viewport
   const GAP = 12; // pixels between entries
-  const KEPT_IMAGES = 128; // decoded ones
+  const MAX_IMAGES = 128; // that stay decoded
   const EASY = 0.5;
-  const LEAST_ALPHA = 1e-4; // the slider's first step above 0
+  const MIN_ALPHA = 1e-4; // the slider's first step above 0
   const STEPS = 1000;
   const FINE = "#ff5a36";
   const BOX = "#2fbf5b";
@@ -17,14 +17,14 @@ zpipe.gallery = (() => {
 
   let data = null;
   const state = { left: 0, right: 0, patches: null, mode: "alpha", alpha: 0.1, budget: 1 };
-  let order = []; // the entries that match, as places in data.entries
-  let active = 0; // place in `order` of the entry that Tab reaches
+  let order = []; // the indices in data.entries of the entries that match
+  let active = 0; // index in `order` of the entry that Tab reaches
   let rowHeight = 0;
   let list = null;
   let status = null;
-  let opened = null; // place in `order` of the enlarged entry
-  const cards = new Map(); // place in `order` -> its article
-  const drawings = new WeakMap(); // canvas -> what it shows, for redrawing and for tests
+  let opened = null; // index in `order` of the enlarged entry
+  const cards = new Map(); // index in `order` -> article
+  const drawings = new WeakMap(); // canvas -> its content, for redrawing and for tests
   const images = new Map();
   const zoomControls = [];
 
@@ -60,7 +60,7 @@ zpipe.gallery = (() => {
     const name = `${place} ${view}`;
     const found = images.get(name);
     if (found) {
-      images.delete(name); // the ones used last go last
+      images.delete(name); // a Map iterates in the order of insertion: the image used last goes last
       images.set(name, found);
       return found;
     }
@@ -68,7 +68,7 @@ zpipe.gallery = (() => {
     made.src = `data:image/jpeg;base64,${data.entries[place].views[view].jpeg}`;
     const ready = made.decode().then(() => made);
     images.set(name, ready);
-    if (images.size > KEPT_IMAGES) images.delete(images.keys().next().value);
+    if (images.size > MAX_IMAGES) images.delete(images.keys().next().value);
     return ready;
   }
 
@@ -89,7 +89,7 @@ zpipe.gallery = (() => {
     const pixels = new ImageData(small.width, small.height);
     values.forEach((value, i) => {
       const level = Math.max(value, 0) / top;
-      // Low places are let through, so that one sees where in the image the high ones are.
+      // Low values are more transparent, so that the image stays visible.
       pixels.data.set([...table[Math.round(255 * level)], Math.round(255 * (0.45 + 0.4 * level))], 4 * i);
     });
     small.getContext("2d").putImageData(pixels, 0, 0);
@@ -148,7 +148,7 @@ zpipe.gallery = (() => {
     if (!canvas.isConnected || !size) return;
     if (canvas.width !== size) canvas.width = canvas.height = size;
     const context = canvas.getContext("2d");
-    // Small images are shown as the pixels that they are.
+    // Small images are shown pixel by pixel.
     context.imageSmoothingEnabled = picture.width > 96;
     context.drawImage(picture, 0, 0, size, size);
     const shown = PAINT[kind](context, size, entry, view);
@@ -163,11 +163,11 @@ zpipe.gallery = (() => {
 
   function kindsOfPanels() {
     const kinds = [["image", "image", "The image, with the object's box where it is known."]];
-    if (data.map_grid) kinds.push(["map", "teacher's map", data.map_said]);
+    if (data.map_grid) kinds.push(["map", "teacher's map", data.map_caption]);
     if (state.patches !== null) {
-      const { source, scores_said: said } = data.models[state.patches].zoom;
-      const told = source === "zoomer" ? "Zoomer's map" : `scores: ${source}`;
-      kinds.push(["scores", told, said], ["patches", "patches", "Patches."]);
+      const { source, scores_caption: caption } = data.models[state.patches].zoom;
+      const title = source === "zoomer" ? "Zoomer's map" : `scores: ${source}`;
+      kinds.push(["scores", title, caption], ["patches", "patches", "Patches."]);
     }
     return kinds;
   }
@@ -175,10 +175,10 @@ zpipe.gallery = (() => {
   function panels(place) {
     const kinds = kindsOfPanels();
     const holder = make("div", { class: "panels", style: `--panels: ${kinds.length}` });
-    for (const [kind, told, label] of kinds) {
+    for (const [kind, title, label] of kinds) {
       const canvas = make("canvas", { role: "img", "aria-label": label, width: 1, height: 1 });
       drawings.set(canvas, { kind, place });
-      holder.append(make("figure", {}, canvas, make("figcaption", {}, told)));
+      holder.append(make("figure", {}, canvas, make("figcaption", {}, title)));
     }
     return holder;
   }
@@ -202,7 +202,7 @@ zpipe.gallery = (() => {
     const at = zoom ? make("span", { class: "at" }, `${zoom[0]} ${zoom[1]} `) : null;
     const head = make("h4", {}, data.models[model].name, " ", at);
     head.append(make("span", { class: right ? "right" : "wrong" }, right ? "✓ right" : "✗ wrong"));
-    // The study of errors has a zoom of its own, at which the answer may have been another.
+    // The study of errors ran at another zoom, at which the answer may have been another.
     if (kind && kind !== "right" && !right) head.append(` (${kind})`);
     return make("section", { class: "answer" }, head, make("ol", {}, ...rows));
   }
@@ -219,11 +219,11 @@ zpipe.gallery = (() => {
   const ease = (entry) => (entry.ease === null ? "" : `${entry.ease >= EASY ? "easy" : "hard"} (${(100 * entry.ease).toFixed(0)} %)`);
 
   function summary(entry) {
-    const said = shownModels().map((model) => {
+    const answers = shownModels().map((model) => {
       const [label, share] = entry.top[model][0];
       return `${data.models[model].name}: ${className(label)}, ${(100 * share).toFixed(0)} %, ${isRight(entry, model) ? "right" : "wrong"}`;
     });
-    return `${className(entry.label)}, ${entry.key}. ${said.join(". ")}.`;
+    return `${className(entry.label)}, ${entry.key}. ${answers.join(". ")}.`;
   }
 
   function card(at) {
@@ -266,7 +266,7 @@ zpipe.gallery = (() => {
     list.style.height = `${order.length * rowHeight - GAP}px`;
   }
 
-  /** Put the entries near the viewport into the document and take the others out; the active one stays, for it may have focus. */
+  /** Keep only the entries near the viewport and the active one, which may have focus, in the document. */
   function update() {
     if (!order.length) return;
     const above = -list.getBoundingClientRect().top;
@@ -285,7 +285,7 @@ zpipe.gallery = (() => {
   function ensure(at) {
     if (cards.has(at)) return cards.get(at);
     const article = card(at);
-    // The order in the document is that of the list, which is what screen readers follow.
+    // In the order of the list, because screen readers follow the document.
     const next = [...cards.keys()].filter((other) => other > at).sort((a, b) => a - b)[0];
     list.insertBefore(article, next === undefined ? null : cards.get(next));
     cards.set(at, article);
@@ -337,45 +337,45 @@ zpipe.gallery = (() => {
   }
 
   function rebuild() {
-    const focused = list.contains(document.activeElement); // its element is about to go
+    const focused = list.contains(document.activeElement); // its element is removed below
     measure();
     const none = document.getElementById("no-match");
     none.hidden = order.length > 0;
     if (!order.length) list.style.height = "0";
     update();
     if (focused) cards.get(active)?.focus({ preventScroll: true });
-    tellStatus();
+    showStatus();
   }
 
-  function tellStatus() {
+  function showStatus() {
     status.textContent = `${order.length} of ${data.entries.length} images match.`;
-    tellTokens();
+    showTokens();
   }
 
-  function tellTokens() {
+  function showTokens() {
     if (state.patches === null) return;
     const text = order.length ? `${meanTokens().toFixed(1)} tokens per image, mean of the ${order.length} that match` : "";
-    for (const control of zoomControls) control.told.textContent = text;
+    for (const control of zoomControls) control.tokens.textContent = text;
   }
 
   // -- the zoom --------------------------------------------------------------------------------------------------------
 
-  /** The slider is logarithmic, for thresholds that matter are small; its first place is 0. */
+  /** The slider is logarithmic, because useful thresholds are small; its first step is 0. */
   function alphaAt(step) {
     if (step <= 0) return 0;
-    return Number((LEAST_ALPHA ** (1 - (step - 1) / (STEPS - 1))).toPrecision(3));
+    return Number((MIN_ALPHA ** (1 - (step - 1) / (STEPS - 1))).toPrecision(3));
   }
 
   function stepOf(alpha) {
-    if (alpha < LEAST_ALPHA) return 0;
-    return Math.round(1 + (STEPS - 1) * (1 - Math.log(alpha) / Math.log(LEAST_ALPHA)));
+    if (alpha < MIN_ALPHA) return 0;
+    return Math.round(1 + (STEPS - 1) * (1 - Math.log(alpha) / Math.log(MIN_ALPHA)));
   }
 
   function zoomControl(name) {
-    const radio = (mode, told) => {
+    const radio = (mode, label) => {
       const input = make("input", { type: "radio", name: `mode-${name}`, value: mode });
       input.addEventListener("change", () => setZoom({ mode }));
-      return [input, make("label", {}, input, told)];
+      return [input, make("label", {}, input, label)];
     };
     const [alphaRadio, alphaLabel] = radio("alpha", "threshold α");
     const [budgetRadio, budgetLabel] = radio("budget", "budget of cells");
@@ -383,7 +383,7 @@ zpipe.gallery = (() => {
     const number = make("input", { type: "number", "aria-label": "zoom, as a number" });
     const marks = make("datalist", { id: `marks-${name}` });
     slider.setAttribute("list", marks.id);
-    const told = make("output", { "aria-live": "off" }); // the slider says its own value
+    const tokens = make("output", { "aria-live": "off" }); // screen readers speak the value of the slider
     slider.addEventListener("input", () => {
       setZoom(state.mode === "alpha" ? { alpha: alphaAt(Number(slider.value)) } : { budget: Number(slider.value) }, number);
     });
@@ -393,7 +393,7 @@ zpipe.gallery = (() => {
     });
     number.addEventListener("change", () => setZoom({}));
     const control = {
-      told,
+      tokens,
       sync(typing) {
         const { side, evaluated } = data.models[state.patches].zoom;
         alphaRadio.checked = state.mode === "alpha";
@@ -409,7 +409,7 @@ zpipe.gallery = (() => {
       },
     };
     zoomControls.push(control);
-    return make("fieldset", { class: "zoom" }, make("legend", {}, "Zoom"), alphaLabel, budgetLabel, slider, marks, number, told);
+    return make("fieldset", { class: "zoom" }, make("legend", {}, "Zoom"), alphaLabel, budgetLabel, slider, marks, number, tokens);
   }
 
   let redraw = 0;
@@ -424,7 +424,7 @@ zpipe.gallery = (() => {
       document.querySelectorAll("#gallery canvas, #enlarged canvas").forEach((canvas) => {
         if (drawings.get(canvas)?.kind === "patches") paint(canvas);
       });
-      tellTokens();
+      showTokens();
     });
   }
 
@@ -438,7 +438,7 @@ zpipe.gallery = (() => {
   // -- filters ---------------------------------------------------------------------------------------------------------
 
   function select(id, label, options, onChange, chosen) {
-    const menu = make("select", { id }, ...options.map(([value, told]) => make("option", { value }, told)));
+    const menu = make("select", { id }, ...options.map(([value, text]) => make("option", { value }, text)));
     if (chosen !== undefined) menu.value = chosen;
     menu.addEventListener("change", () => onChange(menu.value));
     return make("div", { class: "field" }, make("label", { for: id }, label), menu);
@@ -484,8 +484,8 @@ zpipe.gallery = (() => {
 
   function buildDialog() {
     const dialog = document.getElementById("enlarged");
-    const button = (id, told, action) => {
-      const made = make("button", { type: "button", id }, told);
+    const button = (id, label, action) => {
+      const made = make("button", { type: "button", id }, label);
       made.addEventListener("click", action);
       return made;
     };
@@ -499,7 +499,7 @@ zpipe.gallery = (() => {
     const head = make("div", { class: "enlarged-head" }, make("h2", { id: "enlarged-title" }), make("span", { class: "key" }), buttons);
     dialog.append(head, ...(state.patches === null ? [] : [zoomControl("enlarged")]), make("div", { id: "enlarged-body" }));
     dialog.addEventListener("keydown", (event) => {
-      if (event.target.matches("input, select")) return; // there arrows mean something else
+      if (event.target.matches("input, select")) return; // arrow keys change their values
       const step = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
       if (!step) return;
       event.preventDefault();
@@ -515,7 +515,7 @@ zpipe.gallery = (() => {
     const entry = data.entries[order[at]];
     dialog.querySelector("h2").replaceChildren(make("span", {}, "class "), className(entry.label));
     dialog.querySelector(".key").textContent = [entry.key, ease(entry), `${at + 1} of ${order.length}`].filter(Boolean).join(" · ");
-    // Not `disabled`: a button that is loses the focus, and with it the arrow keys.
+    // Not `disabled`, because a disabled button loses the focus, and with it the arrow keys.
     document.getElementById("before").setAttribute("aria-disabled", at === 0);
     document.getElementById("after").setAttribute("aria-disabled", at === order.length - 1);
     document.getElementById("enlarged-body").replaceChildren(body(order[at]));
@@ -562,7 +562,7 @@ zpipe.gallery = (() => {
   }
 
   function legend() {
-    const item = (kind, told) => make("span", {}, make("i", { class: kind }), told);
+    const item = (kind, label) => make("span", {}, make("i", { class: kind }), label);
     const items = [item("heat", "maps: 0 to the highest value in the image")];
     if (data.entries.some((entry) => entry.views.some((view) => view.box))) items.push(item("box", "object's box"));
     if (state.patches !== null) items.push(item("fine", "small patch"), item("coarse", "large patch"));
@@ -611,7 +611,7 @@ zpipe.gallery = (() => {
     document.documentElement.dataset.ready = "true";
   }
 
-  /** What the canvas of an entry shows, for tests: {tokens, boxes}. */
+  /** The patches that an entry shows, for tests: {tokens, boxes}. */
   function shownPatches(article) {
     const canvas = [...article.querySelectorAll("canvas")].find((one) => drawings.get(one).kind === "patches");
     return drawings.get(canvas);

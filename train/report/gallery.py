@@ -1,14 +1,14 @@
-"""The models on a few samples: what the page's gallery shows, as JSON.
+"""The gallery of the page: the answers of the models to a few samples, as JSON.
 
-Measured, an entry takes 3.5 KB of the page for scenes of 48 pixels and some 20 KB for photos of 224, of which the JPEG is 18
-and the scores, in full, 1. Two thousand photos make a page of 45 MB; while it is made they are held in memory.
+An entry takes 3.5 KB of the page for scenes of 48 pixels, and about 20 KB for photos of 224 pixels: 18 KB are the JPEG,
+1 KB the scores in full precision. Two thousand photos make a page of 45 MB, and are in memory while it is made.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from zpipe.schemas.shard_index import INDEX_NAME, find_shards, read_index
 from zpipe.schemas.storage import as_path
 from zpipe.train.checkpoint import Preprocessing, load_run
 from zpipe.train.data.labels import check_labels
+from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.device import autocast
 from zpipe.train.evaluation.inference import OpenRun, choose_run_source, eval_loader, trained_with
 from zpipe.train.evaluation.operating_points import one_point
 from zpipe.train.models.operating_points import OperatingPoint, cost, setting_names
@@ -35,9 +37,9 @@ from zpipe.train.scoring import zooms
 THUMBNAIL = 224  # pixels a side at most
 JPEG_QUALITY = 85
 TOP = 5
-SHARDS_READ = 16  # of a large data set; an ImageNet tar is 110 MB
-# What the panel of the scores shows, by source. "own" and "none" give a model no scores, so no panel.
-SCORES_SAID = {
+MAX_SHARDS_READ = 16  # an ImageNet tar has 110 MB
+# The description of the scores by source. With "own" and "none" a model gets no scores, so there is none to describe.
+SCORE_CAPTIONS = {
     "zoomer": "The Zoomer's map, from the image alone.",
     "maps": "The teacher's maps as scores, {made_for}.",
     "attention": "The model's own class attention with nothing zoomed, from the image alone.",
@@ -52,28 +54,37 @@ class GalleryConfig:
     """Settings of the gallery."""
 
     count: int
-    """Samples that are shown."""
+    """The number of samples."""
     seed: int
-    """The seed that they are drawn by."""
+    """The seed of their choice."""
     batch_size: int
-    """Images a batch."""
+    """Images per batch."""
     device: str
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     precision: str = "float32"
-    """The precision of scores and models, see `EvalConfig`."""
+    """The precision of both scores and models: float32, or bf16 or fp16 under autocast."""
+
+    def __post_init__(self) -> None:
+        autocast(self.precision, torch.device("cpu"))  # refuses an unknown precision
 
 
 @dataclass
 class _Shown:
-    """A model in the gallery. view: its place among the crops; source: the place of its scores in an entry."""
+    """A model in the gallery and its answers."""
 
     record: RunRecord
     opened: OpenRun
     point: OperatingPoint
+    evaluated: bool
+    """Whether the operating point is one of its evaluation."""
     view: int = 0
-    top: list[list[list[float]]] = field(default_factory=list)  # an entry, a class: [index, probability]
-    truth: list[float] = field(default_factory=list)  # probability of the true class
-    scores: list[np.ndarray] = field(default_factory=list)  # float32 [s * s] an entry
+    """The number of the crop that it sees."""
+    top: list[list[list[float]]] = field(default_factory=list)
+    """The most probable classes of each sample, as [index, probability]."""
+    truth: list[float] = field(default_factory=list)
+    """The probability of the true class of each sample."""
+    scores: list[np.ndarray] = field(default_factory=list)
+    """The scores of each sample, float32 [s * s]."""
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -82,17 +93,32 @@ class _Shown:
 
 @dataclass
 class _View:
-    """One crop of the data set. side: pixels of the pictures made of it so far."""
+    """The samples in one crop."""
 
     crop_pct: float
     side: int = 0
+    """Pixels per side of the image that the pictures were made from."""
     pictures: list[str] = field(default_factory=list)
     maps: list[str] = field(default_factory=list)
     grid: tuple[int, int] | None = None
+    """The size of the maps."""
     boxes: list[list[float] | None] = field(default_factory=list)
 
 
-@torch.inference_mode()
+@dataclass
+class _Samples:
+    """The samples in the gallery and where they come from."""
+
+    shards: str
+    classes: tuple[str, ...]
+    total: int
+    """The number of samples in the shards."""
+    shards_read: int
+    shard_count: int
+    keys: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+
+
 def build_gallery(
     records: Sequence[RunRecord],
     shards: Path,
@@ -100,23 +126,29 @@ def build_gallery(
     config: GalleryConfig,
     progress: Progress,
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Run the finished classifiers among `records` on samples of `shards`.
+    """Run finished classifiers on samples of a data set.
 
     Every model runs at the middle operating point of its evaluation, or at a default one; "settings" says which.
 
+    Args:
+        records: vit runs.
+        shards: the images.
+        maps: their relevance store; None to show no maps.
+        config: settings.
+        progress: called once per batch.
+
     Returns:
-        The gallery, None when no model can be shown, and a line for every run that was left out, with the reason: a run
-        of other classes than the shards' would answer with names that aren't its own.
+        The gallery, or None if there is no model to show, and a line with the reason for each run that was left out.
+        Runs with other classes than the shards are left out: their answers would get wrong names.
 
     Raises:
-        UsageError, ZpipeError: naming shards, store or key.
+        UsageError: a setting does not suit a model.
+        ZpipeError: shards or store are broken, or a label is outside the classes of a model.
     """
     store = None if maps is None else RelevanceMaps(maps, normalise="minmax")
-    fitting, notes = _of_these_classes(records, shards)
-    shown, more = _open(fitting, store, config)
-    notes += more
-    if not shown:
-        return None, notes
+    candidates, notes = _of_these_classes(records, shards)
+    shown, more_notes = _open(candidates, store, config)
+    notes += more_notes
     views: list[_View] = []
     groups: dict[tuple[float, int], list[_Shown]] = {}
     for model in shown:
@@ -125,13 +157,8 @@ def build_gallery(
         if all(view.crop_pct != crop for view in views):
             views.append(_View(crop_pct=crop))
         model.view = [view.crop_pct for view in views].index(crop)
-    keys: list[str] = []
-    labels: list[int] = []
-    drawn_from = (0, 0)
-    classes: tuple[str, ...] = ()
-    total = 0
-    done = 0
-    for (_, side), models in groups.items():
+    samples = None
+    for number, models in enumerate(groups.values()):
         loader = eval_loader(
             models[0].preprocessing,
             shards,
@@ -139,29 +166,45 @@ def build_gallery(
             batch_size=config.batch_size,
             missing="error" if store is None else "skip",
         )
-        total, classes = loader.sample_count, loader.index.classes
-        drawn_from = (loader.draw(config.count, shards=SHARDS_READ, seed=config.seed), len(loader.shards))
-        view = views[models[0].view]
-        larger = side > view.side
-        if larger:  # of two models with one crop, the one that sees more pixels gives the pictures
-            view.side, view.pictures, view.maps, view.boxes = side, [], [], []
-        keys, labels = [], []
-        for batch in loader:
-            keys += batch["key"]
-            labels += batch["label"].tolist()
-            if larger:
-                _look(view, batch)
-            for model in models:
-                _run(model, batch)
-            done += len(batch["key"])
-            progress("gallery", done, len(groups) * min(config.count, total))
-    return _assemble(shown, views, keys, labels, classes, store, total, drawn_from, shards, config.seed), notes
+
+        def report(done: int, total: int, before: int = number) -> None:
+            progress("gallery", before * total + done, len(groups) * total)
+
+        samples = _run_group(models, views[models[0].view], loader, config, report)
+    if samples is None:
+        return None, notes
+    return _assemble(shown, views, samples, store, config), notes
+
+
+def _run_group(
+    models: Sequence[_Shown],
+    view: _View,
+    loader: RelevanceLoader,
+    config: GalleryConfig,
+    report: Callable[[int, int], None],
+) -> _Samples:
+    """Run models that see the same view on the samples of the gallery."""
+    read = loader.draw(config.count, shards=MAX_SHARDS_READ, seed=config.seed)
+    samples = _Samples(str(loader.path), loader.index.classes, loader.sample_count, read, len(loader.shards))
+    side = models[0].preprocessing.image_size
+    larger = side > view.side
+    if larger:  # the pictures are made from the largest images that a model sees in this crop
+        view.side, view.pictures, view.maps, view.boxes = side, [], [], []
+    for batch in loader:
+        samples.keys += batch["key"]
+        samples.labels += batch["label"].tolist()
+        if larger:
+            _add_pictures(view, batch)
+        for model in models:
+            _run(model, batch)
+        report(len(samples.keys), min(config.count, samples.total))
+    return samples
 
 
 def _of_these_classes(records: Sequence[RunRecord], shards: Path) -> tuple[list[RunRecord], list[str]]:
-    """The records whose classes are those of the shards, or of which one side names none; a line for every other."""
+    """The records with the classes of the shards, or if either names no classes; and a line for each other record."""
     folder, _ = find_shards(as_path(shards))
-    # Tars without an index name no classes; to list them takes long, and the loader does it anyway.
+    # Tars without an index name no classes. Listing them takes long, and the loader does it later.
     classes = read_index(folder).classes if (folder / INDEX_NAME).is_file() else ()
     fitting, notes = [], []
     for record in records:
@@ -181,7 +224,8 @@ def _open(
 ) -> tuple[list[_Shown], list[str]]:
     vits = [record for record in records if record.kind == "vit"]
     evaluated = [record for record in vits if record.evaluated]
-    notes = [f"{record.name}: not in the gallery, it has not been evaluated" for record in vits if evaluated and not record.evaluated]  # fmt: skip
+    unevaluated = [record for record in vits if evaluated and not record.evaluated]
+    notes = [f"{record.name}: not in the gallery, it has not been evaluated" for record in unevaluated]
     shown = []
     for record in evaluated or vits:
         if not record.finished:
@@ -198,12 +242,12 @@ def _open(
         alike = [point for point in points if point.keys() == points[0].keys()]  # such as all thresholds
         middle = alike[len(alike) // 2] if alike else {}
         opened = OpenRun(run, source, device=config.device, precision=config.precision)
-        shown.append(_Shown(record, opened, one_point(run.model, source, middle)))
+        shown.append(_Shown(record, opened, one_point(run.model, source, middle), evaluated=bool(middle)))
     return shown, notes
 
 
 def _run(model: _Shown, batch: dict[str, Any]) -> None:
-    """Run one batch through one model; its answers are added to those before."""
+    """Run one model on one batch, and add its answers to those of earlier batches."""
     check_labels(batch["label"], batch["key"], model.opened.model.num_classes)
     logits, scores, _ = model.opened.answer(batch, model.point)
     probabilities = logits.float().softmax(dim=1).cpu()
@@ -212,11 +256,11 @@ def _run(model: _Shown, batch: dict[str, Any]) -> None:
         model.top.append([[index, round(value, 4)] for index, value in zip(indices, values, strict=True)])
     model.truth += probabilities.gather(1, batch["label"][:, None])[:, 0].tolist()
     if scores is not None:
-        # What is compared with the threshold here must be what was compared there, to the last bit.
+        # In full precision: the page compares them with the threshold as the model does.
         model.scores += list(scores.float().cpu().numpy().astype("<f4"))
 
 
-def _look(view: _View, batch: dict[str, Any]) -> None:
+def _add_pictures(view: _View, batch: dict[str, Any]) -> None:
     view.pictures += [_jpeg(image) for image in batch["image"]]
     if "relevance" in batch:
         relevance = batch["relevance"]
@@ -233,7 +277,7 @@ def _jpeg(image: Tensor) -> str:
     if picture.width > THUMBNAIL:
         picture = picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    # Of small images every pixel counts, and they are small anyway.
+    # In small images every pixel counts, and their files are small at any quality.
     small = picture.width < THUMBNAIL // 2
     picture.save(buffer, "JPEG", quality=95 if small else JPEG_QUALITY, subsampling=0 if small else 2)
     return _base64(buffer.getvalue())
@@ -244,45 +288,37 @@ def _base64(data: bytes) -> str:
 
 
 def _assemble(
-    shown: list[_Shown],
-    views: list[_View],
-    keys: list[str],
-    labels: list[int],
-    classes: tuple[str, ...],
-    store: RelevanceMaps | None,
-    total: int,
-    drawn_from: tuple[int, int],
-    shards: Path,
-    seed: int,
+    shown: list[_Shown], views: list[_View], samples: _Samples, store: RelevanceMaps | None, config: GalleryConfig
 ) -> dict[str, Any]:
     sources, place = _distinct_scores(shown)
-    said, difficulty = _difficulty(shown, keys, store)
+    difficulty, ease = _difficulty(shown, samples.keys, store)
     entries = []
-    for i, key in enumerate(keys):
+    for i, key in enumerate(samples.keys):
         entry: dict[str, Any] = {
             "key": key,
-            "label": labels[i],
+            "label": samples.labels[i],
             "views": [
                 {"jpeg": view.pictures[i], "map": view.maps[i] if view.maps else None, "box": view.boxes[i]}
                 for view in views
             ],
             "scores": [_base64(model.scores[i].tobytes()) for model in sources],
             "top": [model.top[i] for model in shown],
-            "ease": difficulty[i],
+            "ease": ease[i],
         }
-        kinds = {str(n): model.record.error_kinds[key] for n, model in enumerate(shown) if key in model.record.error_kinds}  # fmt: skip
-        entries.append(entry | ({"kinds": kinds} if kinds else {}))
-    read, shard_count = drawn_from
+        error_kinds = [(str(n), model.record.error_kinds.get(key)) for n, model in enumerate(shown)]
+        if kinds := {n: kind for n, kind in error_kinds if kind is not None}:
+            entry["kinds"] = kinds
+        entries.append(entry)
     return {
-        "shards": str(shards),
-        "total": total,
-        "shards_read": read,
-        "shard_count": shard_count,
-        "seed": seed,
-        "classes": list(classes),
-        "difficulty": said,
-        "settings": _settings(shown),
-        "map_said": f"The teacher's map, {_made_for(store)}.",
+        "shards": samples.shards,
+        "total": samples.total,
+        "shards_read": samples.shards_read,
+        "shard_count": samples.shard_count,
+        "seed": config.seed,
+        "classes": list(samples.classes),
+        "difficulty": difficulty,
+        "settings": _settings(shown, config.precision),
+        "map_caption": f"The teacher's map, {_made_for(store)}.",
         "map_grid": list(views[0].grid) if views[0].grid else None,
         "pixels": [view.side for view in views],
         "models": [_model(model, place[number], store) for number, model in enumerate(shown)],
@@ -291,15 +327,15 @@ def _assemble(
 
 
 def _made_for(store: RelevanceMaps | None) -> str:
-    """What the maps of a store were made for, as words behind "maps, ..."; of no store, nothing."""
+    """What the maps of a store were made for, in words that follow "maps, "; empty without a store."""
     target = "" if store is None else store.manifest.provenance.target
-    known = {
+    words = {
         "": "",
         "ground-truth": "made with knowledge of the true class",
         "predicted": "made for the class that the teacher predicts",
         "none": "made for no class in particular",
     }
-    return known.get(target, f"made for {target.replace(':', ' ')}")
+    return words.get(target, f"made for {target.replace(':', ' ')}")
 
 
 def _model(model: _Shown, scores: int | None, store: RelevanceMaps | None) -> dict[str, Any]:
@@ -318,7 +354,7 @@ def _model(model: _Shown, scores: int | None, store: RelevanceMaps | None) -> di
     described["zoom"] = {
         "scores": scores,
         "source": source.name,
-        "scores_said": SCORES_SAID[source.name].format(made_for=_made_for(store)),
+        "scores_caption": SCORE_CAPTIONS[source.name].format(made_for=_made_for(store)),
         "factor": getattr(net, "zoom_factor", 2.0),
         "side": net.coarse_grid,
         "fixed_tokens": None if hasattr(net, "cost_kinds") else cost(net, model.point).tokens,
@@ -328,14 +364,16 @@ def _model(model: _Shown, scores: int | None, store: RelevanceMaps | None) -> di
     return described
 
 
-def _settings(shown: list[_Shown]) -> list[str]:
-    """In words, at which settings the models answer. Of those that have none, such as a plain ViT, nothing is said."""
-    evaluated, fallback, usual = [], [], []
+def _settings(shown: list[_Shown], precision: str) -> list[str]:
+    """The settings at which the models answer, in words; models without settings, such as a plain ViT, are left out."""
+    evaluated: list[str] = []
+    fallback: list[str] = []
+    usual: list[str] = []
     for model in shown:
         net, name = model.opened.model, model.record.name
         if model.point.settings:
             values = ", ".join(f"{setting} {value}" for setting, value in model.point.settings.items())
-            (evaluated if model.record.points else fallback).append(f"{name} ({values})")
+            (evaluated if model.evaluated else fallback).append(f"{name} ({values})")
         elif setting_names(net) and not zooms(net):
             usual.append(name)
     groups = (
@@ -343,12 +381,15 @@ def _settings(shown: list[_Shown]) -> list[str]:
         ("Shown at a default zoom, as none was evaluated", fallback),
         ("Shown with the model's own settings, as none were evaluated", usual),
     )
-    return [f"{said}: {', '.join(names)}." for said, names in groups if names]
+    sentences = [f"{words}: {', '.join(names)}." for words, names in groups if names]
+    return sentences if precision == "float32" else [*sentences, f"The models ran in {precision}."]
 
 
 def _distinct_scores(shown: list[_Shown]) -> tuple[list[_Shown], list[int | None]]:
-    """One model for each source of scores, and of every model the place of its scores among them: students of one zoomer
-    share it, and the page should hold its scores once."""
+    """One model for each distinct set of scores, and the number of each model's set.
+
+    Models with the same zoomer have the same scores, which the page holds once.
+    """
     sources: list[_Shown] = []
     place: list[int | None] = []
     for model in shown:
@@ -364,14 +405,14 @@ def _distinct_scores(shown: list[_Shown]) -> tuple[list[_Shown], list[int | None
 
 
 def _difficulty(shown: list[_Shown], keys: list[str], store: RelevanceMaps | None) -> tuple[str, list[float | None]]:
-    """How easy each sample is, in [0, 1], and the words for it."""
+    """What tells how easy a sample is, in words, and its value in [0, 1] for each sample."""
     if store is not None and store.manifest.provenance.target == "ground-truth":
         table = store.table(["key", "target_probability"])
-        # Rows of Python objects are made of the few that are shown: a store may hold millions.
+        # A store may hold millions of rows; only the few that are shown become Python objects.
         table = table.filter(pc.is_in(table["key"], value_set=pa.array(keys, table["key"].type)))
         known = dict(zip(table["key"].to_pylist(), table["target_probability"].to_pylist(), strict=True))
-        said = "the probability that the teacher of the maps gives to the true class"
-        return said, [None if not np.isfinite(known[key]) else round(known[key], 4) for key in keys]
+        words = "the probability that the teacher of the maps gives to the true class"
+        return words, [None if not np.isfinite(known[key]) else round(known[key], 4) for key in keys]
     judge = next((model for model in shown if model.opened.source is None), shown[0])
-    said = f"the probability that {judge.record.name} gives to the true class"
-    return said, [round(value, 4) for value in judge.truth]
+    words = f"the probability that {judge.record.name} gives to the true class"
+    return words, [round(value, 4) for value in judge.truth]

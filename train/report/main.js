@@ -8,7 +8,7 @@
   const runs = about.runs.length ? `${about.runs.length} runs: ${about.runs.join(", ")}. ` : "";
   document.getElementById("about").textContent = `${runs}Made by zpipe ${about.zpipe}.`;
 
-  const { tiles, said, left_out: leftOut } = about.headline;
+  const { tiles, comparisons, left_out: leftOut } = about.headline;
   const line = (kind, text) => (text ? make("p", { class: kind }, text) : null);
   for (const tile of tiles) {
     document.getElementById("tiles").append(
@@ -23,8 +23,8 @@
       ),
     );
   }
-  if (leftOut) said.push(`${leftOut} more in the table below.`);
-  document.getElementById("said").append(...said.map((text) => make("li", {}, text)));
+  if (leftOut) comparisons.push(`${leftOut} more in the table below.`);
+  document.getElementById("comparisons").append(...comparisons.map((text) => make("li", {}, text)));
   if (about.notes.length) {
     const lines = about.notes.map((text) => make("li", {}, text));
     document.getElementById("notes").append(make("div", { class: "note" }, make("p", {}, "Not on this page:"), make("ul", {}, ...lines)));
@@ -38,6 +38,6 @@
       section.append(make("p", { class: "lead" }, "Nothing to show."));
     }
   }
-  // The gallery is most of the page's bytes: the figures above are there before it is parsed.
+  // The gallery is most of the page; the figures are shown before it is parsed.
   requestAnimationFrame(() => setTimeout(() => zpipe.gallery.start(read("gallery-data"))));
 })();

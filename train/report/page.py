@@ -1,4 +1,4 @@
-"""The report: one HTML file that holds everything it shows and reaches for nothing."""
+"""The report: one self-contained HTML file that requests nothing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zpipe.schemas.atomic import write_bytes
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
+from zpipe.train.device import autocast
 from zpipe.train.report.figures import curves, histograms, training_figures
 from zpipe.train.report.points import points
 from zpipe.train.report.runs import Gathered, RunRecord, gather
@@ -36,13 +39,16 @@ class ReportConfig:
     gallery: int = 200
     """The number of images in the gallery; 0 for no gallery."""
     seed: int = 0
-    """The seed of the choice of images."""
+    """The seed of the choice of the images."""
     batch_size: int = 64
-    """Images per batch when the models run on them."""
+    """Images per batch in the gallery."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    precision: str = "float32"
+    """The precision of scores and models in the gallery: float32, or bf16 or fp16 under autocast."""
 
     def __post_init__(self) -> None:
+        autocast(self.precision, torch.device("cpu"))  # refuses an unknown precision
         if self.gallery < 0 or self.seed < 0 or self.batch_size < 1:
             raise UsageError(
                 f"gallery {self.gallery}, seed {self.seed}, batch size {self.batch_size}: "
@@ -51,7 +57,7 @@ class ReportConfig:
 
 
 def report(runs: Sequence[Path], out: Path, config: ReportConfig | None = None, progress: Progress = silent) -> Path:
-    """Write one HTML page about runs. The same inputs give the same bytes.
+    """Write one HTML page about runs; equal inputs give equal bytes.
 
     Args:
         runs: runs, studies, or folders of them.
@@ -60,17 +66,17 @@ def report(runs: Sequence[Path], out: Path, config: ReportConfig | None = None, 
         progress: called while the models run on the images of the gallery.
 
     Returns:
-        The page, OUT/index.html. Where results are missing, it names the command that makes them.
+        The page, OUT/index.html. If results are missing, it names the command that makes them.
 
     Raises:
         UsageError: a path holds neither a run nor results.
         ZpipeError: a file is broken.
     """
     config = config or ReportConfig()
-    found = gather(runs)
-    gallery, missing = _gallery(found.runs, config, progress)
+    gathered = gather(runs)
+    gallery, notes = _gallery(gathered.runs, config, progress)
     path = Path(out) / PAGE_NAME
-    write_bytes(path, render(describe(found, missing), gallery).encode())
+    write_bytes(path, render(describe(gathered, notes), gallery).encode())
     return path
 
 
@@ -92,67 +98,72 @@ def _gallery(
             return None, [
                 f"No gallery: the evaluation was on {named}, which does not exist here. Give --shards VAL_SHARDS."
             ]
-    # The gallery imports torch and the models, which a page without one does not need.
+    # The gallery imports the models and data loading, which a page without one does not need.
     from zpipe.train.report.gallery import GalleryConfig, build_gallery
 
-    gallery, notes = build_gallery(
-        vits,
-        shards,
-        config.maps,
-        GalleryConfig(count=config.gallery, seed=config.seed, batch_size=config.batch_size, device=config.device),
-        progress,
+    settings = GalleryConfig(
+        count=config.gallery,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        device=config.device,
+        precision=config.precision,
     )
+    gallery, notes = build_gallery(vits, shards, config.maps, settings, progress)
     if gallery is not None and config.maps is None:
         notes.append("No teacher's maps in the gallery. Give --maps VAL_MAPS.")
     return gallery, notes
 
 
-def describe(found: Gathered, missing: Sequence[str] = ()) -> dict[str, Any]:
-    """Everything on the page but the gallery, as JSON."""
-    known = points(found.results)
-    vits = [run for run in found.runs if run.kind == "vit"]
+def describe(gathered: Gathered, gallery_notes: Sequence[str] = ()) -> dict[str, Any]:
+    """The page without its gallery, as JSON.
+
+    Args:
+        gathered: the runs and their results.
+        gallery_notes: what the gallery lacks and why.
+    """
+    runs, titles = gathered.runs, gathered.titles
+    known = points(gathered.results)
+    zoomed_tokens = {point.measures["tokens"].value for point in known if point.zooms and "tokens" in point.measures}
     notes = []
     if not any("top1" in point.measures for point in known):
         notes.append("Nothing has been evaluated. To get accuracies: zpipe evaluate RUN VAL_SHARDS")
-    elif not any(point.histogram for point in known) and any(point.zooms for point in known):
+    elif len(zoomed_tokens) > 1 and not any(point.histogram for point in known):
         notes.append(
             "The evaluations hold no token histograms. To get them, evaluate again: zpipe evaluate RUN VAL_SHARDS"
         )
-    for run in vits:
-        if not run.finished:
-            notes.append(f"{run.name} is not finished. To continue it, run its command again.")
-    if not any(run.curve for run in found.runs) and found.runs:
+    unfinished = [run.name for run in runs if run.kind == "vit" and not run.finished]
+    notes += [f"{name} is not finished. To continue it, run its command again." for name in unfinished]
+    if runs and not any(run.curve for run in runs):
         notes.append("No training curves: no run has a metrics.jsonl.")
     return {
         "zpipe": version("zpipe"),
-        "runs": [run.name for run in found.runs],
+        "runs": [run.name for run in runs],
         "headline": headline(known),
-        "notes": [*notes, *missing],
+        "notes": [*notes, *gallery_notes],
         "figures": {
-            "accuracy": curves(known, found.titles, found.runs) + histograms(known),
-            "training": training_figures(found.runs),
+            "accuracy": curves(known, titles, runs) + histograms(known),
+            "training": training_figures(runs),
         },
         "tables": {
-            "accuracy": tables(known, found.titles) + token_table(known),
-            "training": training_table(found.runs),
+            "accuracy": tables(known, titles) + token_table(known),
+            "training": training_table(runs),
         },
     }
 
 
 def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
-    """Fill in the page. Its policy forbids all requests: scripts are allowed by digest, images are data in the file."""
+    """Fill in the page. Its policy forbids all requests; it allows scripts by digest, and images as data."""
     source = files("zpipe.train.report")
-    # Plotly is the one library here that draws with hover, zoom and a legend that hides series, which a dozen models in
-    # one plot need. It comes as a Python package with all of its JavaScript, runs without eval under a strict policy,
-    # and is maintained. The price is 4.8 MB a page, however many plots. matplotlib's SVG would be small but static;
-    # Vega and Bokeh need eval or more than one file.
+    # A plot of a dozen models needs hover, zoom and a legend that hides series. Plotly has them, comes as a Python
+    # package with all of its JavaScript, runs without eval under a strict policy, and is maintained. It adds 4.8 MB to
+    # a page. The SVG of matplotlib would be small but static; Vega and Bokeh need eval or more than one file.
     from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]  # plotly has no stubs
 
     plotly = get_plotlyjs()
     ours = "\n".join(source.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in (plotly, ours))
     policy = (
-        # Plotly sizes and colours its SVG with style attributes, which have no digest.
+        # Plotly sets style attributes, for which there are no digests.
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
@@ -164,14 +175,14 @@ def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
         "plotly": plotly,
         "script": ours,
     }
-    # In one pass, so that no text that is filled in is mistaken for a placeholder.
+    # In one pass, or a placeholder in the filled-in text would be replaced, too.
     return re.sub(
-        r"\{\{(\w+)\}\}", lambda found: parts[found[1]], source.joinpath("page.html").read_text(encoding="utf-8")
+        r"\{\{(\w+)\}\}", lambda match: parts[match[1]], source.joinpath("page.html").read_text(encoding="utf-8")
     )
 
 
 def embedded_json(value: Any) -> str:
-    """JSON for a <script>: without `<`, so that nothing in it ends the element or begins a comment."""
+    """JSON for a <script> element, without `<`, which could end the element or begin a comment."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 

@@ -2,8 +2,8 @@
 
 const zpipe = {};
 
-// The rules of zoom_tokens.py (section 3.3 of the paper), for one image: which cells are zoomed, which tokens that makes, and
-// what they cover. Scores are float32 there, so the threshold is rounded to float32 here before the two are compared.
+// The rules of zoom_tokens.py (section 3.3 of the paper) for one image: which cells are zoomed, which tokens result, and
+// which pixels they cover. Scores are float32, so the threshold is rounded to float32 before the comparison.
 zpipe.patches = (() => {
   /** base64 of little-endian float32 -> Float32Array. */
   function decodeScores(text) {
@@ -38,8 +38,8 @@ zpipe.patches = (() => {
     });
   }
 
-  /** The coarse cells to zoom: those strictly above the threshold, or as many of the best as the budget says; of equals the
-   * lower index. zoom: {alpha} or {budget}. -> array of booleans */
+  /** The coarse cells to zoom, as an array of booleans: those strictly above the threshold, or the `budget` best ones, of
+   * equal ones those of lower index. zoom: {alpha} or {budget}. */
   function zoomedCells(cells, zoom) {
     if (zoom.budget === undefined) {
       const alpha = Math.fround(zoom.alpha);
@@ -84,7 +84,7 @@ zpipe.patches = (() => {
     });
   }
 
-  /** How many tokens, without making them: C + 3 a zoomed cell. */
+  /** The number of tokens: C + 3 per zoomed cell. */
   function tokenCount(scores, factor, zoom) {
     const cells = coarseScores(scores, factor);
     const zoomed =

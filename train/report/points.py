@@ -1,4 +1,4 @@
-"""What the report shows: points, each with all metrics of one setting of one series, and how their numbers are written.
+"""Points, each with all metrics of one setting of one series, and their numbers as text.
 
 Everything here is pure: no file and no model.
 """
@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from zpipe.train.evaluation.results import HISTOGRAM, Result, Value
+from zpipe.train.evaluation.results import EVALUATION, EVALUATION_SETTINGS, HISTOGRAM, Result, Value
 
-# A series is swept along these settings; any other setting makes a series of its own.
+# The settings that a series of a study is swept along; any other setting makes a series of its own.
 SWEPT = ("alpha", "budget", "keep", "exit", "merge", "tokens")
-# Fractions of a data set, shown as per cent. Other metrics in [0, 1], such as an error, mean something else.
+# A series of an evaluation is swept along all settings of the model but these.
+NOT_SWEPT = (*EVALUATION_SETTINGS, "prune")
+# Metrics that are fractions of a data set, shown as per cent; not all metrics in [0, 1] are.
 SHARES = re.compile(r"top\d+|.*_top\d+|share_.*|.*_share|.*pointing_game|.*overlap|.*_rate|exited|.*_left_out")
 FIRST_COLUMNS = ("top1", "top5", "tokens", "gmacs", "gmacs_scores", "total_gmacs", "images_per_s")
 HEADINGS = {
@@ -48,7 +50,7 @@ class Measure:
     high: float | None
     """The upper end of the 95 % interval; of several seeds, their maximum."""
     n: int
-    """The number of images behind the value of one seed."""
+    """The number of images that the value of one seed is computed from."""
     seeds: int
     """The number of trainings."""
 
@@ -59,7 +61,7 @@ class Point:
 
     study: str
     series: str
-    """The run and those of its settings that the series is not swept along."""
+    """The run and the settings that the series is not swept along."""
     model: str
     setting: dict[str, Value]
     """The settings that the series is swept along."""
@@ -76,7 +78,8 @@ class Point:
     @property
     def sweep(self) -> str:
         """The setting that distinguishes the points of a line."""
-        return next((name for name in ("keep", "exit", "merge", "alpha", "budget") if name in self.setting), "")
+        names = [name for name in self.setting if name != "tokens"]
+        return "keep" if "keep" in names else next(iter(names), "")
 
     @property
     def zooms(self) -> bool:
@@ -85,34 +88,34 @@ class Point:
 
 
 def base_name(run: str) -> str:
-    """A run's name without the mark of its seed: `zoomvit-seed1`, `seed-1/zoomvit` -> `zoomvit`."""
+    """A run's name without its seed: `zoomvit-seed1` or `seed-1/zoomvit` -> `zoomvit`."""
     return SEED_MARK.sub("", run).strip("-_./") or run
 
 
 def points(results: Iterable[Result]) -> list[Point]:
-    """Group results by setting, and average over seeds. The order of the results is kept.
+    """Group results by setting, and average them over seeds; the points keep the order of the results.
 
-    Runs count as seeds of the same thing if their names differ only in the mark of the seed and every seed occurs once.
+    Runs count as seeds of one training if their names differ only in the seed and every seed occurs once.
     """
-    found: dict[tuple[Any, ...], dict[str, Rows]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Rows]] = {}
     for row in results:
         rest = {name: value for name, value in row.setting.items() if name != "tokens" or row.metric != HISTOGRAM}
         key = (row.study, base_name(row.run), row.model, tuple(sorted((n, str(v)) for n, v in rest.items())))
         metric = row.metric if row.metric != HISTOGRAM else f"{HISTOGRAM} {row.setting.get('tokens')}"
-        found.setdefault(key, {}).setdefault(metric, {})[(row.seed, row.run)] = row
-    made: list[Point] = []
-    for metrics in found.values():
-        # Two runs of the same seed do not repeat each other: each is a series of its own.
+        groups.setdefault(key, {}).setdefault(metric, {})[(row.seed, row.run)] = row
+    result: list[Point] = []
+    for metrics in groups.values():
+        # Two runs with the same seed are no repetition: each is a series of its own.
         trainings = {training for rows in metrics.values() for training in rows}
         seeds = [seed for seed, _ in trainings]
         apart = len(set(seeds)) < len(seeds) or (None in seeds and len(seeds) > 1)
         runs: list[str | None] = [*sorted({run for _, run in trainings})] if apart else [None]
-        made += [_point(metrics, run) for run in runs]
-    return made
+        result += [_point(metrics, run) for run in runs]
+    return result
 
 
 def _point(metrics: dict[str, Rows], run: str | None) -> Point:
-    """The point of a run, or of all runs if it is None."""
+    """The point of a run; of all runs together if `run` is None."""
     first: Result | None = None
     measures: dict[str, Measure] = {}
     histogram: dict[int, float] = {}
@@ -123,7 +126,7 @@ def _point(metrics: dict[str, Rows], run: str | None) -> Point:
             continue
         first = first or chosen[0]
         if metric.startswith(HISTOGRAM):
-            # A seed without images at this length has no row for it.
+            # A seed without images of this length has no row for it.
             tokens = int(metric.removeprefix(HISTOGRAM))
             histogram[tokens] = sum(row.value for row in chosen) / len(trainings)
         else:
@@ -131,10 +134,11 @@ def _point(metrics: dict[str, Rows], run: str | None) -> Point:
     assert first is not None  # every metric has rows
     if "gmacs" in measures:
         measures["total_gmacs"] = _total(measures["gmacs"], measures.get("gmacs_scores"))
-    setting = {name: value for name, value in first.setting.items() if name in SWEPT}
+    swept = [name for name in first.setting if _is_swept(first.study, name)]
+    setting = {name: first.setting[name] for name in swept}
     if histogram and "tokens" not in measures:
         setting.pop("tokens", None)
-    others = [(n, v) for n, v in first.setting.items() if n not in SWEPT]
+    others = [(n, v) for n, v in first.setting.items() if n not in swept]
     name = base_name(first.run) if run is None and len(trainings) > 1 else first.run
     series = ", ".join([name, *(f"{n} {number(v)}" for n, v in others)])
     return Point(
@@ -145,6 +149,10 @@ def _point(metrics: dict[str, Rows], run: str | None) -> Point:
         measures=measures,
         histogram=dict(sorted(histogram.items())),
     )
+
+
+def _is_swept(study: str, setting: str) -> bool:
+    return setting in SWEPT or (study == EVALUATION and setting not in NOT_SWEPT)
 
 
 def _measure(rows: Sequence[Result]) -> Measure:
@@ -177,7 +185,7 @@ def cell(metric: str, measure: Measure) -> str:
 
 
 def rounded(metric: str, value: float) -> str:
-    """A metric's value with as many digits as its unit needs."""
+    """A metric's value as text, with as many digits as its unit needs."""
     if metric == "images_per_s":
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
     if metric == "tokens":

@@ -1,4 +1,4 @@
-"""What runs and studies left on disk, read into one form: tidy results, training curves, settings."""
+"""Reads the files of runs and studies: tidy results, training curves, settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.checkpoint import CONFIG_NAME, METRICS_NAME, RUN_NAME, read_record
 from zpipe.train.evaluation.results import (
-    DEFAULTS,
+    EVALUATION_SETTINGS,
     FOLDER,
     HISTOGRAM,
     Result,
@@ -29,24 +29,25 @@ class RunRecord:
 
     path: Path
     name: str
-    """The name of its folder, with as many folders above it as make it unique."""
+    """The name of its folder, with as many parent folders as make it unique."""
     kind: str
     model: str
     settings: dict[str, Any]
     finished: bool
     curve: list[dict[str, Any]]
-    """The lines of metrics.jsonl in the order of their steps, each step once."""
+    """The lines of metrics.jsonl by rising step, each step once."""
     results: list[Result] = field(default_factory=list)
     """The results of its evaluations."""
     shards: str | None = None
     """The shards of its first evaluation."""
     points: list[dict[str, Value]] = field(default_factory=list)
-    """The settings of its first evaluation, such as {"alpha": 0.1} or {"exit": 0.5}, each once."""
+    """The operating points of its first evaluation by their settings, such as {"alpha": 0.1} or {"exit": 0.5}."""
     error_kinds: dict[str, str] = field(default_factory=dict)
     """The kind of each sample's answer by key, from the error analysis."""
 
     @property
     def evaluated(self) -> bool:
+        """Whether it has results of an evaluation."""
         return self.shards is not None
 
     @property
@@ -57,7 +58,7 @@ class RunRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
-    """Everything that a report is about."""
+    """The runs and results of a report."""
 
     runs: list[RunRecord]
     results: list[Result]
@@ -95,28 +96,28 @@ def gather(paths: Sequence[Path]) -> Gathered:
 
 
 def _folders(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The runs, and the folders with studies, that are given or lie right in a given folder; each once."""
+    """The runs and the folders with studies among the paths and the folders directly in them, each once."""
     runs: dict[Path, None] = {}
     studies: dict[Path, None] = {}
     for path in (Path(path) for path in paths):
         if not path.is_dir():
             raise UsageError(f"{path}: no such folder; give runs, or a folder of runs")
-        found = False
+        is_empty = True
         inside = () if _is_run(path) else sorted(entry for entry in path.iterdir() if entry.is_dir())
         for folder in (path, *inside):
             if _is_run(folder):
                 runs[folder.resolve()] = None
-                found = True
+                is_empty = False
             if _studies(folder):
                 studies[folder.resolve()] = None
-                found = True
-        if not found:
+                is_empty = False
+        if is_empty:
             raise UsageError(f"{path}: holds no training run and no results; train-zoomer and train-vit make runs")
     return list(runs), list(studies)
 
 
 def _add(known: dict[tuple[Any, ...], Result], rows: Iterable[Result], name: str) -> None:
-    """Add results; if one of them is there with another value, all are marked by the `name` of where they come from."""
+    """Add results; if one of them is known with another value, all of them with `name` appended to their run."""
     rows = [_without_usual(row) for row in rows]
     if any(known.get(_key(row), row) != row for row in rows):
         rows = [replace(row, run=f"{row.run}, {name}") for row in rows]
@@ -132,7 +133,7 @@ def _without_usual(row: Result) -> Result:
 
 
 def _key(row: Result) -> tuple[Any, ...]:
-    """What a result is the value of; 0 and 0.0 are the same threshold."""
+    """What identifies a result; 0 and 0.0 are the same threshold."""
     setting = sorted((name, f"{v:g}" if is_number(v) else str(v)) for name, v in row.setting.items())
     return (row.study, row.run, row.seed, row.metric, *setting)
 
@@ -147,7 +148,7 @@ def _studies(folder: Path) -> list[Path]:
 
 
 def _unique_names(folders: list[Path]) -> dict[Path, str]:
-    """Each folder's name, longer by the folders above it where another ends alike."""
+    """The name of each folder, with as many parent folders as make it unique."""
     names: dict[Path, str] = {}
     for folder in folders:
         parts = folder.parts
@@ -177,7 +178,7 @@ def _read_run(folder: Path, name: str) -> RunRecord:
     known: dict[tuple[Any, ...], Result] = {}
     for path in files:
         about, rows = read_results(path)
-        # The folder may have been renamed or copied since; older files state neither model nor seed.
+        # The folder may have been renamed since, and older files state neither model nor seed.
         rows = [_owned(row, run) for row in rows]
         if run.shards is None:
             run = replace(run, shards=str(about.get("shards", "")), points=_points(rows))
@@ -191,11 +192,11 @@ def _owned(row: Result, run: RunRecord) -> Result:
 
 
 def _points(rows: Sequence[Result]) -> list[dict[str, Value]]:
-    """The settings of the operating points of results, each once, in their order."""
+    """The operating points of results by their settings, each once, in the order of the results."""
     points: list[dict[str, Value]] = []
     for row in rows:
         if row.metric != HISTOGRAM:
-            point = {name: value for name, value in row.setting.items() if name not in ("scores", *DEFAULTS)}
+            point = {name: value for name, value in row.setting.items() if name not in EVALUATION_SETTINGS}
             if point and point not in points:
                 points.append(point)
     return points
@@ -211,7 +212,7 @@ def _read_curve(path: Path) -> list[dict[str, Any]]:
             step = int(line["step"])
         except (ValueError, KeyError, TypeError) as error:
             raise ZpipeError(f"{path}: line {number} is no line of figures; remove it") from error
-        # A run that was killed logs the steps since its last checkpoint again: the later line is what the weights saw.
+        # A resumed run logs the steps since its last checkpoint again; the weights are those of the later line.
         key = (step, "loss" in line)
         lines.pop(key, None)
         lines[key] = line
@@ -224,4 +225,5 @@ def _read_error_kinds(folder: Path) -> dict[str, str]:
 
 
 def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,6 +1,6 @@
-"""Points and runs as tables and as the headline.
+"""The tables and the headline of the report, from points and runs.
 
-Everything here is pure, no file and no model, and makes JSON.
+Everything here is pure (no file, no model) and makes JSON.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from zpipe.train.report.runs import RunRecord, is_number
 Table = dict[str, Any]
 
 
-def tables(found: Sequence[Point], titles: dict[str, str]) -> list[Table]:
+def tables(points: Sequence[Point], titles: dict[str, str]) -> list[Table]:
     """A table per study, with a row per setting and a column per metric; intervals are in brackets."""
     captions = {EVALUATION: "Evaluation", ZOOMER_EVALUATION: "Zoomers against their teacher's maps"} | titles
-    made = []
-    for study in sorted({point.study for point in found}, key=lambda name: (name != EVALUATION, name)):
-        members = [point for point in found if point.study == study and point.measures]
+    result = []
+    for study in sorted({point.study for point in points}, key=lambda name: (name != EVALUATION, name)):
+        members = [point for point in points if point.study == study and point.measures]
         if members:
-            made.append(_table(study, captions.get(study, study), members))
-    return made
+            result.append(_table(study, captions.get(study, study), members))
+    return result
 
 
 def _table(study: str, caption: str, members: Sequence[Point]) -> Table:
@@ -39,18 +39,18 @@ def _table(study: str, caption: str, members: Sequence[Point]) -> Table:
         cells = [cell(metric, point.measures[metric]) if metric in point.measures else "" for metric in metrics]
         most = max(point.measures.values(), key=lambda measure: (measure.seeds, measure.n))
         row = [point.series, point.label, *cells, f"{most.n:,}"]
-        rows.append(row + [str(most.seeds)] if repeated else row)
+        rows.append([*row, str(most.seeds)] if repeated else row)
     note = "In brackets: the 95 % interval (of images/s: the quartiles over batches)"
     note += "; where several seeds were trained, the mean and the range of the seeds." if repeated else "."
     columns = heads + (["seeds"] if repeated else [])
     return {"id": study, "caption": caption, "note": note, "columns": columns, "rows": rows}
 
 
-def token_table(found: Sequence[Point]) -> list[Table]:
-    """Mean and quantiles of the tokens per image, where images differ in them."""
+def token_table(points: Sequence[Point]) -> list[Table]:
+    """The mean and quantiles of the tokens per image, for points whose images differ in them."""
     rows = []
-    for point in found:
-        if len(point.histogram) > 1:  # a budget gives all images the same number, which the other tables state
+    for point in points:
+        if len(point.histogram) > 1:  # of points with a single number, the other tables state it
             total = sum(point.histogram.values())
             mean = sum(tokens * share for tokens, share in point.histogram.items()) / total
             places = [_quantile(point.histogram, q) for q in (0.05, 0.5, 0.95)]
@@ -71,7 +71,7 @@ def _quantile(histogram: dict[int, float], share: float) -> int:
 
 
 def training_table(runs: Sequence[RunRecord]) -> list[Table]:
-    """What each run was and how it ended."""
+    """A row per run, with its settings and how it ended."""
     rows = []
     for run in runs:
         train = run.settings.get("train", {})
@@ -121,12 +121,12 @@ def _middle(run: RunRecord, metric: str) -> str:
 MAX_TILES = 6
 
 
-def headline(found: Sequence[Point]) -> dict[str, Any]:
-    """The best setting of every series, best first, and a comparison of zooming with each plain model.
+def headline(points: Sequence[Point]) -> dict[str, Any]:
+    """The best setting of every series, the best series first, and comparisons of zooming with plain models.
 
-    Series with the teacher's maps as scores are left out: these maps know the label.
+    Series with the teacher's maps as scores are left out, because these maps know the label.
     """
-    known = [point for point in found if "top1" in point.measures and point.series.count("scores maps") == 0]
+    known = [point for point in points if "top1" in point.measures and point.series.count("scores maps") == 0]
     if any(point.study == EVALUATION for point in known):
         known = [point for point in known if point.study == EVALUATION]
     series: dict[tuple[str, str], list[Point]] = {}
@@ -153,11 +153,11 @@ def headline(found: Sequence[Point]) -> dict[str, Any]:
             }
         )
     tiles.sort(key=lambda tile: -tile.pop("rank"))
-    return {"tiles": tiles[:MAX_TILES], "left_out": max(0, len(tiles) - MAX_TILES), "said": _comparisons(series)}
+    return {"tiles": tiles[:MAX_TILES], "left_out": max(0, len(tiles) - MAX_TILES), "comparisons": _comparisons(series)}
 
 
 def _comparisons(series: dict[tuple[str, str], list[Point]]) -> list[str]:
-    """A sentence about each zooming series beside each plain model that costs at least as much."""
+    """A sentence for each zooming series and each plain model that costs at least as much."""
     sentences = []
     costed = [[p for p in members if "total_gmacs" in p.measures] for members in series.values()]
     plain = [members[0] for members in costed if len(members) == 1 and not members[0].zooms]
@@ -184,7 +184,7 @@ def _comparisons(series: dict[tuple[str, str], list[Point]]) -> list[str]:
 
 
 def _spread(measure: Measure) -> str:
-    """What `low` and `high` are: the range over a few seeds is not a confidence interval."""
+    """What `low` and `high` are, in words: the range over a few seeds is no confidence interval."""
     return f"range of {measure.seeds} seeds" if measure.seeds > 1 else "95 % interval"
 
 

@@ -1,6 +1,6 @@
-"""What a study works with: its settings, the finished run, and ways to train variants of it and to measure them.
+"""The workbench of a study: its settings, the finished run, and ways to train and measure variants of the run.
 
-The variants are trained under the run's own settings into RUN/studies, where they are kept and resumed. The same study
+Variants are trained under the run's own settings into RUN/studies, where they are kept and resumed. The same study
 takes minutes on the demo and days on ImageNet.
 """
 
@@ -16,6 +16,7 @@ from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.storage import as_path
 from zpipe.train.checkpoint import Run, load_run
+from zpipe.train.data.join import Missing
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.device import resolve_device
 from zpipe.train.evaluation.evaluate import answers_for, measure
@@ -30,7 +31,7 @@ from zpipe.train.scoring import ScoreSource, choose_source
 from zpipe.train.settings import rebuild, with_settings
 
 PAPER_ALPHAS = (1.0, 0.15, 0.05, 0.01, 0.005)  # Table 9
-PAPER_ALPHA = 0.03  # section 5.1: unless stated otherwise
+PAPER_ALPHA = 0.03  # section 5.1, the default of the paper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +39,18 @@ class StudyConfig:
     """Settings of a study."""
 
     evaluation: EvalConfig = field(default_factory=lambda: EvalConfig(alphas=()))
-    """How to measure. Its alphas and budgets, if there are any, replace those that the study chooses."""
+    """How to measure. If it has alphas or budgets, they replace those that the study chooses."""
     seeds: tuple[int, ...] = ()
-    """The seeds of the runs that are compared; empty for the seed of the finished run."""
+    """The seeds of the runs to compare; empty for the seed of the finished run."""
     epochs: float | None = None
-    """The length of what is trained for the study; None for that of the finished run."""
+    """The epochs of the trainings of the study; None for those of the finished run."""
     workers: Workers = field(default_factory=Workers)
-    """The processes that train; they share the batch of the finished run."""
+    """The training processes; they share the batch of the finished run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudyInputs:
-    """What a study reads."""
+    """The inputs of a study."""
 
     run: Path
     """The finished run that the study is about."""
@@ -70,6 +71,7 @@ class Study:
     trains: bool
     """Whether it trains variants of the run."""
     run: Callable[[Bench], list[Result]]
+    """The function that runs it."""
 
 
 class Bench:
@@ -77,10 +79,15 @@ class Bench:
 
     Args:
         study: the name of the study.
-        inputs: what it reads.
+        inputs: its inputs.
         config: its settings.
         progress: called while models train and are measured.
         say: called with lines about training processes, see `run_training`.
+
+    Attributes:
+        opened: the finished run.
+        seeds: the seeds to train with.
+        notes: lines for the user about what the study left out and why.
     """
 
     def __init__(
@@ -101,7 +108,7 @@ class Bench:
     # -- settings
 
     def vit_config(self, opened: Run | None = None) -> VitConfig:
-        """The settings of a run, with the normalisation that resulted, so that its variants share it."""
+        """The settings of a run, with its normalisation, so that its variants share it."""
         run = opened or self.opened
         config = rebuild(VitConfig(), run.settings)
         return replace(config, mean=run.preprocessing.mean, std=run.preprocessing.std)
@@ -117,38 +124,41 @@ class Bench:
         return self.opened.model
 
     def sweep(self, times: float = 1.0) -> dict[str, Any]:
-        """The alphas and budgets to measure: those of the config, else by how the run was trained.
+        """The alphas and budgets to measure: those of the config or else, by how the run was trained.
 
         Args:
-            times: scales the budgets that are chosen here.
+            times: factor of the budgets if they are not those of the config.
         """
-        asked = self.config.evaluation
-        if asked.alphas or asked.budgets:
-            return {"alphas": asked.alphas, "budgets": asked.budgets}
+        evaluation = self.config.evaluation
+        if evaluation.alphas or evaluation.budgets:
+            return {"alphas": evaluation.alphas, "budgets": evaluation.budgets}
         config = self.vit_config()
         model: Any = self.opened.model
         if config.zoom_draw == "alpha" or not hasattr(model, "tokenise"):
             return {"alphas": PAPER_ALPHAS, "budgets": ()}
-        most = model.coarse_grid**2 if config.max_zoomed is None else config.max_zoomed
-        budgets = sorted({round(most * times * quarter / 4) for quarter in range(5)})
+        max_zoomed = model.coarse_grid**2 if config.max_zoomed is None else config.max_zoomed
+        budgets = sorted({round(max_zoomed * times * quarter / 4) for quarter in range(5)})
         return {"alphas": (), "budgets": tuple(budgets)}
 
     def one_zoom(self) -> dict[str, Any]:
-        """The one alpha or budget that represents the run."""
-        asked = self.sweep()
-        if asked["budgets"]:
-            return {"alphas": (), "budgets": (asked["budgets"][len(asked["budgets"]) // 2],)}
-        return {"alphas": (PAPER_ALPHA if self.config.evaluation.alphas == () else asked["alphas"][0],), "budgets": ()}
+        """A single alpha or budget to measure the run at."""
+        sweep = self.sweep()
+        if budgets := sweep["budgets"]:
+            return {"alphas": (), "budgets": (budgets[len(budgets) // 2],)}
+        return {"alphas": (sweep["alphas"][0] if self.config.evaluation.alphas else PAPER_ALPHA,), "budgets": ()}
 
     # -- training
 
     def variant(self, label: str, seed: int | None, **changes: Any) -> Run:
-        """The finished run with some settings changed, trained unless it is there; the run itself if nothing changes.
+        """Train the finished run with some settings changed, unless this was done before.
 
         Args:
             label: the folder's name without the seed.
             seed: of the training; None for the run's own.
             changes: settings by dotted name, such as "train.lr".
+
+        Returns:
+            The variant; the finished run itself if nothing changes.
         """
         own = self.vit_config()
         config = with_settings(own, self._common(own.train.seed, seed) | changes)
@@ -167,7 +177,7 @@ class Bench:
         return load_run(folder)
 
     def zoomer_variant(self, label: str, seed: int | None, base: Run, **changes: Any) -> Run:
-        """As `variant`, of the zoomer `base`."""
+        """As `variant`, for the zoomer `base`."""
         own = rebuild(ZoomerConfig(), base.settings)
         config = with_settings(own, self._common(own.train.seed, seed) | changes)
         if config == own:
@@ -194,15 +204,25 @@ class Bench:
         return self.opened.path / "studies" / self.study / f"{label}-seed-{seed}"
 
     def train_shards(self, opened: Run) -> Path:
-        """The shards that a run was trained on."""
+        """The shards that a run was trained on.
+
+        Raises:
+            UsageError: the run does not say.
+        """
         if "shards" not in opened.settings:
             raise UsageError(f"{opened.path}: doesn't say what it was trained on; study {self.study} needs to train")
         return as_path(opened.settings["shards"])
 
     # -- measuring
 
-    def loader(self, opened: Run, image_size: int | None = None, missing: str = "uniform") -> RelevanceLoader:
-        """The images to measure on, in the view of a run, or larger; missing: as of `RelevanceLoader`."""
+    def loader(self, opened: Run, image_size: int | None = None, missing: Missing = "uniform") -> RelevanceLoader:
+        """The images to measure on, in the view of a run.
+
+        Args:
+            opened: the run.
+            image_size: another size than that of the run.
+            missing: how to handle samples without a usable map, see `RelevanceLoader`.
+        """
         preprocessing = opened.preprocessing
         if image_size is not None:
             preprocessing = replace(preprocessing, image_size=image_size)
@@ -219,12 +239,12 @@ class Bench:
     def ready(
         self, opened: Run, loader: RelevanceLoader, *, scores: str | None = None, zoomer: Zoomer | None = None
     ) -> OpenRun:
-        """A run ready to answer.
+        """Open a run so that it can answer.
 
         Args:
             opened: the run.
-            loader: the images, with their relevance store where they have one.
-            scores: the name of the source of the scores; None as in training.
+            loader: the images, with their relevance store for the source "maps".
+            scores: the name of the source of the scores; None for that of the training.
             zoomer: the zoomer to use instead of the run's own.
         """
         if zoomer is not None:
@@ -249,8 +269,8 @@ class Bench:
         Args:
             opened: the run.
             setting: what the study varied.
-            zoomings: fields of `EvalConfig` (alphas, budgets, keeps, prune) each.
-            scores: the name of the source of the scores; None as in training.
+            *zoomings: fields of `EvalConfig`: alphas, budgets, keeps or prune.
+            scores: the name of the source of the scores; None for that of the training.
             zoomer: the zoomer to use instead of the run's own.
         """
         loader = self.loader(opened)
@@ -263,7 +283,7 @@ class Bench:
         return [result for row in rows for result in results_of(row, about)]
 
     def about(self, opened: Run) -> dict[str, Any]:
-        """The fields of a `Result` that say whose it is. A variant is named by its path from the folder of the run."""
+        """The fields of a `Result` that identify its run; a variant's name is its path from the folder of the run."""
         about = identity(opened, self.study)
         if self.opened.path in opened.path.parents:
             about["run"] = str(opened.path.relative_to(self.opened.path.parent))

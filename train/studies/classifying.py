@@ -1,4 +1,4 @@
-"""Studies of the classifier: the size of its backbone, several crops of an image, and whose fault its errors are."""
+"""Studies of the classifier: the size of its backbone, several crops of an image, and the causes of its errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zpipe.train.studies.bench import Bench
 
 
 def backbone_size(bench: Bench) -> list[Result]:
-    """Tiny, small and base, or half and double the width, trained from scratch (Table 8)."""
+    """Tiny, small and base backbones, or half and double the width, trained from scratch (Table 8)."""
     bench.need_zoomvit()
     config = bench.vit_config()
     named = "embed_dim" not in config.model_args
@@ -86,7 +86,6 @@ def errors(bench: Bench) -> list[Result]:
         raise UsageError("study errors: nothing is zoomed")
     config = replace(bench.config.evaluation, **bench.one_zoom())
     zoom = operating_points(opened.model, ready.source, config)[0]
-    verdicts, pictured = analyse_errors(ready, loader, zoom, answers_for(opened, loader, config), bench.progress)
-    write_errors(opened.path, verdicts, pictured, opened.settings.get("classes") or [])
-    about = bench.about(opened)
-    return error_results(verdicts, about["run"], about["model"], about["seed"], zoom)
+    verdicts, pictures = analyse_errors(ready, loader, zoom, answers_for(opened, loader, config), bench.progress)
+    write_errors(opened.path, verdicts, pictures)
+    return error_results(verdicts, bench.about(opened), zoom)

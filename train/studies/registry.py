@@ -42,13 +42,13 @@ def run_study(
 
     Args:
         name: one of `STUDIES`.
-        inputs: the run, the shards, and what else it reads.
+        inputs: the run, the shards and other inputs.
         config: its settings.
         progress: called while models train and are measured.
         say: called with lines about training processes, see `run_training`.
 
     Returns:
-        The results file, the results, and notes on what was left out and why.
+        The results file, the results, and notes about what was left out and why.
 
     Raises:
         UsageError: the name is unknown, the study does not use a setting that was given, or it does not suit the run.

@@ -1,4 +1,4 @@
-"""Studies of what decides where to zoom: the source of the scores, the zoomer's depth, a model's own selection."""
+"""Studies of the scores: their source, the zoomer's depth, and the selection of models of two stages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from zpipe.train.studies.bench import Bench
 
 
 def score_sources(bench: Bench) -> list[Result]:
-    """Every source of scores, swapped in for the run's own and trained with (Table 11)."""
+    """Every source of scores, both in evaluation only and in training (Table 11)."""
     bench.need_zoomvit()
     own = bench.vit_config().scores or ("zoomer" if bench.opened.zoomer is not None else "maps")
     rows: list[Result] = []
@@ -43,7 +43,7 @@ def score_sources(bench: Bench) -> list[Result]:
 
 
 def zoomer_depth(bench: Bench) -> list[Result]:
-    """Zoomers of 2, 4 and 6 residual blocks: distance to the teacher, cost, and accuracy of the ViT that they serve."""
+    """Zoomers of 2, 4 and 6 residual blocks: distance to the teacher, cost, and accuracy of a ViT with their scores."""
     if bench.maps is None:
         raise UsageError("study zoomer-depth: zoomers are measured against their teacher's maps; give --maps")
     vit = bench.opened if bench.opened.kind == "vit" else None
@@ -58,19 +58,19 @@ def zoomer_depth(bench: Bench) -> list[Result]:
             opened = bench.zoomer_variant(f"blocks-{blocks}", seed, base, num_blocks=blocks)
             size = opened.preprocessing.image_size
             loader = bench.loader(opened, missing="skip")
-            found = measure_zoomer(opened, loader, bench.device, precision=bench.config.evaluation.precision)
+            row = measure_zoomer(opened, loader, bench.device, precision=bench.config.evaluation.precision)
             about = bench.about(opened) | {"setting": {"blocks": blocks}}
-            rows += zoomer_results(found, about)
+            rows += zoomer_results(row, about)
             image = torch.zeros(1, 3, size, size, device=bench.device)
             macs = count_macs(partial(opened.model, image))
             weights = sum(weight.numel() for weight in opened.model.parameters())
-            about["setting"] |= {"precision": found["precision"]} if "precision" in found else {}
+            about["setting"] |= {"precision": row["precision"]} if "precision" in row else {}
             rows.append(Result(**about, metric="gmacs", n=1, value=macs / 1e9))
             rows.append(Result(**about, metric="parameters", n=1, value=weights))
             if vit is not None:
                 zoomer, _ = load_zoomer(opened.path)
                 measured = bench.measured(vit, about["setting"], bench.sweep(), scores="zoomer", zoomer=zoomer)
-                rows += [row for row in measured if row.metric != "parameters"]  # those above are the zoomer's
+                rows += [each for each in measured if each.metric != "parameters"]  # above are those of the zoomer
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Studies of the zoom: its threshold and factor, the embedding of its tokens, how it is trained, and pruning."""
+"""Studies of the zoom: threshold, factor, embedding, its choice in training, and pruning."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from zpipe.train.studies.bench import PAPER_ALPHAS, Bench
 
 
 def alpha_eta(bench: Bench) -> list[Result]:
-    """Thresholds or budgets under both zoom factors (Table 9)."""
+    """Thresholds or budgets at both zoom factors (Table 9)."""
     model, rows = bench.need_zoomvit(), []
-    most = bench.vit_config().max_zoomed
+    max_zoomed = bench.vit_config().max_zoomed
     for eta in (2.0, 0.5):
-        # The other factor's cells are four times, or a quarter of, as many; budgets go with them.
+        # The other factor has four times, or a quarter, as many cells, and so the budgets.
         times = 1.0 if eta == model.zoom_factor else 4.0 if eta == 2.0 else 0.25
         changes: dict[str, Any] = {"model_args": bench.vit_config().model_args | {"zoom_factor": eta}}
         if eta == model.zoom_factor:
             changes = {}
-        elif most is not None:
-            changes["max_zoomed"] = round(most * times)
+        elif max_zoomed is not None:
+            changes["max_zoomed"] = round(max_zoomed * times)
         for seed in bench.seeds:
             opened = bench.variant(f"eta-{eta:g}", seed, **changes)
             rows += bench.measured(opened, {"eta": eta}, bench.sweep(times))
@@ -33,7 +33,7 @@ def alpha_eta(bench: Bench) -> list[Result]:
 
 
 def zfe(bench: Bench) -> list[Result]:
-    """Without zoom factor embedding, with a fixed and with a soft one (Table 4)."""
+    """No zoom factor embedding, a fixed one and a soft one (Table 4)."""
     model = bench.need_zoomvit()
     rows = []
     for kind in ("none", "fixed", "soft"):
@@ -44,13 +44,13 @@ def zfe(bench: Bench) -> list[Result]:
 
 
 def zoom_in_training(bench: Bench) -> list[Result]:
-    """A random zoom for each batch of the training, or a fixed one (Table 3)."""
+    """A random zoom for each training batch, or a fixed one (Table 3)."""
     model, rows = bench.need_zoomvit(), []
     if bench.vit_config().zoom_draw == "alpha":
         fixed: tuple[float, ...] = (0.03, 0.1)
     else:
-        most = bench.vit_config().max_zoomed or model.coarse_grid**2
-        fixed = (round(most / 2), most)
+        max_zoomed = bench.vit_config().max_zoomed or model.coarse_grid**2
+        fixed = (round(max_zoomed / 2), max_zoomed)
     for value in (None, *fixed):
         label = "random" if value is None else f"fixed-{value:g}"
         for seed in bench.seeds:
@@ -60,18 +60,19 @@ def zoom_in_training(bench: Bench) -> list[Result]:
 
 
 def pruning(bench: Bench) -> list[Result]:
-    """Tokens dropped, highest or lowest first, among all, the zoomed ones or the rest (Table 5, Fig. 6)."""
+    """Pruning the highest or the lowest tokens first, of all, of the zoomed ones or of the rest (Table 5, Fig. 6)."""
     model = bench.need_zoomvit()
-    asked = bench.sweep()
-    fullest = {"alphas": asked["alphas"][-1:], "budgets": asked["budgets"][-1:]}
-    longest = model.coarse_grid**2 + 3 * (asked["budgets"][-1] if asked["budgets"] else model.coarse_grid**2)
+    sweep = bench.sweep()
+    alphas, budgets = sweep["alphas"], sweep["budgets"]
+    most_zoomed = {"alphas": alphas[-1:], "budgets": budgets[-1:]}
+    longest = model.coarse_grid**2 + 3 * (budgets[-1] if budgets else model.coarse_grid**2)
     keeps = tuple(sorted({max(1, round(longest * share_kept)) for share_kept in (0.25, 0.4, 0.55, 0.7, 0.85)}))
     kinds = ({"keeps": keeps, "prune": kind} for kind in PRUNE_KINDS)
-    return bench.measured(bench.opened, {}, *(fullest | kind for kind in kinds))
+    return bench.measured(bench.opened, {}, *(most_zoomed | kind for kind in kinds))
 
 
 def test_time_zoom(bench: Bench) -> list[Result]:
-    """A plain ViT that zooms without being trained to (Table 13)."""
+    """A plain ViT that zooms at test time, without training (Table 13)."""
     if bench.zoomer is None:
         raise UsageError("study test-time-zoom: give --zoomer RUN, whose scores a plain ViT is to zoom by")
     zoomer, wanted = load_zoomer(bench.zoomer)

@@ -268,7 +268,7 @@ def test_the_headline_compares_at_no_higher_cost(data):
         rows += [result(**about, metric="gmacs", value=gmacs)]
     found = headline(points(rows))
     assert [(tile["name"], tile["value"]) for tile in found["tiles"]] == [("zoom", "90.0 %"), ("plain", "60.0 %")]
-    (said,) = found["said"]
+    (said,) = found["comparisons"]
     assert "zoom at budget 1 is 10.0 points more accurate than plain" in said and "0.80 of its" in said
 
 
@@ -298,7 +298,7 @@ def seeded(run, gmacs, values, *, budget=None):
 def test_a_range_over_seeds_is_not_called_an_interval(zoom, plain, tile, said):
     found = headline(points(seeded("zoom", 0.5, zoom, budget=4) + seeded("plain", 1.0, plain)))
     assert found["tiles"][0]["interval"] == tile
-    (line,) = found["said"]
+    (line,) = found["comparisons"]
     assert line.endswith(said)
 
 
@@ -716,7 +716,7 @@ def test_maps_that_do_not_know_the_true_class_are_not_said_to(data, tmp_path, ta
     manifest = read_manifest(maps)
     write_manifest(maps, replace(manifest, provenance=replace(manifest.provenance, target=target)))
     html = report([data / "plain"], tmp_path / "out", replace(CONFIG, gallery=2, maps=maps)).read_text()
-    assert embedded(html, "gallery-data")["map_said"] == f"The teacher's map, {words}."
+    assert embedded(html, "gallery-data")["map_caption"] == f"The teacher's map, {words}."
 
 
 def test_the_gallery_says_at_which_settings_the_models_answer(data, page_file, open_page, tmp_path):
