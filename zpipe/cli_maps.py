@@ -1,4 +1,4 @@
-"""The verbs of `zpipe maps`: look into relevance stores, check, export and compare them."""
+"""The verbs of `zpipe maps`, which inspect, check, export, judge and compare relevance stores."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ maps_app = typer.Typer(
 
 
 @maps_app.command("info")
-def maps_info(
-    store: Store,
-) -> None:
+def maps_info(store: Store) -> None:
     """Show what a store holds and where it comes from."""
     with reporting():
         from zpipe.pipeline.inspection import store_statistics
@@ -128,7 +126,7 @@ def maps_export(
         from zpipe import open_maps
         from zpipe.pipeline.export import export_numpy, export_parquet
 
-        if parquet and numpy or numpy and per_shard:
+        if numpy and (parquet or per_shard):
             raise UsageError("choose one of --parquet and --numpy; --per-shard goes with --parquet")
         maps = open_maps(store)
         if numpy:
@@ -160,8 +158,10 @@ def maps_judge(
         typer.Option("--json", parser=path_or_url, metavar="PATH|URL", help="Also write the rows to this file."),
     ] = None,
 ) -> None:
-    """Test how faithful maps are to a model: deletion (lower is better) and insertion curves, pointing game,
-    two controls."""
+    """Test how faithful maps are to a model.
+
+    Prints deletion (lower is better) and insertion curves, the pointing game, and two controls.
+    """
     with reporting() as progress:
         from zpipe.train.evaluation.judge import JudgeConfig, judge_maps
 

@@ -1,4 +1,4 @@
-"""The verbs that train."""
+"""The verbs that train the Zoomer and the ViTs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from zpipe.console import local_path, parse_settings, path_or_url, reporting, te
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    """Those that were given; the others are a recipe's to say."""
+    """Only the flags that were given; the recipe decides on the others."""
     return {name: value for name, value in flags.items() if value is not None}
 
 
@@ -95,7 +95,8 @@ def train_vit_command(
     scores: Annotated[
         str | None,
         typer.Option(
-            help="Source of the scores: zoomer, maps, attention, entropy, centre, random, own or none; default: that of --zoomer or --maps."
+            help="Source of the scores: zoomer, maps, attention, entropy, centre, random, own or none; "
+            "default: that of --zoomer or --maps."
         ),
     ] = None,
     init_from: Annotated[
@@ -112,7 +113,8 @@ def train_vit_command(
         str | None,
         typer.Option(
             "--recipe",
-            help="deit, deit3, finetune, cifar10 or flowers102, or a small variant such as deit-small; none by default.",
+            help="deit, deit3, finetune, cifar10 or flowers102, or a small variant such as deit-small; "
+            "none by default.",
         ),
     ] = None,
     val: Annotated[

@@ -48,6 +48,9 @@ class PredictConfig:
     def __post_init__(self) -> None:
         if self.alpha is not None and self.budget is not None:
             raise UsageError("give --alpha or --budget, not both")
+        for name in ("alpha", "budget"):
+            if name in self.settings:
+                raise UsageError(f"--at {name}: give --{name} {self.settings[name]}")
         if self.top < 1:
             raise UsageError(f"--top {self.top}: give a number >= 1")
 

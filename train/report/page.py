@@ -39,6 +39,8 @@ class ReportConfig:
     """The seed of the choice of images."""
     batch_size: int = 64
     """Images per batch when the models run on them."""
+    precision: str = "float32"
+    """The precision of the gallery's scores and models: float32, or bf16 or fp16 under autocast."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
@@ -99,7 +101,13 @@ def _gallery(
         vits,
         shards,
         config.maps,
-        GalleryConfig(count=config.gallery, seed=config.seed, batch_size=config.batch_size, device=config.device),
+        GalleryConfig(
+            count=config.gallery,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            device=config.device,
+            precision=config.precision,
+        ),
         progress,
     )
     if gallery is not None and config.maps is None:
