@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -96,7 +96,7 @@ class Cifar10Source(_Numbered):
     """
 
     name = "cifar10"
-    SPLITS = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "val": ("test_batch.bin",)}
+    SPLITS: ClassVar = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "val": ("test_batch.bin",)}
     FOLDER, ARCHIVE, NAMES = "cifar-10-batches-bin", "cifar-10-binary.tar.gz", "batches.meta.txt"
     SIDE, BATCH, NUM_CLASSES = 32, 10_000, 10
     RECORD = 1 + 3 * SIDE * SIDE  # bytes
@@ -189,7 +189,7 @@ class Flowers102Source(_Numbered):
 
     name = "flowers102"
     classes = tuple(str(number) for number in range(1, 103))
-    SPLITS = {"train": ("trnid",), "val": ("valid",), "test": ("tstid",), "trainval": ("trnid", "valid")}
+    SPLITS: ClassVar = {"train": ("trnid",), "val": ("valid",), "test": ("tstid",), "trainval": ("trnid", "valid")}
     FOLDER, ARCHIVE, LABELS, SPLIT_FILE = "jpg", "102flowers.tgz", "imagelabels.mat", "setid.mat"
     LARGEST = 16 << 20  # bytes of an image; the official ones are far smaller
 

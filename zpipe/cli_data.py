@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -168,7 +168,7 @@ def extract_command(
     """
     with reporting() as progress:
         from zpipe.pipeline.explainer import ExplainConfig
-        from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
+        from zpipe.pipeline.extract import Executor, ExtractConfig, extract_teacher_maps
 
         config = ExtractConfig(
             teacher=teacher,
@@ -178,7 +178,7 @@ def extract_command(
             seed=seed,
             explain=ExplainConfig(method=method, target=target, symmetrise=symmetrise, precision=precision),
             frame=frame,
-            executor=executor,
+            executor=cast(Executor, executor),
             batch_size=batch_size,
             actors=actors,
             threads=threads,

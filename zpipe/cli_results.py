@@ -177,7 +177,7 @@ def evaluate_command(
 
 
 class StudyCommand(TyperCommand):
-    """`zpipe study`, whose help ends with the list of studies. Only the help imports them, because they import torch."""
+    """`zpipe study`, whose help ends with the list of studies. Only the help imports them, for they import torch."""
 
     # Context and formatter are those of click, which some versions of typer bundle.
     def format_epilog(self, ctx: Any, formatter: Any) -> None:

@@ -75,8 +75,8 @@ def train_vit_command(
     model: Annotated[
         str,
         typer.Option(
-            help="zoomvit_{tiny,small,base}_patch16_224, cfvit_small, lfvit_small, sparseformer_tiny, token_pruned_vit, "
-            "tome_vit, image_zoom, or any timm classifier."
+            help="zoomvit_{tiny,small,base}_patch16_224, cfvit_small, lfvit_small, sparseformer_tiny, "
+            "token_pruned_vit, tome_vit, image_zoom, or any timm classifier."
         ),
     ] = "zoomvit_small_patch16_224",
     model_arg: ModelArgs = None,
@@ -160,8 +160,7 @@ def train_vit_command(
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
         flags |= _given({"image_size": image_size})
         config = with_settings(base, flags | parse_settings(settings, "--set"))
-        arguments = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
-        arguments["resume"] = resume
+        paths = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
         workers = Workers(count=num_workers, address=address)
-        run_training(train_vit, arguments, config, workers, progress=progress, say=warn)
+        run_training(train_vit, {**paths, "resume": resume}, config, workers, progress=progress, say=warn)
         tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")

@@ -27,6 +27,7 @@ class ProgressLines:
         self._last: dict[str, float] = {}
 
     def __call__(self, stage: str, done: int, total: int, **facts: object) -> None:
+        """See `zpipe.schemas.progress.Progress`."""
         now = time.monotonic()
         if done < total and now - self._last.get(stage, -LINE_EVERY_S) < LINE_EVERY_S:
             return
@@ -38,7 +39,8 @@ class ProgressLines:
     def __enter__(self) -> ProgressLines:
         return self
 
-    def __exit__(self, *exception: object) -> None: ...
+    def __exit__(self, *exception: object) -> None:
+        pass
 
 
 class ProgressBars:
@@ -57,6 +59,7 @@ class ProgressBars:
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int, **facts: object) -> None:
+        """See `zpipe.schemas.progress.Progress`."""
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total, facts="")
         text = "  ".join(f"{name} {value}" for name, value in _rounded(facts).items())
