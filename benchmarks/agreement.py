@@ -1,9 +1,9 @@
-"""How near each precision comes to float64: a trained teacher's maps against published values.
+"""How near each precision comes to float64: maps of a trained teacher against published values.
 
     python benchmarks/agreement.py [--device cuda]
 
-The values are those of `tests/golden/relevance_small_vit.npz`, 24 images of a small trained ViT. Maps are compared after
-min-max per image: largest difference, rank correlation, and how many of the 20 highest cells are the same.
+The values are those of `tests/golden/relevance_small_vit.npz`, 24 images of a small trained ViT. Maps are compared
+after min-max per image: largest difference, rank correlation, and how many of the 20 highest cells are the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def main() -> None:
     device = parser.parse_args().device
     data = np.load(GOLDEN)
     img_size, patch_size, embed_dim, depth, num_heads, num_classes = (int(value) for value in data["config"])
-    sizes = dict(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+    sizes = {"img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim}
+    sizes |= {"depth": depth, "num_heads": num_heads}
     state = {name[2:]: torch.from_numpy(data[name]) for name in data.files if name.startswith("w/")}
     images, targets = torch.from_numpy(data["images"]), torch.from_numpy(data["targets"])
     expected = torch.from_numpy(data["relevance"])  # [24, 64]
@@ -47,8 +48,8 @@ def main() -> None:
             continue
         model = VisionTransformer(**sizes, num_classes=num_classes).eval()
         model.load_state_dict(state)
-        asked = images.to(device, dtype), targets.to(device)
-        maps = attribute(model.to(device, dtype), *asked, sweep=sweep).maps.cpu().double().flatten(1)  # [24, 64]
+        inputs = images.to(device, dtype), targets.to(device)
+        maps = attribute(model.to(device, dtype), *inputs, sweep=sweep).maps.cpu().double().flatten(1)  # [24, 64]
         gap = (min_max(maps) - min_max(expected)).abs().amax(dim=1)
         rank, kept = spearman(maps, expected), topk_overlap(maps, expected, TOP)
         print(

@@ -1,9 +1,9 @@
-"""Which decoder? JPEGs to random resized crops of 224 pixels, one thread: PIL as it is installed, simplejpeg, torchvision.io.
+"""Compare JPEG decoders, from file to a random resized crop of 224 pixels, on one thread.
 
     python benchmarks/decode.py FOLDER
 
-FOLDER holds JPEGs; 200 of them are read. All three crop and resize with PIL, so that only decoding differs. simplejpeg is run
-where it is installed.
+The decoders are PIL as it is installed, simplejpeg (if it is installed) and torchvision.io. FOLDER holds JPEGs; 200 of
+them are read. All decoders crop and resize with PIL, so that only decoding differs.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def main() -> None:
             for data, view in work:
                 way(data, view)
             rates[name].append(len(work) / (time.perf_counter() - begun))
-    for name, found in rates.items():
-        print(f"{name:20s} {statistics.median(found):6.0f} images/s [{min(found):.0f}, {max(found):.0f}]")
+    for name, values in rates.items():
+        print(f"{name:20s} {statistics.median(values):6.0f} images/s [{min(values):.0f}, {max(values):.0f}]")
 
 
 if __name__ == "__main__":

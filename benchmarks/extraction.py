@@ -1,10 +1,11 @@
-"""What extraction adds to the attribution itself: tar to committed map shard, in one process and on Ray, against the kernel alone.
+"""What extraction adds to the attribution itself, in one process and on Ray.
 
     python benchmarks/extraction.py --threads 2
 
-The three take turns: the kernel on decoded pixels that lie in memory; `--executor local`; Ray with one actor. Same teacher, same
-batch, same threads, one process at work. Rates count from the first committed shard to the last, so loading the teacher and
-starting Ray are left out; these are printed on their own. Images are made up: smooth colours under noise, 500 x 375, some 60 KB.
+Three variants take turns: the kernel alone, on decoded pixels in memory; `--executor local`, from a tar to the
+committed map shard; and Ray with one actor. Teacher, batch and threads are the same, and one process works at a time.
+Rates count from the first committed shard to the last, so they leave out loading the teacher and starting Ray, which
+are printed separately. The images are synthetic: smooth colours under noise, 500 x 375, some 60 KB.
 """
 
 from __future__ import annotations
@@ -120,10 +121,10 @@ def main() -> None:
             rates[name].append(run())
     report: dict[str, list[float]] = {}
     for name, base in (("kernel", None), ("local", "kernel"), ("ray", "kernel"), ("ray", "local")):
-        found = rates[name]
-        line = f"{name:8s} {statistics.median(found):8.2f} images/s [{min(found):.2f}, {max(found):.2f}]"
+        values = rates[name]
+        line = f"{name:8s} {statistics.median(values):8.2f} images/s [{min(values):.2f}, {max(values):.2f}]"
         if base:
-            ratios = [own / other for own, other in zip(found, rates[base], strict=True)]
+            ratios = [own / other for own, other in zip(values, rates[base], strict=True)]
             report[f"{name} of {base}"] = ratios
             line += f"   {statistics.median(ratios):.1%} of {base} [{min(ratios):.1%}, {max(ratios):.1%}]"
         print(line)

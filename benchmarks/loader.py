@@ -1,12 +1,12 @@
-"""Images per second and core of the loader, beside other people's loaders on the same JPEGs, transform and core.
+"""Images per second and core of the loader and of other loaders, on the same JPEGs, transform and core.
 
     python benchmarks/loader.py --photos FOLDER [--pillow FOLDER]
 
-Each contender runs in a process of its own, one thread, no workers, in turn with the others; the yardstick is this loader without
-maps. Transform: random resized crop to 224, flip, uint8 tensor (webdataset's documented pipeline ends with ToTensor and Normalize, and
-so it does here). FOLDER is an ImageFolder tree or has a labels.csv; without it photos are made up. --pillow: a folder with plain
-Pillow (pip install --no-deps --target FOLDER pillow), for contenders named +pillow. litdata and streaming are run where they
-are installed.
+Each loader runs in a process of its own, with one thread and no workers, in turn with the others. The baseline is this
+loader without maps. The transform is a random resized crop to 224, a flip, and a uint8 tensor (webdataset's documented
+pipeline ends with ToTensor and Normalize, and so it does here). FOLDER is an ImageFolder tree or has a labels.csv;
+without it, photos are generated. --pillow names a folder with plain Pillow (pip install --no-deps --target FOLDER
+pillow), for the loaders named +pillow. litdata and streaming are run where they are installed.
 """
 
 from __future__ import annotations

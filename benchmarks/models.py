@@ -1,11 +1,11 @@
-"""How well ZoomViT uses the machine: throughput x GMACs an image, with timm's DeiT of the same width as the yardstick.
+"""How well ZoomViT uses the machine: throughput x GMACs per image, relative to timm's DeiT of the same width.
 
     python benchmarks/models.py --threads 2
     python benchmarks/models.py --device cuda --dtype bfloat16 --batch 256
 
-A model that runs as efficiently as the plain ViT, multiply-add for multiply-add, scores 1. The zoomer is counted, in time and
-in multiply-adds. Random weights and made-up scores, sparse and different from image to image, as maps are. Yardstick and
-candidates take turns in one process; a figure is the median over the rounds, with the smallest and the largest beside it.
+A model that does its multiply-adds as fast as the plain ViT scores 1. The time and the multiply-adds of the zoomer are
+counted. Weights are random; the scores are synthetic, as sparse and as different from image to image as maps are.
+Baseline and candidates take turns in one process; a figure is the median over the rounds, with minimum and maximum.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from zpipe.train.models import Zoomer
 from zpipe.train.models.zoom_tokens import calibrate_alpha, coarse_scores
 
 
-def told(values: list[float]) -> str:
+def with_range(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
 
 
@@ -68,8 +68,9 @@ def main() -> None:
     deit_macs, zoomer_macs = count_macs(lambda: deit(image)), count_macs(lambda: zoomer(image))
     images = torch.randn(args.batch, 3, 224, 224, device=device)
     scores = made_up_scores(args.batch, device)
-    print(f"DeiT-{args.size}, {device}, {args.dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads, batch "
-          f"{args.batch}; {deit_macs / 1e9:.3f} GMACs, the zoomer's {zoomer_macs / 1e9:.3f} beside ZoomViT's")  # fmt: skip
+    print(f"DeiT-{args.size}, {device}, {args.dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"batch {args.batch}; {deit_macs / 1e9:.3f} GMACs, "
+          f"the zoomer's {zoomer_macs / 1e9:.3f} beside ZoomViT's")  # fmt: skip
 
     scale = deit_macs / 4.6e9  # the paper's budgets are those of DeiT-S
     half, double = (
@@ -112,8 +113,8 @@ def main() -> None:
                 shares.append(tokens / vit)
                 rates.append(args.batch / own)
             rows[name] = {"gmacs": macs / 1e9, "efficiency": ratios, "tokenising": shares, "images_per_s": rates}
-            print(f"  {name:32s}{macs / 1e9:6.2f} GMACs  efficiency {told(ratios)}  tokenising {told(shares)}  "
-                  f"{statistics.median(rates):8.1f} images/s")  # fmt: skip
+            print(f"  {name:32s}{macs / 1e9:6.2f} GMACs  efficiency {with_range(ratios)}  "
+                  f"tokenising {with_range(shares)}  {statistics.median(rates):8.1f} images/s")  # fmt: skip
         for family in ("cfvit", "lfvit") if args.size != "base" else ():
             model = timm.create_model(f"{family}_{args.size}").to(device).eval()
             coarse, _ = model(images, return_stages=True)
@@ -130,7 +131,7 @@ def main() -> None:
                     rates.append(args.batch / own)
                 name = f"{family}, {share:.0%} exit early"
                 rows[name] = {"gmacs": macs / 1e9, "efficiency": ratios, "images_per_s": rates}
-                print(f"  {name:32s}{macs / 1e9:6.2f} GMACs  efficiency {told(ratios)}  "
+                print(f"  {name:32s}{macs / 1e9:6.2f} GMACs  efficiency {with_range(ratios)}  "
                       f"{statistics.median(rates):8.1f} images/s")  # fmt: skip
         report["inference"] = rows
 
@@ -175,9 +176,9 @@ def main() -> None:
             memory.append(held / held_plain)
         epoch = own_time / plain_time  # what an epoch takes, in epochs of the plain ViT
         report["training"][name] = {"efficiency": whole, "by_step": ratios, "memory": memory, "epoch": epoch}
-        print(f"  {name} training, alpha over [0, 1]: efficiency {whole:.3f} of all steps, by step {told(ratios)}; "
-              f"an epoch takes {epoch:.2f} of the plain ViT's; "
-              f"memory at 196 tokens {told(memory)} of DeiT's {held_plain / 1e6:.0f} MB")  # fmt: skip
+        print(f"  {name} training, alpha over [0, 1]: efficiency {whole:.3f} of all steps, "
+              f"by step {with_range(ratios)}; an epoch takes {epoch:.2f} of the plain ViT's; "
+              f"memory at 196 tokens {with_range(memory)} of DeiT's {held_plain / 1e6:.0f} MB")  # fmt: skip
     if args.json:
         ratios = {name: row["efficiency"] for name, row in report["inference"].items()}
         for name, row in report["training"].items():

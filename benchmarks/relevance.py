@@ -1,10 +1,10 @@
-"""What a relevance map costs: multiply-adds, time and memory, with the model's own inference forward as the yardstick.
+"""What a relevance map costs in multiply-adds, time and memory, relative to the model's own inference forward pass.
 
     python benchmarks/relevance.py --threads 2
     python benchmarks/relevance.py --device cuda --batches 16,64,256
 
-Random weights: none of these figures depends on what the weights are. Yardstick and candidates take turns in one process;
-a figure is the median over the rounds, with the smallest and the largest beside it.
+Weights are random: no figure depends on them. Baseline and candidates take turns in one process; a figure is the median
+over the rounds, with minimum and maximum.
 """
 
 from __future__ import annotations
@@ -93,9 +93,10 @@ def main() -> None:
         speeds[f"{name}, batch {batch}"] = [1 / ratio for ratio in ratios]
         row["peak_bytes_per_image"] = peak_bytes(run, args.device) / batch
         rows.append(row)
-        told = row["forwards"]
+        forwards = row["forwards"]
         print(
-            f"  {name:40s} batch {batch:4d}: {told['median']:5.2f} forwards [{told['min']:.2f}, {told['max']:.2f}], "
+            f"  {name:40s} batch {batch:4d}: {forwards['median']:5.2f} forwards "
+            f"[{forwards['min']:.2f}, {forwards['max']:.2f}], "
             f"{row['images_per_s']['median']:8.2f} images/s, {row['peak_bytes_per_image'] / 1e6:6.0f} MB an image"
         )
     if args.json:

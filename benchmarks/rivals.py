@@ -1,11 +1,11 @@
-"""How well the rivals use the machine: throughput x GMACs an image, with timm's DeiT-S as the yardstick.
+"""How well the rivals use the machine: throughput x GMACs per image, relative to timm's DeiT-S.
 
     python benchmarks/rivals.py --threads 2
     python benchmarks/rivals.py --device cuda --dtype bfloat16 --batch 256 --only sparseformer
 
-As benchmarks/models.py: a model that runs as efficiently as the plain ViT, multiply-add for multiply-add, scores 1; yardstick
-and candidates take turns in one process; the median over the rounds, with the smallest and the largest. Random weights and
-scores; the scores' source is not in it.
+As in benchmarks/models.py, a model that does its multiply-adds as fast as the plain ViT scores 1, baseline and
+candidates take turns in one process, and a figure is the median over the rounds, with minimum and maximum. Weights and
+scores are random; the cost of the scores' source is not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import timm
 import torch
 from measure import seconds
-from models import told
+from models import with_range
 
 import zpipe.train.models  # noqa: F401  (registers our models with timm)
 from zpipe.train.device import keep_freed_memory
@@ -81,7 +81,7 @@ def main() -> None:
                 rates.append(args.batch / own)
         report["ratios"][title] = ratios
         report["rivals"][title] = {"gmacs": macs / 1e9, "efficiency": ratios, "images_per_s": rates}
-        print(f"  {title:34s}{macs / 1e9:6.2f} GMACs  efficiency {told(ratios)}  "
+        print(f"  {title:34s}{macs / 1e9:6.2f} GMACs  efficiency {with_range(ratios)}  "
               f"{statistics.median(rates):8.1f} images/s")  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,19 +1,19 @@
-"""Every benchmark against its yardstick, one after the other; and whether anything got worse since the last committed run.
+"""Run every benchmark that has a baseline, and compare the ratios with the last committed run.
 
     python benchmarks/run.py                      # settings near those of docs/benchmarks.md
     python benchmarks/run.py --quick --check      # small settings, compared with benchmarks/last.json
     python benchmarks/run.py --only models --json models.json
     python benchmarks/run.py --measured new.json --check old.json   # compares two files, measures nothing
 
-Each benchmark runs in a process of its own, with its number of threads set. All ratios are against a yardstick that took turns
-with the candidate on the same machine, and higher is better. They are written as
+Each benchmark runs in a process of its own, with a fixed number of threads. All ratios are relative to a baseline that
+took turns with the candidate on the same machine; higher is better. They are written as
 
     {"machine": {cpu, cores, memory_gb, versions, date, quick, threads, device, load, notes},
      "settings": {benchmark: [argument, ...]}, "ratios": {benchmark: {name: [ratio, ...]}}}
 
-No photos and no other people's loaders are needed: the loader reads made-up photos (500 x 375), beside webdataset's documented
-pipeline alone; benchmarks/loader.py has the others. Exit code: 0; 1 when a benchmark failed or something got worse; 2 when the
-two runs can't be compared.
+No photos and no other loaders are needed: the loader reads generated photos (500 x 375) and is compared with
+webdataset's documented pipeline only; benchmarks/loader.py has the others. The exit code is 0, or 1 if a benchmark
+failed or something got worse, or 2 if the two runs can't be compared.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 LAST = HERE / "last.json"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pyarrow", "zarr", "webdataset", "ray", "pillow", "pillow-simd")
-LEAST_FALL = 0.15
+MIN_FALL = 0.15
 
 Ratios = dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A script of this folder: its arguments in full and when it is to be quick. `{scratch}` is a folder of its own;
-    threads and device are given to scripts that take them."""
+    """A script of this folder and its arguments. `{scratch}` in them stands for a temporary folder."""
 
     full: tuple[str, ...]
+    """Arguments of a full run."""
     quick: tuple[str, ...]
+    """Arguments of a quick run."""
     threads: bool = True
     device: bool = True
 
@@ -87,11 +88,11 @@ BENCHMARKS = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------------- measuring
+# ------------------------------------------------------------------------------------------------------------ measuring
 
 
 def arguments(name: str, *, quick: bool, threads: int, device: str) -> list[str]:
-    """What the script is called with, `{scratch}` not yet filled in."""
+    """The arguments that the script is called with; `{scratch}` is not yet filled in."""
     benchmark = BENCHMARKS[name]
     given = list(benchmark.quick if quick else benchmark.full)
     if benchmark.threads:
@@ -104,19 +105,19 @@ def arguments(name: str, *, quick: bool, threads: int, device: str) -> list[str]
 def measure(name: str, given: Sequence[str], *, threads: int) -> dict[str, list[float]]:
     """Run one script and return its ratios; what it prints goes to our output. Errors: RuntimeError when it failed."""
     with tempfile.TemporaryDirectory(prefix="zpipe-benchmark-") as scratch:
-        told = Path(scratch) / "told.json"
+        output = Path(scratch) / "ratios.json"
         filled = [word.replace("{scratch}", f"{scratch}/data") for word in given]
         own = threads if BENCHMARKS[name].threads else 1
         environment = dict(os.environ, OMP_NUM_THREADS=str(own), MKL_NUM_THREADS=str(own))
-        command = [sys.executable, str(HERE / f"{name}.py"), *filled, "--json", str(told)]
+        command = [sys.executable, str(HERE / f"{name}.py"), *filled, "--json", str(output)]
         code = subprocess.run(command, env=environment).returncode
         if code:
             raise RuntimeError(f"benchmarks/{name}.py ended with {code}")
-        return check_ratios(json.loads(told.read_text())["ratios"])
+        return check_ratios(json.loads(output.read_text())["ratios"])
 
 
 def check_ratios(ratios: Any) -> dict[str, list[float]]:
-    """The ratios of one benchmark as they are. Errors: ValueError when they are not names with lists of positive numbers."""
+    """Return the ratios of one benchmark; raise ValueError unless they are names with lists of positive numbers."""
     whole = isinstance(ratios, dict) and all(
         isinstance(name, str)
         and isinstance(values, list)
@@ -169,24 +170,23 @@ def table(ratios: Ratios) -> list[str]:
     return lines
 
 
-# -------------------------------------------------------------------------------------------------------------- comparing
+# ------------------------------------------------------------------------------------------------------------ comparing
 
 
 def got_worse(old: Sequence[float], new: Sequence[float]) -> float | None:
-    """By which share of the old median the new one is lower, when that is worse; else None.
+    """The fraction by which the median fell, if that counts as worse; else None.
 
-    Worse is: the median fell by more than 15 %, and the upper quartile of the new ratios is below the lower quartile of the old.
-    The quartiles alone would cry wolf: of forty ratios of a few rounds some part by chance, and some by a per cent that
-    nobody would act on. The extremes (new largest below old smallest) would not cry at all: one round that another process
-    disturbed is enough to make them overlap. So a smaller loss is for the table to show, not for the check. Under three
-    rounds there is no spread to judge by, and nothing is called worse.
+    A benchmark got worse if the median fell by more than 15 % and the upper quartile of the new ratios is below the
+    lower quartile of the old ones. The quartiles alone would raise false alarms: among forty ratios of a few rounds,
+    some differ by chance, and some by one per cent. The extremes would raise none: one disturbed round makes them
+    overlap. Fewer than three rounds show no spread, so nothing counts as worse.
     """
     if min(len(old), len(new)) < 3:
         return None
     fall = 1 - statistics.median(new) / statistics.median(old)
     lower = statistics.quantiles(old, n=4, method="inclusive")[0]
     upper = statistics.quantiles(new, n=4, method="inclusive")[2]
-    return fall if fall > LEAST_FALL and upper < lower else None
+    return fall if fall > MIN_FALL and upper < lower else None
 
 
 def not_comparable(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -208,30 +208,31 @@ def not_comparable(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What got worse, and what else there is to say (ratios that only one of the runs has), a line each."""
-    worse, said = [], []
+    worse, remarks = [], []
     for benchmark, rows in old["ratios"].items():
         if benchmark not in new["ratios"]:
-            said.append(f"{benchmark}: not measured now")
+            remarks.append(f"{benchmark}: not measured now")
             continue
         for name, before in rows.items():
             now = new["ratios"][benchmark].get(name)
             if now is None:
-                said.append(f"{benchmark}: {name}: gone")
+                remarks.append(f"{benchmark}: {name}: gone")
                 continue
             fall = got_worse(before, now)
             if fall is not None:
                 worse.append(
-                    f"{benchmark}: {name}: {fall:.0%} worse, {_spread(before)} on {old['machine']['date']}, {_spread(now)} now"
+                    f"{benchmark}: {name}: {fall:.0%} worse, {_spread(before)} on {old['machine']['date']}, "
+                    f"{_spread(now)} now"
                 )
-        said += [f"{benchmark}: {name}: new" for name in new["ratios"][benchmark] if name not in rows]
-    said += [f"{benchmark}: new" for benchmark in new["ratios"] if benchmark not in old["ratios"]]
+        remarks += [f"{benchmark}: {name}: new" for name in new["ratios"][benchmark] if name not in rows]
+    remarks += [f"{benchmark}: new" for benchmark in new["ratios"] if benchmark not in old["ratios"]]
     changed = {
         name: found
         for name, found in new["machine"]["versions"].items()
         if old["machine"]["versions"].get(name) != found
     }
-    said += [f"{name} is {found} now, was {old['machine']['versions'].get(name)}" for name, found in changed.items()]
-    return worse, said
+    remarks += [f"{name} is {found} now, was {old['machine']['versions'].get(name)}" for name, found in changed.items()]
+    return worse, remarks
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -244,8 +245,8 @@ def check(old: dict[str, Any], new: dict[str, Any]) -> int:
     if reasons:
         print("not comparable with the last run:", *reasons, sep="\n  ")
         return 2
-    worse, said = compare(old, new)
-    for line in said:
+    worse, remarks = compare(old, new)
+    for line in remarks:
         print(line)
     if worse:
         print("got worse:", *worse, sep="\n  ")

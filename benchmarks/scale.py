@@ -1,4 +1,4 @@
-"""What a data set of a given size takes: a store of that size opened, verified and planned, and a cost model for larger ones.
+"""What a data set of a given size takes: measurements of a store of that size, and a cost model for larger ones.
 
     python benchmarks/scale.py make FOLDER --shards 14000     # 14 million maps, 1,000 a shard
     python benchmarks/scale.py measure FOLDER
@@ -7,10 +7,10 @@
     python benchmarks/scale.py requests                       # what a shard asks of an object store
     python benchmarks/scale.py model
 
-`make` writes every index with keys of its own. Arrays come from 16 shards of the store's own writer and are hard-linked under
-the others' names, tars are sparse files that nothing reads: so 14 million maps take minutes and 1.0 GB, and what is read of them
-is read from the page cache. Each figure of `measure` comes from a process of its own; memory is what its peak adds to the
-imports.
+`make` writes an index with keys of its own for every shard. Only 16 arrays are written, by the store's own writer; the
+other shards are hard links to them, and the tars are sparse files that nothing reads. So 14 million maps take minutes
+and 1.0 GB, and their arrays are read from the page cache. Each figure of `measure` comes from a process of its own;
+memory is what its peak adds to the imports.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TAR_BYTES = 110_000_000  # 1,000 photos of ImageNet
 NO_DIGEST = "0" * 64
 
 
-# ---------------------------------------------------------------------------------------------------- a store of any size
+# -------------------------------------------------------------------------------------------------- a store of any size
 
 
 def make(folder: Path, shards: int, samples: int) -> None:
@@ -111,12 +111,12 @@ def _link_array(donor: Path, target: Path, description: bytes) -> None:
     (target / "zarr.json").write_bytes(description)
 
 
-# ------------------------------------------------------------------------------------------------------------ measurements
+# --------------------------------------------------------------------------------------------------------- measurements
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What a measurement is told. ranks, workers (of a rank) and batch (of a rank): those of the training job."""
+    """The settings of a measurement; ranks, workers (per rank) and batch (per rank) are those of the training job."""
 
     folder: Path
     shards: int
@@ -211,10 +211,10 @@ def measure(args: argparse.Namespace) -> None:
         done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
         if done.returncode:
             raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-        told(name, json.loads(done.stdout.splitlines()[-1]))
+        print_measurement(name, json.loads(done.stdout.splitlines()[-1]))
 
 
-def told(name: str, found: dict[str, float]) -> None:
+def print_measurement(name: str, found: dict[str, float]) -> None:
     print(
         f"{name:48s} {found['seconds']:8.2f} s ({found['cpu']:.2f} s of CPU)   "
         f"peak +{found['peak'] / 1e6:,.0f} MB, kept +{found['kept'] / 1e6:,.0f} MB",
@@ -241,20 +241,20 @@ def lists(shards: int, samples: int) -> None:
                 ShardEntry(name=f"{s}.tar", count=samples, bytes=TAR_BYTES, sha256=d, keys_sha256=d) for s, d in pairs
             )
         )
-        told("write manifest.json", _measured(lambda: lambda: write_manifest(root, manifest)))
-        told("write shards.json", _measured(lambda: lambda: write_index(root, index)))
-        told("read manifest.json", _measured(lambda: lambda: read_manifest(root)))
-        told("read shards.json", _measured(lambda: lambda: read_index(root)))
+        print_measurement("write manifest.json", _measured(lambda: lambda: write_manifest(root, manifest)))
+        print_measurement("write shards.json", _measured(lambda: lambda: write_index(root, index)))
+        print_measurement("read manifest.json", _measured(lambda: lambda: read_manifest(root)))
+        print_measurement("read shards.json", _measured(lambda: lambda: read_index(root)))
         for name in ("manifest.json", "shards.json"):
             size = (root / name).stat().st_size
             print(f"{name}: {size / 1e6:,.0f} MB, {size / shards:.0f} bytes a shard")
 
 
-# -------------------------------------------------------------------------------------------------- requests of one shard
+# ------------------------------------------------------------------------------------------------ requests of one shard
 
 
 def requests() -> dict[str, dict[str, float]]:
-    """Requests a shard by stage and method, of a real S3 server in this process: the difference of 12 shards and 4, over 8."""
+    """Requests per shard by stage and method, counted by an S3 server in this process for 12 and for 4 shards."""
     few, many = _requests(4), _requests(12)
     found = {}
     for stage in few:
@@ -325,10 +325,10 @@ def _requests(shards: int) -> dict[str, Counter[str]]:
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------- cost model
+# ----------------------------------------------------------------------------------------------------------- cost model
 
-# Bytes, seconds of one core and requests, of a sample or of a shard, as the commands above and benchmarks/store.py printed them;
-# docs/scale.md says on which machine.
+# Bytes, seconds of one core and requests, of a sample or of a shard, as the commands above and benchmarks/store.py
+# printed them; docs/scale.md names the machine.
 A_SAMPLE = {
     "tar, GB": (110e3, 1e9),
     "store with index, GB": (395, 1e9),
@@ -412,7 +412,9 @@ def main() -> None:
     elif args.what == "model":
         print("\n".join(model()))
     elif args.what == "plan":
-        told(f"order of {args.shards * args.samples:,} samples", _measured(lambda: _planned_without_files(setting)))
+        print_measurement(
+            f"order of {args.shards * args.samples:,} samples", _measured(lambda: _planned_without_files(setting))
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""How fast a store of ImageNet's size opens, answers and is verified. Makes a synthetic one of 1,281 shards.
+"""How fast a store of ImageNet's size opens, answers and is verified.
 
     python benchmarks/store.py FOLDER [--shards 1281] [--samples 1000]
 
-FOLDER keeps the store (0.5 GB); a second call measures it again without making it. One core: thread counts are set to 1. The
-yardsticks take turns with it: the same content by pyarrow and Python alone, which know of no shards and check nothing.
+FOLDER keeps the synthetic store of 1,281 shards (0.5 GB); a second call measures it again without making it. Thread
+counts are set to 1. The baselines take turns with it: the same content read by pyarrow and Python alone, which know
+nothing of shards and check nothing.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def bare_index(path: Path, columns: list[str] | None = None) -> pa.Table:
 
 
 def bare_keys(root: Path) -> dict[str, int]:
-    """Every key with its row, by pyarrow alone: nothing is checked, and no shard is told from another."""
+    """Every key with its row, by pyarrow alone: nothing is checked, and shards are not distinguished."""
     rows: dict[str, int] = {}
     for path in sorted((root / "index").iterdir()):
         keys = bare_index(path, ["key"])["key"].to_pylist()
@@ -152,7 +153,7 @@ def main() -> None:
     print(f"{count:,} maps in {args.shards} shards, {folder_bytes(args.folder) / count:.0f} bytes a sample")
     report: dict[str, list[float]] = {}
 
-    def told(what: str, run, yardstick, bare) -> None:
+    def compare(what: str, run, yardstick, bare) -> None:
         times, ratios = [], []
         for _ in range(args.rounds):
             begun = time.perf_counter()
@@ -170,7 +171,7 @@ def main() -> None:
         assert "none" not in maps  # asks for the keys
         return maps
 
-    told("open and find keys", opened, "pyarrow's columns in a dict", lambda: bare_keys(args.folder))
+    compare("open and find keys", opened, "pyarrow's columns in a dict", lambda: bare_keys(args.folder))
     maps = opened()
     keys = list(maps)
     asked = random.Random(0).choices(keys[: 100 * args.samples], k=200_000)
@@ -180,9 +181,9 @@ def main() -> None:
         for key in asked:
             source[key]
 
-    told("200,000 look-ups, warm", lambda: look_up(maps), "a dict of arrays", lambda: look_up(plain))
-    told("table of four columns", lambda: maps.table(COLUMNS), "pyarrow alone", lambda: bare_table(args.folder))
-    told(
+    compare("200,000 look-ups, warm", lambda: look_up(maps), "a dict of arrays", lambda: look_up(plain))
+    compare("table of four columns", lambda: maps.table(COLUMNS), "pyarrow alone", lambda: bare_table(args.folder))
+    compare(
         "verify, every byte",
         lambda: verify_store(args.folder),
         "zarr, pyarrow and SHA-256",

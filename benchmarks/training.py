@@ -1,10 +1,9 @@
-"""What the training loop costs: images a second against a bare loop, hand-written, over the same model and loader.
+"""What the training loop costs: images per second, relative to a bare loop over the same model and loader.
 
     python benchmarks/training.py FOLDER --threads 2
 
-FOLDER receives scenes to train on. Loop and bare loop take turns in one process, an epoch each; a figure is the median over
-the rounds, with the smallest and the largest beside it. The share of the loop's time that went into data, forward, backward
-and saving is what the loop itself logs.
+FOLDER receives scenes to train on. The two loops take turns, an epoch each; a figure is the median over the rounds,
+with minimum and maximum. The shares of time in data, forward, backward and saving are those that the loop itself logs.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from zpipe.train.fit.loop import Trainer
 from zpipe.train.fit.train_vit import ClassifyTask, VitConfig
 
 
-def told(values: list[float]) -> str:
+def with_range(values: list[float]) -> str:
     return f"{statistics.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
 
 
@@ -97,9 +96,8 @@ def main() -> None:
     shares = {name: statistics.mean(line[name] for line in lines) for name in lines[0] if name.startswith("share_")}
     print(f"{args.model} at {args.image_size} px, batch {args.batch}, {args.device}, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
-    print(
-        f"  loop: {statistics.median(rates):.1f} images/s, {told(ratios)} of the bare loop, one checkpoint an epoch included"
-    )
+    print(f"  loop: {statistics.median(rates):.1f} images/s, {with_range(ratios)} of the bare loop, "
+          "one checkpoint an epoch included")  # fmt: skip
     if args.json:
         report = {"ratios": {"of the bare loop": ratios}, "shares": shares}
         args.json.write_text(json.dumps(report, indent=2) + "\n")

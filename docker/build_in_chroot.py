@@ -1,10 +1,11 @@
-"""Carry out the Dockerfile without a container engine: its own instructions, in folders that are the roots of its stages.
+"""Carry out the Dockerfile without a container engine: run its instructions in one root folder per stage.
 
-    python docker/build_in_chroot.py TARGET ROOTS [--build-arg NAME=VALUE] [--secret id=pip,src=FILE] [--bind SOURCE[:TARGET]]
+    python docker/build_in_chroot.py TARGET ROOTS [--build-arg NAME=VALUE] [--secret id=pip,src=FILE]
+        [--bind SOURCE[:TARGET]]
 
-For machines with root, debootstrap and unshare, such as one that builds packages. ROOTS/base is made by debootstrap from
-the Debian release that BASE names, or taken as it is when it is there; every other stage is a folder beside it, made anew.
-Then the HEALTHCHECK is run as USER. What it leaves out: layers and their cache, labels, cgroups, an own network.
+This is for machines with root, debootstrap and unshare, such as one that builds packages. debootstrap makes ROOTS/base
+from the Debian release that BASE names, unless it exists; every other stage is a new folder beside it. Then the
+HEALTHCHECK is run as USER. Layers and their cache, labels, cgroups and a separate network are left out.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CIFAR-10 and Oxford Flowers-102 from the files that their authors publish, as sources of `make_shards`.
+"""CIFAR-10 and Oxford Flowers-102 from the files that their authors publish, and sources of `make_shards` by name.
 
 Archives are read into memory: names in them never become paths, and links in them are not followed. Nothing is
 unpickled.
@@ -13,18 +13,31 @@ import os
 import tarfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
 from zpipe.pipeline.mat_file import read_numbers
-from zpipe.pipeline.sources import Record, Rejected, check_seed, inspect_image
+from zpipe.pipeline.sources import (
+    FolderSource,
+    Record,
+    Rejected,
+    SceneSource,
+    Source,
+    check_seed,
+    inspect_image,
+    scene_config,
+)
+from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.sample import KEY_RULES
 from zpipe.schemas.shard_index import digest_keys
+from zpipe.schemas.storage import as_local
 
 
 class _Numbered(ABC):
@@ -83,7 +96,7 @@ class Cifar10Source(_Numbered):
     """
 
     name = "cifar10"
-    SPLITS = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "val": ("test_batch.bin",)}
+    SPLITS: ClassVar = {"train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "val": ("test_batch.bin",)}
     FOLDER, ARCHIVE, NAMES = "cifar-10-batches-bin", "cifar-10-binary.tar.gz", "batches.meta.txt"
     SIDE, BATCH, NUM_CLASSES = 32, 10_000, 10
     RECORD = 1 + 3 * SIDE * SIDE  # bytes
@@ -176,7 +189,7 @@ class Flowers102Source(_Numbered):
 
     name = "flowers102"
     classes = tuple(str(number) for number in range(1, 103))
-    SPLITS = {"train": ("trnid",), "val": ("valid",), "test": ("tstid",), "trainval": ("trnid", "valid")}
+    SPLITS: ClassVar = {"train": ("trnid",), "val": ("valid",), "test": ("tstid",), "trainval": ("trnid", "valid")}
     FOLDER, ARCHIVE, LABELS, SPLIT_FILE = "jpg", "102flowers.tgz", "imagelabels.mat", "setid.mat"
     LARGEST = 16 << 20  # bytes of an image; the official ones are far smaller
 
@@ -229,6 +242,64 @@ class Flowers102Source(_Numbered):
 DATASETS: Mapping[str, type[Cifar10Source] | type[Flowers102Source]] = {
     source.name: source for source in (Cifar10Source, Flowers102Source)
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Settings of a source that is opened by name."""
+
+    shard_size: int = 1000
+    """Most images in one tar."""
+    keys: str = "stem"
+    """Key of an image of a folder, a name of `zpipe.schemas.sample.KEY_RULES`; other sources have their own keys."""
+    seed: int = 0
+    """Seed of the order of images, or of the embedded scenes."""
+    shuffle: bool = True
+    """Whether the images are shuffled; scenes always are."""
+    count: int = 10_000
+    """Number of embedded scenes."""
+    split: str = "train"
+    """Split of the embedded scenes or of a published data set."""
+    image_size: int | None = None
+    """Width and height of an embedded scene in pixels; None for the default."""
+    scene: Mapping[str, Any] = field(default_factory=dict)
+    """Other fields of `zpipe.pipeline.scenes.SceneConfig`."""
+
+    def __post_init__(self) -> None:
+        check_choice("--keys", self.keys, KEY_RULES)
+
+
+def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = print) -> Source:
+    """Open the images that `zpipe make-shards` names.
+
+    Args:
+        text: `scenes`, `NAME:PATH` of one of `DATASETS`, or a folder of images.
+        config: Its settings.
+        warn: Called with a line if the data set does not look complete.
+
+    Raises:
+        UsageError: There is no such source, or it does not have a setting that was given.
+        ZpipeError: A file of the source is broken.
+    """
+    if text == "scenes":
+        scene = scene_config(config.image_size, dict(config.scene))
+        return SceneSource(
+            count=config.count, split=config.split, seed=config.seed, config=scene, shard_size=config.shard_size
+        )
+    if config.scene or config.image_size:
+        raise UsageError("--image-size and --set belong to the embedded scenes; other sources have neither")
+    seed = config.seed if config.shuffle else None
+    name, colon, path = text.partition(":")
+    if not colon or name not in DATASETS:
+        return FolderSource(as_local(text), shard_size=config.shard_size, shuffle_seed=seed, key_rule=config.keys)
+    if config.keys != "stem":
+        raise UsageError(f"--keys belongs to image folders; {name} has keys of its own")
+    # Shells do not expand a ~ after a colon.
+    folder = as_local(path).expanduser()
+    source = DATASETS[name](folder, split=config.split, shard_size=config.shard_size, shuffle_seed=seed)
+    if source.warning:
+        warn(f"warning: {source.warning}")
+    return source
 
 
 def _choose(name: str, split: str, splits: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:

@@ -63,10 +63,10 @@ def export_parquet(
 
 
 def export_numpy(maps: RelevanceMaps, out: Path, *, values: Values = "raw", progress: Progress = silent) -> None:
-    """Write a folder with maps.npy (float32 [N, gh, gw]), keys.txt and index.parquet, in the same order, and
-    manifest.json.
+    """Write a folder of NumPy maps.
 
-    It takes 0.8 KB per map at 14 x 14 on disk. One shard is in memory at a time. Arguments and exceptions are those of
+    It holds maps.npy (float32 [N, gh, gw]), keys.txt and index.parquet, in the same order, and manifest.json. It
+    takes 0.8 KB per map at 14 x 14 on disk. One shard is in memory at a time. Arguments and exceptions are those of
     :func:`export_parquet`.
     """
     check_choice("--values", values, get_args(Values))

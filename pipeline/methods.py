@@ -36,11 +36,10 @@ Method = Callable[[VisionTransformer, Tensor, Targets], Attribution]
 
 @torch.no_grad()
 def gradient_attention(model: VisionTransformer, images: Tensor, targets: Targets) -> Attribution:
-    """The class token's row of the product over blocks of I + mean over heads of max(0, G_A * A), with G_A the
-    gradient.
+    """The class token's row of the product over blocks of I + mean over heads of max(0, G_A * A).
 
-    Arguments, result and exceptions are those of `relevance.attribute`. It takes about 2.3 forward passes for one
-    target.
+    G_A is the gradient. Arguments, result and exceptions are those of `relevance.attribute`. It takes about 2.3 forward
+    passes for one target.
     """
     check_request(model, images, targets)
     with torch.autocast(images.device.type, enabled=False):

@@ -105,8 +105,9 @@ class _HashingFile:
 
 
 def read_samples(path: Path, entry: ShardEntry | None = None) -> Iterator[Sample]:
-    """Yield the samples of a tar, in order. Nothing is written to disk, and members that are no plain files are
-    ignored.
+    """Yield the samples of a tar, in order.
+
+    Nothing is written to disk, and members that are not plain files are ignored.
 
     Args:
         path: The tar, a path or a URL.

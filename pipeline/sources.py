@@ -194,13 +194,16 @@ class FolderSource:
         return files
 
     def describe(self) -> dict[str, Any]:
+        """See `Source`."""
         listing = "\n".join(f"{file.path}\t{file.label}" for file in self._files)
         return {"source": str(self.root)} | self._settings | {"listing_sha256": digest_keys([listing])}
 
     def parts(self) -> int:
+        """See `Source`."""
         return -(-len(self._files) // self.shard_size)
 
     def records(self, part: int) -> Iterator[Record | Rejected]:
+        """See `Source`."""
         files = self._files[part * self.shard_size : (part + 1) * self.shard_size]
         # PIL releases the interpreter lock while it decodes, so threads use every core.
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -241,13 +244,16 @@ class SceneSource:
         self.count, self.split, self.seed, self.config, self.shard_size = count, split, seed, config, shard_size
 
     def describe(self) -> dict[str, Any]:
+        """See `Source`."""
         settings = {"count": self.count, "split": self.split, "seed": self.seed, "shard_size": self.shard_size}
         return {"source": "scenes", "config": json.loads(json.dumps(asdict(self.config)))} | settings
 
     def parts(self) -> int:
+        """See `Source`."""
         return -(-self.count // self.shard_size)
 
     def records(self, part: int) -> Iterator[Record]:
+        """See `Source`."""
         first = part * self.shard_size
         count = min(self.shard_size, self.count - first)
         seed = int(np.random.SeedSequence([self.seed, part]).generate_state(1)[0])

@@ -1,5 +1,4 @@
-"""A frozen timm ViT that is ready for attribution, wherever its weights come from, and the digest that identifies
-it."""
+"""A frozen timm ViT that is ready for attribution, and the digest that identifies it."""
 
 from __future__ import annotations
 

@@ -32,13 +32,16 @@ class Box:
 
     @property
     def width(self) -> float:
+        """x2 - x1."""
         return self.x2 - self.x1
 
     @property
     def height(self) -> float:
+        """y2 - y1."""
         return self.y2 - self.y1
 
     def as_tuple(self) -> tuple[float, float, float, float]:
+        """(x1, y1, x2, y2)."""
         return (self.x1, self.y1, self.x2, self.y2)
 
     def contains(self, other: Box, slack: float = 1e-3) -> bool:

@@ -6,9 +6,10 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called as work is completed: `done` of `total` items of `stage`, with `facts`, further numbers worth showing."""
+    """A function that is called as work is completed."""
 
-    def __call__(self, stage: str, done: int, total: int, **facts: object) -> None: ...
+    def __call__(self, stage: str, done: int, total: int, **facts: object) -> None:
+        """Show that `done` of `total` items of `stage` are completed, with `facts`, further numbers worth showing."""
 
 
 def silent(stage: str, done: int, total: int, **facts: object) -> None:

@@ -73,7 +73,7 @@ def check_key(key: str, source: str) -> None:
         key.encode()
     except UnicodeEncodeError as error:
         raise ZpipeError(
-            f"{source}: member {ascii(key)}: its name is not UTF-8; rebuild this shard with other names"
+            f"{source}: member {key!a}: its name is not UTF-8; rebuild this shard with other names"
         ) from error
 
 

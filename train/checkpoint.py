@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import safetensors.torch
 import timm
@@ -402,7 +402,7 @@ def load_zoomer(run: Path) -> tuple[Zoomer, Preprocessing]:
     model, preprocessing = _load_model(run, config)
     if config["architecture"] != ZOOMER:
         raise UsageError(f"{run}: holds a ViT, not a zoomer; zpipe train-zoomer makes one")
-    return model.freeze(), preprocessing
+    return cast(Zoomer, model).freeze(), preprocessing
 
 
 def _load_model(run: Path, config: dict[str, Any]) -> tuple[nn.Module, Preprocessing]:

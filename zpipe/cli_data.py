@@ -1,17 +1,15 @@
-"""The verbs that make data: shards of images, and a teacher's maps of them."""
+"""The verbs that make data: shards of images, and a teacher's maps of these images."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from zpipe.cli_options import Address, Device, ModelArgs, Shards
 from zpipe.console import count_or_auto, local_path, parse_settings, path_or_url, reporting, tell, warn
-from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.sample import KEY_RULES
 
 
 def make_shards_command(
@@ -69,9 +67,8 @@ def make_shards_command(
     Images that can't be decoded are listed in quarantine.csv and left out; the exit code is then 1.
     """
     with reporting() as progress:
-        from zpipe.pipeline.datasets import DATASETS
+        from zpipe.pipeline.datasets import SourceConfig, open_source
         from zpipe.pipeline.make_shards import index_shards, make_shards
-        from zpipe.pipeline.sources import FolderSource, SceneSource, scene_config
 
         if index_only:
             index = index_shards(path_or_url(source), progress=progress)
@@ -79,25 +76,17 @@ def make_shards_command(
             return
         if output is None:
             raise UsageError("give an output folder: zpipe make-shards SOURCE OUTPUT")
-        check_choice("--keys", keys, KEY_RULES)  # here too, because most sources have their own keys
-        if source == "scenes":
-            config = scene_config(image_size, parse_settings(settings, "--set"))
-            chosen = SceneSource(count=count, split=split, seed=seed, config=config, shard_size=shard_size)
-        else:
-            if settings or image_size:
-                raise UsageError("--image-size and --set belong to the embedded scenes; other sources have neither")
-            order = {"shard_size": shard_size, "shuffle_seed": None if no_shuffle else seed}
-            name, colon, path = source.partition(":")
-            if colon and name in DATASETS:
-                if keys != "stem":
-                    raise UsageError(f"--keys belongs to image folders; {name} has keys of its own")
-                # Shells do not expand a ~ after a colon.
-                chosen = DATASETS[name](local_path(path).expanduser(), split=split, **order)
-                if chosen.warning:
-                    warn(f"warning: {chosen.warning}")
-            else:
-                chosen = FolderSource(local_path(source), key_rule=keys, **order)
-        report = make_shards(chosen, output, progress=progress)
+        config = SourceConfig(
+            shard_size=shard_size,
+            keys=keys,
+            seed=seed,
+            shuffle=not no_shuffle,
+            count=count,
+            split=split,
+            image_size=image_size,
+            scene=parse_settings(settings, "--set"),
+        )
+        report = make_shards(open_source(source, config, warn), output, progress=progress)
         tell(f"{output}: {report.count} images in {report.shards} shards ({report.written} written now)")
         if report.quarantined:
             raise ZpipeError(
@@ -179,7 +168,7 @@ def extract_command(
     """
     with reporting() as progress:
         from zpipe.pipeline.explainer import ExplainConfig
-        from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
+        from zpipe.pipeline.extract import Executor, ExtractConfig, extract_teacher_maps
 
         config = ExtractConfig(
             teacher=teacher,
@@ -189,7 +178,7 @@ def extract_command(
             seed=seed,
             explain=ExplainConfig(method=method, target=target, symmetrise=symmetrise, precision=precision),
             frame=frame,
-            executor=executor,
+            executor=cast(Executor, executor),
             batch_size=batch_size,
             actors=actors,
             threads=threads,

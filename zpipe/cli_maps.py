@@ -1,10 +1,10 @@
-"""The verbs of `zpipe maps`: look into relevance stores, check, export and compare them."""
+"""The verbs of `zpipe maps`, which inspect, check, export, judge and compare relevance stores."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.table import Table
@@ -19,9 +19,7 @@ maps_app = typer.Typer(
 
 
 @maps_app.command("info")
-def maps_info(
-    store: Store,
-) -> None:
+def maps_info(store: Store) -> None:
     """Show what a store holds and where it comes from."""
     with reporting():
         from zpipe.pipeline.inspection import store_statistics
@@ -126,15 +124,15 @@ def maps_export(
     """Convert a store for pandas, polars, duckdb, Hugging Face datasets, or plain NumPy."""
     with reporting() as progress:
         from zpipe import open_maps
-        from zpipe.pipeline.export import export_numpy, export_parquet
+        from zpipe.pipeline.export import Values, export_numpy, export_parquet
 
-        if parquet and numpy or numpy and per_shard:
+        if numpy and (parquet or per_shard):
             raise UsageError("choose one of --parquet and --numpy; --per-shard goes with --parquet")
-        maps = open_maps(store)
+        maps, kind = open_maps(store), cast(Values, values)
         if numpy:
-            export_numpy(maps, output, values=values, progress=progress)
+            export_numpy(maps, output, values=kind, progress=progress)
         else:
-            export_parquet(maps, output, per_shard=per_shard, values=values, progress=progress)
+            export_parquet(maps, output, per_shard=per_shard, values=kind, progress=progress)
         tell(f"{output}: {len(maps)} maps")
 
 
@@ -160,12 +158,16 @@ def maps_judge(
         typer.Option("--json", parser=path_or_url, metavar="PATH|URL", help="Also write the rows to this file."),
     ] = None,
 ) -> None:
-    """Test how faithful maps are to a model: deletion (lower is better) and insertion curves, pointing game,
-    two controls."""
-    with reporting() as progress:
-        from zpipe.train.evaluation.judge import JudgeConfig, judge_maps
+    """Test how faithful maps are to a model.
 
-        config = JudgeConfig(steps=steps, baseline=baseline, limit=limit, batch_size=batch_size, device=device)
+    Prints deletion (lower is better) and insertion curves, the pointing game, and two controls.
+    """
+    with reporting() as progress:
+        from zpipe.train.evaluation.judge import Baseline, JudgeConfig, judge_maps
+
+        config = JudgeConfig(
+            steps=steps, baseline=cast(Baseline, baseline), limit=limit, batch_size=batch_size, device=device
+        )
         rows = judge_maps(model, shards, store, config, out=json_path, progress=progress)
     print_rows(rows, title=str(store))
 

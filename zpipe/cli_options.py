@@ -1,4 +1,4 @@
-"""Options that several verbs have, with one meaning and one wording."""
+"""Options that several verbs share, with one meaning and one wording."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ from zpipe.console import fail, local_path, path_or_url
 
 
 def moved(option: str, remedy: str) -> type[TyperCommand]:
-    """A command that answers an option it no longer has in one line, `OPTION VALUE: REMEDY`; {} in it is the value."""
+    """A command that answers an option which it no longer has with the line `OPTION VALUE: REMEDY`.
+
+    Args:
+        option: The option, such as `--study`.
+        remedy: What to do instead; {} in it stands for the value.
+    """
 
     class Moved(TyperCommand):
-        # The context is click's, which some versions of typer bring as their own.
+        # The context is that of click, which some versions of typer bundle.
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             for place, word in enumerate(args):
                 name, _, value = word.partition("=")
@@ -30,6 +35,10 @@ def moved(option: str, remedy: str) -> type[TyperCommand]:
 Shards = Annotated[
     Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="Folder or URL of tar shards, or one tar.")
 ]
+Maps = Annotated[
+    Path | None, typer.Option(parser=path_or_url, metavar="PATH|URL", help="Relevance store of these shards.")
+]
+Run = Annotated[Path, typer.Argument(parser=local_path, metavar="RUN", help="Finished train-vit or train-zoomer run.")]
 Store = Annotated[Path, typer.Argument(parser=path_or_url, metavar="STORE", help="Relevance store.")]
 Sets = Annotated[
     list[str] | None,
@@ -51,7 +60,7 @@ Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; def
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is random.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
-# Of the verbs that train.
+# For the verbs that train.
 RunFolder = Annotated[
     Path,
     typer.Option(
@@ -69,7 +78,7 @@ NumWorkers = Annotated[
 Resume = Annotated[str, typer.Option(help="If the folder already holds a run: auto (resume it) or never (stop).")]
 Missing = Annotated[str, typer.Option(help="What to do with samples without a usable map: error, skip or uniform.")]
 
-# Of those that measure.
+# For the verbs that measure.
 Alphas = Annotated[
     str | None, typer.Option(help="Thresholds of a ZoomViT, comma-separated. Default 0,0.05,0.1,0.2,0.5,1.")
 ]
@@ -77,6 +86,22 @@ Exits = Annotated[
     str, typer.Option(help="Thresholds of early exit of a cfvit_* or lfvit_*. Default 0,0.3,0.5,0.7,0.9,1.")
 ]
 Merge = Annotated[str, typer.Option(help="Tokens that a tome_vit merges in each block, comma-separated.")]
+At = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--at",
+        metavar="NAME=VALUE,...",
+        help="Values of any further setting that the model has for inference, such as side=2,4. Repeatable.",
+    ),
+]
+AtOne = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--at",
+        metavar="NAME=VALUE",
+        help="Any further setting of the model for inference: exit=0.7, keep=16, merge=8. Repeatable.",
+    ),
+]
 Classes = Annotated[
     str | None,
     typer.Option(
@@ -95,7 +120,7 @@ Labels = Annotated[
 ]
 Precision = Annotated[str, typer.Option(help="float32, or under autocast bf16 or fp16.")]
 
-# Of those that only run a model.
+# For the verbs that only run a model.
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
 LoadingProcesses = Annotated[int, typer.Option(min=0, help="Data-loading processes.")]
 Scores = Annotated[

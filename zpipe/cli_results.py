@@ -1,4 +1,4 @@
-"""The verbs that measure and show what a trained model can do."""
+"""The verbs that measure a trained model and show its results."""
 
 from __future__ import annotations
 
@@ -11,23 +11,38 @@ from typer.core import TyperCommand
 from zpipe.cli_options import (
     Address,
     Alphas,
+    At,
+    AtOne,
     BatchSize,
     Classes,
     Device,
     Exits,
     Labels,
     LoadingProcesses,
+    Maps,
     Merge,
     Precision,
+    Run,
     Scores,
     ScoresOfImages,
     Shards,
     Weights,
 )
-from zpipe.console import local_path, parse_budgets, parse_numbers, path_or_url, print_rows, reporting, tell, warn
+from zpipe.console import (
+    local_path,
+    parse_budgets,
+    parse_numbers,
+    parse_point,
+    parse_points,
+    path_or_url,
+    print_rows,
+    reporting,
+    tell,
+    warn,
+)
 from zpipe.schemas.errors import UsageError
 
-# Those of an evaluation that a table has room for; the file has all.
+# The columns of an evaluation that a table has room for; the file has all of them.
 _COLUMNS = [
     "setting",
     "count",
@@ -43,14 +58,14 @@ _COLUMNS = [
 
 
 def _main_columns(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of an evaluation as it is printed."""
+    """The columns of an evaluation's row that are printed."""
     if "top1" not in row:
         return {name: value for name, value in row.items() if name != "precision"}
     return {name: row[name] for name in _COLUMNS if name != "exited" or row["exited"] is not None}
 
 
 def _tables(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """A study's rows of zoomers and of ViTs apart, which have few metrics in common, each without empty columns."""
+    """Split a study's rows into a table of zoomers and one of ViTs, which share few metrics; drop empty columns."""
     tables = []
     for has_top1 in (False, True):
         chosen = [row for row in rows if (row.get("top1") is not None) == has_top1]
@@ -62,9 +77,7 @@ def _tables(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def evaluate_command(
-    run: Annotated[
-        Path, typer.Argument(parser=local_path, metavar="RUN", help="Finished train-vit or train-zoomer run.")
-    ],
+    run: Run,
     shards: Shards,
     alphas: Alphas = None,
     budgets: Annotated[
@@ -85,6 +98,7 @@ def evaluate_command(
     ] = "backward",
     exits: Exits = "",
     merge: Merge = "",
+    at: At = None,
     target_gmacs: Annotated[
         float | None,
         typer.Option(help="Instead of --alphas or --exits: use the threshold whose mean cost per image is this."),
@@ -143,6 +157,7 @@ def evaluate_command(
             prune=prune,
             exits=parse_numbers(exits, float, "--exits"),
             merges=parse_numbers(merge, int, "--merge"),
+            points=parse_points(at),
             target_gmacs=target_gmacs,
             calibration=calibration,
             calibration_maps=calibration_maps,
@@ -162,10 +177,11 @@ def evaluate_command(
 
 
 class StudyCommand(TyperCommand):
-    """`zpipe study`, whose help ends with the list of studies; only there are they imported, and torch with them."""
+    """`zpipe study`, whose help ends with the list of studies. Only the help imports them, for they import torch."""
 
-    # Context and formatter are click's, which some versions of typer bring as their own.
+    # Context and formatter are those of click, which some versions of typer bundle.
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write the list of studies."""
         from zpipe.train.studies.registry import STUDIES
 
         with formatter.section("Studies"):
@@ -174,9 +190,7 @@ class StudyCommand(TyperCommand):
 
 def study_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="One of the studies below.")],
-    run: Annotated[
-        Path, typer.Argument(parser=local_path, metavar="RUN", help="Finished train-vit or train-zoomer run.")
-    ],
+    run: Run,
     shards: Shards,
     alphas: Annotated[
         str, typer.Option(help="Thresholds of a ZoomViT, comma-separated; default: those of the study.")
@@ -190,9 +204,8 @@ def study_command(
     ] = "",
     exits: Exits = "",
     merge: Merge = "",
-    maps: Annotated[
-        Path | None, typer.Option(parser=path_or_url, metavar="PATH|URL", help="Relevance store of these shards.")
-    ] = None,
+    at: At = None,
+    maps: Maps = None,
     zoomer: Annotated[
         Path | None,
         typer.Option(
@@ -233,6 +246,7 @@ def study_command(
             budgets=parse_budgets(budgets),
             exits=parse_numbers(exits, float, "--exits"),
             merges=parse_numbers(merge, int, "--merge"),
+            points=parse_points(at),
             classes=classes,
             labels=labels,
             precision=precision,
@@ -264,6 +278,7 @@ def predict_command(
     budget: Annotated[
         str | None, typer.Option(help="Instead of --alpha: zoomed cells per image, '300 tokens' or '2.3 GMACs'.")
     ] = None,
+    at: AtOne = None,
     scores: ScoresOfImages = None,
     top: Annotated[int, typer.Option(min=1, help="Number of classes to print.")] = 5,
     output: Annotated[
@@ -280,6 +295,7 @@ def predict_command(
         typer.Option("--json", parser=path_or_url, metavar="PATH|URL", help="Also write the predictions to this file."),
     ] = None,
     weights: Weights = "final",
+    precision: Precision = "float32",
     device: Device = "auto",
 ) -> None:
     """Print the most probable classes of image files, and draw what a ZoomViT looked at."""
@@ -291,15 +307,22 @@ def predict_command(
         if len(budgets) > 1:
             raise UsageError(f"--budget {budget}: give one budget")
         config = PredictConfig(
-            alpha=alpha, budget=budgets[0] if budgets else None, scores=scores, weights=weights, top=top, device=device
+            alpha=alpha,
+            budget=budgets[0] if budgets else None,
+            settings=parse_point(at),
+            scores=scores,
+            weights=weights,
+            precision=precision,
+            top=top,
+            device=device,
         )
         rows = predict(checkpoint, images, config, out=output, progress=progress)
         if json_path is not None:
             write_json(json_path, rows)
     for row in rows:
-        told = [f"{found['name'] or found['index']} {found['probability']:.1%}" for found in row["classes"]]
+        classes = [f"{each['name'] or each['index']} {each['probability']:.1%}" for each in row["classes"]]
         tokens = "" if row["tokens"] is None else f" ({row['tokens']} tokens)"
-        tell(f"{row['file']}: {', '.join(told)}{tokens}")
+        tell(f"{row['file']}: {', '.join(classes)}{tokens}")
 
 
 def calibrate_command(
@@ -345,12 +368,11 @@ def calibrate_command(
             device=device,
         )
         target = json_path or results_path(run, "calibration", weights=weights)
-        found = calibrate(run, shards, config, maps=maps, out=target, progress=progress)
-    name = next(name for name in ("alpha", "exit_threshold") if name in found)
-    unit = found["unit"]
+        calibrated = calibrate(run, shards, config, maps=maps, out=target, progress=progress)
+    name = next(name for name in ("alpha", "exit_threshold") if name in calibrated)
     tell(
-        f"{name} {found[name]!r}: {found['mean']:.4g} {unit} per image, standard deviation {found['std']:.3g}, "
-        f"over {found['images']:,} images"
+        f"{name} {calibrated[name]!r}: {calibrated['mean']:.4g} {calibrated['unit']} per image, "
+        f"standard deviation {calibrated['std']:.3g}, over {calibrated['images']:,} images"
     )
     tell(f"written to {target}")
 
@@ -376,11 +398,10 @@ def report_command(
             parser=path_or_url, metavar="SHARDS", help="Images of the gallery; default: those of the first evaluation."
         ),
     ] = None,
-    maps: Annotated[
-        Path | None, typer.Option(parser=path_or_url, metavar="PATH|URL", help="Relevance store of these shards.")
-    ] = None,
+    maps: Maps = None,
     gallery: Annotated[int, typer.Option(min=0, help="Number of images in the gallery; 0 for none.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of images in the gallery.")] = 0,
+    precision: Precision = "float32",
     batch_size: BatchSize = 64,
     device: Device = "auto",
 ) -> None:
@@ -392,7 +413,13 @@ def report_command(
         from zpipe.train.report import ReportConfig, report
 
         config = ReportConfig(
-            shards=shards, maps=maps, gallery=gallery, seed=seed, batch_size=batch_size, device=device
+            shards=shards,
+            maps=maps,
+            gallery=gallery,
+            seed=seed,
+            precision=precision,
+            batch_size=batch_size,
+            device=device,
         )
         path = report(runs, output, config, progress=progress)
     tell(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser")

@@ -1,4 +1,4 @@
-"""The verbs that train."""
+"""The verbs that train the Zoomer and the ViTs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from zpipe.console import local_path, parse_settings, path_or_url, reporting, te
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
-    """Those that were given; the others are a recipe's to say."""
+    """Only the flags that were given; the recipe decides on the others."""
     return {name: value for name, value in flags.items() if value is not None}
 
 
@@ -75,8 +75,8 @@ def train_vit_command(
     model: Annotated[
         str,
         typer.Option(
-            help="zoomvit_{tiny,small,base}_patch16_224, cfvit_small, lfvit_small, sparseformer_tiny, token_pruned_vit, "
-            "tome_vit, image_zoom, or any timm classifier."
+            help="zoomvit_{tiny,small,base}_patch16_224, cfvit_small, lfvit_small, sparseformer_tiny, "
+            "token_pruned_vit, tome_vit, image_zoom, or any timm classifier."
         ),
     ] = "zoomvit_small_patch16_224",
     model_arg: ModelArgs = None,
@@ -95,7 +95,8 @@ def train_vit_command(
     scores: Annotated[
         str | None,
         typer.Option(
-            help="Source of the scores: zoomer, maps, attention, entropy, centre, random, own or none; default: that of --zoomer or --maps."
+            help="Source of the scores: zoomer, maps, attention, entropy, centre, random, own or none; "
+            "default: that of --zoomer or --maps."
         ),
     ] = None,
     init_from: Annotated[
@@ -112,7 +113,8 @@ def train_vit_command(
         str | None,
         typer.Option(
             "--recipe",
-            help="deit, deit3, finetune, cifar10 or flowers102, or a small variant such as deit-small; none by default.",
+            help="deit, deit3, finetune, cifar10 or flowers102, or a small variant such as deit-small; "
+            "none by default.",
         ),
     ] = None,
     val: Annotated[
@@ -158,8 +160,7 @@ def train_vit_command(
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
         flags |= _given({"image_size": image_size})
         config = with_settings(base, flags | parse_settings(settings, "--set"))
-        arguments = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
-        arguments["resume"] = resume
+        paths = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
         workers = Workers(count=num_workers, address=address)
-        run_training(train_vit, arguments, config, workers, progress=progress, say=warn)
+        run_training(train_vit, {**paths, "resume": resume}, config, workers, progress=progress, say=warn)
         tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")

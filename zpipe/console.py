@@ -1,4 +1,4 @@
-"""What verbs share: the two consoles, exit codes, signals, and settings written as text."""
+"""What the verbs share: the two consoles, exit codes, signals, and the parsing of settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,12 +26,12 @@ err = Console(stderr=True)
 
 
 class Terminated(BaseException):
-    """SIGTERM: what is in hand is dropped, as on Ctrl-C."""
+    """SIGTERM was received; like Ctrl-C, it ends the command."""
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises :class:`Terminated` in the main thread; processes forked meanwhile just end."""
+    """Raise :class:`Terminated` on SIGTERM in the main thread; processes that are forked meanwhile just end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -51,7 +51,7 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def reporting() -> Iterator[ProgressBars | ProgressLines]:
-    """Progress while a verb runs; what users can act on becomes one line and an exit code."""
+    """Show progress while a verb runs; turn errors that users can act on into one line and an exit code."""
     try:
         with terminable(), progress_for(err) as progress:
             yield progress
@@ -80,7 +80,7 @@ def tell(line: str) -> None:
 
 
 def warn(line: str) -> None:
-    """Print a line that is no result to standard error."""
+    """Print a line that is not a result to standard error."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -115,8 +115,36 @@ def parse_settings(pairs: list[str] | None, option: str) -> dict[str, Any]:
     return settings
 
 
+def parse_points(pairs: list[str] | None) -> dict[str, tuple[Any, ...]]:
+    """`NAME=V1,V2` pairs of `--at`; values are int or float where they are numbers, text otherwise."""
+    points: dict[str, tuple[Any, ...]] = {}
+    for pair in pairs or []:
+        name, _, text = pair.partition("=")
+        values = [value.strip() for value in text.split(",")]
+        if not name.strip() or not all(values):
+            raise UsageError(f"--at {pair}: write it as NAME=VALUE or NAME=VALUE,VALUE, such as exit=0.7")
+        points[name.strip()] = points.get(name.strip(), ()) + tuple(_number_or_text(value) for value in values)
+    return points
+
+
+def parse_point(pairs: list[str] | None) -> dict[str, Any]:
+    """`NAME=VALUE` pairs of `--at`, where one operating point is wanted."""
+    points = parse_points(pairs)
+    for name, values in points.items():
+        if len(values) > 1:
+            raise UsageError(f"--at {name}={','.join(map(str, values))}: give one value")
+    return {name: value for name, (value,) in points.items()}
+
+
+def _number_or_text(text: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
 def path_or_url(text: str) -> Path:
-    """A local path or that of a URL. One that is refused ends the program in one line, as everything else does."""
+    """A local path or that of a URL. A URL that is refused ends the program with one line."""
     try:
         return as_path(text)
     except UsageError as error:
@@ -124,14 +152,14 @@ def path_or_url(text: str) -> Path:
 
 
 def local_path(text: str) -> Path:
-    """A path on this machine. A URL ends the program in one line."""
+    """A path on this machine. A URL ends the program with one line."""
     try:
         return as_local(text)
     except UsageError as error:
         fail(str(error), (), error.exit_code)
 
 
-def parse_numbers(text: str, kind: type, option: str) -> tuple:
+def parse_numbers(text: str, kind: type, option: str) -> tuple[Any, ...]:
     """A comma-separated list of numbers."""
     try:
         return tuple(kind(part) for part in text.split(",") if part.strip())
@@ -152,7 +180,7 @@ def _cell(value: Any) -> str:
 
 
 def print_rows(rows: list[dict[str, Any]], title: str) -> None:
-    """Rows with the same columns as a table on standard output; nothing when there are none."""
+    """Print rows that have the same columns as a table on standard output; print nothing without rows."""
     if not rows:
         return
     table = Table(title=title, title_justify="left")

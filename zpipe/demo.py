@@ -160,8 +160,10 @@ class Demo:
     def run(self) -> None:
         """Run every stage."""
         stages: list[tuple[str, Callable[[], str]]] = [("scenes", self._scenes)]
-        for number in range(len(self.size.lessons)):
-            stages.append((f"teacher-{self.size.lessons[number].side}px", partial(self.lesson, number)))
+        stages += [
+            (f"teacher-{lesson.side}px", partial(self.lesson, number))
+            for number, lesson in enumerate(self.size.lessons)
+        ]
         stages += [
             ("teacher-evaluation", self._evaluate_teacher),
             ("maps", self._maps),

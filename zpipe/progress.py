@@ -21,12 +21,13 @@ LINE_EVERY_S = 5.0
 
 
 class ProgressLines:
-    """One JSON object a line on standard error: at most one every `LINE_EVERY_S` seconds and stage, and always the last."""
+    """JSON lines on standard error: for each stage at most one every `LINE_EVERY_S` seconds, and always the last."""
 
     def __init__(self) -> None:
         self._last: dict[str, float] = {}
 
     def __call__(self, stage: str, done: int, total: int, **facts: object) -> None:
+        """See `zpipe.schemas.progress.Progress`."""
         now = time.monotonic()
         if done < total and now - self._last.get(stage, -LINE_EVERY_S) < LINE_EVERY_S:
             return
@@ -38,11 +39,12 @@ class ProgressLines:
     def __enter__(self) -> ProgressLines:
         return self
 
-    def __exit__(self, *exception: object) -> None: ...
+    def __exit__(self, *exception: object) -> None:
+        pass
 
 
 class ProgressBars:
-    """One bar a stage, with the latest figures behind it."""
+    """One bar for each stage, followed by its latest metrics."""
 
     def __init__(self, console: Console) -> None:
         self._bars = Progress(
@@ -57,10 +59,11 @@ class ProgressBars:
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, done: int, total: int, **facts: object) -> None:
+        """See `zpipe.schemas.progress.Progress`."""
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total, facts="")
-        told = "  ".join(f"{name} {value}" for name, value in _rounded(facts).items())
-        self._bars.update(self._tasks[stage], completed=done, total=total, facts=told)
+        text = "  ".join(f"{name} {value}" for name, value in _rounded(facts).items())
+        self._bars.update(self._tasks[stage], completed=done, total=total, facts=text)
 
     def __enter__(self) -> ProgressBars:
         self._bars.start()

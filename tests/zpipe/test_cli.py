@@ -13,15 +13,20 @@ import typing
 
 import numpy as np
 import pytest
+import timm
 import typer.main
 from PIL import Image
+from timm.models import register_model
 from tiny import BODY, SIDE, TEACHER, cut, encode, scenes, store, write_shards
+from torch import nn
 from typer.testing import CliRunner
 
 import zpipe
 from zpipe import open_maps
 from zpipe.cli import app
-from zpipe.console import local_path, path_or_url
+from zpipe.console import local_path, parse_points, path_or_url
+from zpipe.train.models.backbone import untrained_cfgs
+from zpipe.train.models.operating_points import points_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -186,6 +191,17 @@ WRONG = {
     "evaluate: nothing asked": (evaluate(more="--alphas ,"), 2, "give --alphas or --budgets"),
     "evaluate: scores": (evaluate(more="--scores teacher"), 2, "choose one of zoomer, maps"),
     "evaluate: scores maps": (evaluate(more="--scores maps"), 2, "needs a relevance store; give --maps"),
+    "evaluate: no value": (evaluate(more="--at side="), 2, "--at side=: write it as NAME=VALUE"),
+    "evaluate: one value missing": (evaluate(more="--at side=2,,4"), 2, "--at side=2,,4: write it as NAME=VALUE"),
+    "evaluate: no name": (evaluate(more="--at 2,4"), 2, "--at 2,4: write it as NAME=VALUE"),
+    "evaluate: no such setting": (evaluate(more="--at side=2"), 2, "--at side: ZoomViT has no such setting"),
+    "evaluate: a setting with an option": (evaluate(more="--at alpha=0.1,0.5"), 2, "--at alpha: give --alphas 0.1,0.5"),
+    "study: malformed": ("study pruning {vit} {shards} --at side", 2, "--at side: write it as NAME=VALUE"),
+    "study: no such setting": (
+        "study pruning {vit} {shards} --at side=2 --device cpu",
+        2,
+        "--at side: ZoomViT has no such setting",
+    ),
     "evaluate: no zoomer": (evaluate("{with_maps}"), 2, "needs a relevance store; give --maps"),
     "evaluate: label": (evaluate(shards="{odd_label}"), 1, "key odd: label 77 is outside the model's 10 classes"),
     "evaluate: results below a file": ("evaluate {vit} {shards} --json {file}/x.json", 1, "file/x.json: could not be"),
@@ -193,6 +209,43 @@ WRONG = {
         "predict {file} --checkpoint {vit} --scores maps --device cpu",
         2,
         "--scores maps: single images have no maps in a store; choose zoomer, ",
+    ),
+    "predict: malformed": ("predict {file} --checkpoint {vit} --at keep", 2, "--at keep: write it as NAME=VALUE"),
+    "predict: two values": ("predict {file} --checkpoint {vit} --at keep=4,8", 2, "--at keep=4,8: give one value"),
+    "predict: repeated": (
+        "predict {file} --checkpoint {vit} --at keep=4 --at keep=8",
+        2,
+        "--at keep=4,8: give one value",
+    ),
+    "predict: a setting with an option": (
+        "predict {file} --checkpoint {vit} --at budget=4",
+        2,
+        "--at budget: give --budget 4",
+    ),
+    "predict: no number": (
+        "predict {file} --checkpoint {vit} --at keep=some --device cpu",
+        2,
+        "vit: keep some: give a whole number",
+    ),
+    "predict: out of range": (
+        "predict {file} --checkpoint {vit} --at keep=900 --device cpu",
+        2,
+        "vit: keep 900: give a number from 1 to 64",
+    ),
+    "predict: no such setting": (
+        "predict {file} --checkpoint {vit} --at exit=0.7 --device cpu",
+        2,
+        "vit: exit 0.7: ZoomViT has no such setting",
+    ),
+    "predict: precision": (
+        "predict {file} --checkpoint {vit} --precision half --device cpu",
+        2,
+        "precision half: choose",
+    ),
+    "report: precision": (
+        "report {vit} --out {out} --shards {shards} --precision half --device cpu",
+        2,
+        "precision half: choose",
     ),
     # maps
     "info: nothing": ("maps info {missing}", 1, "missing: not a relevance store"),
@@ -349,6 +402,126 @@ def test_what_commands_say_on_success(places, tmp_path):
     assert f"written to {default}" in succeed("evaluate {plain} {shards}", places).stdout
     default.unlink()
     assert "again" not in succeed(zoomer(out="{zoomer}"), places).stdout
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def predicted(places, photo, more=""):
+    out = photo.with_suffix(".json")
+    succeed(
+        "predict {photo} --checkpoint {vit} --device cpu --json {out} " + more, places | {"photo": photo, "out": out}
+    )
+    (row,) = json.loads(out.read_text())
+    return row
+
+
+def test_a_prediction_at_a_point(places, photo):
+    assert predicted(places, photo, "--alpha 0")["tokens"] == 4 * 16
+    assert predicted(places, photo, "--alpha 0 --at keep=9")["tokens"] == 9
+    assert predicted(places, photo, "--alpha 0 --at keep=9 --at prune=forward")["tokens"] == 9
+
+
+def test_a_prediction_in_another_precision(places, photo):
+    exact, rounded = (
+        {
+            each["index"]: each["probability"]
+            for each in predicted(places, photo, f"--top 10 --precision {name}")["classes"]
+        }
+        for name in ("float32", "bf16")
+    )
+    assert exact != rounded
+    assert [rounded[index] for index in exact] == pytest.approx(list(exact.values()), abs=0.05)
+
+
+def test_the_report_takes_a_precision(places, tmp_path, monkeypatch):
+    from zpipe.train.report import gallery
+
+    built = []
+    monkeypatch.setattr(gallery, "build_gallery", lambda *args: built.append(args[3]) or (None, []))
+    line = "report {vit} --out {out} --shards {shards} --device cpu"
+    for more in ("", " --precision bf16"):
+        succeed(line + more, places | {"out": tmp_path / "page"})
+    assert [config.precision for config in built] == ["float32", "bf16"]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "points"),
+    [
+        ([], {}),
+        (["side=2,4"], {"side": (2, 4)}),
+        (["side=2", "side=4", "mode=fast"], {"side": (2, 4), "mode": ("fast",)}),
+        (["share=0.5, 1e-3"], {"share": (0.5, 0.001)}),
+        (["text=a=b"], {"text": ("a=b",)}),
+    ],
+)
+def test_the_values_of_at(pairs, points):
+    parsed = parse_points(pairs)
+    assert parsed == points
+    kinds = [[type(value) for value in values] for values in points.values()]
+    assert [[type(value) for value in values] for values in parsed.values()] == kinds
+
+
+@pytest.fixture(scope="module")
+def sided(places, tmp_path_factory):
+    """A run of a model that names a setting of its own."""
+    out = tmp_path_factory.mktemp("sided") / "run"
+    succeed(f"train-vit {{shards}} --out {{out}} {LOOP} --model sided_vit", places | {"out": out})
+    return out
+
+
+class SidedViT(nn.Module):
+    """A classifier of the mean colour of the upper left `side` pixels."""
+
+    setting_names = ("side",)
+
+    def __init__(self, img_size=SIDE, num_classes=10, in_chans=3):
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = in_chans
+        self.head = nn.Linear(in_chans, num_classes)
+
+    def forward(self, images, side=SIDE):
+        return self.head(images[:, :, :side, :side].mean(dim=(2, 3)))
+
+    def check(self, side):
+        if not 1 <= side <= SIDE:
+            raise ValueError(f"give a number from 1 to {SIDE}")
+        return side
+
+    def operating_points(self, requested):
+        return points_of("side", requested.get("side", (SIDE,)), "side", self.check)
+
+
+default_cfgs = untrained_cfgs("sided_vit")
+
+
+@register_model
+def sided_vit(pretrained=False, **kwargs):
+    return timm.models.build_model_with_cfg(SidedViT, "sided_vit", pretrained, **kwargs)
+
+
+def test_settings_that_a_model_names_are_evaluated_and_predicted(places, sided, photo, tmp_path):
+    where = places | {"run": sided, "out": tmp_path / "rows.json", "photo": photo}
+    told = succeed("evaluate {run} {shards} --device cpu --json {out} --at side=2,4 --at side=8", where).stdout
+    rows = json.loads(where["out"].read_text())["rows"]
+    assert [row["side"] for row in rows] == [2, 4, 8] and "side=8" in told
+    assert "photo.png: " in succeed("predict {photo} --checkpoint {run} --device cpu --at side=2", where).stdout
+    for line, message in (
+        ("evaluate {run} {shards} --device cpu --at side=2,wide", "--at side wide: this setting takes no such value"),
+        ("evaluate {run} {shards} --device cpu --at side=0", "--at side 0: give a number from 1 to"),
+        (
+            "predict {photo} --checkpoint {run} --device cpu --at side=wide",
+            "side wide: this setting takes no such value",
+        ),
+    ):
+        result = call(line, where)
+        (error,) = errors_of(result.stderr)
+        assert result.exit_code == 2 and message in error, error
 
 
 def test_maps_commands(places, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Self
 
 import numpy as np
@@ -123,7 +124,7 @@ class ShardJoin:
         for shard in shards[np.argsort(first)].tolist():
             lanes.setdefault(lane_of[shard], []).append(shard)
         for lane in lanes.values():
-            for shard, following in zip(lane, lane[1:], strict=False):
+            for shard, following in pairwise(lane):
                 self._prefetch_at[shard] = (self._left[shard] // 2, following)
 
     def take(self, shard_number: int, row: int, *, last: bool = True) -> Joined | None:

@@ -35,7 +35,9 @@ from zpipe.train.data.worker import BatchParts, EpochSpec
 
 
 class RelevanceLoader:
-    """Iterates over batches, each a dictionary:
+    """Iterates over batches of images and maps.
+
+    A batch is a dictionary:
 
         image      uint8 [B, 3, S, S], not normalised: the model's mean and std are applied where it runs
         label      int64 [B]

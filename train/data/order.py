@@ -54,7 +54,7 @@ def lane_count(num_workers: int, *, train: bool) -> int:
 
 
 def shard_order(count: int, seed: int, epoch: int, *, shuffle: bool) -> np.ndarray:
-    """The order in which an epoch starts to read the shards. int64 [count]"""
+    """The order in which an epoch starts to read the shards, int64 [count]."""
     return np.random.default_rng([seed, epoch]).permutation(count) if shuffle else np.arange(count)
 
 
@@ -124,7 +124,7 @@ def whole_batches(plan: Plan, batch_size: int, repeats: int) -> Plan:
 
 
 def deal(plan: Plan, batch_size: int, world_size: int) -> np.ndarray:
-    """The rank that takes each sample of the full batches in `plan`, `batch_size / world_size` of each. int32 [n]
+    """The rank that takes each sample of the full batches in `plan`, `batch_size / world_size` of each; int32 [n].
 
     A sample goes to the rank of its lane. Samples beyond a rank's part, always of its last lanes, go to ranks with
     room.
@@ -158,7 +158,7 @@ def deal(plan: Plan, batch_size: int, world_size: int) -> np.ndarray:
 
 
 def last_uses(plan: Plan) -> np.ndarray:
-    """Whether each sample of the plan is the last use of that sample. bool [n]"""
+    """Whether each sample of the plan is the last use of that sample, bool [n]."""
     if not plan.copy.any():
         return np.ones(len(plan), bool)
     order = np.lexsort((plan.row, plan.shard))  # stable: the last use of a sample comes after its others

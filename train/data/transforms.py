@@ -181,10 +181,7 @@ def change_colours(rng: np.random.Generator, pixels: np.ndarray, colour: Colour)
     if colour == "none":
         return pixels
     image = Image.fromarray(pixels.transpose(1, 2, 0))
-    if colour == "deit":
-        image = _rand_augment(rng, image)
-    else:
-        image = _three_augment(rng, image)
+    image = _rand_augment(rng, image) if colour == "deit" else _three_augment(rng, image)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 

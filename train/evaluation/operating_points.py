@@ -27,6 +27,8 @@ OPTIONS = {
     "exit": "--exits",
     "merge": "--merge",
 }
+# The settings whose values are numbers; a model checks the values of its other settings by itself.
+NUMBERS: dict[str, type | tuple[type, ...]] = {"alpha": (int, float), "exit": (int, float), "keep": int, "merge": int}
 DEFAULT_ALPHA = 0.1
 """The threshold of a model that zooms, if one point is wanted and no threshold or budget is given."""
 
@@ -80,6 +82,9 @@ class EvalConfig:
                 if not 0.0 <= value <= 1.0:
                     kind = "a threshold" if name == "alphas" else "a threshold of early exit"
                     raise UsageError(f"--{name} {value}: {kind} lies in [0, 1]")
+        for name, values in self.points.items():
+            if name in OPTIONS:
+                raise UsageError(f"--at {name}: give {OPTIONS[name]} {','.join(map(str, values))}")
         if self.prune not in PRUNE_KINDS:
             raise UsageError(f"--prune {self.prune}: choose one of {', '.join(PRUNE_KINDS)}")
         if self.scores is not None and self.scores not in SOURCES:
@@ -152,6 +157,10 @@ def one_point(model: nn.Module, source: ScoreSource | None, settings: Mapping[st
             settings["alpha"] = DEFAULT_ALPHA
     if not settings:
         return OperatingPoint(name="plain")
+    for name, value in settings.items():
+        if not isinstance(value, NUMBERS.get(name, object)):
+            kind = "a whole number" if NUMBERS[name] is int else "a number"
+            raise UsageError(f"{name} {shortest(value)}: give {kind}")
     try:
         return of_model.operating_points(model, {name: (value,) for name, value in settings.items()})[-1]
     except ValueError as error:

@@ -49,6 +49,9 @@ class PredictConfig:
         autocast(self.precision, torch.device("cpu"))  # refuses an unknown precision
         if {"alpha", "budget"} <= self.point_settings().keys():
             raise UsageError("give --alpha or --budget, not both")
+        for name in ("alpha", "budget"):
+            if name in self.settings:
+                raise UsageError(f"--at {name}: give --{name} {self.settings[name]}")
         if self.top < 1:
             raise UsageError(f"--top {self.top}: give a number >= 1")
 

@@ -41,12 +41,18 @@ def build_vit(name: str, num_classes: int, image_size: int, model_args: Mapping[
 
 
 def start_from(model: nn.Module, source: str) -> None:
-    """Fill `model` with weights, in place: those of a finished run, of a checkpoint file (.pth or .safetensors, read
-    without unpickling code), or of a pretrained timm model, given as `timm:NAME`.
+    """Fill a model with other weights, in place.
 
-    A plain ViT may have another image or patch size, a ZoomViT or CFViT starts from a plain ViT (see `load_vit`) or its like, one
-    wrapped around a backbone from that; a head for other classes is left as it was. Errors: :class:`ZpipeError` when the two aren't built alike, or the weights
-    can't be had.
+    A plain ViT may have another image or patch size. A model with `load_from_vit` starts from a plain ViT or from its
+    own kind, a wrapper from its backbone. A head for other classes keeps its weights.
+
+    Args:
+        model: The model.
+        source: A finished run, a checkpoint file (.pth or .safetensors, read without unpickling code), or `timm:NAME`
+            for a pretrained timm model.
+
+    Raises:
+        ZpipeError: If the two are not built alike, or the weights can't be read or downloaded.
     """
     state = _weights(source)
     try:

@@ -17,15 +17,24 @@ class DataConfig(Protocol):
     """What the configurations of both stages say about data."""
 
     @property
-    def image_size(self) -> int: ...
+    def image_size(self) -> int:
+        """Width and height of the views in pixels."""
+
     @property
-    def missing(self) -> Missing: ...
+    def missing(self) -> Missing:
+        """How to handle samples without a usable map."""
+
     @property
-    def damaged(self) -> Damaged: ...
+    def damaged(self) -> Damaged:
+        """How to handle damaged tars."""
+
     @property
-    def view(self) -> ViewConfig: ...
+    def view(self) -> ViewConfig:
+        """Crop, flip and colours."""
+
     @property
-    def train(self) -> TrainConfig: ...
+    def train(self) -> TrainConfig:
+        """Settings of the training loop."""
 
 
 def training_loader(shards: Path, maps: RelevanceMaps | None, config: DataConfig) -> RelevanceLoader:

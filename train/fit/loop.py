@@ -358,6 +358,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Count the time of a `with` block."""
         begun = time.perf_counter()
         try:
             yield

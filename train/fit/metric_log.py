@@ -57,7 +57,7 @@ def trim_log(run: Path, step: int, *, epoch_ended: bool) -> None:
     if path.is_file():
         lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
         kept = [
-            line for line in lines if line["step"] < step or line["step"] == step and ("loss" in line or epoch_ended)
+            line for line in lines if line["step"] < step or (line["step"] == step and ("loss" in line or epoch_ended))
         ]
         write_bytes(path, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
 

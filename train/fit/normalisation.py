@@ -31,7 +31,8 @@ def choose_normalisation(
 
     Args:
         run: The run folder.
-        mean, std: What the user chose, or None.
+        mean: The mean that the user chose, or None.
+        std: The standard deviation that the user chose, or None.
         zoomer: The preprocessing of the frozen zoomer, if there is one.
         init_from: The weights to start from, if any.
 

@@ -324,8 +324,10 @@ def train_vit(
         shards: The training shards.
         out: The run folder. A finished run is left alone, an interrupted one is resumed.
         config: The settings.
-        zoomer, maps, val, val_maps: What else to read, see `VitInputs`. With `val`, every epoch ends with a validation,
-            and the best weights are kept; it needs `val_maps` if maps are the scores.
+        zoomer: A finished zoomer run, which scores images live.
+        maps: The relevance store of the training shards.
+        val: The validation shards. With them, every epoch ends with a validation, and the best weights are kept.
+        val_maps: The relevance store of the validation shards, needed if maps are the scores.
         resume: "never" to refuse a folder that holds a run already.
         progress: Called with the progress of the training.
         stop: Called once per batch; True saves and stops.

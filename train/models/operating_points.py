@@ -122,6 +122,8 @@ def points_of(name: str, values: Iterable[Any], argument: str, resolve: Callable
             arguments = {argument: resolve(value)}
         except ValueError as error:
             raise SettingError(name, value, error) from error
+        except TypeError as error:  # text where the setting is a number
+            raise SettingError(name, value, "this setting takes no such value") from error
         points.append(OperatingPoint(name=f"{name}={shortest(value)}", arguments=arguments, settings={name: value}))
     return points
 
