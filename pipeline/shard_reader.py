@@ -7,7 +7,7 @@ import io
 import tarfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -318,7 +318,7 @@ def framed_batches(
         threads: Number of threads. At most two batches are decoded ahead.
     """
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        pending: deque = deque()
+        pending: deque[Future[FramedImage]] = deque()
         batch: list[FramedImage] = []
         source = iter(samples)
         exhausted = False

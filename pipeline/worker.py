@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -135,7 +136,7 @@ class ShardWorker:
         gh, gw = self.teacher.grid
         count = task.entry.count
         raw = np.full((count, gh, gw), np.nan, np.float32)
-        columns: dict[str, list] = {name: [] for name in INDEX_SCHEMA.names}
+        columns: dict[str, list[Any]] = {name: [] for name in INDEX_SCHEMA.names}
         problems: dict[str, str] = {}
         first_notes, self._notes = self._notes, []
         explainer_notes = len(self._explainer.notes)
@@ -234,7 +235,7 @@ def frame_of(teacher: Teacher, kind: str) -> Frame:
     return Frame(kind=kind, size=teacher.image_size, interpolation=teacher.interpolation, crop_pct=crop_pct)
 
 
-def _append_row(columns: dict[str, list], item: FramedImage, logit: np.ndarray, target: int, status: str) -> None:
+def _append_row(columns: dict[str, list[Any]], item: FramedImage, logit: np.ndarray, target: int, status: str) -> None:
     decoded = item.pixels is not None
     probability = _softmax(logit) if decoded else logit
     predicted = int(probability.argmax()) if decoded else -1

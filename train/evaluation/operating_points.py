@@ -160,7 +160,7 @@ def one_point(model: nn.Module, source: ScoreSource | None, settings: Mapping[st
     for name, value in settings.items():
         if not isinstance(value, NUMBERS.get(name, object)):
             kind = "a whole number" if NUMBERS[name] is int else "a number"
-            raise UsageError(f"{name} {shortest(value)}: give {kind}")
+            raise UsageError(f"{name} {value}: give {kind}")
     try:
         return of_model.operating_points(model, {name: (value,) for name, value in settings.items()})[-1]
     except ValueError as error:
