@@ -1,4 +1,4 @@
-"""CF-ViT: its authors' numbers and costs, early exit as a choice between two logits, and one-line errors for bad input."""
+"""CF-ViT: its authors' numbers and costs, early exit as a choice between two logits, and one-line errors."""
 
 from __future__ import annotations
 
