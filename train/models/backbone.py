@@ -280,9 +280,9 @@ def attend(attn: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
 
 
 def class_attention_row(attn: Attention, q: Tensor, k: Tensor) -> Tensor:
-    """How much the first token attends to each token, mean over heads. q, k [B, heads, N, D] -> float32 [B, N]."""
-    logits: Tensor = q[:, :, :1] @ k.transpose(2, 3) * attn.scale  # [B, heads, 1, N]
-    return logits.float().softmax(dim=3).mean(dim=1)[:, 0]
+    """How much the first token attends to each token, mean over heads. q, k [B, heads, N, D] -> [B, N], >= float32."""
+    logits = q[:, :, :1] @ k.transpose(2, 3) * attn.scale  # [B, heads, 1, N]
+    return logits.softmax(dim=3, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(dim=1)[:, 0]
 
 
 def read_scores(scores: Tensor, batch: int, side: int) -> Tensor:
