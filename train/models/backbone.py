@@ -29,10 +29,10 @@ from zpipe.train.models.warm_start import WarmStart, load_weights
 
 
 class StandaloneModel(nn.Module):
-    """A model made of its own layers with one linear `head`, and what timm's optimizers and fine-tuning tools require.
+    """A model made of its own layers, with one linear `head`, and the methods that timm's tools require.
 
-    The parameters `undecayed` are kept from weight decay, besides the one-dimensional ones. `stem_pattern` matches
-    the names of the parameters before the first block, for layer-wise learning rates.
+    `undecayed` are the parameters without weight decay, besides the one-dimensional ones. `stem_pattern` matches the
+    names of the parameters before the first block, for layer-wise learning rates.
     """
 
     undecayed: ClassVar[tuple[str, ...]]
@@ -150,8 +150,7 @@ class WrappedModel(nn.Module):
 
     def get_classifier(self) -> nn.Module:
         """Return the head of the backbone."""
-        classifier: nn.Module = self.backbone.get_classifier()
-        return classifier
+        return self.backbone.get_classifier()
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a freshly initialised one."""
@@ -264,8 +263,7 @@ def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
     side, chans = vit.patch_embed.img_size[0], vit.patch_embed.proj.in_channels
     if tuple(images.shape[1:]) != (chans, side, side):
         raise ValueError(f"images must be [batch, {chans}, {side}, {side}], got {list(images.shape)}")
-    tokens: Tensor = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
-    return tokens
+    return vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
 
 
 def project(attn: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,14 +276,13 @@ def attend(attn: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
     """The rest of timm's attention after `project`, [B, N, E]. bias is added to the logits [B, heads, N, N]."""
     dropout = attn.attn_drop.p if attn.training else 0.0
     x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    output: Tensor = attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2)))
-    return output
+    return attn.proj_drop(attn.proj(x.transpose(1, 2).flatten(2)))
 
 
 def class_attention_row(attn: Attention, q: Tensor, k: Tensor) -> Tensor:
-    """How much the first token attends to each token, mean over heads. q, k [B, heads, N, D] -> float32 [B, N]."""
-    logits: Tensor = q[:, :, :1] @ k.transpose(2, 3) * attn.scale  # [B, heads, 1, N]
-    return logits.float().softmax(dim=3).mean(dim=1)[:, 0]
+    """How much the first token attends to each token, mean over heads. q, k [B, heads, N, D] -> [B, N], >= float32."""
+    logits = q[:, :, :1] @ k.transpose(2, 3) * attn.scale  # [B, heads, 1, N]
+    return logits.softmax(dim=3, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(dim=1)[:, 0]
 
 
 def read_scores(scores: Tensor, batch: int, side: int) -> Tensor:

@@ -230,8 +230,7 @@ class CFViT(StandaloneModel):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Features [B, embed_dim] -> logits [B, num_classes], or with pre_logits the features themselves."""
-        logits: Tensor = features if pre_logits else self.head(features)
-        return logits
+        return features if pre_logits else self.head(features)
 
     @torch.no_grad()
     def refined(
@@ -429,8 +428,7 @@ class CFViT(StandaloneModel):
                 parts.append(fine.flatten(1, 2))
             parts.append(take_rows(rest, others))
         tokens = torch.cat(parts, dim=1)  # [B, 1 + 4 K + (C - K), E]
-        features: Tensor = self.norm(self.blocks(tokens)[:, 0])
-        return features
+        return self.norm(self.blocks(tokens)[:, 0])
 
     def _exit_early(self, images: Tensor, plan: Plan, threshold: float) -> EarlyExit:
         coarse = self._coarse_stage(images, plan)

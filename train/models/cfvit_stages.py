@@ -77,8 +77,7 @@ class Reuse(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features [..., E] -> what is added to each patch, [..., E]."""
-        added: Tensor = self.mlp(self.norm(x))
-        return added
+        return self.mlp(self.norm(x))
 
 
 def cell_scores(scores: Tensor, batch: int, cells: int) -> Tensor:

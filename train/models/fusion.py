@@ -135,6 +135,11 @@ class FusedViT(WrappedModel):
         mask = F.interpolate(zoomed.float(), coarse.shape[-2:], mode="nearest-exact") > 0
         return torch.where(mask, fuse(quarters, read), coarse)
 
+    def token_counts(self, scores: Tensor, alpha: float | None = None, budget: int | None = None) -> Tensor:
+        """The backbone's number of patches for each image, int64 [B], whatever is zoomed. Errors as in `forward`."""
+        zoom_tokens.choose_cells(scores, len(scores), self.score_grid, alpha, budget)
+        return torch.full((len(scores),), self.backbone.patch_embed.num_patches, device=scores.device)
+
     @property
     def score_use(self) -> ScoreUse:
         """How scores guide the model."""

@@ -169,8 +169,7 @@ class ImageZoom(WrappedModel):
                 f"images must be [batch, chans, {self.img_size}, {self.img_size}], got {list(images.shape)}"
             )
         if scores is None:
-            logits: Tensor = self.backbone(images)
-            return logits
+            return self.backbone(images)
         if len(scores) != len(images):
             raise ValueError(f"scores must be [{len(images)}, s * s], a map for each image, got {list(scores.shape)}")
         zoomed: Tensor = self.backbone(crop(images, self.boxes(scores, area)))

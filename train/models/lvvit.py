@@ -108,8 +108,7 @@ class LVViT(StandaloneModel):
         """[B, in_chans, H, W] -> normalised tokens [B, 1 + N, E], the class token first."""
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        tokens: Tensor = self.norm(self.blocks(x))
-        return tokens
+        return self.norm(self.blocks(x))
 
     def forward(self, images: Tensor, return_dense: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Classify images.

@@ -74,14 +74,12 @@ class SettingError(ValueError):
 
 def score_use(model: nn.Module) -> ScoreUse | None:
     """How scores guide a model; None for a model that takes no scores."""
-    use: ScoreUse | None = getattr(model, "score_use", None)
-    return use
+    return getattr(model, "score_use", None)
 
 
 def setting_names(model: nn.Module) -> tuple[str, ...]:
     """The settings that a model's operating points have."""
-    names: tuple[str, ...] = getattr(model, "setting_names", ())
-    return names
+    return getattr(model, "setting_names", ())
 
 
 def operating_points(model: nn.Module, requested: Requested) -> list[OperatingPoint]:
@@ -100,8 +98,7 @@ def operating_points(model: nn.Module, requested: Requested) -> list[OperatingPo
     """
     if not setting_names(model):
         return [OperatingPoint(name="")]
-    points: list[OperatingPoint] = cast(Any, model).operating_points(requested)
-    return points
+    return cast(Any, model).operating_points(requested)
 
 
 def points_of(name: str, values: Iterable[Any], argument: str, resolve: Callable[[Any], Any]) -> list[OperatingPoint]:
@@ -171,14 +168,14 @@ def cost_kinds(model: nn.Module, point: OperatingPoint, scores: Tensor | None, o
     Returns:
         A kind for each image, int64 [B]; None if all images cost the same.
     """
-    own: Callable[..., Tensor | None] | None = getattr(model, "cost_kinds", None)
-    return None if own is None else own(point, scores, output)
+    method: Callable[..., Tensor | None] | None = getattr(model, "cost_kinds", None)
+    return None if method is None else method(point, scores, output)
 
 
 def cost(model: nn.Module, point: OperatingPoint, kind: int | None = None) -> ImageCost:
     """The cost of an image of a kind (see `cost_kinds`), or of any image if there are no kinds."""
-    own: Callable[..., ImageCost] | None = getattr(model, "cost", None)
-    return ImageCost(count_patches(model), point.arguments) if own is None else own(point, kind)
+    method: Callable[..., ImageCost] | None = getattr(model, "cost", None)
+    return ImageCost(count_patches(model), point.arguments) if method is None else method(point, kind)
 
 
 def count_patches(model: nn.Module) -> float | None:
@@ -189,5 +186,4 @@ def count_patches(model: nn.Module) -> float | None:
 
 def logits_of(output: Any) -> Tensor:
     """The logits [B, classes] in a model's output; of a model of two stages, those of the stage that answered."""
-    logits: Tensor = getattr(output, "logits", output)
-    return logits
+    return getattr(output, "logits", output)

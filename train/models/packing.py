@@ -76,8 +76,7 @@ def _attention(attn: Attention, x: Tensor, packed: Packing) -> Tensor:
     qkv = attn.qkv(x).unflatten(1, (3, attn.num_heads, attn.head_dim))  # [T, 3, H, D]
     dropout = attn.attn_drop.p if attn.training else 0.0
     attend = attend_runs if x.device.type == "cpu" else attend_jagged
-    output: Tensor = attn.proj_drop(attn.proj(attend(qkv, packed, dropout).flatten(1)))
-    return output
+    return attn.proj_drop(attn.proj(attend(qkv, packed, dropout).flatten(1)))
 
 
 def attend_runs(qkv: Tensor, packed: Packing, dropout: float = 0.0) -> Tensor:

@@ -7,7 +7,7 @@ zoomvit_released.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -84,14 +84,14 @@ class ReleasedZoomViT(ZoomViT):
         fine_patches, fine_kernel, coarse_patches, coarse_kernel = zoom_tokens.patches_and_kernels(
             images, self.patch_embed.weight, self.zoom_factor
         )
-        own = self._embedding()
+        bias = cast(Tensor, self.patch_embed.bias)
         sequences, ids = [], []
         for b in range(len(images)):
             fine = (place_scores[b] > alpha).nonzero()[:, 0]
             coarse = (cell_scores[b] < alpha).nonzero()[:, 0]
             # The 1 is the fixed zoom factor embedding.
-            fine_tokens = fine_patches[b, fine] @ fine_kernel.T + own.bias + self.pos_fine[0, fine] + 1
-            coarse_tokens = coarse_patches[b, coarse] @ coarse_kernel.T + own.bias + self.pos_coarse[0, coarse]
+            fine_tokens = fine_patches[b, fine] @ fine_kernel.T + bias + self.pos_fine[0, fine] + 1
+            coarse_tokens = coarse_patches[b, coarse] @ coarse_kernel.T + bias + self.pos_coarse[0, coarse]
             zero, cls = images.new_zeros(1, self.embed_dim), (self.cls_token + self.pos_cls)[0]
             sequences.append(torch.cat([cls, fine_tokens, zero, coarse_tokens, zero]))
             gap, last = fine.new_tensor([-1]), fine.new_tensor([5 * self.coarse_grid**2])

@@ -155,8 +155,7 @@ class SparseFormer(StandaloneModel):
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens [B, N, cortex_dim] -> logits [B, num_classes], or with pre_logits the normalised mean token."""
         pooled: Tensor = self.norm(features.mean(dim=1))  # [B, cortex_dim]
-        logits: Tensor = pooled if pre_logits else self.head(pooled)
-        return logits
+        return pooled if pre_logits else self.head(pooled)
 
     @torch.no_grad()
     def glimpses(self, images: Tensor) -> list[Glimpse]:
@@ -292,8 +291,7 @@ class Unit(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, N, d / heads]
-        output: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return output
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def macs(self, tokens: int) -> int:
         """Multiply-adds for a number of tokens."""

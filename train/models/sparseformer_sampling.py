@@ -64,8 +64,7 @@ class Sampler(nn.Module):
 
     def deltas(self, tokens: Tensor) -> Tensor:
         """Eq. 9: tokens [B, N, d] -> [B, N, 4], (x, y, width, height)."""
-        deltas: Tensor = self.adjust(self.norm_adjust(tokens))
-        return deltas
+        return self.adjust(self.norm_adjust(tokens))
 
     def offsets(self, tokens: Tensor) -> Tensor:
         """Eq. 2: tokens [B, N, d] -> float32 [B, N, P, 2], before their normalisation."""
@@ -81,8 +80,7 @@ class Sampler(nn.Module):
         x = sampled.flatten(0, 1).to(matrices.dtype)  # [B * N, P, C]
         x = F.gelu(torch.baddbmm(self.channel_bias.to(x.dtype), x, channel))
         x = F.gelu(torch.baddbmm(self.point_bias.to(x.dtype)[:, None], point, x))
-        mixed: Tensor = self.out(x.flatten(1)).unflatten(0, tokens.shape[:2])
-        return mixed
+        return self.out(x.flatten(1)).unflatten(0, tokens.shape[:2])
 
     def macs(self) -> int:
         """Multiply-adds of one token."""

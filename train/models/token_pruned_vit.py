@@ -117,8 +117,7 @@ class TokenPrunedViT(WrappedModel):
             x = block(x)
         if count < scores.shape[1]:
             x = prune_tokens(x, scores, count)
-        tokens: Tensor = vit.norm(vit.blocks[self.prune_block :](x))
-        return tokens
+        return vit.norm(vit.blocks[self.prune_block :](x))
 
     def _run_with_class_attention(self, block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
         """A block's output, and the attention that its class token paid to each patch [B, N], mean over heads."""
@@ -130,8 +129,7 @@ class TokenPrunedViT(WrappedModel):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens of `forward_features` -> logits [B, num_classes], or with pre_logits what enters the classifier."""
-        logits: Tensor = self.backbone.forward_head(features, pre_logits=pre_logits)
-        return logits
+        return self.backbone.forward_head(features, pre_logits=pre_logits)
 
     @property
     def score_use(self) -> ScoreUse:

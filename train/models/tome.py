@@ -168,8 +168,7 @@ class ToMeViT(WrappedModel):
         """The normalised tokens after the last block, [B, prefix + N - depth * r, E]; arguments as in `forward`."""
         vit, r = self.backbone, self.resolve_r(self.r if r is None else r)
         x = embed(vit, images)
-        features: Tensor = vit.norm(self._run_merging(x, r) if r else vit.blocks(x))
-        return features
+        return vit.norm(self._run_merging(x, r) if r else vit.blocks(x))
 
     def _run_merging(self, x: Tensor, r: int) -> Tensor:
         """All blocks over tokens [B, prefix + N, E], merging r tokens in each."""
@@ -185,8 +184,7 @@ class ToMeViT(WrappedModel):
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens of `forward_features` -> logits [B, num_classes], or with pre_logits what enters the classifier."""
-        logits: Tensor = self.backbone.forward_head(features, pre_logits=pre_logits)
-        return logits
+        return self.backbone.forward_head(features, pre_logits=pre_logits)
 
     def operating_points(self, requested: Requested) -> list[OperatingPoint]:
         """A point for each number of tokens merged per block; for the model's own if none is requested."""

@@ -162,8 +162,7 @@ def zooming_twin(plain: nn.Module, image_size: int, zoom_factor: float) -> nn.Mo
         num_classes=plain.num_classes,
     )
     load_vit(model, plain)
-    twin: nn.Module = model.eval()
-    return twin
+    return model.eval()
 
 
 def resize_positions(grid: Tensor, side: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -212,19 +212,16 @@ class ZoomViT(StandaloneModel):
         if choice.fixed is None:
             return self._run_packed(embed_packed(images, choice.order, self._embedding()))
         tokens, _ = embed_fixed(images, choice.order, choice.fixed, self._embedding())
-        features: Tensor = self.norm(self.blocks(tokens)[:, 0])
-        return features
+        return self.norm(self.blocks(tokens)[:, 0])
 
     def _run_packed(self, sequences: Tokens) -> Tensor:
         packed = packing(sequences.lengths, sequences.tokens.device)
         tokens = run_blocks(self.blocks, sequences.tokens, packed)
-        features: Tensor = self.norm(tokens[packed.offsets[:-1][sequences.index.argsort()]])  # [B, E]
-        return features
+        return self.norm(tokens[packed.offsets[:-1][sequences.index.argsort()]])  # [B, E]
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Features [B, embed_dim] -> logits [B, num_classes], or with pre_logits the features themselves."""
-        logits: Tensor = features if pre_logits else self.head(features)
-        return logits
+        return features if pre_logits else self.head(features)
 
     def tokenise(
         self,
@@ -398,8 +395,7 @@ class ZoomViT(StandaloneModel):
 
     def _embedding(self) -> Embedding:
         positions = torch.cat([self.pos_fine[0], self.pos_coarse[0], self.pos_cls[0]])  # [5C + 1, E], by token id
-        kernel, bias = self.patch_embed.weight, self.patch_embed.bias
-        assert bias is not None
+        kernel, bias = self.patch_embed.weight, cast(Tensor, self.patch_embed.bias)
         return Embedding(kernel, bias, self.cls_token[0], positions, self.zoom_factor, self.zfe, self.omega)
 
 

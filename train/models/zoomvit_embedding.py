@@ -96,27 +96,29 @@ class Embedding(NamedTuple):
         return F.pad(zoom_tokens.zoom_factor_embedding(fine, length, self.zfe, self.omega, dtype), (1, 0))
 
 
-def embed_fixed(images: Tensor, order: TokenOrder, lengths: tuple[int, int], own: Embedding) -> tuple[Tensor, Tensor]:
+def embed_fixed(
+    images: Tensor, order: TokenOrder, lengths: tuple[int, int], embedding: Embedding
+) -> tuple[Tensor, Tensor]:
     """Embed sequences of one length, with every shape known beforehand.
 
     Args:
         images: [B, D, H, W].
         order: the tokens of each image.
         lengths: fine tokens and all tokens n of every image.
-        own: the model's parameters.
+        embedding: the parameters.
 
     Returns:
         The tokens [B, 1 + n, E] and their ids [B, 1 + n].
     """
     fine, length = lengths
     batch = images.shape[0]
-    class_id = len(own.positions) - 1  # 5C
+    class_id = len(embedding.positions) - 1  # 5C
     fine_cells = class_id // 5 * 4
     ids = order.ids[:, :length]  # [B, n]
     fine_patches, fine_kernel, coarse_patches, coarse_kernel = zoom_tokens.patches_and_kernels(
-        images, own.kernel, own.zoom_factor
+        images, embedding.kernel, embedding.zoom_factor
     )
-    parts = [own.class_token.expand(batch, 1, -1)]
+    parts = [embedding.class_token.expand(batch, 1, -1)]
     for chosen, patches, kernel in (
         (ids[:, :fine], fine_patches, fine_kernel),
         (ids[:, fine:] - fine_cells, coarse_patches, coarse_kernel),
@@ -124,19 +126,19 @@ def embed_fixed(images: Tensor, order: TokenOrder, lengths: tuple[int, int], own
         if chosen.shape[1]:
             first = torch.arange(batch, device=ids.device)[:, None] * patches.shape[1]
             present = patches.flatten(0, 1).index_select(0, (first + chosen).flatten())  # [B * f, K]
-            parts.append(F.linear(present, kernel, own.bias).unflatten(0, (-1, chosen.shape[1])))
+            parts.append(F.linear(present, kernel, embedding.bias).unflatten(0, (-1, chosen.shape[1])))
     dtype = parts[-1].dtype
     tokens = torch.cat([part.to(dtype) for part in parts], dim=1)  # [B, 1 + n, E]
     ids = F.pad(ids, (1, 0), value=class_id)
-    tokens = tokens + own.positions.index_select(0, ids.flatten()).unflatten(0, ids.shape)
-    if own.zfe != "none":
-        tokens = tokens + own.zoom_factor_embedding(order.fine, length, dtype)[..., None]
+    tokens = tokens + embedding.positions.index_select(0, ids.flatten()).unflatten(0, ids.shape)
+    if embedding.zfe != "none":
+        tokens = tokens + embedding.zoom_factor_embedding(order.fine, length, dtype)[..., None]
     return tokens, ids
 
 
-def embed_packed(images: Tensor, order: TokenOrder, own: Embedding) -> Tokens:
+def embed_packed(images: Tensor, order: TokenOrder, embedding: Embedding) -> Tokens:
     """Embed sequences of different lengths, shortest first. Arguments as of `embed_fixed`."""
-    class_id = len(own.positions) - 1  # 5C
+    class_id = len(embedding.positions) - 1  # 5C
     index = order.counts.argsort(stable=True)  # [B]
     lengths = order.counts[index] + 1  # [B]; the class token is one more
     fine = order.fine[index].minimum(lengths - 1)  # [B]; N_k, less what was pruned
@@ -156,7 +158,7 @@ def embed_packed(images: Tensor, order: TokenOrder, own: Embedding) -> Tokens:
     owner, number = rows_of(lengths - 1 - fine, total - len(known_lengths) - total_fine)
     coarse_rows = (begin + fine).index_select(0, owner) + number
     fine_patches, fine_kernel, coarse_patches, coarse_kernel = zoom_tokens.patches_and_kernels(
-        images, own.kernel, own.zoom_factor
+        images, embedding.kernel, embedding.zoom_factor
     )
     parts = []
     for rows, first_id, patches, kernel in (
@@ -164,14 +166,14 @@ def embed_packed(images: Tensor, order: TokenOrder, own: Embedding) -> Tokens:
         (coarse_rows, class_id // 5 * 4, coarse_patches, coarse_kernel),
     ):
         place = image[rows] * patches.shape[1] + flat[rows] - first_id
-        parts.append(F.linear(patches.flatten(0, 1).index_select(0, place), kernel, own.bias))
-    embedded = torch.cat([*parts, own.class_token.to(parts[0].dtype)])  # [fine + coarse + 1, E]
+        parts.append(F.linear(patches.flatten(0, 1).index_select(0, place), kernel, embedding.bias))
+    embedded = torch.cat([*parts, embedding.class_token.to(parts[0].dtype)])  # [fine + coarse + 1, E]
     row = torch.full_like(flat, len(embedded) - 1)  # the row of `embedded` that holds each token
     row[fine_rows] = torch.arange(len(fine_rows), device=flat.device)
     row[coarse_rows] = torch.arange(len(fine_rows), len(embedded) - 1, device=flat.device)
-    tokens = embedded.index_select(0, row) + own.positions.index_select(0, flat)  # [T, E]
-    if own.zfe != "none":
-        added = own.zoom_factor_embedding(order.fine[index], longest - 1, tokens.dtype)
+    tokens = embedded.index_select(0, row) + embedding.positions.index_select(0, flat)  # [T, E]
+    if embedding.zfe != "none":
+        added = embedding.zoom_factor_embedding(order.fine[index], longest - 1, tokens.dtype)
         tokens = tokens + added.flatten().index_select(0, source)[:, None]
     return Tokens(tokens, flat, tuple(known_lengths), index)
 

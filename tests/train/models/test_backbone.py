@@ -1,4 +1,4 @@
-"""Models around a timm model: what timm's optimizers and fine-tuning tools ask of them is the backbone's answer."""
+"""Models around a timm model: timm's optimizers and fine-tuning tools treat them as they treat the backbone."""
 
 import pytest
 import timm
@@ -61,7 +61,7 @@ def test_the_head_is_the_backbones(kind, name):
     assert all(name.startswith("backbone.") for name in model.no_weight_decay())
 
 
-# ------------------------------------------------------------------------------------------- as timm sees our models
+# --------------------------------------------------------------------------------------------------- our models in timm
 
 BODY = {"embed_dim": 24, "depth": 2, "num_heads": 2}
 INSIDE = {"backbone": VIT, "backbone_args": BODY | {"patch_size": 8}}
@@ -115,7 +115,7 @@ def test_saved_it_opens_for_grey_images(saved):
     assert again(torch.randn(2, 1, 32, 32)).shape == (2, 5)
 
 
-def test_a_wrapped_model_wants_to_see_what_its_backbone_does():
+def test_a_wrapped_model_has_the_preprocessing_of_its_backbone():
     inner = timm.create_model("vit_tiny_patch16_224").pretrained_cfg
     model = timm.create_model("tome_vit", backbone="vit_tiny_patch16_224")
     assert inner["mean"] == (0.5, 0.5, 0.5)

@@ -1,4 +1,4 @@
-"""CF-ViT: its authors' numbers and costs, early exit as a choice between two logits, and plain words for bad input."""
+"""CF-ViT: its authors' numbers and costs, early exit as a choice between two logits, and one-line errors."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_costs_of_given_scores_and_of_a_mix():
         assert counted == pytest.approx(4 * model.macs(p_exit=exited / 4), abs=4)
 
 
-# -- by the book -------------------------------------------------------------------------------------------------------
+# -- from the paper ----------------------------------------------------------------------------------------------------
 
 
 def by_the_book(model: CFViT, image: torch.Tensor, count: int) -> torch.Tensor:
@@ -155,8 +155,8 @@ def test_early_exit_is_a_choice_between_two_logits(models, img_size, n, threshol
 def test_all_none_or_some_exit(models):
     images = pixels(5)
     confidence = models[48](images, return_stages=True).coarse.softmax(1).amax(1)
-    found = [int(models[48](images, exit_threshold=float(t)).exited.sum()) for t in [0, *confidence.sort().values, 1]]
-    assert found == [5, 5, 4, 3, 2, 1, 0]
+    counts = [int(models[48](images, exit_threshold=float(t)).exited.sum()) for t in [0, *confidence.sort().values, 1]]
+    assert counts == [5, 5, 4, 3, 2, 1, 0]
 
 
 # -- selection ---------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_in_half_precision():
     assert logits.isfinite().all() and 0 < exited.sum() < 6
 
 
-def test_what_timm_asks_for():
+def test_the_interface_of_timm():
     model = timm.create_model("cfvit_tiny", depth=2, embed_dim=24, num_classes=7)
     groups = timm.optim.param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
     free = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}

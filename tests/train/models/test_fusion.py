@@ -1,4 +1,4 @@
-"""Score fusion and the backbones that want a regular grid."""
+"""Score fusion, and LV-ViT: the models that need a regular grid."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_with_nothing_zoomed_it_is_the_backbone(kind):
     for zoom in ({}, {"scores": scores, "alpha": 1.0}, {"scores": scores, "budget": 0}):
         assert torch.equal(model(images, **zoom), expected)
     assert (model(images, scores, budget=4) - expected).abs().max() > 1e-3
-    assert torch.equal(model.backbone(images), expected)  # nothing of the zoom is left behind
+    assert torch.equal(model.backbone(images), expected)  # no state of the zoom is left
     alone = torch.cat([model(images[b : b + 1], scores[b : b + 1], alpha=0.5) for b in range(3)])
     torch.testing.assert_close(model(images, scores, alpha=0.5), alone, atol=1e-5, rtol=1e-5)
 
@@ -80,7 +80,7 @@ def test_the_tokens_of_zoomed_cells_are_fused_and_the_others_are_not(kind):
     patch = projection.kernel_size[0]
     grid = got.shape[-1]
     enlarged = F.interpolate(inputs, scale_factor=2, mode="nearest")
-    quarters = F.conv2d(enlarged, projection.weight, projection.bias, stride=patch)  # the plain way
+    quarters = F.conv2d(enlarged, projection.weight, projection.bias, stride=patch)  # on the enlarged image
     read = F.interpolate(scores.view(2, 1, 4, 4), 2 * grid, mode="bilinear")[:, 0]
     expected = fuse(quarters, read)
     for b in range(2):
@@ -160,7 +160,7 @@ def test_backbones_without_a_grid_are_refused():
 
 
 @torch.no_grad()
-def test_lvvit_small_is_the_size_its_paper_says():
+def test_lvvit_small_has_the_size_of_its_paper():
     model = timm.create_model("lvvit_small").eval()
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(26.2, abs=0.06)
     images = torch.randn(1, 3, 224, 224)

@@ -1,4 +1,4 @@
-"""Packed sequences: each as if it were alone, whatever lies beside it."""
+"""Packed sequences: each is computed as if it were alone."""
 
 from __future__ import annotations
 

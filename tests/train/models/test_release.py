@@ -1,4 +1,4 @@
-"""Published checkpoints: what the authors' own code printed, and plain words for files that are none."""
+"""Published checkpoints: the output of the authors' own code, and one-line errors for other files."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_opened_from_a_file(tmp_path, wrapped):
 
 
 @torch.no_grad()
-def test_the_holes_are_theirs_and_not_ours():
+def test_uncovered_places_are_those_of_the_release():
     values, images, state, config = opened("release_eta05")
     vit, _ = load_release(state, **config)
     scores = torch.from_numpy(values["scores"])
@@ -69,7 +69,7 @@ def test_the_holes_are_theirs_and_not_ours():
     fine = int((scores[0] > config["alpha"]).sum())
     assert (theirs.ids >= 0).sum() == values["n_tokens"][0] - 2
     cells = int((F.max_pool2d(scores[0].view(1, 14, 14), 2) > config["alpha"]).sum())
-    assert fine < 4 * cells  # places of zoomed cells that the release doesn't see
+    assert fine < 4 * cells  # the release leaves places of zoomed cells uncovered
     ours = timm.create_model("zoomvit_small_patch16_224", zoom_factor=0.5, depth=1, embed_dim=48, num_heads=3)
     assert ours.token_counts(scores[:1], config["alpha"]).tolist() == [49 + 3 * cells]
 

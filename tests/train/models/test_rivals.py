@@ -102,12 +102,12 @@ def test_it_trains_and_is_evaluated(data, name):
         assert rows[0]["tokens"] == 16 and rows[0]["exited"] == 1
 
 
-def test_sweeps_of_their_own(data):
+def test_sweeps_over_own_settings(data):
     kept = evaluate(data / "pruned", data / "shards", replace(CONFIG, keeps=(1, 64)))["rows"]
     assert [row["keep"] for row in kept] == [1, 64] and kept[0]["gmacs"] < kept[1]["gmacs"]
     merged = evaluate(data / "merged", data / "shards", replace(CONFIG, merges=(0, 12)))["rows"]
     assert merged[0]["tokens"] == 64 and merged[1]["tokens"] == 64 - 18
-    for run, options, told in (
+    for run, options, message in (
         ("cfvit", {"exits": (1.2,)}, "--exits 1.2"),
         ("cfvit", {"exits": (0.5, 0.5)}, "exit=0.5: asked for twice"),
         ("cfvit", {"scores": "none"}, "choose own"),
@@ -119,7 +119,7 @@ def test_sweeps_of_their_own(data):
     ):
         with pytest.raises(UsageError) as error:
             evaluate(data / run, data / "shards", replace(CONFIG, **options))
-        assert told in str(error.value) and "\n" not in str(error.value)
+        assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["cfvit", "lfvit", "pruned", "box"])
@@ -147,15 +147,15 @@ def test_the_exit_threshold_meets_a_target(data, name):
         config = replace(CONFIG, target_gmacs=target * (1 + 1e-6), calibration=data / "shards")
         (row,) = evaluate(data / name, data / "shards", config)["rows"]
         assert target - (whole - coarse) / COUNT - 1e-9 <= row["gmacs"] <= target * (1 + 1e-5)
-    found = calibrate(
+    result = calibrate(
         data / name, data / "shards", CalibrationConfig(budget=f"{whole:.9f} GMACs", limit=30, device="cpu")
     )
-    assert found["images"] == 30 and found["exit_threshold"] == 1.0
-    for budget, told in (
+    assert result["images"] == 30 and result["exit_threshold"] == 1.0
+    for budget, message in (
         ("30 tokens", "early exit is calibrated to '2.3 GMACs'"),
         ("0.00001 GMACs", "of the coarse stage"),
     ):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             calibrate(data / name, data / "shards", CalibrationConfig(budget=budget, device="cpu"))
     with pytest.raises(UsageError, match="give --calibration SHARDS"):
         evaluate(data / name, data / "shards", replace(CONFIG, target_gmacs=1.0))
@@ -190,21 +190,21 @@ def test_the_two_stages_learn_in_two_phases(data):
         config_of("cfvit", full_split=2.0)
 
 
-def test_what_it_is_wrongly_given(data, tmp_path):
-    for name, options, told in (
+def test_wrong_input_is_refused(data, tmp_path):
+    for name, options, message in (
         ("merged", {"zoomer": data / "zoomer"}, "this model takes no scores"),
         ("sparse", {"maps": data / "maps"}, "this model takes no scores"),
         ("box", {}, "needs its scores from one source"),
         ("cfvit", {"zoomer": data / "zoomer"}, "scores of 4 x 4, the model wants 8 x 8"),
     ):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             train_vit(data / "shards", tmp_path / "run", config_of(name), **options)
-    for name, arguments, told in (
+    for name, arguments, message in (
         ("lfvit", {"region_size": 5}, "region_size must lie between 1 and the 4"),
         ("pruned", {"prune_block": 9}, "prune_block must lie between 1 and 3"),
     ):
         config = config_of(name)
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             train_vit(data / "shards", tmp_path / "run", replace(config, model_args=config.model_args | arguments))
 
 
@@ -228,7 +228,7 @@ def test_all_of_them_are_in_one_report(data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cfvit", "lfvit"])
-def test_what_is_refined_as_a_study(data, name):
+def test_the_study_of_selections(data, name):
     config = StudyConfig(evaluation=replace(CONFIG, alphas=()))
     path, _, _ = run_study("selection", StudyInputs(run=data / name, shards=data / "shards"), config)
     _, rows = read_results(path)

@@ -54,7 +54,7 @@ def test_the_authors_numbers(tmp_path):
     torch.testing.assert_close(model(images), logits, atol=1e-4, rtol=0)
     assert logits.std() > 0.5 and not model.training
     # In batches of another size sums may run in another order, as on the authors' machine: the same bound. Rounding
-    # grows on the way, for where to look is computed in float32, and each repeat looks where the one before it said.
+    # grows on the way, since places are computed in float32, and each repeat looks where the one before it decided.
     torch.testing.assert_close(torch.cat([model(image[None]) for image in images]), model(images), atol=1e-4, rtol=0)
     assert count_macs(lambda: model(images[:1])) == model.macs()
     later = {"token_roi.weight": "initial_roi.weight", "token_embedding.weight": "initial_embedding.weight"}

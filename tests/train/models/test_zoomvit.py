@@ -1,4 +1,4 @@
-"""ZoomViT: equal to the ViT it starts from, independent of its batch, and plain about bad input."""
+"""ZoomViT: equal to the ViT it starts from, independent of its batch, with one-line errors for bad input."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_logits_do_not_depend_on_the_rest_of_the_batch(factor, choice):
     st.floats(0, 1),
     st.one_of(st.none(), st.integers(1, 16)),
 )
-def test_groups_hold_every_image_once_with_the_counts_promised(factor, seed, alpha, keep):
+def test_groups_hold_every_image_once_with_its_token_count(factor, seed, alpha, keep):
     model = small(factor)
     images, scores = batch(seed, n=4)
     counts = model.token_counts(scores, alpha, keep)
@@ -292,7 +292,7 @@ def test_only_the_kept_pixels_matter(factor):
     images, scores = batch(n=3)
     images.requires_grad_()
     model(images, scores, alpha=0.3).square().sum().backward()
-    assert bool((images.grad.abs().sum(1) > 0).all())  # full cover: every pixel has a say
+    assert bool((images.grad.abs().sum(1) > 0).all())  # every pixel is covered
 
     images.grad = None
     groups = model.tokenise(images, scores, alpha=0.3, keep_tokens=5).groups()
@@ -364,7 +364,7 @@ def test_half_precision():
 def test_fixed_positions_are_no_parameters_and_align_in_space():
     zooming, merging = (ZoomViT(**SMALL, zoom_factor=factor, pos="sincos") for factor in zt.ZOOM_FACTORS)
     assert not any(name.startswith("pos_") for model in (zooming, merging) for name, _ in model.named_parameters())
-    # One ruler for all grids, in score cells of 8 pixels: a token lies where the centre of its pixels lies.
+    # One scale for all grids, in score cells of 8 pixels: a token lies where the centre of its pixels lies.
     for model in (zooming, merging):
         boxes = zt.token_boxes(torch.arange(5 * model.coarse_grid**2), model.coarse_grid, 32)
         centre = (boxes[:, :2] + boxes[:, 2:]) / 2 / 8 - 0.5  # (x, y)
