@@ -1,4 +1,4 @@
-"""Single images: the same answer as evaluation gives, pictures, and plain words for what is no image."""
+"""Single images: the same answers as in evaluation, pictures, and errors for files that are no images."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_same_answer_as_in_evaluation(data, run):
     assert len(rows) == 10 and len(names) == 10
     for key, expected in zip(batch["key"], probabilities, strict=True):
         found = rows[str(data / "images" / f"{key}.jpg")]["classes"]
-        # By what each class was given and not by place: in a batch of another size two that are all but equal may swap.
+        # By probability and not by rank: in a batch of another size, two nearly equal classes may swap.
         best = expected.sort(descending=True).values[:5].tolist()
         assert [each["probability"] for each in found] == pytest.approx(best, abs=1e-5)
         assert expected[[each["index"] for each in found]].tolist() == pytest.approx(best, abs=2e-5)
@@ -111,7 +111,7 @@ def test_rivals_answer_at_the_operating_points_of_evaluation(
 
 
 def test_half_precision(data, tmp_path):
-    """Scores and model are computed under autocast, and pictures are drawn from what comes out."""
+    """Scores and model run under autocast, and pictures are drawn of half-precision scores."""
     seen = []
 
     def look(module, inputs, output):
@@ -146,7 +146,7 @@ def test_zoom_and_pictures(data, tmp_path):
 
 
 def test_scores_on_a_grid_that_is_not_the_models(data, tmp_path):
-    """A model that crops takes the zoomer's scores as they are; its own grid has 8 x 8 cells, the zoomer's 4 x 4."""
+    """A model that crops takes scores on any grid; its own grid has 8 x 8 cells, the zoomer's 4 x 4."""
     backbone = {"backbone": "deit_tiny_patch16_224", "backbone_args": BODY, "patch_size": 4}
     config = VitConfig(model="image_zoom", model_args=backbone, image_size=SIDE, train=LOOP)
     train_vit(data / "shards", tmp_path / "box", config, zoomer=data / "zoomer")
@@ -158,7 +158,7 @@ def test_scores_on_a_grid_that_is_not_the_models(data, tmp_path):
 
 @pytest.mark.parametrize("zoomed", [0, 1, 4])
 def test_red_are_the_patches_of_zoomed_cells(zoomed):
-    """All of them, when all cells are zoomed: 2 x 2 cells of 16 pixels."""
+    """Of 2 x 2 cells of 16 pixels, even if all of them are zoomed."""
     corners = [(x, y) for y in (0, 16) for x in (0, 16)]
     fine = [(x + i, y + j, x + i + 8, y + j + 8) for x, y in corners[:zoomed] for i in (0, 8) for j in (0, 8)]
     coarse = [(x, y, x + 16, y + 16) for x, y in corners[zoomed:]]
@@ -182,7 +182,7 @@ def test_the_command(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("run", "options", "kind", "told"),
+    ("run", "options", "kind", "message"),
     [
         ("zoomer", {}, UsageError, "holds a zoomer, no classifier"),
         ("with-maps", {}, UsageError, "with-maps: was trained with maps as scores, .*: single images have no maps"),
@@ -198,8 +198,8 @@ def test_the_command(data, tmp_path):
         ("nothing", {}, UsageError, "not a training run"),
     ],
 )
-def test_wrong_use(data, run, options, kind, told):
-    with pytest.raises(kind, match=told) as error:
+def test_wrong_use(data, run, options, kind, message):
+    with pytest.raises(kind, match=message) as error:
         predict(data / run, sorted((data / "images").iterdir())[:1], replace(CPU, **options))
     assert "\n" not in str(error.value)
 

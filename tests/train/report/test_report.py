@@ -1,4 +1,4 @@
-"""The report: what it gathers, that it is one safe file, and, in a real browser, that it does what it says."""
+"""The report: it gathers all results, is one safe file, and works in a real browser."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def embedded(html: str, name: str):
 
 
 def without_header(path):
-    """An evaluation as files without a header had it: what it was made on, and the table."""
+    """An evaluation as in files of before the header."""
     found = read_json(path, "an evaluation")
     return {name: found[name] for name in ("kind", "run", "model", "seed", "shards", "maps", "rows")}
 
@@ -102,7 +102,7 @@ def result(**fields):
 # -- gathering ---------------------------------------------------------------------------------------------------------
 
 
-def test_runs_of_a_folder_with_their_figures(data):
+def test_runs_of_a_folder_with_their_results(data):
     found = gather([data])
     assert [(run.name, run.kind, run.finished) for run in found.runs] == [
         ("double", "vit", True),
@@ -160,7 +160,7 @@ def test_seeds_are_a_mean_with_its_range(tmp_path):
     assert trace["error_y"]["array"] == [pytest.approx(30)] and trace["error_y"]["arrayminus"] == [pytest.approx(20)]
     (table,) = tables([point], {"seeds": "Three seeds"})
     assert table["caption"] == "Three seeds" and table["rows"][0][-1] == "3"
-    # Two runs of one seed are two things.
+    # Two runs of one seed are two series.
     assert len(points([result(run="a", seed=0), result(run="b", seed=0)])) == 2
     assert len(points([result(run="a-seed0", seed=0), result(run="a-seed1", seed=0)])) == 2
 
@@ -204,7 +204,7 @@ def test_studies_stand_back_behind_evaluations(evaluated):
     assert ("by a click" in figure["note"]) == evaluated
 
 
-def test_figures_that_are_there_twice_are_shown_once(data, tmp_path):
+def test_results_that_are_there_twice_are_shown_once(data, tmp_path):
     run = shutil.copytree(data / "double", tmp_path / "double")
     rows = [row for row in gather([run]).results if row.metric == "top1"]
     tidy = [replace(row, value=0.25, setting=row.setting | {"scores": "zoomer", "keep": None}) for row in rows]
@@ -268,12 +268,12 @@ def test_the_headline_compares_at_no_higher_cost(data):
         rows += [result(**about, metric="gmacs", value=gmacs)]
     found = headline(points(rows))
     assert [(tile["name"], tile["value"]) for tile in found["tiles"]] == [("zoom", "90.0 %"), ("plain", "60.0 %")]
-    (said,) = found["comparisons"]
-    assert "zoom at budget 1 is 10.0 points more accurate than plain" in said and "0.80 of its" in said
+    (sentence,) = found["comparisons"]
+    assert "zoom at budget 1 is 10.0 points more accurate than plain" in sentence and "0.80 of its" in sentence
 
 
 def seeded(run, gmacs, values, *, budget=None):
-    """A run's top-1 for each seed, with its multiply-adds; one value is one run, with a 95 % interval."""
+    """Results of top-1 and multiply-adds, of one run per value, each with a 95 % interval."""
     setting = {} if budget is None else {"budget": budget}
     rows = []
     for seed, value in enumerate(values):
@@ -284,7 +284,7 @@ def seeded(run, gmacs, values, *, budget=None):
 
 
 @pytest.mark.parametrize(
-    ("zoom", "plain", "tile", "said"),
+    ("zoom", "plain", "tile", "ending"),
     [
         ((0.90, 0.92, 0.94), (0.80, 0.93), "range of 3 seeds: 90.0 to 94.0", "; the ranges of their seeds overlap."),
         ((0.92,), (0.90,), "95 % interval: 87.0 to 97.0", "included; the intervals overlap."),
@@ -295,31 +295,31 @@ def seeded(run, gmacs, values, *, budget=None):
         ((0.90, 0.94), (0.70, 0.89), "range of 2 seeds: 90.0 to 94.0", "the source of the scores included."),
     ],
 )  # fmt: skip
-def test_a_range_over_seeds_is_not_called_an_interval(zoom, plain, tile, said):
+def test_a_range_over_seeds_is_not_called_an_interval(zoom, plain, tile, ending):
     found = headline(points(seeded("zoom", 0.5, zoom, budget=4) + seeded("plain", 1.0, plain)))
     assert found["tiles"][0]["interval"] == tile
     (line,) = found["comparisons"]
-    assert line.endswith(said)
+    assert line.endswith(ending)
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "told"),
+    ("file", "text", "message"),
     [
         ("run.json", "{", "run.json: not readable as"),
         ("run.json", "{}", "run.json: is None version None, expected 'zpipe-run' version 1"),
         ("run.json", '{"format": "zpipe-run", "version": 1}', "run.json: not the settings of a run"),
         ("evaluation.json", '{"rows": 3}', "evaluation.json: not an evaluation"),
         ("evaluation.json", '{"rows": [{"setting": "alpha=x", "count": 3}]}', "evaluation.json: not an evaluation"),
-        ("metrics.jsonl", '{"step": 1}\n{"st', "metrics.jsonl: line 2 is no line of figures"),
+        ("metrics.jsonl", '{"step": 1}\n{"st', "metrics.jsonl: line 2 is not a line of metrics"),
         ("results/study.json", "{}", "study.json: is None version None"),
         ("results/errors_samples.json", '{"samples": [1]}', "errors_samples.json: not an error analysis"),
     ],
 )
-def test_broken_files_are_named(data, tmp_path, file, text, told):
+def test_broken_files_are_named(data, tmp_path, file, text, message):
     run = shutil.copytree(data / "double", tmp_path / "double")
     (run / file).parent.mkdir(exist_ok=True)
     (run / file).write_text(text)
-    with pytest.raises(ZpipeError, match=re.escape(told)) as error:
+    with pytest.raises(ZpipeError, match=re.escape(message)) as error:
         report([run], tmp_path / "out", replace(CONFIG, gallery=0))
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
@@ -360,7 +360,11 @@ def test_entries_are_what_the_models_say(data, page_file):
         {"budget": 1},
         None,
     ]
-    assert [model["zoom"] and model["zoom"]["scores"] for model in found["models"]] == [0, 0, None]  # one zoomer, once
+    assert [model["zoom"] and model["zoom"]["scores"] for model in found["models"]] == [
+        0,
+        0,
+        None,
+    ]  # both have the same zoomer
     opened = load_run(data / "half")
     batch = next(
         iter(RelevanceLoader(data / "shards", data / "maps", batch_size=COUNT, image_size=SIDE, augment="eval"))
@@ -377,7 +381,7 @@ def test_entries_are_what_the_models_say(data, page_file):
         assert entry["label"] == int(batch["label"][place])
         exact = torch.frombuffer(bytearray(base64.b64decode(entry["scores"][0])), dtype=torch.float32)
         assert len(exact) == GRID**2 and torch.allclose(exact, scores[place], atol=1e-6)
-        # By what each class was given and not by place: in a batch of another size two that are all but equal may swap.
+        # By probability and not by rank: in a batch of another size, two nearly equal classes may swap.
         best = probabilities[place].topk(5).values.tolist()
         assert [share for _, share in entry["top"][1]] == pytest.approx(best, abs=1e-4)
         indices = [index for index, _ in entry["top"][1]]
@@ -407,7 +411,7 @@ def test_samples_are_drawn_from_all_shards_or_from_few(data):
     read, drawn = keys(12, 4)
     assert read > 2 and len(set(drawn)) == 12 and [key for key in everything if key in drawn] == drawn
     assert drawn == keys(12, 4)[1] != keys(12, 4, seed=1)[1]
-    assert keys(5, 1)[0] == 1 and keys(12, 1)[0] == 2  # one shard holds six
+    assert keys(5, 1)[0] == 1 and keys(12, 1)[0] == 2  # a shard holds six
     with pytest.raises(UsageError, match="training takes all"):
         RelevanceLoader(data / "shards", None, batch_size=4, image_size=SIDE).draw(3, shards=1)
 
@@ -428,7 +432,7 @@ def test_without_maps_and_with_a_model_that_needs_them(data, tmp_path):
 
 
 def test_runs_of_another_data_set_are_left_out_with_a_note(data, tmp_path):
-    """With as many classes, more, and fewer than the gallery's labels need: the last would end the whole report."""
+    """With as many classes as the gallery's labels, more and fewer; fewer would fail the whole report."""
     for name, classes in (("as-many", 10), ("more", 12), ("fewer", 2)):
         other = shutil.copytree(data / "shards", tmp_path / f"{name}-shards")
         index = read_json(other / INDEX_NAME, "a shard index")
@@ -451,7 +455,7 @@ def test_runs_of_another_data_set_are_left_out_with_a_note(data, tmp_path):
     for name, classes in (("as-many", 10), ("more", 12), ("fewer", 2)):
         (note,) = [note for note in notes if note.startswith(f"{name}: ")]
         assert f"its {classes} classes are not the 10 of {data / 'shards'}; report it separately" in note
-    # Beside its own data the same run is shown.
+    # The same run is shown in a gallery of its own data.
     chosen = replace(CONFIG, gallery=4, shards=tmp_path / "more-shards")
     html = report([tmp_path / "more", data / "plain"], tmp_path / "out", chosen).read_text()
     assert [model["name"] for model in embedded(html, "gallery-data")["models"]] == ["more"]
@@ -461,7 +465,7 @@ def test_runs_of_another_data_set_are_left_out_with_a_note(data, tmp_path):
 
 
 class _Reader(HTMLParser):
-    """Every element's attributes, and the text of the scripts."""
+    """Collects the attributes of all elements and the text of the scripts."""
 
     def __init__(self):
         super().__init__()
@@ -497,7 +501,7 @@ def test_the_page_reaches_for_nothing_and_runs_only_its_own_scripts(page_file):
 
 
 def test_the_page_is_made_where_the_locale_knows_only_ascii():
-    """Its files hold arrows and Greek; Python reads text as the locale says unless told otherwise."""
+    """Its files contain arrows and Greek letters, and Python's default encoding is that of the locale."""
     command = "from zpipe.train.report.page import render; print(ascii(render({}, None)))"
     settings = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", command], env=settings, capture_output=True, text=True, timeout=120)
@@ -538,7 +542,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        # Its sandbox refuses to run as root, which containers do; the page is our own.
+        # Chromium's sandbox does not run as root, as in containers; the page is our own.
         running = driver.chromium.launch(executable_path=found, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield running
         running.close()
@@ -546,14 +550,14 @@ def browser():
 
 @pytest.fixture
 def open_page(browser):
-    """Opens a file; fails the test on a console error, an exception, or a request to anywhere but the file."""
+    """Open a file; the test fails on console errors, exceptions, and requests to anything but the file."""
     troubles, contexts = [], []
 
     def run(path, **options):
         context = browser.new_context(**{"viewport": {"width": 1300, "height": 900}} | options)
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda said: troubles.append(said.text) if said.type in ("error", "warning") else None)
+        page.on("console", lambda line: troubles.append(line.text) if line.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on(
             "request",
@@ -620,7 +624,7 @@ def test_the_slider_cuts_patches_as_zoom_tokens_does(data, page_file, open_page,
 
 
 def test_the_rules_of_patches_on_ties_and_thresholds(page_file, open_page):
-    """Scores that equal each other and the threshold, in float32, on both zoom factors."""
+    """Scores that equal each other or the threshold, in float32, at both zoom factors."""
     page = open_page(page_file)
     generator = torch.Generator().manual_seed(0)
     levels = torch.tensor([0.0, 0.1, 0.2, 0.3, 1.0])
@@ -680,7 +684,7 @@ def test_filters_filter_and_two_models_answer(data, page_file, open_page):
 
 
 def test_the_panel_of_the_scores_says_what_they_know(data, open_page, tmp_path):
-    said = {
+    captions = {
         "zoomer": "The Zoomer's map, from the image alone.",
         "maps": "The teacher's maps as scores, made with knowledge of the true class.",
         "attention": "The model's own class attention with nothing zoomed, from the image alone.",
@@ -688,15 +692,15 @@ def test_the_panel_of_the_scores_says_what_they_know(data, open_page, tmp_path):
         "centre": "A Gaussian around the centre, the same for every image.",
         "random": "Random scores, which know nothing of the image.",
     }
-    assert said.keys() | {"own", "none"} == SOURCES.keys()
-    for source in said:
+    assert captions.keys() | {"own", "none"} == SOURCES.keys()
+    for source in captions:
         run = shutil.copytree(data / "double", tmp_path / source)
         record = read_json(run / "run.json", "a run")
         record["settings"]["scores"] = source
         write_json(run / "run.json", record)
-    runs = [tmp_path / source for source in said]
+    runs = [tmp_path / source for source in captions]
     page = open_page(report(runs, tmp_path / "out", replace(CONFIG, gallery=2, maps=data / "maps")))
-    for source, words in said.items():
+    for source, words in captions.items():
         page.select_option("#patch-model", label=source)
         _, teacher, scores, _ = page.locator(".entry[data-at='0'] canvas").all()
         assert scores.get_attribute("aria-label") == words
@@ -772,7 +776,7 @@ def test_the_gallery_shows_rivals_at_the_settings_that_were_evaluated(data, tmp_
 
 
 def wait_until(page, expression):
-    """Playwright's own waiting evaluates text within the page, which its policy forbids."""
+    """Wait until an expression is true. Playwright's own function uses eval, which the policy of the page forbids."""
     for _ in range(500):
         if page.evaluate(expression):
             return
@@ -805,7 +809,7 @@ def test_by_keyboard_alone(page_file, open_page):
     assert dialog.locator(".key").inner_text() != key and "3 of 20" in dialog.locator(".key").inner_text()
     page.keyboard.press("Escape")
     assert dialog.is_hidden()
-    wait_until(page, f"{at} === '2'")  # a dialog tells that it was closed a moment later
+    wait_until(page, f"{at} === '2'")  # the close event of a dialog comes a moment later
     unnamed = """() => [
         ...document.querySelectorAll("canvas, select, input, button, article, dialog, [role=img]")].filter(
         (node) => !(node.getAttribute("aria-label") || node.getAttribute("aria-labelledby") || node.labels?.length
@@ -849,10 +853,10 @@ def test_tables_are_sorted_by_their_headers(data, open_page, tmp_path):
     for column, key, direction, expected in (
         ("run", "Enter", "ascending", ["a", "b", "run-2", "run-10"]),
         ("run", "Space", "descending", ["run-10", "run-2", "b", "a"]),
-        ("top-1", "Enter", "ascending", ["run-2", "b", "run-10", "a"]),  # equal ones stay as they were
+        ("top-1", "Enter", "ascending", ["run-2", "b", "run-10", "a"]),  # equal rows keep their order
         ("top-1", "Enter", "descending", ["a", "run-10", "run-2", "b"]),
         ("images/s", "Enter", "ascending", ["run-10", "b", "a", "run-2"]),
-        ("images/s", "Enter", "descending", ["a", "b", "run-10", "run-2"]),  # nothing to compare: last
+        ("images/s", "Enter", "descending", ["a", "b", "run-10", "run-2"]),  # empty cells come last
         ("lr", "Space", "ascending", ["run-2", "b", "run-10", "a"]),
         ("setting", "Enter", "ascending", ["run-10", "b", "run-2", "a"]),
         ("finished", "Enter", "ascending", ["run-2", "run-10", "b", "a"]),
@@ -883,7 +887,7 @@ def test_focus_stays_at_the_ends_of_the_enlarged_view(page_file, open_page):
             assert shown.inner_text() != before
         assert page.evaluate(focused) == button
         assert page.locator(f"#{button}").get_attribute("aria-disabled") == "true"
-        page.keyboard.press("Enter")  # one that is off does nothing
+        page.keyboard.press("Enter")  # a disabled button does nothing
         assert last in shown.inner_text() and page.evaluate(focused) == button
         page.keyboard.press(back)
         assert beside in shown.inner_text() and page.locator("#enlarged [aria-disabled='true']").count() == 0
@@ -901,7 +905,7 @@ def test_focus_stays_when_the_window_changes(page_file, open_page):
         assert page.evaluate("document.activeElement.dataset.at") == "1"
     page.keyboard.press("ArrowDown")
     assert page.evaluate("document.activeElement.dataset.at") == "2"
-    # Focus elsewhere stays there.
+    # Focus outside of the list stays.
     page.locator("#reset").focus()
     before = page.evaluate(height)
     page.set_viewport_size({"width": 900, "height": 900})
@@ -930,7 +934,7 @@ def test_names_in_plots_are_text(data, open_page, tmp_path):
 
 
 def test_text_stands_out_from_its_ground_and_a_narrow_screen_is_enough(page_file, open_page):
-    """WCAG AA, 4.5 to 1, for every pair of text and ground that the style uses."""
+    """WCAG AA: a contrast of 4.5 to 1 for every pair of text and background."""
     page = open_page(page_file)
     read = "name => getComputedStyle(document.documentElement).getPropertyValue(name).trim()"
 
@@ -962,7 +966,7 @@ def test_two_thousand_entries(page_file, open_page, tmp_path):
     few = "document.querySelectorAll('.entry').length"
     assert 1 <= page.evaluate(few) < 20
     page.evaluate("document.getElementById('gallery-body').scrollIntoView()")
-    # Frames while the page is scrolled through: how long the middle one took.
+    # The median time of a frame while the page scrolls.
     middle = page.evaluate("""() => new Promise((resolve) => {
         const times = []; let last = performance.now(); let step = 0;
         const tick = (now) => { times.push(now - last); last = now; scrollBy(0, 400);
