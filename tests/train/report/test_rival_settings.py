@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import re
 import shutil
 from dataclasses import replace
 
 import pytest
 import timm
+from report_page import embedded
 from timm.models import register_model
 from tiny import BODY, SIDE, scenes
 from torch import nn
@@ -78,10 +77,6 @@ def data(tmp_path_factory):
     return root
 
 
-def embedded(page, name):
-    return json.loads(re.search(rf'id="{name}">(.*?)</script>', page.read_text(), re.S)[1])
-
-
 def test_its_setting_is_swept(data):
     gathered = gather([data / "central"])
     found = points(gathered.results)
@@ -96,7 +91,7 @@ def test_its_setting_is_swept(data):
 
 
 def test_its_points_are_on_the_page(data, tmp_path):
-    about = embedded(report([data / "central"], tmp_path, replace(CONFIG, gallery=0)), "about-data")
+    about = embedded(report([data / "central"], tmp_path, replace(CONFIG, gallery=0)).read_text(), "about-data")
     (table,) = about["tables"]["accuracy"]
     assert [row[:2] for row in table["rows"]] == [["central", "side 2"], ["central", "side 4"]]
     (tile,) = about["headline"]["tiles"]
@@ -106,7 +101,7 @@ def test_its_points_are_on_the_page(data, tmp_path):
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_the_gallery_answers_at_its_setting_and_in_the_precision(data, tmp_path, precision):
     config = replace(CONFIG, shards=data / "shards", precision=precision)
-    gallery = embedded(report([data / "central"], tmp_path, config), "gallery-data")
+    gallery = embedded(report([data / "central"], tmp_path, config).read_text(), "gallery-data")
     sentences = ["Shown at the middle setting of the evaluation: central (side 4)."]
     assert gallery["settings"] == sentences + ([] if precision == "float32" else ["The models ran in bf16."])
     settings = PredictConfig(settings={"side": 4}, precision=precision, device="cpu")
@@ -121,7 +116,7 @@ def test_the_gallery_answers_at_its_setting_and_in_the_precision(data, tmp_path,
 
 def test_models_without_settings_are_said_to_run_in_the_precision(data, tmp_path):
     config = replace(CONFIG, shards=data / "shards", precision="bf16")
-    gallery = embedded(report([data / "plain"], tmp_path, config), "gallery-data")
+    gallery = embedded(report([data / "plain"], tmp_path, config).read_text(), "gallery-data")
     assert gallery["settings"] == ["The models ran in bf16."]
     with pytest.raises(UsageError, match="--precision int8: choose float32, bf16 or fp16"):
         replace(CONFIG, precision="int8")
