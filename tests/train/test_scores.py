@@ -1,4 +1,4 @@
-"""Sources of scores: what each one is, and that all serve training and evaluation alike."""
+"""Sources of scores: the values of each, and their use in training and evaluation."""
 
 from __future__ import annotations
 
@@ -62,26 +62,26 @@ def test_entropy_is_that_of_the_histogram():
     cell = grey[8:, 8:]
     share = np.histogram(cell, bins=8, range=(grey.min(), grey.max()))[0] / 64
     assert got[1, 3] == pytest.approx(-(share[share > 0] * np.log(share[share > 0])).sum() / math.log(8), abs=0.02)
-    torch.testing.assert_close(entropy_scores(3 * images + 1, 2, bins=8), got)  # whatever the normalisation
+    torch.testing.assert_close(entropy_scores(3 * images + 1, 2, bins=8), got)  # independent of the normalisation
     with pytest.raises(ValueError, match="don't divide into 3 x 3"):
         entropy_scores(images, 3)
     assert entropy_scores(torch.zeros(1, 3, 16, 16), 2).tolist() == [[0, 0, 0, 0]]
-    even = torch.arange(64.0).view(1, 1, 8, 8).expand(1, 3, 8, 8)  # every level as often: never above 1
+    even = torch.arange(64.0).view(1, 1, 8, 8).expand(1, 3, 8, 8)  # all levels equally often: the maximum, 1
     assert entropy_scores(even, 1).item() == pytest.approx(1) and entropy_scores(even, 1).item() <= 1
 
 
 @torch.no_grad()
 def test_class_attention_is_that_of_the_last_block():
     torch.manual_seed(0)
-    # In float64: the attention of random weights is all but even, so that taking its minimum away cancels digits.
+    # In float64: the attention of random weights is nearly uniform, so subtracting its minimum cancels digits.
     vit = VisionTransformer(img_size=SIDE, num_classes=5, reg_tokens=2, **BODY).eval().double()
     images = torch.randn(3, 3, SIDE, SIDE).double()
     attn = vit.blocks[-1].attn
-    attn.fused_attn = False  # timm then makes the matrix, and drops nothing of it
+    attn.fused_attn = False  # so that timm computes the attention matrix
     seen = []
     attn.attn_drop.register_forward_hook(lambda module, inputs, output: seen.append(output))
     vit(images)
-    row = seen[0][:, :, 0, 3:].mean(1)  # class token to patches, past two registers
+    row = seen[0][:, :, 0, 3:].mean(1)  # from the class token to the patches, after two registers
     expected = (row - row.amin(1, keepdim=True)) / (row.amax(1, keepdim=True) - row.amin(1, keepdim=True))
     torch.testing.assert_close(class_attention(vit, images, GRID), expected, atol=1e-10, rtol=1e-10)
     twice = class_attention(vit, images, 2 * GRID).view(3, 2 * GRID, 2 * GRID)
@@ -197,7 +197,7 @@ def test_runs_start_others_with_other_heads_and_a_fused_model_from_its_backbone(
 
 
 @pytest.mark.parametrize(
-    ("options", "given", "told"),
+    ("options", "given", "message"),
     [
         ({"scores": "magic"}, (), "choose one of zoomer, maps, attention"),
         ({"scores": "zoomer"}, (), "give --zoomer RUN"),
@@ -222,8 +222,8 @@ def test_runs_start_others_with_other_heads_and_a_fused_model_from_its_backbone(
         ),
     ],
 )
-def test_sources_that_do_not_fit(data, tmp_path, options, given, told):
-    with pytest.raises(UsageError, match=told.replace("(", r"\(")) as error:
+def test_sources_that_do_not_fit(data, tmp_path, options, given, message):
+    with pytest.raises(UsageError, match=message.replace("(", r"\(")) as error:
         config = replace(VIT, **options)
         train_vit(data / "shards", tmp_path / "run", config, **{name: data / name for name in given})
     assert "\n" not in str(error.value)
@@ -258,7 +258,7 @@ def test_calibrated_to_multiply_adds(data, zoom):
 
 @pytest.mark.parametrize("budget", ["5", "10.5"])
 def test_the_alpha_that_is_printed_is_the_one_that_was_found(data, zoom, tmp_path, budget):
-    """Scores of a prior tie: a rounded threshold would zoom a whole ring of cells more, or fewer."""
+    """The scores of a prior have ties: a rounded threshold would zoom a whole ring of cells more, or less."""
     out = tmp_path / "c.json"
     line = ["calibrate", str(zoom), str(data / "shards"), "--budget", budget, "--scores", "centre", "--json", str(out)]
     result = CliRunner().invoke(app, [*line, "--device", "cpu"])
@@ -276,7 +276,7 @@ def test_calibration_on_some_images(data, zoom):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"budget": "3 tokens"}, "below the 16 tokens of an image in which nothing is zoomed"),
         ({"budget": "lots"}, "is none: give a number of cells"),
@@ -284,8 +284,8 @@ def test_calibration_on_some_images(data, zoom):
         ({"budget": "4", "limit": 0}, "limit 0"),
     ],
 )
-def test_what_cannot_be_calibrated(data, zoom, options, told):
-    with pytest.raises(UsageError, match=told) as error:
+def test_what_cannot_be_calibrated(data, zoom, options, message):
+    with pytest.raises(UsageError, match=message) as error:
         calibrate(zoom, data / "shards", CalibrationConfig(device="cpu", **options))
     assert "\n" not in str(error.value)
 

@@ -10,6 +10,7 @@ import base64
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,12 @@ def build_gallery(
         if all(view.crop_pct != crop for view in views):
             views.append(_View(crop_pct=crop))
         model.view = [view.crop_pct for view in views].index(crop)
+
+    def report(group: int, done: int, total: int) -> None:
+        progress("gallery", group * total + done, len(groups) * total)
+
     samples = None
-    for number, models in enumerate(groups.values()):
+    for group, models in enumerate(groups.values()):
         loader = eval_loader(
             models[0].preprocessing,
             shards,
@@ -166,11 +171,7 @@ def build_gallery(
             batch_size=config.batch_size,
             missing="error" if store is None else "skip",
         )
-
-        def report(done: int, total: int, before: int = number) -> None:
-            progress("gallery", before * total + done, len(groups) * total)
-
-        samples = _run_group(models, views[models[0].view], loader, config, report)
+        samples = _run_group(models, views[models[0].view], loader, config, partial(report, group))
     if samples is None:
         return None, notes
     return _assemble(shown, views, samples, store, config), notes
@@ -183,7 +184,7 @@ def _run_group(
     config: GalleryConfig,
     report: Callable[[int, int], None],
 ) -> _Samples:
-    """Run models that see the same view on the samples of the gallery."""
+    """Run models that see the same view on the samples; `report` takes the number of samples done and their total."""
     read = loader.draw(config.count, shards=MAX_SHARDS_READ, seed=config.seed)
     samples = _Samples(str(loader.path), loader.index.classes, loader.sample_count, read, len(loader.shards))
     side = models[0].preprocessing.image_size

@@ -211,7 +211,7 @@ def _read_curve(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
             step = int(line["step"])
         except (ValueError, KeyError, TypeError) as error:
-            raise ZpipeError(f"{path}: line {number} is no line of figures; remove it") from error
+            raise ZpipeError(f"{path}: line {number} is not a line of metrics; remove it") from error
         # A resumed run logs the steps since its last checkpoint again; the weights are those of the later line.
         key = (step, "loss" in line)
         lines.pop(key, None)

@@ -124,7 +124,7 @@ class Bench:
         return self.opened.model
 
     def sweep(self, times: float = 1.0) -> dict[str, Any]:
-        """The alphas and budgets to measure: those of the config or else, by how the run was trained.
+        """The alphas and budgets to measure: those of the config, or else some that fit the training of the run.
 
         Args:
             times: factor of the budgets if they are not those of the config.

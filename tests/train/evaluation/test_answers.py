@@ -63,13 +63,13 @@ def test_classes_by_name_and_from_a_file(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_text("2\nbee\n\n0\n")
     assert read_classes(str(path), own, []) == [2, 1, 0]
-    for text, told in (
+    for text, message in (
         ("elk", "label 0, elk: the model knows no such class"),
         ("1\nbee", "names a class twice"),
         ("4", "no such class"),
     ):
         path.write_text(text)
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             read_classes(str(path), own, [])
     with pytest.raises(UsageError, match="label 1, elk"):
         read_classes("by-name", own, ["dog", "elk"])

@@ -1,4 +1,4 @@
-"""Evaluation: every figure of a row equals what can be computed by hand."""
+"""Evaluation: every metric of a row equals its value computed by hand."""
 
 import io
 import json
@@ -87,7 +87,7 @@ def block_macs(tokens):
 
 
 def macs(coarse, fine=0, fine_weights=0):
-    """Of the whole ViT for `coarse` patches of 8 x 8 x 3 weights and `fine` ones of `fine_weights`."""
+    """Multiply-adds of a ViT with `coarse` patches of 8 x 8 x 3 weights and `fine` ones of `fine_weights` weights."""
     embedding = (coarse * 192 + fine * fine_weights) * WIDTH
     return embedding + BODY["depth"] * block_macs(coarse + fine) + WIDTH * CLASSES
 
@@ -180,8 +180,8 @@ def test_mean_tokens_between_the_extremes(data, by_hand):
     with torch.no_grad():
         scores = opened.zoomer(by_hand[1])
     spread = scores[:, scores.std(dim=0).argmax()].double().sort().values
-    # Half of the images have that cell above it. Between two scores rather than at one, as the median of an even count
-    # of them is: a score that equals the threshold would be above it in one batch size and not in another.
+    # This cell is above the threshold in half of the images. The threshold lies between two scores: rounding differs
+    # between batch sizes, so a score equal to the threshold would be above it at one size and not at another.
     alpha = float(spread[COUNT // 2 - 1] + spread[COUNT // 2]) / 2
     row = rows_of(data, "zoom", replace(CONFIG, alphas=(alpha,), budgets=()))[f"alpha={alpha!r}"]
     tokens = CELLS + 3 * (scores > alpha).sum(1).float()
@@ -195,13 +195,13 @@ def test_mean_tokens_between_the_extremes(data, by_hand):
 def test_batch_size_and_workers_change_nothing(data, run):
     config = replace(CONFIG, alphas=(0.0, 0.4, 0.5, 1.0), budgets=(2,))
 
-    def figures(**options):
+    def metrics(**options):
         rows = rows_of(data, run, replace(config, **options)).values()
         return [(row["setting"], row["count"], row["top1"], row["tokens"], round(row["gmacs"], 12)) for row in rows]
 
-    first = figures()
+    first = metrics()
     for options in ({"batch_size": 1}, {"batch_size": 7}, {"batch_size": 1000}, {"data_workers": 2}):
-        assert figures(**options) == first
+        assert metrics(**options) == first
 
 
 # -------------------------------------------------------------------------------------------------------- zoomer row
@@ -220,8 +220,8 @@ def test_a_zoomers_row(data, by_hand):
     assert row["mae"] == pytest.approx(float((scores - target).abs().mean()), rel=1e-4)
     ranks = [[values.argsort().argsort().double() for values in pair] for pair in zip(scores, target, strict=True)]
     by_rank = np.mean([np.corrcoef(*pair)[0, 1] for pair in ranks])
-    # Two scores closer than float32 rounds may come in the other order in batches of another size. Neighbours in the
-    # order of n cells that swap move an image's rank correlation by 12 / (n (n + 1)) at most.
+    # Scores that differ by rounding only may swap in batches of another size. A swap of neighbours among n cells
+    # changes the rank correlation of an image by at most 12 / (n (n + 1)).
     close = int((scores.sort(1).values.diff(dim=1) < 1e-6).sum())
     swaps = close * 12 / (CELLS * (CELLS + 1)) / COUNT
     assert row["rank_correlation"] == pytest.approx(by_rank, abs=1e-6 + swaps)
@@ -254,12 +254,14 @@ def test_json_is_what_was_returned(data, tmp_path):
 
 def test_progress_names_each_batch(data):
     seen = []
-    evaluate(data / "plain", data / "shards", CONFIG, progress=lambda *told, **facts: seen.append((*told, *facts)))
+    evaluate(
+        data / "plain", data / "shards", CONFIG, progress=lambda *position, **facts: seen.append((*position, *facts))
+    )
     assert seen == [("evaluate", number, 4, "top1") for number in range(1, 5)]
 
 
 @pytest.mark.parametrize(
-    ("run", "options", "told"),
+    ("run", "options", "message"),
     [
         ("zoomer", {}, "give --maps"),
         ("zoom", {"alphas": (1.5,)}, "--alphas 1.5"),
@@ -278,11 +280,11 @@ def test_progress_names_each_batch(data):
         ("maps", {}, "not a training run"),
     ],
 )
-def test_wrong_usage(data, tmp_path, run, options, told):
+def test_wrong_usage(data, tmp_path, run, options, message):
     out = tmp_path / "rows.json"
     with pytest.raises(UsageError) as error:
         evaluate(data / run, data / "shards", replace(CONFIG, **options), out=out)
-    assert told in str(error.value) and "\n" not in str(error.value) and not out.exists()
+    assert message in str(error.value) and "\n" not in str(error.value) and not out.exists()
 
 
 @pytest.mark.parametrize(("run", "scores"), [("zoomer", "zoomer"), ("with-maps", "maps")])
@@ -336,10 +338,10 @@ def test_the_weights_of_the_best_epoch_and_of_a_kept_one(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weights", "told"), [("best", "train with --val"), ("7", "train.keep"), ("first", "--weights first: choose")]
+    ("weights", "message"), [("best", "train with --val"), ("7", "train.keep"), ("first", "--weights first: choose")]
 )
-def test_weights_that_are_not_there(data, weights, told):
-    with pytest.raises(UsageError, match=told):
+def test_weights_that_are_not_there(data, weights, message):
+    with pytest.raises(UsageError, match=message):
         evaluate(data / "plain", data / "shards", replace(CONFIG, weights=weights))
 
 

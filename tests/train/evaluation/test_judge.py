@@ -1,4 +1,4 @@
-"""Judging maps: curves by hand, and maps that are known to be right or wrong."""
+"""Tests of maps: curves by hand, and maps that are known to be right or wrong."""
 
 from __future__ import annotations
 
@@ -90,13 +90,13 @@ def test_rows_of_maps_and_controls(data, tmp_path):
     assert few[0]["count"] == 7
     again = judge_maps(data / "run", data / "shards", data / "maps", JudgeConfig(device="cpu", steps=4, batch_size=3))
     for row, same in zip(rows, again, strict=True):
-        assert row == pytest.approx(same, abs=1e-5)  # whatever the batches, random orders too
+        assert row == pytest.approx(same, abs=1e-5)  # random orders do not depend on the batch size, either
 
 
 def test_maps_that_point_at_the_box_win_the_pointing_game(data, tmp_path):
 
     loader = RelevanceLoader(data / "shards", data / "maps", batch_size=20, image_size=SIDE, augment="eval")
-    # The evaluation view cuts the borders off, the store's maps are of the whole image.
+    # The evaluation view is a centre crop; the store's maps cover the whole image.
     maps = {}
     for batch in loader:
         for key, box, view in zip(batch["key"], batch["object_box"], batch["box"], strict=True):
@@ -120,9 +120,9 @@ def test_the_command(data):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [({"steps": 0}, "steps 0"), ({"limit": 0}, "limit 0"), ({"baseline": "black"}, "choose mean or blur")],
 )
-def test_wrong_settings(options, told):
-    with pytest.raises(UsageError, match=told):
+def test_wrong_settings(options, message):
+    with pytest.raises(UsageError, match=message):
         JudgeConfig(**options)

@@ -1,4 +1,4 @@
-"""Single images: the same answer as evaluation gives, pictures, and plain words for what is no image."""
+"""Single images: the same answers as in evaluation, pictures, and errors for files that are no images."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from zpipe.cli import app
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.checkpoint import load_run
 from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.evaluation.evaluate import evaluate
+from zpipe.train.evaluation.inference import OpenRun, choose_run_source
+from zpipe.train.evaluation.operating_points import EvalConfig, operating_points
 from zpipe.train.evaluation.pictures import patches
 from zpipe.train.evaluation.predict import Classifier, PredictConfig, predict
 from zpipe.train.fit.config import TrainConfig
@@ -60,12 +63,72 @@ def test_the_same_answer_as_in_evaluation(data, run):
     assert len(rows) == 10 and len(names) == 10
     for key, expected in zip(batch["key"], probabilities, strict=True):
         found = rows[str(data / "images" / f"{key}.jpg")]["classes"]
-        # By what each class was given and not by place: in a batch of another size two that are all but equal may swap.
+        # By probability and not by rank: in a batch of another size, two nearly equal classes may swap.
         best = expected.sort(descending=True).values[:5].tolist()
         assert [each["probability"] for each in found] == pytest.approx(best, abs=1e-5)
         assert expected[[each["index"] for each in found]].tolist() == pytest.approx(best, abs=2e-5)
         assert len({each["index"] for each in found}) == 5
         assert [each["name"] for each in found] == [names[each["index"]] for each in found]
+
+
+STAGES = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 3}
+BACKBONE = {"backbone": "deit_tiny_patch16_224", "backbone_args": BODY}
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "settings", "sweep", "default"),
+    [
+        ("cfvit_small", STAGES, {"exit": 1.0}, {"exits": (1.0,)}, {"exit": 0.0}),
+        ("token_pruned_vit", BACKBONE | {"prune_block": 1}, {"keep": 2}, {"keeps": (2,)}, {}),
+        ("tome_vit", BACKBONE | {"r": 0}, {"merge": 5}, {"merges": (5,)}, {}),
+    ],
+)
+def test_rivals_answer_at_the_operating_points_of_evaluation(
+    data, tmp_path, model, arguments, settings, sweep, default
+):
+    run = tmp_path / "run"
+    train_vit(
+        data / "shards",
+        run,
+        VitConfig(model=model, model_args=arguments, image_size=SIDE, train=replace(LOOP, lr=1e-2)),
+    )
+    opened = load_run(run)
+    (point,) = operating_points(opened.model, None, EvalConfig(**sweep))
+    answer = OpenRun(opened, choose_run_source(opened, None, None), device="cpu").answer
+    shard = sorted((data / "shards").glob("*.tar"))[0]
+    (batch,) = RelevanceLoader(shard, batch_size=10, image_size=SIDE, augment="eval")
+    expected = answer(batch, point).logits.softmax(1)
+    classifier = Classifier(load_run(run), replace(CPU, settings=settings))
+    assert torch.equal(classifier(batch["image"], batch["key"]).softmax(1), expected)
+    other = Classifier(load_run(run), replace(CPU, settings=default))(batch["image"], batch["key"]).softmax(1)
+    assert not torch.equal(other, expected)
+    files = [data / "images" / f"{key}.jpg" for key in batch["key"]]
+    rows = predict(run, files, replace(CPU, settings=settings, top=1))
+    for row, probabilities in zip(rows, expected, strict=True):
+        assert row["classes"][0]["probability"] == pytest.approx(float(probabilities.max()), abs=1e-5)
+    (measured,) = evaluate(run, shard, EvalConfig(**sweep, batch_size=10, device="cpu"))["rows"]
+    assert measured["top1"] == pytest.approx(float((expected.argmax(1) == batch["label"]).float().mean()))
+
+
+def test_half_precision(data, tmp_path):
+    """Scores and model run under autocast, and pictures are drawn of half-precision scores."""
+    seen = []
+
+    def look(module, inputs, output):
+        if isinstance(module, torch.nn.Linear):
+            seen.append(output.dtype)
+
+    file = sorted((data / "images").iterdir())[0]
+    handle = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        (low,) = predict(data / "zoom", [file], replace(CPU, budget=3, precision="bf16"), out=tmp_path)
+    finally:
+        handle.remove()
+    assert seen and set(seen) == {torch.bfloat16} and (tmp_path / f"{file.stem}.png").is_file()
+    (full,) = predict(data / "zoom", [file], replace(CPU, budget=3))
+    assert low["tokens"] == full["tokens"] == GRID**2 + 9
+    assert low["classes"] != full["classes"]
+    assert low["classes"][0]["probability"] == pytest.approx(full["classes"][0]["probability"], abs=0.05)
 
 
 def test_zoom_and_pictures(data, tmp_path):
@@ -83,7 +146,7 @@ def test_zoom_and_pictures(data, tmp_path):
 
 
 def test_scores_on_a_grid_that_is_not_the_models(data, tmp_path):
-    """A model that crops takes the zoomer's scores as they are; its own grid has 8 x 8 cells, the zoomer's 4 x 4."""
+    """A model that crops takes scores on any grid; its own grid has 8 x 8 cells, the zoomer's 4 x 4."""
     backbone = {"backbone": "deit_tiny_patch16_224", "backbone_args": BODY, "patch_size": 4}
     config = VitConfig(model="image_zoom", model_args=backbone, image_size=SIDE, train=LOOP)
     train_vit(data / "shards", tmp_path / "box", config, zoomer=data / "zoomer")
@@ -95,7 +158,7 @@ def test_scores_on_a_grid_that_is_not_the_models(data, tmp_path):
 
 @pytest.mark.parametrize("zoomed", [0, 1, 4])
 def test_red_are_the_patches_of_zoomed_cells(zoomed):
-    """All of them, when all cells are zoomed: 2 x 2 cells of 16 pixels."""
+    """Of 2 x 2 cells of 16 pixels, even if all of them are zoomed."""
     corners = [(x, y) for y in (0, 16) for x in (0, 16)]
     fine = [(x + i, y + j, x + i + 8, y + j + 8) for x, y in corners[:zoomed] for i in (0, 8) for j in (0, 8)]
     coarse = [(x, y, x + 16, y + 16) for x, y in corners[zoomed:]]
@@ -119,19 +182,24 @@ def test_the_command(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("run", "options", "kind", "told"),
+    ("run", "options", "kind", "message"),
     [
         ("zoomer", {}, UsageError, "holds a zoomer, no classifier"),
         ("with-maps", {}, UsageError, "with-maps: was trained with maps as scores, .*: single images have no maps"),
         ("zoom", {"scores": "maps"}, UsageError, "--scores maps: single images have no maps in a store; choose zoomer"),
         ("zoom", {"alpha": 0.1, "budget": 3}, UsageError, "not both"),
+        ("zoom", {"alpha": 0.1, "settings": {"budget": 3}}, UsageError, "not both"),
+        ("zoom", {"settings": {"exit": 0.5}}, UsageError, "zoom: exit: ZoomViT has no such setting; it takes alpha, "),
+        ("zoom", {"settings": {"exit": 0.5}, "scores": "none"}, UsageError, "exit: ZoomViT has no such setting"),
+        ("plain", {"settings": {"keep": 3}}, UsageError, "keep: VisionTransformer has no such setting; it takes none"),
+        ("zoom", {"precision": "int8"}, UsageError, "--precision int8: choose float32, bf16 or fp16"),
         ("zoom", {"alpha": 1.5}, UsageError, r"zoom: alpha 1.5: a threshold lies in \[0, 1\]"),
         ("zoom", {"budget": 99}, UsageError, "budget must lie between"),
         ("nothing", {}, UsageError, "not a training run"),
     ],
 )
-def test_wrong_use(data, run, options, kind, told):
-    with pytest.raises(kind, match=told) as error:
+def test_wrong_use(data, run, options, kind, message):
+    with pytest.raises(kind, match=message) as error:
         predict(data / run, sorted((data / "images").iterdir())[:1], replace(CPU, **options))
     assert "\n" not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""Studies: every figure is what the models compute, nothing is trained twice, results are read back as written."""
+"""Studies: every value is what the models compute, nothing is trained twice, results are read back as written."""
 
 import itertools
 import json
@@ -62,7 +62,7 @@ def study(data, name, run="zoom", config=CONFIG, **inputs):
 
 
 def values(rows, metric, *names):
-    """Values by setting; names: what of the setting tells them apart."""
+    """The values of a metric by the settings `names`, which must identify them."""
     found = [(tuple(row.setting.get(name) for name in names), row.value) for row in rows if row.metric == metric]
     assert len(dict(found)) == len(found)
     return dict(found)
@@ -92,7 +92,7 @@ def test_pruning(data):
 def test_zoom_factor_embeddings_and_what_is_trained(data):
     rows, _ = study(data, "zfe")
     trained = sorted(path.name for path in (data / "zoom" / "studies" / "zfe").iterdir())
-    assert trained == ["fixed-seed-0", "none-seed-0"]  # the run at hand is the soft one
+    assert trained == ["fixed-seed-0", "none-seed-0"]  # the finished run has the soft one
     assert load_run(data / "zoom" / "studies" / "zfe" / "none-seed-0").model.zfe == "none"
     top1 = values(rows, "top1", "zfe", "budget")
     assert {kind for kind, _ in top1} == {"none", "fixed", "soft"} and {budget for _, budget in top1} == {0, 2, 4, 6, 8}
@@ -174,7 +174,7 @@ def test_a_plain_vit_that_zooms_is_itself_where_nothing_is_zoomed(data):
         assert torch.allclose(zooming_twin(plain, SIDE, 0.5)(images, everything, alpha=0.0), expected, atol=1e-5)
     rows, _ = study(data, "test-time-zoom", "plain", zoomer=data / "zoomer")
     top1 = values(rows, "top1", "zoom", "eta", "alpha")
-    # Logits that are equal up to rounding may differ in the answer to an image in which two classes all but tie.
+    # Rounding may change the answer to an image with two nearly equal logits.
     assert top1["at test time", 2.0, 1.0] == pytest.approx(top1["none", None, None], abs=1.01 / COUNT)
     with pytest.raises(UsageError, match="give --zoomer RUN"):
         launch("test-time-zoom", data / "plain", data / "shards", CONFIG)
@@ -183,7 +183,7 @@ def test_a_plain_vit_that_zooms_is_itself_where_nothing_is_zoomed(data):
 
 
 def test_what_is_trained_is_normalised_as_the_run_is(data, tmp_path):
-    """Or two things would differ at once: without the frozen zoomer, --init-from would choose."""
+    """Otherwise two things would differ: without the frozen zoomer, --init-from determines the normalisation."""
     begun = Path(shutil.copytree(data / "plain", tmp_path / "begun"))
     config = json.loads((begun / "config.json").read_text())
     config["pretrained_cfg"] |= {"mean": [0.5] * 3, "std": [0.25] * 3}
@@ -202,7 +202,7 @@ def test_what_is_trained_is_normalised_as_the_run_is(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "changes", "told"),
+    ("name", "options", "changes", "message"),
     [
         ("pruning", {}, {"seeds": (1,)}, "--seeds: study pruning has no use for it"),
         ("errors", {}, {"epochs": 3.0}, "--epochs"),
@@ -212,8 +212,8 @@ def test_what_is_trained_is_normalised_as_the_run_is(data, tmp_path):
         ("zfe", {}, {"evaluation": EvalConfig(calibration=Path("shards"))}, "--calibration"),
     ],
 )
-def test_what_a_study_has_no_use_for_is_refused(data, name, options, changes, told):
-    with pytest.raises(UsageError, match=told):
+def test_what_a_study_has_no_use_for_is_refused(data, name, options, changes, message):
+    with pytest.raises(UsageError, match=message):
         launch(name, data / "zoom", data / "shards", replace(CONFIG, **changes), **options)
 
 
@@ -242,7 +242,7 @@ def test_zoomers_in_half_precision(data):
 
 @contextmanager
 def expect_autocast():
-    """The dtypes that the blocks of ViTs compute in meanwhile."""
+    """Collect the dtypes of the outputs of linear layers."""
     seen = []
 
     def look(module, given, out):
@@ -310,7 +310,7 @@ def test_errors_are_told_apart_by_what_was_zoomed(data, tmp_path, boxes, monkeyp
         chosen = set(scores[row].argsort(descending=True, stable=True)[:4].tolist())
         if boxes:
             x1, y1, x2, y2 = batch["object_box"][row].double().tolist()
-            # The share of a fine raster's points in the box whose cell is zoomed.
+            # The fraction of the points of a fine raster in the box that lie in zoomed cells.
             ticks = (np.arange(800) + 0.5) / 800
             xs, ys = ticks[(ticks > x1) & (ticks < x2)], ticks[(ticks > y1) & (ticks < y2)]
             cells = [int(y * GRID) * GRID + int(x * GRID) for y in ys[::4] for x in xs[::4]]
@@ -329,7 +329,7 @@ def test_errors_are_told_apart_by_what_was_zoomed(data, tmp_path, boxes, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("name", "run", "told"),
+    ("name", "run", "message"),
     [
         ("tables", "zoom", "study tables: choose one of alpha-eta"),
         ("pruning", "plain", "plain: study pruning needs a zoomvit_* run"),
@@ -337,10 +337,10 @@ def test_errors_are_told_apart_by_what_was_zoomed(data, tmp_path, boxes, monkeyp
         ("errors", "plain", "needs a zoomvit_* run"),
     ],
 )
-def test_wrong_usage(data, name, run, told):
+def test_wrong_usage(data, name, run, message):
     with pytest.raises(UsageError) as error:
         launch(name, data / run, data / "shards", CONFIG)
-    assert told in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------------ results files
@@ -384,5 +384,5 @@ def test_results_come_back_as_they_were(tmp_path):
     [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
 )
 def test_wilsons_interval(right, n, low, high):
-    """The values of Newcombe 1998, Table I, for 81 of 263 and of the closed form for the rest."""
+    """81 of 263 is an example of Newcombe 1998, Table I; the other values are of the closed form."""
     assert wilson(right, n) == pytest.approx((low, high), abs=5e-5)
