@@ -57,9 +57,11 @@ def test_what_got_worse_is_named_with_both_spreads_and_ends_with_1(run, last, ca
     new = copy.deepcopy(last)
     new["ratios"]["store"]["verify"] = [0.25, 0.26, 0.24]
     assert run.check(last, new) == 1
-    said = capsys.readouterr().out
-    assert re.search(r"store: verify: 50% worse, 0\.500 \[0\.490, 0\.520\] on .*, 0\.250 \[0\.240, 0\.260\] now", said)
-    assert "models" not in said
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"store: verify: 50% worse, 0\.500 \[0\.490, 0\.520\] on .*, 0\.250 \[0\.240, 0\.260\] now", printed
+    )
+    assert "models" not in printed
     assert run.check(last, last) == 0 and "nothing got worse" in capsys.readouterr().out
 
 
@@ -69,8 +71,8 @@ def test_another_machine_is_not_compared(run, last, capsys, name, value):
     new["machine"][name] = value
     new["ratios"]["store"]["verify"] = [0.1, 0.1, 0.1]
     assert run.check(last, new) == 2
-    said = capsys.readouterr().out
-    assert "not comparable" in said and f"{name}: " in said and "worse" not in said
+    printed = capsys.readouterr().out
+    assert "not comparable" in printed and f"{name}: " in printed and "worse" not in printed
 
 
 def test_other_settings_are_not_compared_and_other_versions_are_told(run, last, capsys):
@@ -86,9 +88,9 @@ def test_what_only_one_run_has_is_said(run, last):
     new = copy.deepcopy(last)
     new["ratios"]["models"] = {"eta=3": [1.0]}
     del new["ratios"]["store"]
-    worse, said = run.compare(last, new)
+    worse, remarks = run.compare(last, new)
     assert worse == []
-    assert said == ["models: eta=2: gone", "models: eta=3: new", "store: not measured now"]
+    assert remarks == ["models: eta=2: gone", "models: eta=3: new", "store: not measured now"]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,8 @@ def test_the_committed_run_has_the_shape(run):
     assert last["settings"].keys() == last["ratios"].keys() <= run.BENCHMARKS.keys()
     for name, ratios in last["ratios"].items():
         run.check_ratios(ratios)
-        given = run.arguments(name, quick=last["machine"]["quick"], threads=last["machine"]["threads"], device="cpu")
-        assert last["settings"][name] == given, f"{name}: its settings have changed since; run it again"
+        arguments = run.arguments(
+            name, quick=last["machine"]["quick"], threads=last["machine"]["threads"], device="cpu"
+        )
+        assert last["settings"][name] == arguments, f"{name}: its settings have changed since; run it again"
     assert run.check(last, last) == 0

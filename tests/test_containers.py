@@ -146,7 +146,7 @@ WORKERS = {"groupName": str, "replicas": int, "minReplicas": int, "maxReplicas":
 
 
 def fits(value, fields):
-    return all(name in fields and type(found) is fields[name] for name, found in value.items())
+    return all(name in fields and type(item) is fields[name] for name, item in value.items())
 
 
 def ray_job(name):
@@ -228,8 +228,8 @@ def shell_commands(text):
     """Every `zpipe` and `ray` command in a piece of shell, with each variable replaced by 1."""
     text = re.sub(r"\\\n\s*|\s+#.*", " ", text).replace('"$@"', "")
     text = re.sub(r"\$\{[^}]*\}|\$\w+", "1", text)
-    found = re.findall(r"(?:^|[;&|]|exec|if|--\S+)\s*((?:ray|zpipe) [a-z][^;&|><\n]*)", text, re.M)
-    return [shlex.split(command) for command in found]
+    commands = re.findall(r"(?:^|[;&|]|exec|if|--\S+)\s*((?:ray|zpipe) [a-z][^;&|><\n]*)", text, re.M)
+    return [shlex.split(command) for command in commands]
 
 
 def commands():
@@ -264,9 +264,9 @@ def test_commands_are_commands_that_there_are(name):
 
 
 def test_no_command_was_overlooked():
-    said = [" ".join(words[:2]) for words in COMMANDS.values()]
-    assert said.count("ray start") == 3 + 4 + 2 and said.count("ray health-check") == 2
-    assert said.count("zpipe extract-teacher-maps") == 3 and said.count("zpipe train-vit") == 1
+    verbs = [" ".join(words[:2]) for words in COMMANDS.values()]
+    assert verbs.count("ray start") == 3 + 4 + 2 and verbs.count("ray health-check") == 2
+    assert verbs.count("zpipe extract-teacher-maps") == 3 and verbs.count("zpipe train-vit") == 1
 
 
 @pytest.mark.parametrize(

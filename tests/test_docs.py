@@ -1,4 +1,4 @@
-"""The documents are true: their snippets run, their commands parse, their links lead somewhere."""
+"""The documents are true: their snippets run, their commands parse, and their links have targets."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ COMMANDS = set(typer.main.get_command(app).commands)
 def blocks(name: str) -> list[tuple[int, str, str]]:
     """(line, language, text) of every fenced block of a page."""
     text = (ROOT / name).read_text()
-    return [(text[: found.start()].count("\n") + 2, *found.groups()) for found in BLOCK.finditer(text)]
+    return [(text[: match.start()].count("\n") + 2, *match.groups()) for match in BLOCK.finditer(text)]
 
 
 # ------------------------------------------------------------------------------------------------------- snippets
@@ -101,8 +101,8 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch, cli):
     commands = commands_in(page)
     assert [words[1] for words in commands].count("extract-teacher-maps") == 2
     for words in commands:
-        told = cli(*words[1:])
-        assert told.code == 0, (words, told.stderr)
+        result = cli(*words[1:])
+        assert result.code == 0, (words, result.stderr)
     for store in ("train", "of-teacher"):
         assert len(zpipe.open_maps(f"maps/{store}")) == 12
     assert len(json.loads(Path("zoomvit/evaluation.json").read_text())["rows"]) == 5
@@ -140,11 +140,11 @@ def test_a_reader_that_knows_only_the_description(store):
     finally:
         sys.path.pop(0)
     maps = zpipe.open_maps(store)
-    found = {key: (relevance, row) for key, relevance, row in read_store(store)}
-    assert list(found) == list(maps) and len(found) == 18
+    samples = {key: (relevance, row) for key, relevance, row in read_store(store)}
+    assert list(samples) == list(maps) and len(samples) == 18
     for row in maps.table().drop_columns("shard").to_pylist():
-        np.testing.assert_array_equal(found[row["key"]][0], maps[row["key"]])
-        assert found[row["key"]][1] == row
+        np.testing.assert_array_equal(samples[row["key"]][0], maps[row["key"]])
+        assert samples[row["key"]][1] == row
 
 
 def test_the_reader_needs_nothing_of_ours(store):
@@ -170,22 +170,22 @@ def test_the_description_of_the_store_names_every_column_and_field():
 
 def commands_in(text: str) -> list[list[str]]:
     """The zpipe command lines of a block, or of a page's inline code."""
-    found = []
+    commands = []
     for line in text.replace("\\\n", " ").splitlines():
         line = line.removeprefix("$ ")
         if line.startswith("zpipe "):
-            found.append(shlex.split(line, comments=True))
-    return found
+            commands.append(shlex.split(line, comments=True))
+    return commands
 
 
 def written_commands() -> list[tuple[str, list[str]]]:
-    found = []
+    commands = []
     for name in NAMES:
         text = (ROOT / name).read_text()
-        found += [(name, words) for _, _, block in blocks(name) for words in commands_in(block)]
+        commands += [(name, words) for _, _, block in blocks(name) for words in commands_in(block)]
         inline = re.findall(r"`(zpipe [^`]+)`", BLOCK.sub("", text))
-        found += [(name, words) for code in inline for words in commands_in(re.sub(r"\s+", " ", code))]
-    return found
+        commands += [(name, words) for code in inline for words in commands_in(re.sub(r"\s+", " ", code))]
+    return commands
 
 
 WRITTEN = written_commands()
@@ -214,11 +214,11 @@ def test_a_command_that_is_written_down_parses(name, words):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [("zpipe maps info x --nope", "nope"), ("zpipe evaluate a b c d", "c: no such"), ("zpipe nothing", "nothing")],
 )
-def test_a_wrong_command_does_not(line, told):
-    with pytest.raises(Exception, match=told):
+def test_a_wrong_command_does_not(line, message):
+    with pytest.raises(Exception, match=message):
         check(shlex.split(line))
 
 

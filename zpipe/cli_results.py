@@ -30,6 +30,7 @@ from zpipe.cli_options import (
 )
 from zpipe.console import (
     local_path,
+    parse_budget,
     parse_budgets,
     parse_numbers,
     parse_point,
@@ -40,7 +41,6 @@ from zpipe.console import (
     tell,
     warn,
 )
-from zpipe.schemas.errors import UsageError
 
 # The columns of an evaluation that a table has room for; the file has all of them.
 _COLUMNS = [
@@ -303,12 +303,9 @@ def predict_command(
         from zpipe.schemas.atomic import write_json
         from zpipe.train.evaluation.predict import PredictConfig, predict
 
-        budgets = parse_budgets(budget or "")
-        if len(budgets) > 1:
-            raise UsageError(f"--budget {budget}: give one budget")
         config = PredictConfig(
             alpha=alpha,
-            budget=budgets[0] if budgets else None,
+            budget=parse_budget(budget),
             settings=parse_point(at),
             scores=scores,
             weights=weights,

@@ -173,6 +173,14 @@ def parse_budgets(text: str) -> tuple[int | str, ...]:
     return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
+def parse_budget(text: str | None) -> int | str | None:
+    """A single budget, or None."""
+    budgets = parse_budgets(text or "")
+    if len(budgets) > 1:
+        raise UsageError(f"--budget {text}: give one budget")
+    return budgets[0] if budgets else None
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"

@@ -128,10 +128,10 @@ def run_demo(
     claim_folder(out, MARKER, "demo")
     settings = {"seed": seed, "quick": quick}
     if (out / MARKER).is_file():
-        found = read_json(out / MARKER, "a demo's settings")
-        if "version" in found:  # earlier demos don't state one
-            check_format(out / MARKER, found, FORMAT, VERSION, remedy="give another folder")
-        if {name: found.get(name) for name in settings} != settings:
+        marker = read_json(out / MARKER, "a demo's settings")
+        if "version" in marker:  # earlier demos don't state one
+            check_format(out / MARKER, marker, FORMAT, VERSION, remedy="give another folder")
+        if {name: marker.get(name) for name in settings} != settings:
             raise UsageError(f"{out}: holds a demo with other settings; give another folder")
     else:
         write_json(out / MARKER, header(FORMAT, VERSION) | settings)
@@ -262,9 +262,9 @@ class Demo:
         config = EvalConfig(batch_size=100, device="cpu", **settings)
         folder = self.out / run
         target = folder / "evaluation-maps.json" if by_maps else results_path(folder, "evaluation")
-        found = evaluate(folder, self.val_shards, config, maps=maps, out=target, progress=self.show)
-        self.measured += [Result(**result) for result in found["results"]]
-        return found["rows"]
+        results = evaluate(folder, self.val_shards, config, maps=maps, out=target, progress=self.show)
+        self.measured += [Result(**result) for result in results["results"]]
+        return results["rows"]
 
     def _maps(self) -> str:
         config = ExtractConfig(weights=str(self.out / "teacher"), batch_size=32, device="cpu")

@@ -1,4 +1,4 @@
-"""The command line: each verb on real data, one `error:` line for each wrong use, nothing overwritten, progress."""
+"""The command line: each verb runs on real data, wrong use gives one `error:` line and overwrites nothing."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def succeed(line, places=None):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Folders by name: what commands made, and each way in which a folder can be wrong."""
+    """Folders by name: outputs of commands, and folders that are wrong in each possible way."""
     root = tmp_path_factory.mktemp("cli")
     names = "shards other_shards maps other_maps other_grid zoomer vit plain with_maps missing empty file foreign "
     names += "tars_only cut_on cut_inside unfinished_store broken_store unfinished_run unfinished_zoomer odd_label"
@@ -104,7 +104,7 @@ def snapshot(folder):
 
 
 def errors_of(stderr):
-    """Lines that are no progress and no warning; exactly one error, then its details."""
+    """The lines that are neither progress nor warnings: exactly one error, then its details."""
     assert "Traceback" not in stderr
     lines = [line for line in stderr.splitlines() if not line.startswith(("{", "warning: "))]
     assert lines and lines[0].startswith("error: ") and all(line.startswith("  ") for line in lines[1:]), stderr
@@ -188,7 +188,7 @@ WRONG = {
         2,
         "--budgets 1.5: budget '1.5' is none: give a number of cells",
     ),
-    "evaluate: nothing asked": (evaluate(more="--alphas ,"), 2, "give --alphas or --budgets"),
+    "evaluate: no point": (evaluate(more="--alphas ,"), 2, "give --alphas or --budgets"),
     "evaluate: scores": (evaluate(more="--scores teacher"), 2, "choose one of zoomer, maps"),
     "evaluate: scores maps": (evaluate(more="--scores maps"), 2, "needs a relevance store; give --maps"),
     "evaluate: no value": (evaluate(more="--at side="), 2, "--at side=: write it as NAME=VALUE"),
@@ -265,13 +265,13 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_use_is_one_line(places, tmp_path, case):
-    line, code, told = WRONG[case]
+    line, code, message = WRONG[case]
     root, out = places["shards"].parent, tmp_path / "out"
     before = snapshot(root)
     result = call(line, places | {"out": out})
     assert isinstance(result.exception, SystemExit), repr(result.exception)
     first = errors_of(result.stderr)[0]
-    assert told.format(**places) in first and result.exit_code == code, first
+    assert message.format(**places) in first and result.exit_code == code, first
     assert len(first) < 600
     assert snapshot(root) == before
     # A run that never began may have claimed its folder, and holds no more than that.
@@ -312,11 +312,11 @@ def test_an_incomplete_line_shows_how_to_go_on(places, tmp_path, line):
     ],
 )
 def test_a_url_where_only_this_machine_will_do_is_refused(places, tmp_path, monkeypatch, line):
-    """It isn't taken for a folder named `s3:` below the working folder."""
+    """It is not taken for a folder named `s3:` below the working folder."""
     monkeypatch.chdir(tmp_path)
     result = call(line, places | {"out": tmp_path / "out"})
-    (told,) = errors_of(result.stderr)
-    assert result.exit_code == 2 and "://bucket" in told and "give a local path" in told
+    (error,) = errors_of(result.stderr)
+    assert result.exit_code == 2 and "://bucket" in error and "give a local path" in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -351,20 +351,20 @@ def test_all_verbs_are_there():
 
 @pytest.mark.parametrize("path", VERBS, ids=" ".join)
 def test_help_of_a_verb_explains_every_option(path):
-    told = succeed(" ".join(path) + " --help").stdout
-    assert f"Usage: zpipe {' '.join(path)}" in told
+    printed = succeed(" ".join(path) + " --help").stdout
+    assert f"Usage: zpipe {' '.join(path)}" in printed
     for parameter in VERBS[path].params:
         if parameter.param_type_name == "option":
-            assert all(name in told for name in parameter.opts)
+            assert all(name in printed for name in parameter.opts)
         else:
-            assert parameter.name in told.lower()
+            assert parameter.name in printed.lower()
         assert parameter.name == "help" or parameter.help, f"{parameter.name} has no help"
 
 
 @pytest.mark.parametrize("path", ["", "maps "], ids=["zpipe", "maps"])
 def test_the_list_of_verbs_is_in_whole_sentences(path):
-    told = succeed(f"{path}--help").stdout
-    listed = told.partition("Commands:")[2].strip().splitlines()
+    printed = succeed(f"{path}--help").stdout
+    listed = printed.partition("Commands:")[2].strip().splitlines()
     assert len(listed) == sum(len(verb) == len(path.split()) + 1 and " ".join(verb).startswith(path) for verb in VERBS)
     assert all(line.endswith(".") and not line.endswith("...") for line in listed), listed
 
@@ -381,7 +381,7 @@ def test_help_offers_only_what_a_verb_takes():
 
 @pytest.mark.parametrize("path", [path for path in VERBS if VERBS[path].callback], ids=" ".join)
 def test_every_path_is_looked_at_for_a_url(path):
-    """`Path` alone would take one for a folder of that name."""
+    """`Path` alone would take a URL for a folder of that name."""
     hints = typing.get_type_hints(VERBS[path].callback, include_extras=True)
     paths = {name: hint.__metadata__[0] for name, hint in hints.items() if "pathlib.Path" in str(hint)}
     assert [name for name, option in paths.items() if option.parser not in (local_path, path_or_url)] == []
@@ -507,9 +507,9 @@ def sided_vit(pretrained=False, **kwargs):
 
 def test_settings_that_a_model_names_are_evaluated_and_predicted(places, sided, photo, tmp_path):
     where = places | {"run": sided, "out": tmp_path / "rows.json", "photo": photo}
-    told = succeed("evaluate {run} {shards} --device cpu --json {out} --at side=2,4 --at side=8", where).stdout
+    printed = succeed("evaluate {run} {shards} --device cpu --json {out} --at side=2,4 --at side=8", where).stdout
     rows = json.loads(where["out"].read_text())["rows"]
-    assert [row["side"] for row in rows] == [2, 4, 8] and "side=8" in told
+    assert [row["side"] for row in rows] == [2, 4, 8] and "side=8" in printed
     assert "photo.png: " in succeed("predict {photo} --checkpoint {run} --device cpu --at side=2", where).stdout
     for line, message in (
         ("evaluate {run} {shards} --device cpu --at side=2,wide", "--at side wide: this setting takes no such value"),
@@ -543,8 +543,8 @@ def test_optimizer_arguments_on_the_command_line(places, tmp_path):
 
 
 def test_progress_is_json_lines_off_a_terminal(places, tmp_path):
-    told = succeed(zoomer(more="--set train.log_every=2"), places | {"out": tmp_path / "run"}).stderr.splitlines()
-    lines = [json.loads(line) for line in told]
+    printed = succeed(zoomer(more="--set train.log_every=2"), places | {"out": tmp_path / "run"}).stderr.splitlines()
+    lines = [json.loads(line) for line in printed]
     assert {line["stage"] for line in lines} == {"train-zoomer"}
     assert all(0 < line["done"] <= line["total"] == 10 and line["images_per_s"] > 0 for line in lines)
     # At most one every few seconds, and the last one always.
@@ -575,10 +575,10 @@ def test_progress_is_a_bar_on_a_terminal(places):
     finally:
         process.kill()
         os.close(ours)
-    told = seen.decode()
+    printed = seen.decode()
     assert process.returncode == 0
-    assert "verify" in told and "4/4" in told and "━" in told and "problems 0" in told
-    assert '"stage"' not in told
+    assert "verify" in printed and "4/4" in printed and "━" in printed and "problems 0" in printed
+    assert '"stage"' not in printed
     assert stdout.decode().strip().endswith("maps: whole")
 
 
@@ -608,8 +608,8 @@ def test_a_study_by_the_command_line(places, tmp_path, cli):
 def test_the_help_of_study_lists_the_studies():
     from zpipe.train.studies.registry import STUDIES
 
-    told = " ".join(succeed("study --help").stdout.split())
-    assert all(f"{name} {study.title}" in told for name, study in STUDIES.items())
+    printed = " ".join(succeed("study --help").stdout.split())
+    assert all(f"{name} {study.title}" in printed for name, study in STUDIES.items())
 
 
 @pytest.mark.parametrize(
@@ -629,16 +629,16 @@ def test_what_moved_says_where(places, tmp_path, line, instead):
 def test_results_of_other_weights_and_precisions_go_elsewhere(places, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(places["plain"], run)
-    told = succeed("evaluate {run} {shards} --precision bf16 --device cpu", places | {"run": run}).stdout
-    assert f"written to {run / 'evaluation-bf16.json'}" in told and not (run / "evaluation.json").exists()
+    printed = succeed("evaluate {run} {shards} --precision bf16 --device cpu", places | {"run": run}).stdout
+    assert f"written to {run / 'evaluation-bf16.json'}" in printed and not (run / "evaluation.json").exists()
     shutil.copy(run / "model.safetensors", run / "best.safetensors")
-    told = succeed("evaluate {run} {shards} --weights best --device cpu", places | {"run": run}).stdout
-    found = json.loads((run / "evaluation-best.json").read_text())
-    assert (found["content"], found["weights"], found["precision"]) == ("evaluation", "best", "float32")
+    printed = succeed("evaluate {run} {shards} --weights best --device cpu", places | {"run": run}).stdout
+    results = json.loads((run / "evaluation-best.json").read_text())
+    assert (results["content"], results["weights"], results["precision"]) == ("evaluation", "best", "float32")
 
 
 def test_an_interrupt_is_one_line(places, tmp_path):
-    """As Ctrl-C at a terminal does it: to the command and its data process at once."""
+    """The signal reaches the command and its data process at once, like Ctrl-C at a terminal."""
     line = zoomer(more="--epochs 10000 --data-workers 1 --image-size 224").format(**places, out=tmp_path / "run")
     streams = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
     process = start(*line.split(), **streams)
@@ -691,7 +691,7 @@ def test_odd_but_legal_images_go_all_the_way(tmp_path):
     )
     for line in lines:
         result = succeed(line, where)
-        noise = [told for told in result.stderr.splitlines() if not told.startswith(("{", "warning: random weights"))]
+        noise = [line for line in result.stderr.splitlines() if not line.startswith(("{", "warning: random weights"))]
         assert not noise, noise
     assert len(open_maps(where["maps"])) == len(pictures)
     assert json.loads(where["out"].read_text())["rows"][0]["count"] == len(pictures)

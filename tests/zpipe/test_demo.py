@@ -1,4 +1,4 @@
-"""The whole line on embedded data, with almost nothing of it: does every joint hold, and can it be gone on with?"""
+"""The whole pipeline on very little embedded data: every stage fits the next, and the demo can be resumed."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def test_every_stage_has_its_line(demo):
 
 
 def test_the_example_of_reuse_runs_on_it(demo):
-    """Token pruning by cached maps: with every patch kept it is the teacher itself, whatever the order."""
+    """Token pruning by cached maps: if every patch is kept, the answers are the teacher's, whatever the order."""
     out, example = demo[0], Path(__file__).parents[2] / "docs" / "examples" / "prune_tokens.py"
     line = [
         sys.executable,

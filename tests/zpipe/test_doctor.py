@@ -1,4 +1,4 @@
-"""The doctor passes where things run, and names what would fail later."""
+"""The doctor passes on a working machine, and names what would fail later."""
 
 import tempfile
 
@@ -50,5 +50,5 @@ def test_a_package_that_breaks_at_import_is_named(monkeypatch, tmp_path):
     (tmp_path / "broken_package.py").write_text("raise ImportError('libfoo.so: cannot open\\nmore')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(doctor, "REQUIRED", ("broken_package",))
-    found = {finding.name: finding for finding in doctor.examine()}["broken_package"]
-    assert not found.ok and "libfoo.so: cannot open)" in found.value and "pip install" in found.value
+    broken = {finding.name: finding for finding in doctor.examine()}["broken_package"]
+    assert not broken.ok and "libfoo.so: cannot open)" in broken.value and "pip install" in broken.value
