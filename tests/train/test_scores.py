@@ -290,9 +290,13 @@ def test_what_cannot_be_calibrated(data, zoom, options, message):
     assert "\n" not in str(error.value)
 
 
-def test_models_without_a_threshold_are_not_calibrated(data):
-    with pytest.raises(UsageError, match=r"only zoomvit_\*, cfvit_"):
-        calibrate(data / "zoomer", data / "shards", CalibrationConfig(budget="4", device="cpu"))
+def test_models_whose_cost_has_no_threshold_are_not_calibrated(data, tmp_path):
+    args = {"backbone": "deit_tiny_patch16_224", "patch_size": 8, "backbone_args": BODY}
+    fused = replace(VIT, model="fused_vit", model_args=args, scores="centre")  # it zooms, at the same cost
+    train_vit(data / "shards", tmp_path / "fused", fused)
+    for run in (data / "zoomer", tmp_path / "fused"):
+        with pytest.raises(UsageError, match=r"only zoomvit_\*, cfvit_"):
+            calibrate(run, data / "shards", CalibrationConfig(budget="4", device="cpu"))
 
 
 def test_maps_as_scores_reach_the_model_as_they_are(data):

@@ -76,7 +76,7 @@ def calibrate(
         UsageError: the model has no threshold, or the budget is below its least cost.
     """
     opened = load_run(run, config.weights)
-    if not hasattr(opened.model, "cost_kinds"):
+    if "exit" not in setting_names(opened.model) and not hasattr(opened.model, "tokenise"):
         raise UsageError(f"{run}: only zoomvit_*, cfvit_* and lfvit_* models cost more or less by a threshold")
     loader = eval_loader(
         opened.preprocessing, shards, maps, batch_size=config.batch_size, data_workers=config.data_workers

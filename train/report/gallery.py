@@ -358,7 +358,7 @@ def _model(model: _Shown, scores: int | None, store: RelevanceMaps | None) -> di
         "scores_caption": SCORE_CAPTIONS[source.name].format(made_for=_made_for(store)),
         "factor": getattr(net, "zoom_factor", 2.0),
         "side": net.coarse_grid,
-        "fixed_tokens": None if hasattr(net, "cost_kinds") else cost(net, model.point).tokens,
+        "fixed_tokens": None if hasattr(net, "tokenise") else cost(net, model.point).tokens,
         "chosen": chosen,
         "evaluated": model.record.zooms,
     }
