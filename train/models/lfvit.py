@@ -38,14 +38,14 @@ class LFViT(CFViT):
     paper says 8.
 
     Args:
-        *args: as of `CFViT`.
+        args: as of `CFViT`.
         region_size: coarse cells a side of the region (the paper's m; Table 2). It may be changed on the model.
         keep: the share of the region's cells to refine (the paper's alpha, Table 5), rounded up.
         selection: which region to choose (Table 6): "region" with the highest sum, "negative" with the lowest,
             "maximum" around the highest-scored cell, "minimum" around the lowest-scored one, both moved to lie within
             the image, or "random". In each of them the highest-scored cells are refined. The paper doesn't say where in
             the region the highest- or lowest-scored cell lies.
-        **kwargs: as of `CFViT`.
+        kwargs: as of `CFViT`.
 
     Raises:
         ValueError: as of `CFViT`; a region that doesn't fit the grid of coarse cells.

@@ -40,10 +40,10 @@ class ReleasedZoomViT(ZoomViT):
     deviation.
 
     Args:
-        *args: as of `ZoomViT`.
+        args: as of `ZoomViT`.
         alpha: the threshold, which the authors fix at construction (Small .01, Tiny .03); calls may give another.
         init_values: initial value of LayerScale.
-        **kwargs: as of `ZoomViT`.
+        kwargs: as of `ZoomViT`.
     """
 
     RELEASE_NAME = "ZoomViT"
