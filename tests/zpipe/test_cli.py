@@ -235,7 +235,7 @@ WRONG = {
     "predict: no such setting": (
         "predict {file} --checkpoint {vit} --at exit=0.7 --device cpu",
         2,
-        "vit: exit 0.7: ZoomViT has no such setting",
+        "vit: exit: ZoomViT has no such setting",
     ),
     "predict: precision": (
         "predict {file} --checkpoint {vit} --precision half --device cpu",
