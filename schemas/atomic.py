@@ -21,12 +21,14 @@ from zpipe.schemas.storage import (
     check_reachable,
     is_remote,
     names_in,
+    read_file,
     remove,
     storage_errors,
     upload,
 )
 
 TMP_PREFIX = ".tmp-"
+MAX_JSON_BYTES = 256 << 20  # a shard index has 250 bytes per shard
 
 
 def _fsync_path(path: Path) -> None:
@@ -113,7 +115,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         ZpipeError: The file is absent, unreadable or no JSON object.
     """
     try:
-        value = json.loads(as_path(path).read_bytes())
+        value = json.loads(read_file(path, MAX_JSON_BYTES))
     except FileNotFoundError as error:
         raise ZpipeError(f"{path}: no such file; expected {what}") from error
     except storage_errors(ValueError, RecursionError) as error:

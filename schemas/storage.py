@@ -7,13 +7,15 @@ contain them are refused, because paths are written into manifests, settings and
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 
@@ -141,6 +143,43 @@ def check_reachable(path: Path) -> None:
         raise ZpipeError(
             f"{path}: can't be reached ({str(error).splitlines()[0]}); check credentials and endpoint"
         ) from error
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading, without ever waiting for a FIFO or reading from a device.
+
+    Raises:
+        OSError: The file is absent, unreadable, or no regular file; `strerror` is a phrase for a message.
+    """
+    path = as_path(path)
+    if is_remote(path):
+        return path.open("rb")
+    # Opening a FIFO for reading waits for a writer, unless it is non-blocking; reads of regular files ignore the flag.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
+        if not stat.S_ISREG(mode):
+            kind = "a FIFO" if stat.S_ISFIFO(mode) else "a device"
+            raise OSError(errno.EINVAL, f"is {kind}, not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """Read a regular file whole, if it has at most `max_bytes` bytes.
+
+    Raises:
+        OSError: As for :func:`open_file`, or the file is larger.
+    """
+    with open_file(path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"has more than {max_bytes} bytes, too many for a file of its kind", str(path))
+    return data
 
 
 def upload(local: Path, path: Path) -> None:
