@@ -27,7 +27,12 @@ class UsageError(ZpipeError):
 
 
 def first_line(error: BaseException) -> str:
-    """First line of the message of another library's exception, at most 200 characters; its type if it has none."""
+    """First line of the message of another library's exception, at most 200 characters; its type if it has none.
+
+    Of an OSError, its reason without number and file: ``No space left on device``.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return str(error.strerror)
     return _lines(error)[0][:200]
 
 
