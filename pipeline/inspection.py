@@ -13,13 +13,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from zpipe.pipeline.shard_reader import open_image, read_samples
+from zpipe.pipeline.shard_reader import read_samples
 from zpipe.schemas.atomic import commit
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.images import DECODE_ERRORS, open_image, to_rgb
 from zpipe.schemas.manifest import StoreManifest
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.relevance_store import OK, count_correct_labels
-from zpipe.schemas.sample import DECODE_ERRORS, Sample
+from zpipe.schemas.sample import Sample
 from zpipe.schemas.shard_index import find_shards
 from zpipe.schemas.storage import as_path, check_reachable, folder_bytes
 
@@ -152,7 +153,7 @@ def _find_image(shards: Path, stem: str, key: str) -> Image.Image:
 def _decoded(sample: Sample, tar: Path) -> Image.Image:
     try:
         with open_image(sample.image) as image:
-            return image.convert("RGB")
+            return to_rgb(image)
     except DECODE_ERRORS as error:
         raise ZpipeError(
             f"{tar}: key {sample.key}: can't be decoded ({error}); give the shards of this store with --shards"

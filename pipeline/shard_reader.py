@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import tarfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,13 +12,14 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.geometry import Box
+from zpipe.schemas.images import DECODE_ERRORS, open_image, to_rgb
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.sample import DECODE_ERRORS, IMAGE_FORMATS, Sample, check_tar_end, group_samples
+from zpipe.schemas.sample import Sample, check_tar_end, group_samples
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -58,29 +58,6 @@ class FramedImage:
     """The part of the source image that the pixels show."""
     problem: str = ""
     """Why the image could not be decoded."""
-
-
-def open_image(data: bytes) -> Image.Image:
-    """Open an image file without decoding it. Its content decides the format, not its name.
-
-    Raises:
-        OSError, ValueError, SyntaxError: PIL cannot open it, it has another format than those of shards (PIL knows
-        formats
-            that start programs), or it unpacks to more pixels than PIL considers harmless. Decoding the image may then
-            raise any of `DECODE_ERRORS`.
-    """
-    if not data:
-        raise ValueError("zero bytes")
-    try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except UnidentifiedImageError as error:
-        raise ValueError(f"not a readable {', '.join(IMAGE_FORMATS)} image") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from error
-    # PIL only warns up to twice this size, and turning its warning into an error is not thread-safe.
-    if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
-    return image
 
 
 class _HashingFile:
@@ -294,7 +271,7 @@ def frame_image(sample: Sample, frame: Frame) -> FramedImage:
     try:
         with open_image(sample.image) as image:
             width, height = image.size
-            rgb = image.convert("RGB")
+            rgb = to_rgb(image)
     except DECODE_ERRORS as error:
         problem = str(error).split("\n")[0] or type(error).__name__
         unit = Box(0.0, 0.0, 1.0, 1.0)

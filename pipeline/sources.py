@@ -20,17 +20,16 @@ import numpy as np
 from PIL import Image
 
 from zpipe.pipeline.scenes import SPLITS, SceneConfig, make_scenes
-from zpipe.pipeline.shard_reader import open_image
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.sample import DECODE_ERRORS, IMAGE_SUFFIXES, KEY_RULES, key_for_file
+from zpipe.schemas.image_formats import IMAGE_SUFFIXES, SUFFIX_OF_FORMAT
+from zpipe.schemas.images import DECODE_ERRORS, open_image
+from zpipe.schemas.sample import KEY_RULES, key_for_file
 from zpipe.schemas.shard_index import digest_keys
 from zpipe.schemas.storage import as_local
 
 LABELS_NAME = "labels.csv"
 MAX_NAMED_CLASSES = 1_000_000  # each index up to the highest takes a place in the list of names
-# PIL's name of a format -> the suffix in the tar. MPO is a JPEG with further pictures after the first.
-SUFFIX_OF_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,7 +288,9 @@ def inspect_image(data: bytes) -> tuple[str, int, int]:
     try:
         with open_image(data) as image:
             image.load()
-            return SUFFIX_OF_FORMAT[image.format or ""], image.width, image.height
+            if image.format not in SUFFIX_OF_FORMAT:
+                raise ValueError(f"{image.format} is none of {', '.join(SUFFIX_OF_FORMAT)}")
+            return SUFFIX_OF_FORMAT[image.format], image.width, image.height
     except (OSError, ValueError):
         raise
     except DECODE_ERRORS as error:

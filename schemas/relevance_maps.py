@@ -1,4 +1,4 @@
-"""Read relevance maps by key. Other experiments import this; it needs only NumPy, pyarrow and zarr."""
+"""Read relevance maps by key. Other experiments import this; it needs only msgspec, NumPy, pyarrow and zarr."""
 
 from __future__ import annotations
 

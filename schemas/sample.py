@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +10,9 @@ from typing import Any
 
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.image_formats import IMAGE_SUFFIXES
+from zpipe.schemas.names import check_key
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")  # PIL's names; it knows further formats, some of which start programs
-# What PIL raises for damaged images. It turns the errors of its parsers into one kind when it opens an image, but not
-# when it decodes one (as for a chunk after the pixels of a PNG).
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, struct.error)
 LABEL_SUFFIXES = ("cls", "json")
 ALLOWED_SUFFIXES = IMAGE_SUFFIXES + LABEL_SUFFIXES
 KEY_RULES = ("stem", "path")
@@ -67,16 +63,6 @@ def key_for_file(relative_path: str, rule: str = "stem") -> str:
     folder, slash, base = path.rpartition("/")
     stem = base.rpartition(".")[0] or base
     return (folder + slash + stem if rule == "path" else stem).replace("/", "__").replace(".", "_")
-
-
-def check_key(key: str, source: str) -> None:
-    """Raise :class:`ZpipeError` for a key that is not UTF-8: tars may hold names in any encoding."""
-    try:
-        key.encode()
-    except UnicodeEncodeError as error:
-        raise ZpipeError(
-            f"{source}: member {key!a}: its name is not UTF-8; rebuild this shard with other names"
-        ) from error
 
 
 def _label_from(key: str, parts: dict[str, bytes], meta: dict[str, Any], source: str) -> int | None:
@@ -152,7 +138,7 @@ def group_samples(members: Iterable[tuple[str, bytes]], source: str, *, keep_dam
                 yield form(key, parts, source)
             if member_key in seen:
                 raise ZpipeError(f"{source}: key {member_key}: comes twice; rebuild this shard with unique keys")
-            check_key(member_key, source)
+            check_key(member_key, source, "rebuild this shard with other names")
             seen.add(member_key)
             key, parts = member_key, {}
         if suffix in parts:

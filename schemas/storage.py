@@ -7,13 +7,15 @@ contain them are refused, because paths are written into manifests, settings and
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 
@@ -21,6 +23,11 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "http", "https", "memory")
 # Those whose ordinary URLs have a container (container@account.dfs.core.windows.net) or a user name before an @.
 AT_PROTOCOLS = ("az", "abfs", "abfss", "hdfs")
+
+TMP_PREFIX = ".tmp-"
+MAX_NAME_BYTES = 255  # of a file name, on nearly all file systems
+# A mount that has no hard links says so in one of these ways.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -143,6 +150,43 @@ def check_reachable(path: Path) -> None:
         ) from error
 
 
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading, without ever waiting for a FIFO or reading from a device.
+
+    Raises:
+        OSError: The file is absent, unreadable, or no regular file; `strerror` is a phrase for a message.
+    """
+    path = as_path(path)
+    if is_remote(path):
+        return path.open("rb")
+    # Opening a FIFO for reading waits for a writer, unless it is non-blocking; reads of regular files ignore the flag.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "is a folder, not a file", str(path))
+        if not stat.S_ISREG(mode):
+            kind = "a FIFO" if stat.S_ISFIFO(mode) else "a device"
+            raise OSError(errno.EINVAL, f"is {kind}, not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """Read a regular file whole, if it has at most `max_bytes` bytes.
+
+    Raises:
+        OSError: As for :func:`open_file`, or the file is larger.
+    """
+    with open_file(path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"has more than {max_bytes} bytes, too many for a file of its kind", str(path))
+    return data
+
+
 def upload(local: Path, path: Path) -> None:
     """Replace a remote file or folder by a local one. A file appears in one step, the files of a folder one by one."""
     if not local.is_dir():
@@ -202,8 +246,18 @@ def names_in(folder: Path) -> list[str]:
         return []
 
 
+def temporary_sibling(path: Path) -> Path:
+    """A new path beside `path` for a file that will be renamed to it, with its suffix."""
+    unique = f"{TMP_PREFIX}{os.getpid()}-{os.urandom(6).hex()}-".encode()
+    tail = path.name.encode(errors="surrogateescape")[len(unique) - MAX_NAME_BYTES :]
+    return path.with_name((unique + tail).decode(errors="ignore"))
+
+
 def create_exclusively(path: Path, data: bytes) -> bool:
     """Write a small file in one step unless it exists.
+
+    Where the file system has no hard links, another process may see the file while it is still empty, and whether one
+    of two machines fails depends on the mount.
 
     Returns whether it was written; of two writers only one succeeds.
     """
@@ -213,12 +267,30 @@ def create_exclusively(path: Path, data: bytes) -> bool:
         except FileExistsError:
             return False
         return True
-    tmp = path.with_name(f".tmp-{os.getpid()}-{os.urandom(4).hex()}-{path.name}")
+    tmp = temporary_sibling(path)
     try:
         tmp.write_bytes(data)
         os.link(tmp, path)  # fails if `path` exists, also between machines on one network file system
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return _create_unlinked(path, data)
     finally:
         tmp.unlink(missing_ok=True)
+    return True
+
+
+def _create_unlinked(path: Path, data: bytes) -> bool:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return True

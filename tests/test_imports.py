@@ -87,10 +87,10 @@ def broken_rules(path: str, source: str) -> list[str]:
 
     if path.startswith("schemas/"):
         ours_but("the contracts import nothing else of ours", "zpipe.schemas")
-        allowed = set(sys.stdlib_module_names) | {"numpy", "pyarrow", "zarr", "zpipe"}
-        allowed |= {"upath"} if path == "schemas/storage.py" else set()
+        allowed = set(sys.stdlib_module_names) | {"msgspec", "numpy", "pyarrow", "zarr", "zpipe"}
+        allowed |= {"schemas/storage.py": {"upath"}, "schemas/images.py": {"PIL"}}.get(path, set())
         broken.extend(
-            f"{name}: the contracts are read with numpy, pyarrow and zarr alone"
+            f"{name}: the contracts are read with msgspec, numpy, pyarrow and zarr alone"
             for name in names
             if name.partition(".")[0] not in allowed
         )
@@ -268,8 +268,8 @@ def test_importing_it_in_a_fresh_interpreter_is_cheap(module):
     assert done.stdout.split() == []
 
 
-def test_a_store_is_read_with_three_packages():
-    """numpy, pyarrow and zarr with their own dependencies, and no other dependency of zpipe."""
+def test_a_store_is_read_with_four_packages():
+    """msgspec, numpy, pyarrow and zarr with their own dependencies, and no other dependency of zpipe."""
     others = {"torch", "torchvision", "timm", "webdataset", "ray", "PIL", "typer", "rich", "safetensors", "matplotlib"}
     others |= {"plotly", "upath"}
     store = ROOT / "tests" / "golden" / "formats" / "v1" / "maps"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.sample import ALLOWED_SUFFIXES, Sample, check_key, check_tar_end, group_samples, split_name
+from zpipe.schemas.names import check_key
+from zpipe.schemas.sample import ALLOWED_SUFFIXES, Sample, check_tar_end, group_samples, split_name
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -73,7 +74,7 @@ def _scan_headers(path: Path) -> ShardEntry:
     if not keys:
         raise ZpipeError(f"{path}: holds no samples; remove it")
     for key in keys:
-        check_key(key, str(path))
+        check_key(key, str(path), "rebuild this shard with other names")
     return ShardEntry(
         name=path.name, count=len(keys), bytes=path.stat().st_size, sha256="", keys_sha256=digest_keys(keys)
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.geometry import Box, covered_share, crop_maps
-from zpipe.schemas.sample import IMAGE_FORMATS
+from zpipe.schemas.images import open_image, to_rgb
 from zpipe.train.settings import check_choices
 
 Augment = Literal["train", "eval"]
@@ -101,7 +100,7 @@ def decode(
     """Decode an image to RGB, at the resolution that its view needs.
 
     A JPEG whose view is shrunk to half or less is decoded at 1/2, 1/4 or 1/8 of its size, which costs a fraction of the
-    time. EXIF orientation is ignored, because boxes refer to the stored pixels.
+    time. The pixels follow the rules of `zpipe.schemas.images`.
 
     Args:
         data: The encoded image.
@@ -112,21 +111,15 @@ def decode(
         The image, maybe smaller than the source; its view, in source pixels; and the source's (width, height).
 
     Raises:
-        DECODE_ERRORS, PIL.Image.DecompressionBombError: If PIL can't decode the image, its format is not one of
-            `IMAGE_FORMATS`, or it has more pixels than PIL considers safe.
+        DECODE_ERRORS: The image cannot be decoded, or is none that `open_image` accepts.
     """
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+    with open_image(data) as image:
         width, height = image.size
-        if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{width} x {height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
         view = choose((width, height))
         shrink = min(view.box.width, view.box.height) / size
         if image.format == "JPEG" and shrink >= 2 and image.mode in ("RGB", "L"):
             image.draft(image.mode, (int(width / shrink), int(height / shrink)))
-        if image.mode != "RGB":
-            return image.convert("RGB"), view, (width, height)
-        image.load()  # convert() would copy
-        return image, view, (width, height)
+        return to_rgb(image), view, (width, height)
 
 
 def view_image(image: Image.Image, view: View, size: int, source: tuple[int, int]) -> np.ndarray:

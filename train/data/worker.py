@@ -15,13 +15,12 @@ import msgspec
 import numpy as np
 import torch
 import webdataset as wds
-from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
 from zpipe.schemas.errors import ZpipeError, last_line
 from zpipe.schemas.geometry import Box
+from zpipe.schemas.images import DECODE_ERRORS
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.schemas.sample import DECODE_ERRORS
 from zpipe.train.data.damage import DamagedSample
 from zpipe.train.data.join import Damaged, Joined, Missing, ShardJoin
 from zpipe.train.data.order import Plan, last_uses
@@ -219,7 +218,7 @@ def _augment_sample(spec: EpochSpec, copy: int, item: Joined) -> dict[str, Any]:
     rng = np.random.default_rng([spec.seed, spec.epoch, item.shard_number, item.row, *([copy] if copy else [])])
     try:
         image, view, source = decode(sample.image, lambda size: draw_view(rng, *size, spec.view), spec.image_size)
-    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
+    except DECODE_ERRORS as error:
         raise DamagedSample(f"{where}: can't be decoded ({last_line(error)}); replace the tar, or {SKIP}") from error
     pixels = view_image(image, view, spec.image_size, source)
     erased = None

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.images import DECODE_ERRORS
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.sample import DECODE_ERRORS
 from zpipe.train.checkpoint import Run, load_run
 from zpipe.train.data.transforms import ViewConfig, decode, draw_view, view_image
 from zpipe.train.device import autocast
@@ -187,7 +186,5 @@ def read_image(file: Path, size: int, view: ViewConfig) -> np.ndarray:
         data = Path(file).read_bytes()
         image, chosen, source = decode(data, lambda shape: draw_view(np.random.default_rng(0), *shape, view), size)
         return np.ascontiguousarray(view_image(image, chosen, size, source))
-    except UnidentifiedImageError as error:
-        raise ZpipeError(f"{file}: can't be read as a JPEG, PNG or WEBP image; give an image file") from error
-    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise ZpipeError(f"{file}: can't be read as a JPEG, PNG or WEBP image ({error})") from error
+    except DECODE_ERRORS as error:
+        raise ZpipeError(f"{file}: can't be read as an image ({error}); give an image file") from error
