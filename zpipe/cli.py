@@ -98,14 +98,21 @@ def demo_command(
 
 
 @app.command("doctor", short_help="Check whether this machine has what is needed.")
-def doctor_command() -> None:
-    """Check versions, PIL build, devices, Ray, shared memory and temporary folder.
+def doctor_command(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            parser=local_path, metavar="[FOLDER]", help="Where shards, stores or runs will go: check it too."
+        ),
+    ] = None,
+) -> None:
+    """Check versions, PIL build, devices, Ray, and limits: shared memory, descriptors, sockets, memory, clock, disk.
 
     The exit code is 1 if something would fail later.
     """
     from zpipe.doctor import examine
 
-    findings = examine()
+    findings = examine(folder)
     table = Table(show_header=False)
     for finding in findings:
         table.add_row("ok" if finding.ok else "PROBLEM", finding.name, finding.value)

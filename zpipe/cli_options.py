@@ -77,6 +77,13 @@ NumWorkers = Annotated[
 ]
 Resume = Annotated[str, typer.Option(help="If the folder already holds a run: auto (resume it) or never (stop).")]
 Missing = Annotated[str, typer.Option(help="What to do with samples without a usable map: error, skip or uniform.")]
+Damaged = Annotated[
+    str,
+    typer.Option(
+        help="What to do with damaged tars, and with samples whose image, label or .json is broken: error, "
+        "or skip (leave them out and count them)."
+    ),
+]
 
 # For the verbs that measure.
 Alphas = Annotated[

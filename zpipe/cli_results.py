@@ -15,6 +15,7 @@ from zpipe.cli_options import (
     AtOne,
     BatchSize,
     Classes,
+    Damaged,
     Device,
     Exits,
     Labels,
@@ -132,6 +133,7 @@ def evaluate_command(
     precision: Precision = "float32",
     batch_size: BatchSize = 128,
     data_workers: LoadingProcesses = 0,
+    damaged: Damaged = "error",
     device: Device = "auto",
     json_path: Annotated[
         Path | None,
@@ -168,11 +170,15 @@ def evaluate_command(
             precision=precision,
             batch_size=batch_size,
             data_workers=data_workers,
+            damaged=damaged,
             device=device,
         )
         target = json_path or results_path(run, "evaluation", weights=weights, precision=precision)
         result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
     print_rows([_main_columns(row) for row in result["rows"]], title=str(run))
+    if "account" in result:
+        left_out = ", ".join(f"{count:,} {reason}" for reason, count in result["account"]["left_out"].items())
+        warn(f"warning: {shards}: samples were left out ({left_out})")
     tell(f"written to {target}")
 
 
@@ -227,6 +233,7 @@ def study_command(
     precision: Precision = "float32",
     batch_size: BatchSize = 128,
     data_workers: LoadingProcesses = 0,
+    damaged: Damaged = "error",
     device: Device = "auto",
 ) -> None:
     """Repeat one of the paper's experiments around a run.
@@ -252,6 +259,7 @@ def study_command(
             precision=precision,
             batch_size=batch_size,
             data_workers=data_workers,
+            damaged=damaged,
             device=device,
         )
         workers = Workers(count=num_workers, address=address)
@@ -341,6 +349,7 @@ def calibrate_command(
     limit: Annotated[int, typer.Option(min=1, help="Most images to use.")] = 50_000,
     batch_size: BatchSize = 128,
     data_workers: LoadingProcesses = 0,
+    damaged: Damaged = "error",
     weights: Weights = "final",
     device: Device = "auto",
     json_path: Annotated[
@@ -362,6 +371,7 @@ def calibrate_command(
             limit=limit,
             batch_size=batch_size,
             data_workers=data_workers,
+            damaged=damaged,
             device=device,
         )
         target = json_path or results_path(run, "calibration", weights=weights)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from zpipe.schemas.errors import ZpipeError
 
 MAX_LINES = 100
+SKIP = "give --damaged skip to leave it out"
 
 
 class DamagedSample(ZpipeError):
@@ -33,15 +34,15 @@ class DamageLog:
         self.shards: list[str] = []
         self.samples: list[str] = []
         self.places: set[tuple[int, int]] = set()
-        self._known_shards: set[int] = set()
+        self.shard_numbers: set[int] = set()
 
     def add(self, units: Iterable[Damage]) -> None:
         """Record units; the reasons of the first `MAX_LINES` samples are kept, all others are only counted."""
         for unit in units:
             if unit.row is None:
-                if unit.shard not in self._known_shards:
+                if unit.shard not in self.shard_numbers:
                     self.shards.append(unit.reason)
-                self._known_shards.add(unit.shard)
+                self.shard_numbers.add(unit.shard)
             elif (unit.shard, unit.row) not in self.places:
                 self.places.add((unit.shard, unit.row))
                 if len(self.samples) < MAX_LINES:

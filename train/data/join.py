@@ -17,7 +17,7 @@ from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.relevance_store import OK, UNDECODABLE
 from zpipe.schemas.sample import Sample
 from zpipe.schemas.storage import map_files
-from zpipe.train.data.damage import Damage, DamagedSample
+from zpipe.train.data.damage import SKIP, Damage, DamagedSample
 from zpipe.train.data.order import Plan
 from zpipe.train.data.stream import Shard, read_tar
 from zpipe.train.data.transforms import ViewConfig
@@ -162,10 +162,10 @@ class ShardJoin:
         """Record a damaged sample, if damaged data is skipped.
 
         Raises:
-            DamagedSample: The error, if it is not.
+            DamagedSample: If it is not.
         """
         if not self._skip_damaged:
-            raise error
+            raise DamagedSample(f"{error}, or {SKIP}") from error
         self._damaged.append(Damage(shard_number, row, str(error)))
 
     def pop_damaged(self) -> list[Damage]:
@@ -199,8 +199,10 @@ class ShardJoin:
         try:
             samples: list[Sample | None] = list(read_tar(shard))
         except ZpipeError as error:
-            if not self._skip_damaged or getattr(error.__cause__, "errno", None) in OWN_ERRORS:
+            if getattr(error.__cause__, "errno", None) in OWN_ERRORS:
                 raise
+            if not self._skip_damaged:
+                raise ZpipeError(f"{error}, or {SKIP}") from error
             self._damaged.append(Damage(shard_number, None, str(error)))
             return None
         if self._maps is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -13,6 +14,7 @@ import msgspec
 import numpy as np
 import torch
 
+from zpipe.schemas.account import Account
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.storage import as_path
@@ -238,6 +240,16 @@ class RelevanceLoader:
         if self.missing != "error":
             counts["skipped" if self.missing == "skip" else "uniform"] = self._unusable
         return counts
+
+    def account(self) -> Account:
+        """What became of the samples of this rank's evaluation, or of all epochs so far."""
+        left_out: Counter[str] = Counter()
+        if self.missing == "skip":
+            left_out["no usable map"] = self._unusable
+        left_out["in damaged tars"] = sum(len(self._rows[shard]) for shard in self.damage.shard_numbers)
+        left_out["damaged"] = len(self.damage.places)
+        seen = self.sample_count + left_out["no usable map"]
+        return Account(seen=seen, taken=seen - left_out.total(), left_out=+left_out)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration. It begins at its start, unless it is the epoch of a loaded state."""

@@ -40,7 +40,6 @@ from zpipe.train.data.transforms import (
 from zpipe.train.signals import STOP_SIGNALS
 
 MAX_EDGE = 1e6  # pixels
-SKIP = "give --damaged skip to leave it out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,15 +210,15 @@ def _augment_sample(spec: EpochSpec, copy: int, item: Joined) -> dict[str, Any]:
     sample = item.sample
     where = f"{item.shard.path}: key {sample.key}"
     if sample.damage is not None:
-        raise DamagedSample(f"{sample.damage}; {SKIP}")
+        raise DamagedSample(sample.damage)
     if sample.label is None:
-        raise DamagedSample(f"{where}: has no label (.cls, or label in .json); add one, or {SKIP}")
+        raise DamagedSample(f"{where}: has no label (.cls, or label in .json); add one")
     # A generator of the sample's own, so that its view does not depend on which worker draws it, and when.
     rng = np.random.default_rng([spec.seed, spec.epoch, item.shard_number, item.row, *([copy] if copy else [])])
     try:
         image, view, source = decode(sample.image, lambda size: draw_view(rng, *size, spec.view), spec.image_size)
     except DECODE_ERRORS as error:
-        raise DamagedSample(f"{where}: can't be decoded ({last_line(error)}); replace the tar, or {SKIP}") from error
+        raise DamagedSample(f"{where}: can't be decoded ({last_line(error)}); replace the tar") from error
     pixels = view_image(image, view, spec.image_size, source)
     erased = None
     if spec.view.augment == "train":

@@ -39,6 +39,8 @@ class CalibrationConfig:
     """Images per batch."""
     data_workers: int = 0
     """Processes that load data; 0 to load in this one."""
+    damaged: str = "error"
+    """How to handle damaged tars and samples: error or skip, see `RelevanceLoader`."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
@@ -79,7 +81,12 @@ def calibrate(
     if "exit" not in setting_names(opened.model) and not hasattr(opened.model, "tokenise"):
         raise UsageError(f"{run}: only zoomvit_*, cfvit_* and lfvit_* models cost more or less by a threshold")
     loader = eval_loader(
-        opened.preprocessing, shards, maps, batch_size=config.batch_size, data_workers=config.data_workers
+        opened.preprocessing,
+        shards,
+        maps,
+        batch_size=config.batch_size,
+        data_workers=config.data_workers,
+        damaged=config.damaged,
     )
     source = choose_run_source(opened, config.scores, loader.maps)
     ready = OpenRun(opened, source, device=config.device)
@@ -89,6 +96,8 @@ def calibrate(
     about = identity(opened, "calibration") | {"setting": scores | unusual({"weights": config.weights})}
     stated = {"run": str(run), "model": about["model"], "seed": about["seed"], "weights": config.weights}
     stated |= {"shards": str(shards), "maps": None if maps is None else str(maps)} | result
+    if (account := loader.account()).left_out:
+        stated["account"] = account.to_json()
     rows = [{"setting": f"budget={config.budget}"} | result]
     write_results(out, "calibration", stated, rows, calibration_results(result, about))
     return result

@@ -79,6 +79,7 @@ def evaluate(
         batch_size=config.batch_size,
         data_workers=config.data_workers,
         missing="skip" if opened.kind == "zoomer" else "uniform",
+        damaged=config.damaged,
     )
     about = identity(opened, EVALUATION if opened.kind == "vit" else ZOOMER_EVALUATION)
     about["setting"] = unusual({"weights": config.weights})
@@ -94,6 +95,8 @@ def evaluate(
     stated = {"kind": opened.kind, "run": str(run), "model": about["model"], "seed": about["seed"]}
     stated |= {"weights": config.weights, "precision": config.precision}
     stated |= {"shards": str(shards), "maps": None if maps is None else str(maps)}
+    if (account := loader.account()).left_out:
+        stated["account"] = account.to_json()
     return write_results(out, "evaluation", stated, rows, results)
 
 
@@ -126,6 +129,7 @@ def _calibrated(run: Path, config: EvalConfig, progress: Progress) -> EvalConfig
         weights=config.weights,
         batch_size=config.batch_size,
         data_workers=config.data_workers,
+        damaged=config.damaged,
         device=config.device,
     )
     result = calibrate(run, config.calibration, calibration, maps=config.calibration_maps, progress=progress)

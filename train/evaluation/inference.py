@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import Preprocessing, Run
-from zpipe.train.data.join import Missing
+from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import autocast, keep_freed_memory, resolve_device
@@ -148,6 +148,7 @@ def eval_loader(
     batch_size: int,
     data_workers: int = 0,
     missing: Missing = "uniform",
+    damaged: str = "error",
 ) -> RelevanceLoader:
     """Load every sample of the shards once, in the view that a run was made for.
 
@@ -158,6 +159,7 @@ def eval_loader(
         batch_size: images per batch.
         data_workers: processes that load data; 0 to load in this one.
         missing: how to handle samples without a usable map, see `RelevanceLoader`.
+        damaged: how to handle damaged tars and samples, see `RelevanceLoader`.
     """
     return RelevanceLoader(
         shards,
@@ -167,5 +169,6 @@ def eval_loader(
         augment="eval",
         num_workers=data_workers,
         missing=missing,
+        damaged=cast(Damaged, damaged),  # which the loader checks
         view=ViewConfig(crop_pct=preprocessing.crop_pct),
     )

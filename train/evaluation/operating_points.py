@@ -72,6 +72,8 @@ class EvalConfig:
     """Images per batch."""
     data_workers: int = 0
     """Processes that load data; 0 to load in this one."""
+    damaged: str = "error"
+    """How to handle damaged tars and samples: error or skip, see `RelevanceLoader`."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 

@@ -234,6 +234,7 @@ class Bench:
             batch_size=config.batch_size,
             data_workers=config.data_workers,
             missing=missing,
+            damaged=config.damaged,
         )
 
     def ready(
