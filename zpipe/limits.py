@@ -161,32 +161,31 @@ def clock(now: float | None = None) -> Finding:
 
 def output_folder(folder: Path) -> list[Finding]:
     """Whether shards, stores and runs can be written below a folder, and with what precautions."""
-    name = str(folder)
     existing = folder
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        return [Finding(name=name, value=f"{existing} is no folder; give another", ok=False)]
+        return [Finding(name="folder", value=f"{existing}: no folder; give another", ok=False)]
     status = os.statvfs(existing)
     free, inodes = status.f_bavail * status.f_frsize, status.f_favail
     findings = []
     short = free < MIN_FOLDER_BYTES
-    value = f"{free // MIB} MiB free" + ("; free some, or give a folder on another disk" if short else "")
-    findings.append(Finding(name=f"{name}: space", value=value, ok=not short))
+    value = f"{folder}: {free // MIB} MiB free" + ("; free some, or give a folder on another disk" if short else "")
+    findings.append(Finding(name="space", value=value, ok=not short))
     counted = status.f_files > 0  # some file systems have no fixed number
     short = counted and inodes < MIN_INODES
-    value = f"{inodes:,} free" if counted else "not limited"
+    value = f"{folder}: {inodes:,} free" if counted else f"{folder}: not limited"
     value += "; a store has several files per shard: remove files, or give a folder on another disk" if short else ""
-    findings.append(Finding(name=f"{name}: inodes", value=value, ok=not short))
+    findings.append(Finding(name="inodes", value=value, ok=not short))
     try:
-        findings += _written(name, existing)
+        findings += _written(existing)
     except OSError as error:
-        value = f"not writable ({error.strerror}); fix its permissions, or give another"
-        findings.append(Finding(name=f"{name}: writing", value=value, ok=False))
+        value = f"{folder}: not writable ({error.strerror}); fix its permissions, or give another"
+        findings.append(Finding(name="folder", value=value, ok=False))
     return findings
 
 
-def _written(name: str, folder: Path) -> list[Finding]:
+def _written(folder: Path) -> list[Finding]:
     """What a file that is written there shows: hard links, and the clock of the file system."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".tmp-doctor-") as file:
         file.write(b"x")
@@ -197,12 +196,12 @@ def _written(name: str, folder: Path) -> list[Finding]:
         try:
             os.link(file.name, link)
         except OSError as error:
-            value = f"none ({error.strerror}); have only one machine write to a store or run there at a time"
+            value = f"{folder}: none ({error.strerror}); have only one machine write to a store or run there at a time"
         else:
             link.unlink()
-            value = "work"
-    links = Finding(name=f"{name}: hard links", value=value)
+            value = f"{folder}: work"
+    links = Finding(name="hard links", value=value)
     if abs(skew) <= MAX_SKEW_S:
         return [links]
-    value = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} this machine's; synchronise both (NTP)"
-    return [links, Finding(name=f"{name}: clock", value=value, ok=False)]
+    value = f"{folder}: {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} this machine's; synchronise both (NTP)"
+    return [links, Finding(name="clock of the folder", value=value, ok=False)]

@@ -100,12 +100,11 @@ class Packer:
             return Parcel(pickle.dumps(part))
         if self._shared and part["key"]:
             try:
-                return Parcel(_in_shared_memory(part))
+                return Parcel(_packed(part, shared=True))
             except (OSError, RuntimeError) as error:  # the latter is torch's
                 self._shared = False
                 part = part | {"notes": [*part.get("notes", ()), _sharing_failure(error)]}
-        arrays = {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in part.items()}
-        return Parcel(pickle.dumps(arrays, pickle.HIGHEST_PROTOCOL))
+        return Parcel(_packed(part, shared=False))
 
 
 class Parcel:
@@ -119,24 +118,29 @@ class Parcel:
         return _open, (self._content,)
 
 
-def _in_shared_memory(part: Part) -> bytes:
-    """The pickled part, all its tensors in one block of shared memory: one descriptor, and all or nothing."""
-    tensors = {name: value.contiguous() for name, value in part.items() if isinstance(value, torch.Tensor)}
+def _packed(part: Part, *, shared: bool) -> bytes:
+    """The pickled part, all its tensors in one block: in shared memory it takes one descriptor, and all or nothing."""
     places, end = {}, 0
-    for name, value in tensors.items():
-        places[name] = (end, value.dtype, value.shape)
-        end += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
-    rest = {name: value for name, value in part.items() if name not in tensors}
-    block = torch.empty(0, dtype=torch.uint8)
-    block.set_(torch.UntypedStorage._new_shared(end, device="cpu"))
-    for name, value in tensors.items():
-        _piece(block, *places[name]).copy_(value)
-    return bytes(ForkingPickler.dumps((block, places, rest)))
+    for name, value in part.items():
+        if isinstance(value, torch.Tensor):
+            # Images lie in memory as PIL leaves them, channels last; the strides of a dense tensor are kept.
+            strides = torch.empty_like(value, device="meta").stride()
+            places[name] = (end, value.dtype, value.shape, strides)
+            end += -(-value.nbytes // ALIGNMENT) * ALIGNMENT
+    block = torch.empty(0 if shared else end, dtype=torch.uint8)
+    if shared:
+        block.set_(torch.UntypedStorage._new_shared(end, device="cpu"))
+    for name, place in places.items():
+        _piece(block, *place).copy_(part[name])
+    rest = {name: value for name, value in part.items() if name not in places}
+    return bytes(ForkingPickler.dumps((block if shared else block.numpy(), places, rest), pickle.HIGHEST_PROTOCOL))
 
 
-def _piece(block: torch.Tensor, start: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+def _piece(
+    block: torch.Tensor, start: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]
+) -> torch.Tensor:
     size = shape.numel() * dtype.itemsize
-    return block[start : start + size].view(dtype).view(shape)
+    return block[start : start + size].view(dtype).as_strided(shape, strides)
 
 
 def _open(content: bytes) -> Part | ZpipeError:
@@ -148,10 +152,9 @@ def _open(content: bytes) -> Part | ZpipeError:
         raise  # torch finds out which worker died
     if isinstance(packed, ZpipeError):
         return packed
-    if isinstance(packed, tuple):
-        block, places, rest = packed
-        return {name: _piece(block, *place) for name, place in places.items()} | rest
-    return {name: torch.from_numpy(value) if hasattr(value, "dtype") else value for name, value in packed.items()}
+    block, places, rest = packed
+    block = torch.as_tensor(block)
+    return {name: _piece(block, *place) for name, place in places.items()} | rest
 
 
 def _is_out_of_descriptors(error: Exception) -> bool:

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import tarfile
 import time
 import traceback
 from dataclasses import replace
@@ -21,7 +22,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny import BODY, SIDE, scenes, store
+from tiny import BODY, SIDE, scenes, store, write_tar
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.checkpoint import load_checkpoint, load_run
@@ -41,6 +42,7 @@ DROP = replace(PLAIN, model_args=BODY | {"drop_path_rate": 0.3}, mixup=0.8)
 LONG = replace(DROP, train=replace(LOOP, epochs=16, checkpoint_s=0.0))
 # 57 million parameters, 690 MB with the optimizer's: it takes a while to save.
 LARGE_BODY = {"embed_dim": 768, "depth": 8, "num_heads": 12}
+BROKEN = replace(PLAIN, num_classes=10, damaged="skip", train=replace(LOOP, batch_size=4))
 LARGE = replace(DROP, model_args=DROP.model_args | LARGE_BODY, train=replace(LOOP, epochs=400, checkpoint_s=600.0))
 STEPS = 20  # of four epochs
 
@@ -78,7 +80,20 @@ def data(tmp_path_factory):
     scenes(root / "shards")
     scenes(root / "val", 20, split="val", shard_size=20)  # one shard: a second rank has none
     store(root / "shards", root / "maps")
+    break_images(scenes(root / "broken", 16, shard_size=8))
     return root
+
+
+def break_images(shards):
+    """Leave three images of the first of two shards; a rank has one of the two, so some of its batches are empty."""
+    (shards / "shards.json").unlink()
+    path = min(shards.glob("*.tar"))
+    with tarfile.open(path) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    kept = sorted({name.partition(".")[0] for name, _ in members})[:3]
+    write_tar(
+        path, [(name, data if name.startswith(tuple(kept)) or ".png" not in name else b"?") for name, data in members]
+    )
 
 
 # ------------------------------------------------------------------------------------ two processes, joined by gloo
@@ -113,6 +128,7 @@ def jobs(data, out):
         "long": vit("long", LONG),
         "zoomer": (train_zoomer, (shards, data / "maps", out / "zoomer", zoomer_config()), {}, 0),
         "repeated": vit("repeated", with_loop(ZOOM, repeats=3)),
+        "broken": (train_vit, (data / "broken", out / "broken", BROKEN), {}, 0),
         "not finite": vit("not finite", with_loop(PLAIN, lr=1e30, warmup_epochs=0.0)),
         "other settings": vit("zoom", with_loop(ZOOM, lr=0.5)),
         "wrong": vit("wrong", replace(ZOOM, scores=None)),
@@ -176,6 +192,18 @@ def test_and_with_accumulated_gradients_averages_and_repeats(data, pair, tmp_pat
     assert losses(pair[0] / name) == pytest.approx(losses(tmp_path / "one"), abs=LOSS_TOLERANCE)
     assert furthest(tmp_path / "one", pair[0] / name) < WEIGHT_TOLERANCE
     assert len(losses(pair[0] / name)) == STEPS
+
+
+def test_a_rank_whose_batch_is_all_damaged_takes_part_in_the_step(data, pair, tmp_path):
+    """Every sample counts alike, whichever rank has it."""
+    told = []
+    train_vit(data / "broken", tmp_path / "one", BROKEN, progress=lambda *stage, **facts: told.append(facts))
+    one, two = losses(tmp_path / "one"), losses(pair[0] / "broken")
+    assert len(one) == 16 and two == pytest.approx(one, abs=LOSS_TOLERANCE)
+    assert furthest(tmp_path / "one", pair[0] / "broken") < WEIGHT_TOLERANCE
+    (notes,) = [facts for facts in told if facts.get("epoch") == 4 and "damaged_samples" in facts]
+    assert notes["damaged_samples"] == 5 and notes["damaged_shards"] == 0
+    assert "can't be decoded" in notes["first_damage"] and ": key " in notes["first_damage"]
 
 
 def test_ranks_validate_every_sample_once(data, pair):
