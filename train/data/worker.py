@@ -146,7 +146,7 @@ def begin_worker(_: int) -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    Queue._on_queue_feeder_error = _answer_failure  # type: ignore[attr-defined,method-assign]
+    Queue._on_queue_feeder_error = _answer_failure  # type: ignore[attr-defined]
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -129,7 +129,7 @@ def judge_maps(
     """
     run_opened = load_run(run)
     opened = OpenRun(run_opened, None, device=config.device)
-    sizes = {"batch_size": config.batch_size, "data_workers": config.data_workers}
+    sizes: dict[str, Any] = {"batch_size": config.batch_size, "data_workers": config.data_workers}
     loader = eval_loader(run_opened.preprocessing, shards, maps, **sizes, missing="skip")
     chunks: dict[tuple[str, str], list[Tensor]] = defaultdict(list)  # by order and metric
     count, limit = 0, config.limit
