@@ -22,7 +22,7 @@ from typing import Annotated
 import msgspec
 
 from zpipe.schemas.atomic import write_bytes
-from zpipe.schemas.errors import ZpipeError, first_line
+from zpipe.schemas.errors import ZpipeError, first_line, remedy_for
 from zpipe.schemas.formats import Format, Text
 from zpipe.schemas.names import printable
 from zpipe.schemas.storage import as_path, create_exclusively, is_remote, read_file, remove, storage_errors
@@ -173,7 +173,9 @@ def _take(path: Path, holder: Holder, what: str) -> None:
         time.sleep(SETTLE_S)
         current = _read(path)
     except storage_errors() as error:
-        raise ZpipeError(f"{path}: could not be written ({error}); fix permissions, then run again") from error
+        raise ZpipeError(
+            f"{path}: could not be written ({first_line(error)}); {remedy_for(error)}, then run again"
+        ) from error
     if current is None or current.token != holder.token:
         raise ZpipeError(f"{path}: another run took this {what} in the same moment; wait for it to end")
 
@@ -229,6 +231,9 @@ def _read(path: Path) -> Holder | None:
         raise ZpipeError(f"{path}: is a link, not a lease; {LEASE.remedy}")
     try:
         data = read_file(path, LEASE.max_bytes)
+        if not data:  # without hard links, a lease is empty for a moment
+            time.sleep(SETTLE_S)
+            data = read_file(path, LEASE.max_bytes)
     except FileNotFoundError:
         return None
     except storage_errors() as error:

@@ -1,6 +1,7 @@
 """One writer at a time in a folder: real processes, dead ones, other machines, files that are no lease."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -38,7 +39,7 @@ def test_a_run_on_another_machine_is_believed_while_it_renews(tmp_path, monkeypa
             pytest.fail("both hold it")
     finally:
         renewing.kill()
-        renewing.wait(30)
+        renewing.communicate(timeout=30)
     foreign(tmp_path, age=100)
     with held_lease(tmp_path) as lease:
         lease.check()
@@ -208,6 +209,26 @@ def test_what_lies_in_place_of_a_lease_is_told_without_waiting(tmp_path, target,
     else:
         path.symlink_to(target)
     with pytest.raises(ZpipeError, match=f"{told}.*; delete it when no run is writing here"), held_lease(tmp_path):
+        pass
+
+
+def test_without_hard_links_a_lease_is_taken_all_the_same(tmp_path, monkeypatch):
+    """As on gcsfuse, FAT and some network mounts; there another process may see it empty, which is waited for."""
+    asked = []
+
+    def refuse(source, target):
+        asked.append(target)
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(leases, "SETTLE_S", 0.1)
+    with held_lease(tmp_path):
+        with pytest.raises(ZpipeError, match="has been writing to this run since"), held_lease(tmp_path, "run"):
+            pytest.fail("both hold it")
+        assert os.listdir(tmp_path) == [LEASE_NAME]
+    assert len(asked) == 2 and os.listdir(tmp_path) == []
+    (tmp_path / LEASE_NAME).touch()
+    with pytest.raises(ZpipeError, match="not readable as a lease .*; delete it when"), held_lease(tmp_path):
         pass
 
 
