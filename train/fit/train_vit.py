@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 
-from zpipe.schemas.errors import UsageError
+from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import (
@@ -130,7 +130,7 @@ class VitConfig:
     """How to handle samples without a usable map, see `RelevanceLoader`."""
 
     damaged: Damaged = "error"
-    """How to handle damaged tars, see `RelevanceLoader`."""
+    """How to handle damaged tars and samples, see `RelevanceLoader`."""
 
     view: ViewConfig = field(default_factory=ViewConfig)
     """Crops, flips and colours of the images."""
@@ -282,8 +282,14 @@ class ClassifyTask:
             logits = logits_of(run_model(model, self._source, batch, point)[0])
             correct += int((logits.argmax(dim=1) == batch["label"]).sum())
             count += len(logits)
-        all_correct, all_count = ranks().total([correct, count])  # each rank has a part of the shards
-        return {"val_top1": all_correct / all_count}
+        damage = self._val.damage
+        # Each rank has a part of the shards.
+        sums = ranks().total([correct, count, len(damage.shards), len(damage.places)])
+        all_correct, all_count, shards, samples = sums
+        if not all_count:
+            raise ZpipeError(f"{self._val.path}: no validation sample can be used; give sound shards")
+        damaged = {"val_damaged_shards": shards, "val_damaged_samples": samples}
+        return {"val_top1": all_correct / all_count} | {name: value for name, value in damaged.items() if value}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ class ZoomerConfig:
     """How to handle samples without a usable map, see `RelevanceLoader`."""
 
     damaged: Damaged = "error"
-    """How to handle damaged tars, see `RelevanceLoader`."""
+    """How to handle damaged tars and samples, see `RelevanceLoader`."""
 
     view: ViewConfig = field(default_factory=ViewConfig)
     """Crops, flips and colours of the training images."""
