@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import zpipe.train.models  # noqa: F401  (registers our models with timm)
 from zpipe.schemas.atomic import commit, write_json
-from zpipe.schemas.errors import UsageError, ZpipeError, first_line
+from zpipe.schemas.errors import UsageError, ZpipeError, first_line, remedy_for
 from zpipe.schemas.model_config import NOT_OF_THE_MODEL, ModelConfig, read_model_config
 from zpipe.schemas.shard_index import digest_file
 from zpipe.schemas.weights_file import DIGEST, NO_DIGEST, check_digest, seal
@@ -154,7 +154,7 @@ def _save_sealed(path: Path, state: Mapping[str, Tensor]) -> None:
     path.touch()
     mode = path.stat().st_mode
     tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt", DIGEST: NO_DIGEST})
+    safetensors.torch.save_file(tensors, path, metadata={DIGEST: NO_DIGEST})
     path.chmod(mode)
     seal(path)
 
@@ -223,8 +223,8 @@ def _write_finished(run: Path, write: Callable[[Path], object]) -> None:
                     os.replace(Path(folder) / name, tmp)
     except OSError as error:
         raise ZpipeError(
-            f"{run}: the model could not be written ({first_line(error)}); free space or fix permissions, then run the "
-            "same command again, which writes it"
+            f"{run}: the model could not be written ({first_line(error)}); {remedy_for(error)}, then run the same "
+            "command again, which writes it"
         ) from error
 
 

@@ -17,16 +17,16 @@ RUN/results/           the results of its studies
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from zpipe.schemas.atomic import claim_folder, clear_temporaries, write_json
-from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.atomic import claim_folder, clear_temporaries, refuse_links, write_json
+from zpipe.schemas.errors import UsageError, ZpipeError, first_line
 from zpipe.schemas.formats import Count, Format, Text
 from zpipe.schemas.lease import LEASE_NAME, held_lease
 from zpipe.schemas.model_config import CONFIG_NAME
@@ -211,7 +211,7 @@ def run_lease(run: Path) -> Iterator[Callable[[], None]]:
         checks: list[Callable[[], None]] = []
 
         def take() -> None:
-            refuse_links(run)
+            refuse_links(run, OWN_NAMES, "training run")
             if (run / CONFIG_NAME).is_file():
                 return  # a finished run is only read
             claim_folder(run, RUN_NAME, "training run", lease=LEASE_NAME)
@@ -222,22 +222,8 @@ def run_lease(run: Path) -> Iterator[Callable[[], None]]:
         yield checks[0] if checks else lambda: None
 
 
-def refuse_links(run: Path, names: Sequence[str] = OWN_NAMES) -> None:
-    """Check that no file or folder of a run is a link: writing and deleting would reach out of the run.
-
-    Raises:
-        UsageError: One is; the run's folder itself may be a link.
-    """
-    for name in names:
-        if (Path(run) / name).is_symlink():
-            raise UsageError(
-                f"{Path(run) / name}: is a link, through which a run would write or delete outside its folder; "
-                "replace it by what it links to"
-            )
-
-
 def _claim(run: Path, kind: str, settings: dict[str, Any], resume: Resume, defaults: dict[str, Any]) -> bool:
-    refuse_links(run)
+    refuse_links(run, OWN_NAMES, "training run")
     if resume == "never" and (run / RUN_NAME).is_file():
         raise UsageError(f"{run}: holds a run already; give another --out, or --resume auto to resume it")
     claim_folder(run, RUN_NAME, "training run", lease=LEASE_NAME)
@@ -348,34 +334,34 @@ class _Place:
     epoch: Count = 0
 
 
-def read_metrics(path: Path, *, unfinished_end: bool = True) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a metrics.jsonl; none if the file is absent.
 
-    Args:
-        path: The file.
-        unfinished_end: Whether to leave out a last line without a line break: a run that was killed while it wrote it.
+    A last line that is incomplete is left out: it is being written, or the run was killed while it wrote it.
 
     Raises:
-        ZpipeError: Naming the first line that is no line of metrics.
+        ZpipeError: The file can't be read; or naming the first line that is no line of metrics.
     """
     try:
         data = read_file(path, MAX_LOG_BYTES)
     except FileNotFoundError:
         return []
     except storage_errors() as error:
-        raise ZpipeError(
-            f"{path}: can't be read ({getattr(error, 'strerror', None) or error}); restore the file, or move it away"
-        ) from error
-    texts = data.split(b"\n")
-    if unfinished_end or not texts[-1]:
-        texts.pop()
+        raise ZpipeError(f"{path}: can't be read ({first_line(error)}); restore the file, or move it away") from error
+    *whole, end = data.split(b"\n")
     lines = []
-    for number, text in enumerate(texts, start=1):
+    for number, text in enumerate(whole, start=1):
         try:
-            line = msgspec.json.decode(text, type=MetricLine)
-            msgspec.convert(line, _Place)
+            lines.append(_metric_line(text))
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             reason = (str(error).splitlines() or ["nested too deeply"])[0][:200]
             raise ZpipeError(f"{path}: line {number} is not a line of metrics ({reason}); remove the line") from error
-        lines.append(line)
+    with suppress(msgspec.MsgspecError, ValueError, RecursionError):
+        lines.append(_metric_line(end))
     return lines
+
+
+def _metric_line(text: bytes) -> dict[str, Any]:
+    line = msgspec.json.decode(text, type=MetricLine)
+    msgspec.convert(line, _Place)
+    return line

@@ -23,8 +23,9 @@ from zpipe.train.device import autocast, keep_freed_memory, resolve_device
 from zpipe.train.fit.clock import Clock
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.metric_log import Log, metric_log, trim_log
-from zpipe.train.fit.optim import make_optimizer, make_scheduler, update_weights
+from zpipe.train.fit.optim import make_optimizer, make_scheduler, restore_optimizer, update_weights
 from zpipe.train.ranks import Ranks, ranks
+from zpipe.train.run_files import damaged_remedy
 from zpipe.train.signals import stop_flag
 
 Batch = dict[str, Any]
@@ -229,8 +230,12 @@ class Trainer:
         position = state["position"]
         if position is not None and not {"loader", "draws", "ranks"} <= position.keys():
             raise KeyError("position")
+        # An epoch has at least one step.
+        if state["step"] > self.total_steps or state["epoch"] > state["step"]:
+            place = f"step {state['step']} and epoch {state['epoch']}"
+            raise ValueError(f"it is in {place}, the run has {self.total_steps} steps")
         self.task.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.step, self.epoch = state["step"], state["epoch"]
         self._position, self._in_epoch = position, False
         if self.average is not None:
@@ -262,8 +267,9 @@ class Trainer:
             try:
                 self.load_state_dict(state)
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                reason = "no " + str(error) if isinstance(error, KeyError) else last_line(error)
                 raise ZpipeError(
-                    f"{self.run / CHECKPOINT_NAME}: not this run's checkpoint; delete it to start over"
+                    f"{self.run / CHECKPOINT_NAME}: not this run's checkpoint ({reason}); {damaged_remedy(self.run)}"
                 ) from error
         model: Any = torch.compile(self.task.model) if self.config.compile else self.task.model
         self.task.call = self.ranks.share(model)
@@ -305,11 +311,12 @@ class Trainer:
             raise UsageError(f"{path}: {error}") from error
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ZpipeError(
-                f"{path}: its position in the epoch can't be restored ({last_line(error)}); delete it to start over"
+                f"{path}: its position in the epoch can't be restored ({last_line(error)}); {damaged_remedy(self.run)}"
             ) from error
         if self.loader.epoch != self.epoch:
             raise ZpipeError(
-                f"{path}: in epoch {self.epoch}, but its data is in epoch {self.loader.epoch}; delete it to start over"
+                f"{path}: in epoch {self.epoch}, but its data is in epoch {self.loader.epoch}; "
+                + damaged_remedy(self.run)
             )
 
     def _step_batches(self) -> Iterator[list[Batch]]:
