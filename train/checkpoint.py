@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -360,7 +361,8 @@ def _build(path: Path, config: ModelConfig, numbers: int) -> nn.Module:
     cfg = config.pretrained_cfg
     try:
         _check_arguments(arguments)
-        with _Allowance(numbers):
+        with _Allowance(numbers), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of models without weights, say: they don't fit the file
             if config.architecture == ZOOMER:
                 return Zoomer(**arguments)
             if not is_model(config.architecture):

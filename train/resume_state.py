@@ -125,8 +125,9 @@ def load_checkpoint(run: Path) -> dict[str, Any] | None:
     check_format(path, state, CHECKPOINT_FORMAT, CHECKPOINT_VERSION, remedy=remedy)
     try:
         _check_state(state)
-    except (ValueError, msgspec.ValidationError) as error:
-        raise ZpipeError(f"{path}: not a checkpoint that a run can resume from ({error}); {remedy}") from error
+    except (ValueError, LookupError, TypeError, RuntimeError, msgspec.ValidationError) as error:
+        reason = first_line(error)
+        raise ZpipeError(f"{path}: not a checkpoint that a run can resume from ({reason}); {remedy}") from error
     return state
 
 
@@ -166,6 +167,17 @@ def _check_state(state: dict[str, Any]) -> None:
     for rank, own in enumerate(typed.position.ranks):
         if own.cuda is not None and (own.cuda.dtype, own.cuda.numel()) != (torch.uint8, CUDA_STATE_BYTES):
             raise ValueError(f"position.ranks.{rank}.cuda is no state of a random number generator")
+
+
+def check_weights(state: Mapping[str, Tensor], model: torch.nn.Module) -> None:
+    """Check that the weights of a checkpoint have the types of a model's; PyTorch would convert them, complex ones too.
+
+    Raises:
+        ValueError: Naming the first one of another type.
+    """
+    for name, own in model.state_dict().items():
+        if name in state and state[name].dtype != own.dtype:
+            raise ValueError(f"{name} is {state[name].dtype}, the model has {own.dtype}")
 
 
 def _tensor(wanted: type, value: Any) -> Any:

@@ -25,6 +25,7 @@ from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.metric_log import Log, metric_log, trim_log
 from zpipe.train.fit.optim import make_optimizer, make_scheduler, restore_optimizer, update_weights
 from zpipe.train.ranks import Ranks, ranks
+from zpipe.train.resume_state import check_weights
 from zpipe.train.run_files import damaged_remedy
 from zpipe.train.signals import stop_flag
 
@@ -234,11 +235,13 @@ class Trainer:
         if state["step"] > self.total_steps or state["epoch"] > state["step"]:
             place = f"step {state['step']} and epoch {state['epoch']}"
             raise ValueError(f"it is in {place}, the run has {self.total_steps} steps")
+        check_weights(state["model"], self.task.model)
         self.task.model.load_state_dict(state["model"])
         restore_optimizer(self.optimizer, state["optimizer"])
         self.step, self.epoch = state["step"], state["epoch"]
         self._position, self._in_epoch = position, False
         if self.average is not None:
+            check_weights(state["average"], self.average.module)
             self.average.module.load_state_dict(state["average"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])

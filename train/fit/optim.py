@@ -15,7 +15,8 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.fit.config import TrainConfig
 
 # Options of a group of weights that the schedule or the machine sets, not the settings of the run.
-CHANGING = ("params", "lr", "step", "foreach", "fused", "capturable", "differentiable")
+OF_THE_MACHINE = ("foreach", "fused", "capturable", "differentiable")
+CHANGING = ("lr", "step", *OF_THE_MACHINE)
 MAX_WARMUP = 0.25  # of the training
 
 
@@ -64,29 +65,57 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     Raises:
         ValueError, KeyError: Saying what differs.
     """
-    for number, (own, other) in enumerate(zip(optimizer.param_groups, state["param_groups"], strict=False)):
-        for name in own.keys() & other.keys() - set(CHANGING):
-            if own[name] != other[name]:
+    numbered = optimizer.state_dict()["param_groups"]
+    for number, (own, other) in enumerate(zip(numbered, state["param_groups"], strict=False)):
+        for name in own.keys() - set(CHANGING):
+            if name in other and own[name] != other[name]:
                 raise ValueError(
-                    f"group {number} of its optimizer has {name} = {other[name]!r}, this run has {own[name]!r}"
+                    f"group {number} of its optimizer has {name} = {str(other[name])[:80]}, this run has "
+                    f"{str(own[name])[:80]}"
                 )
+    machine = [{name: group[name] for name in OF_THE_MACHINE if name in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        names: dict[int, set[Any]] = {}  # by number of dimensions: some optimizers treat matrices in another way
+    if any(len({isinstance(value, Tensor) for value in values}) > 1 for values in _by_name(optimizer).values()):
+        raise ValueError("its optimizer holds numbers where it holds tensors for other weights")
+    for group, options in zip(optimizer.param_groups, machine, strict=True):
+        group |= options
+        kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
         for weight in group["params"]:
             held = optimizer.state.get(weight, {})  # empty for a weight that had no gradient so far
-            if held and held.keys() != names.setdefault(weight.ndim, set(held)):
-                raise ValueError("its optimizer lacks a part of the state of some weights")
-            for name, value in held.items():
-                if isinstance(value, Tensor) and not _fits(value, weight):
-                    raise ValueError(f"{name} of its optimizer is {list(value.shape)}, its weight {list(weight.shape)}")
+            # Some optimizers treat matrices, or large weights, in another way.
+            alike = kinds.setdefault((weight.ndim, weight.numel() >= 4096), {name: _kind(held[name]) for name in held})
+            if held:
+                _check_held(weight, held, alike)
+
+
+def _check_held(weight: Tensor, held: dict[str, Any], alike: dict[str, Any]) -> None:
+    """Check what an optimizer holds for a weight: `alike` are the kinds of what it holds for one of the same form."""
+    if alike and {name: _kind(value) for name, value in held.items()} != alike:
+        raise ValueError("its optimizer holds something else for one weight than for another")
+    for name, value in held.items():
+        if isinstance(value, Tensor) and (value.is_complex() or not _fits(value, weight)):
+            raise ValueError(f"{name} of its optimizer is {list(value.shape)}, its weight {list(weight.shape)}")
+    if float(held.get("step", 0)) < 0:
+        raise ValueError(f"its optimizer is in step {float(held['step']):g}")
+
+
+def _kind(value: Any) -> Any:
+    return (value.dtype, value.ndim) if isinstance(value, Tensor) else type(value)
+
+
+def _by_name(optimizer: torch.optim.Optimizer) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for held in optimizer.state.values():
+        for name, value in held.items():
+            found.setdefault(name, []).append(value)
+    return found
 
 
 def _fits(value: Tensor, weight: Tensor) -> bool:
-    """Whether a value of the optimizer may belong to a weight: some keep means over dimensions."""
-    if value.ndim != weight.ndim:
-        return value.ndim < weight.ndim
-    return all(side in (1, whole) for side, whole in zip(value.shape, weight.shape, strict=True))
+    """Whether a value of the optimizer may have the shape of a weight, or that of its means over dimensions."""
+    if value.ndim == weight.ndim:
+        return all(side in (1, whole) for side, whole in zip(value.shape, weight.shape, strict=True))
+    return value.numel() == 1 or (value.ndim < weight.ndim and set(value.shape) <= {1, *weight.shape})
 
 
 def warmup_epochs(config: TrainConfig) -> float:
