@@ -250,13 +250,13 @@ def load_run(run: Path, weights: str = "final") -> Run:
         ZpipeError: If a file is broken.
     """
     run = Path(run)
-    if not (run / CONFIG_NAME).is_file():
+    if not os.path.lexists(run / CONFIG_NAME):
         if (run / RUN_NAME).is_file():
             raise UsageError(f"{run}: this run is not finished; run its command again to resume it")
         raise UsageError(f"{run}: not a training run (no {CONFIG_NAME}); train-zoomer and train-vit make them")
     config = read_model_config(run / CONFIG_NAME)
     # A folder that timm saved is a model too, but has no settings.
-    settings = read_record(run)["settings"] if (run / RUN_NAME).is_file() else {}
+    settings = read_record(run)["settings"] if os.path.lexists(run / RUN_NAME) else {}
     model, preprocessing = _load_model(run, config, _weights_file(run, weights))
     zoomer = load_zoomer(run / ZOOMER)[0] if (run / ZOOMER / CONFIG_NAME).is_file() else None
     return Run(
@@ -345,7 +345,7 @@ class _Allowance(TorchDispatchMode):
 
     def __init__(self, numbers: int) -> None:
         super().__init__()
-        self._left = 2 * numbers + (1 << 24)  # a part for tables that are computed, and not saved
+        self._left = 2 * numbers + (1 << 22)  # a part for tables that are computed, and not saved
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and isinstance(args[0], list | tuple) and all(isinstance(side, int) for side in args[0]):
