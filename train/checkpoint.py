@@ -27,54 +27,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import zpipe.train.models  # noqa: F401  (registers our models with timm)
 from zpipe.schemas.atomic import commit, write_json
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line, remedy_for
-from zpipe.schemas.model_config import NOT_OF_THE_MODEL, ModelConfig, read_model_config
+from zpipe.schemas.model_config import CONFIG_NAME, NOT_OF_THE_MODEL, ModelConfig, read_model_config
 from zpipe.schemas.shard_index import digest_file
 from zpipe.schemas.weights_file import DIGEST, NO_DIGEST, check_digest, seal
 from zpipe.train.models.zoomer import Zoomer
-from zpipe.train.resume_state import is_finite, load_checkpoint, save_checkpoint
+from zpipe.train.resume_state import is_finite
 from zpipe.train.run_files import (
     BEST,
     BEST_NAME,
     BEST_WEIGHTS_NAME,
     CHECKPOINT_NAME,
-    CONFIG_NAME,
     EPOCHS,
-    METRICS_NAME,
     RUN_NAME,
-    WANDB_ID_NAME,
     WEIGHTS_NAME,
     ZOOMER,
-    Resume,
-    begin_run,
-    forget_attempt,
-    maps_record,
     read_record,
-    run_lease,
 )
-
-__all__ = [
-    "CHECKPOINT_NAME",
-    "CONFIG_NAME",
-    "METRICS_NAME",
-    "RUN_NAME",
-    "WANDB_ID_NAME",
-    "Preprocessing",
-    "Resume",
-    "Run",
-    "begin_run",
-    "digest_zoomer",
-    "forget_attempt",
-    "keep_epoch",
-    "load_checkpoint",
-    "load_run",
-    "load_zoomer",
-    "maps_record",
-    "read_record",
-    "run_lease",
-    "save_checkpoint",
-    "save_model",
-    "save_zoomer",
-]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from zpipe.schemas.errors import ZpipeError
-from zpipe.train.checkpoint import load_checkpoint, save_checkpoint
+from zpipe.train.resume_state import load_checkpoint, save_checkpoint
 
 FORMATS = Path(__file__).parents[1] / "golden" / "formats"
 
