@@ -167,7 +167,11 @@ EXTRACTION = Format(
     max_bytes=2 * MAX_PROVENANCE_BYTES,
 )
 MANIFEST = Format(
-    name=FORMAT, version=STORE_VERSION, content=_ManifestFile, what="a store manifest", remedy="extract again"
+    name=FORMAT,
+    version=STORE_VERSION,
+    content=_ManifestFile,
+    what="a store manifest",
+    remedy="delete it and extract again; finished shards are kept",
 )
 
 
@@ -207,11 +211,11 @@ def _check_shards(manifest: StoreManifest, count: int | None, path: Path) -> Non
     names = Counter(shard.stem for shard in manifest.shards)
     for stem, times in names.items():
         if not _is_name(stem):
-            raise DamageError(f"{path}: shard {stem!r} is no name of a file in this store; extract again")
+            raise DamageError(f"{path}: shard {stem!r} is no name of a file in this store; {MANIFEST.remedy}")
         if times > 1:
-            raise DamageError(f"{path}: shard {stem!r} is listed twice; extract again")
+            raise DamageError(f"{path}: shard {stem!r} is listed twice; {MANIFEST.remedy}")
     if count is not None and count != manifest.count:
-        raise DamageError(f"{path}: its count is {count}, its shards have {manifest.count} samples; extract again")
+        raise DamageError(f"{path}: its count is {count}, its shards have {manifest.count} samples; {MANIFEST.remedy}")
 
 
 def _is_name(stem: str) -> bool:
