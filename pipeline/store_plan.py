@@ -387,17 +387,17 @@ def audit(store: WantedStore, plan: Plan, progress: Progress) -> Audit:
         statuses.update(table["status"].to_pylist())
         unusable += _unusable_samples(entry.stem, file, table)
         shards.append(MapShard(stem=entry.stem, count=entry.count, input_sha256=entry.sha256, index_sha256=file.sha256))
+    earlier = _earlier_manifest(root)
     manifest = StoreManifest(
         provenance=store.provenance,
         shards=tuple(shards),
         statuses=dict(sorted(statuses.items())),
         source=str(store.source),
         zpipe_version=version("zpipe"),
-        classes=store.classes,
+        classes=store.classes or (earlier.classes if earlier else ()),
     )
     is_written = False
-    earlier = _earlier_manifest(root)
-    same = (earlier.shards, earlier.classes) == (manifest.shards, manifest.classes) if earlier else False
+    same = earlier is not None and (earlier.shards, earlier.classes) == (manifest.shards, manifest.classes)
     if earlier and same and earlier.provenance.fingerprint() == fingerprint:
         manifest, is_written = earlier, True
     top1 = correct / labelled if labelled else None
