@@ -14,14 +14,24 @@ import torch
 from zpipe.pipeline.executor import Resources, run_local, run_ray
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.shard_reader import FRAMES, open_shards
-from zpipe.pipeline.store_plan import Audit, WantedStore, audit, clear_unfinished, commit_manifest, prepare
+from zpipe.pipeline.store_plan import (
+    Audit,
+    Plan,
+    WantedStore,
+    audit,
+    claim_store,
+    clear_unfinished,
+    commit_manifest,
+    prepare,
+)
 from zpipe.pipeline.teacher import Teacher, TeacherSpec, load_teacher
 from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec, frame_of
-from zpipe.schemas.atomic import claim_folder, clear_temporaries
+from zpipe.schemas.account import Account
+from zpipe.schemas.atomic import clear_temporaries
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.lease import LEASE_NAME, Lease, held_lease
-from zpipe.schemas.manifest import EXTRACTION_NAME, Provenance
+from zpipe.schemas.lease import Lease, held_lease
+from zpipe.schemas.manifest import Provenance
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_store import OK
 from zpipe.schemas.storage import as_path, is_remote
@@ -116,7 +126,13 @@ class ExtractReport:
     top1: float | None = None
     """Fraction of the usable, labelled images whose label is the teacher's best class; None where there are none."""
     notes: tuple[str, ...] = ()
-    """What the user should know: a batch size that was lowered, labels that are not the teacher's."""
+    """What the user should know: a batch size that was lowered, labels that are not the teacher's, damaged shards."""
+
+    @property
+    def account(self) -> Account:
+        """How many samples the tars hold, how many have a usable map, and why the others have none."""
+        left_out = Counter({status: count for status, count in self.statuses.items() if status != OK})
+        return Account(seen=self.count, taken=self.statuses.get(OK, 0), left_out=left_out)
 
 
 def extract_teacher_maps(
@@ -146,7 +162,7 @@ def extract_teacher_maps(
     store.check_sizes()
     spec = _worker_spec(store, teacher, config, device)
     del teacher  # each worker loads its own
-    claim_folder(out, EXTRACTION_NAME, "relevance store", lease=LEASE_NAME)
+    claim_store(out)
     with held_lease(out) as lease:
         clear_temporaries(out)
         return _extract(store, spec, config, lease, progress)
@@ -165,7 +181,7 @@ def _extract(
     if failed:
         raise ZpipeError(
             f"{store.root}: {len(failed)} of {len(store.tars)} shards failed, the others are committed; "
-            "mend them and run again to go on",
+            "correct their causes and run again to resume",
             failed,
         )
     audited = audit(store, plan, progress)
@@ -179,7 +195,7 @@ def _extract(
         provenance=store.provenance,
         problems=_problems(audited, tally.reports),
         top1=audited.top1,
-        notes=_notes(audited, tally.reports, config),
+        notes=_notes(audited, plan, tally.reports, config),
     )
 
 
@@ -310,8 +326,8 @@ def _problems(audited: Audit, reports: list[ShardReport]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _notes(audited: Audit, reports: list[ShardReport], config: ExtractConfig) -> tuple[str, ...]:
-    notes = [note for report in reports for note in report.notes]
+def _notes(audited: Audit, plan: Plan, reports: list[ShardReport], config: ExtractConfig) -> tuple[str, ...]:
+    notes = [*plan.notes, *(note for report in reports for note in report.notes)]
     top1 = audited.top1
     if top1 is not None and top1 < MIN_PLAUSIBLE_TOP1 and config.explain.needs_label and config.weights != "random":
         notes.append(

@@ -148,10 +148,12 @@ class ShardWorker:
                     raise ZpipeError(
                         f"{path}: more than the {count} samples its index names: altered; make the shards again"
                     )
-                raw[row] = relevance
+                status = _status(item, relevance, logit)
+                # An answer that is no number has no map, even if the sweep made one of it.
+                raw[row] = np.nan if status == NONFINITE else relevance
                 if item.problem:
                     problems[item.key] = item.problem
-                _append_row(columns, item, logit, int(target), _status(item, relevance))
+                _append_row(columns, item, logit, int(target), status)
                 row += 1
         if row != count:
             raise ZpipeError(
@@ -221,10 +223,10 @@ def _batch_size(spec: WorkerSpec, teacher: Teacher) -> tuple[int, str]:
     return fits, f"a batch of {requested} would take {gib:.1f} GiB in {spec.sharing} workers: lowered to {fits}"
 
 
-def _status(item: FramedImage, relevance: np.ndarray) -> str:
+def _status(item: FramedImage, relevance: np.ndarray, logit: np.ndarray) -> str:
     if item.pixels is None:
         return UNDECODABLE
-    if not np.isfinite(relevance).all():
+    if not (np.isfinite(relevance).all() and np.isfinite(logit).all()):
         return NONFINITE
     return OK if relevance.any() else ZERO
 
@@ -236,16 +238,16 @@ def frame_of(teacher: Teacher, kind: str) -> Frame:
 
 
 def _append_row(columns: dict[str, list[Any]], item: FramedImage, logit: np.ndarray, target: int, status: str) -> None:
-    decoded = item.pixels is not None
-    probability = _softmax(logit) if decoded else logit
-    predicted = int(probability.argmax()) if decoded else -1
+    answered = item.pixels is not None and bool(np.isfinite(logit).all())
+    probability = _softmax(logit) if answered else logit
+    predicted = int(probability.argmax()) if answered else NO_CLASS
     values = {
         "key": item.key,
         "label": NO_CLASS if item.label is None else item.label,
         "target": target,
         "predicted": predicted,
-        "predicted_probability": probability[predicted] if decoded else np.nan,
-        "target_probability": probability[target] if decoded and target != NO_CLASS else np.nan,
+        "predicted_probability": probability[predicted] if answered else np.nan,
+        "target_probability": probability[target] if answered and target != NO_CLASS else np.nan,
         "width": item.width,
         "height": item.height,
         "frame_x1": item.frame.x1,
@@ -259,5 +261,5 @@ def _append_row(columns: dict[str, list[Any]], item: FramedImage, logit: np.ndar
 
 
 def _softmax(logit: np.ndarray) -> np.ndarray:
-    shifted = np.exp(logit.astype(np.float64) - logit.max())
+    shifted = np.exp(logit.astype(np.float64) - float(logit.max()))
     return shifted / shifted.sum()

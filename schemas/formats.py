@@ -102,7 +102,13 @@ class Format(Generic[T]):
 
     def decode(self, data: bytes, path: Path | str) -> T:
         """Check the content of a file; `path` is for messages. Raises as :meth:`read`."""
-        first = decode_json(data, path, type=dict[str, Any], what=self.what, remedy=self.remedy)
+        # The header first, and the rest only as text: fields of any size take no more memory than the file.
+        raw = decode_json(data, path, type=dict[str, msgspec.Raw], what=self.what, remedy=self.remedy)
+        first = {
+            name: decode_json(bytes(raw[name]), path, type=Any, what=self.what, remedy=self.remedy)
+            for name in ("format", "version")
+            if name in raw
+        }
         check_format(path, first, self.name, self.version, oldest=self.oldest, remedy=self.remedy)
         return decode_json(data, path, type=self.content, what=self.what, remedy=self.remedy)
 

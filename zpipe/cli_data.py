@@ -192,7 +192,8 @@ def extract_command(
             warn("warning: random weights were asked for: these maps mean nothing; the manifest says so")
         report = extract_teacher_maps(shards, output, config, progress=progress)
         top1 = "" if report.top1 is None else f"; the teacher names {100 * report.top1:.1f} % of these labels"
-        tell(f"{output}: {report.count} maps in {report.shards} shards ({report.extracted} extracted now){top1}")
+        made = f"{report.count} maps in {report.shards} shards ({report.extracted} extracted now)"
+        tell(f"{output}: {made}{top1}; {report.account}")
         for note in report.notes:
             warn(f"note: {note}")
         if report.problems:

@@ -34,12 +34,10 @@ def maps_info(store: Store) -> None:
             f"{statistics.size_bytes / 1e6:.1f} MB, "
             f"{statistics.size_bytes / max(1, statistics.manifest.count):.0f} bytes a sample",
         )
-        table.add_row("teacher", f"{origin.teacher}, weights {origin.weights}, digest {origin.teacher_digest[:12]}")
-        table.add_row(
-            "method",
-            f"{origin.method}{' symmetrised' if origin.symmetrised else ''}, "
-            f"target {origin.target}, {origin.precision}",
-        )
+        teacher = f"{origin.teacher}, weights {origin.weights}, digest {origin.teacher_digest[:12]}"
+        table.add_row("teacher", teacher)
+        method = f"{origin.method}{' symmetrised' if origin.symmetrised else ''}"
+        table.add_row("method", f"{method}, target {origin.target}, {origin.precision}")
         table.add_row("frame", f"{origin.frame}, grid {origin.grid[0]} x {origin.grid[1]}")
         if statistics.teacher_top1 is not None:
             table.add_row("teacher's top-1", f"{statistics.teacher_top1:.1%} on these labels")
@@ -71,7 +69,7 @@ def maps_verify(
         problems = verify_store(store, shards, progress=progress)
         if problems:
             raise ZpipeError(f"{store}: {len(problems)} problems", problems)
-        tell(f"{store}: whole")
+        tell(f"{store}: intact")
 
 
 @maps_app.command("show")
@@ -89,7 +87,10 @@ def maps_show(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--out", parser=path_or_url, metavar="PATH|URL", help="PNG to write; default KEY.png in the current folder."
+            "--out",
+            parser=path_or_url,
+            metavar="PATH|URL",
+            help="PNG to write; default KEY.png in the current folder.",
         ),
     ] = None,
 ) -> None:
@@ -180,7 +181,7 @@ def maps_compare(
     ],
     top: Annotated[int, typer.Option(min=1, help="How many of the highest cells to compare.")] = 20,
     worst: Annotated[
-        int, typer.Option(min=0, help="How many of the samples that agree least to list; 0 for none.")
+        int, typer.Option(min=0, help="How many of the samples with the lowest agreement to list; 0 for none.")
     ] = 10,
 ) -> None:
     """Show how far the maps of two stores agree: rank correlation, overlap of the highest cells, the worst samples."""
@@ -199,4 +200,4 @@ def maps_compare(
         table.add_row(f"top {comparison.top} shared", ", ".join(f"{value:.2f}" for value in comparison.top_overlap))
         out.print(table)
         rows = [{"key": key, "rank_correlation": rank, "shared": shared} for key, rank, shared in comparison.worst]
-        print_rows(rows, title="agree least")
+        print_rows(rows, title="lowest agreement")

@@ -136,7 +136,7 @@ def test_damage_is_not_signed_anew(store_copy, shards, extract, contents, also):
     if also:  # there is something to do, and the manifest is written again
         index_path(store_copy, "shard-00002").unlink()
     before = contents(store_copy)
-    with pytest.raises(ZpipeError, match="shard-00001.parquet: its digest is not what it was.*delete it and run again"):
+    with pytest.raises(ZpipeError, match="shard-00001.parquet: its digest is not what it was.*delete it and extract"):
         extract(shards, store_copy)
     assert contents(store_copy) == before and any(str(path) in problem for problem in verify_store(store_copy))
     path.unlink()
@@ -151,7 +151,7 @@ def other_seal(root):
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        (lambda root: shutil.rmtree(maps_path(root, "shard-00001")), "shard-00001.zarr: missing; run again"),
+        (lambda root: shutil.rmtree(maps_path(root, "shard-00001")), "shard-00001.zarr: missing; extract again"),
         (lambda root: altered(index_path(root, "shard-00001")), "its digest is not what it was"),
         (other_seal, "made from a tar with SHA-256 0, shard-00001.tar now has"),
     ],
@@ -451,7 +451,7 @@ def test_a_truncated_tar_fails_alone(shards_copy, tmp_path, failing, extract, st
     tar.write_bytes(good[: len(good) // 2] + bytes(len(good) - len(good) // 2))
     out = tmp_path / "out"
     done = failing(shards_copy, out)
-    assert "1 of 4 shards failed, the others are committed; mend them and run again" in done.error
+    assert "1 of 4 shards failed, the others are committed; correct their causes and run again" in done.error
     assert len(done.details) == 1 and str(tar) in done.details[0]
     assert committed(out) == 3 and not (out / "manifest.json").exists()
     assert not maps_path(out, "shard-00001").exists() and not list(out.rglob(".tmp-*"))

@@ -7,16 +7,22 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
+from typing import get_args
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from any_json import any_json
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from zpipe.schemas import atomic, manifest, shard_index, storage
 from zpipe.schemas.errors import UsageError, ZpipeError, remedy_for
 from zpipe.schemas.geometry import Box, covered_share, crop_map, overlap_weights
+from zpipe.schemas.relevance_store import STATUSES
 from zpipe.schemas.sample import group_samples, key_for_file, shard_stem, split_name
 
 
@@ -687,18 +693,92 @@ def test_reading_what_is_no_manifest(tmp_path):
         manifest.read_manifest(tmp_path)
     manifest.write_manifest(tmp_path, MANIFEST)
     good = json.loads((tmp_path / "manifest.json").read_text())
+    shard, proof = good["shards"][0], good["provenance"]
     for change, told in [
         ({"version": 99}, "version 99"),
-        ({"shards": [{}]}, "not a complete manifest"),
-        ({"provenance": good["provenance"] | {"novel": 1}}, "provenance field 'novel' missing or unknown"),
-        ({"provenance": {}}, "provenance field"),
+        ({"shards": [{}]}, r"missing required field `stem` - at `\$.shards\[0\]`"),
+        ({"shards": {}}, "Expected `array`, got `object`"),
+        ({"shards": [shard | {"count": -1}]}, "Expected `int` >= 0"),
+        ({"shards": [shard | {"count": 4}]}, "its count is 3, its shards have 4 samples"),
+        ({"shards": [shard, shard]}, "shard 'a' is listed twice"),
+        ({"shards": [shard | {"stem": "a/../b"}]}, "no name of a file in this store"),
+        ({"shards": [shard | {"stem": "a\x1b[2J"}]}, "no name of a file in this store"),
+        ({"shards": [shard | {"index_sha256": "A" * 64}]}, "matching regex"),
+        ({"statuses": {"fine": 3}}, "Invalid enum value 'fine'"),
+        ({"statuses": [3]}, "Expected `object`"),
+        ({"classes": "ab"}, "Expected `array`"),
+        ({"provenance": proof | {"novel": 1}}, "provenance field 'novel' is unknown"),
+        ({"provenance": {}}, "missing required field"),
+        ({"provenance": proof | {"grid": "4 x 6"}}, r"Expected `array`, got `str` - at `\$.grid`"),
+        ({"provenance": proof | {"grid": [4]}}, "Expected `array` of length 2"),
+        ({"provenance": proof | {"grid": [0, 6]}}, "Expected `int` >= 1"),
+        ({"provenance": proof | {"grid": [10**9, 6]}}, "Expected `int` <= 4096"),
+        ({"provenance": proof | {"mean": "grey"}}, "Expected `array`"),
+        ({"provenance": proof | {"teacher_args": {"x": "x" * 2**20}}}, "its provenance has 1049"),
     ]:
         (tmp_path / "manifest.json").write_text(json.dumps(good | change))
-        with pytest.raises(ZpipeError, match=told):
+        with pytest.raises(ZpipeError, match=told) as error:
             manifest.read_manifest(tmp_path)
+        assert len(str(error.value).splitlines()) == 1 and str(error.value).startswith(
+            f"{tmp_path / 'manifest.json'}: "
+        )
     (tmp_path / "extraction.json").write_text(json.dumps({"format": "zpipe-relevance-store", "version": 1}))
-    with pytest.raises(ZpipeError, match="not an extraction record"):
+    with pytest.raises(ZpipeError, match="missing required field `provenance`.*; delete it if"):
         manifest.read_extraction(tmp_path)
+
+
+@given(st.sampled_from(("shards", "statuses", "source", "zpipe_version", "classes", "count", "provenance")), any_json())
+def test_whatever_a_field_of_a_manifest_says_it_is_read_or_refused_in_one_line(field, value):
+    content = {"count": 3, "classes": []} | json.loads(json.dumps(dataclasses.asdict(MANIFEST)))
+    read_or_refused({"manifest.json": content | {field: value}}, manifest.read_manifest)
+
+
+@given(st.sampled_from([field.name for field in dataclasses.fields(PROVENANCE)]), any_json())
+def test_whatever_a_field_of_a_provenance_says_it_is_read_or_refused_in_one_line(field, value):
+    content = json.loads(json.dumps(dataclasses.asdict(PROVENANCE))) | {field: value}
+    read_or_refused({"extraction.json": {"provenance": content}}, manifest.read_extraction)
+
+
+def read_or_refused(files, read):
+    """Read a store of these files; a wrong one is one line, and what is read has the declared types."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            header = {"format": "zpipe-relevance-store", "version": 1}
+            (Path(folder) / name).write_text(json.dumps(header | content))
+        try:
+            found = read(folder)
+        except ZpipeError as error:
+            assert len(str(error).splitlines()) == 1 and str(error).isprintable()
+            return
+    for proof in (found, getattr(found, "provenance", found)):
+        assert proof == msgspec.convert(dataclasses.asdict(proof), type(proof))
+
+
+def test_a_manifest_names_the_classes_where_they_are_known(tmp_path):
+    manifest.write_manifest(tmp_path, MANIFEST)
+    assert "classes" not in json.loads((tmp_path / "manifest.json").read_text())
+    named = dataclasses.replace(MANIFEST, classes=("ant", "bee"))
+    manifest.write_manifest(tmp_path, named)
+    assert manifest.read_manifest(tmp_path) == named
+
+
+def test_the_manifest_knows_the_statuses_of_the_index():
+    assert get_args(manifest.Status) == STATUSES
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "extraction.json"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "endless"])
+def test_what_lies_in_place_of_a_manifest_is_told_without_waiting(tmp_path, name, kind):
+    path = tmp_path / name
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "endless" else "/dev/null")
+    read = manifest.read_manifest if name == "manifest.json" else manifest.read_extraction
+    with pytest.raises(ZpipeError, match=f"{name}: not readable as .* .is a (FIFO|device|folder)"):
+        read(tmp_path)
 
 
 def test_errors_say_how_the_command_ends():

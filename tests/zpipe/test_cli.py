@@ -526,7 +526,7 @@ def test_settings_that_a_model_names_are_evaluated_and_predicted(places, sided, 
 
 def test_maps_commands(places, tmp_path):
     assert "40 (40 ok) in 4 shards" in succeed("maps info {maps}", places).stdout
-    assert "maps: whole" in succeed("maps verify {maps} --shards {shards}", places).stdout
+    assert "maps: intact" in succeed("maps verify {maps} --shards {shards}", places).stdout
     succeed("maps show {maps} train_0000003 --out {out}", places | {"out": tmp_path / "map.png"})
     with Image.open(tmp_path / "map.png") as picture:
         assert picture.format == "PNG" and picture.width > 300
@@ -579,7 +579,7 @@ def test_progress_is_a_bar_on_a_terminal(places):
     assert process.returncode == 0
     assert "verify" in printed and "4/4" in printed and "━" in printed and "problems 0" in printed
     assert '"stage"' not in printed
-    assert stdout.decode().strip().endswith("maps: whole")
+    assert stdout.decode().strip().endswith("maps: intact")
 
 
 def test_a_wrong_use_by_subprocess(places, tmp_path):
