@@ -84,7 +84,17 @@ def test_members_of_other_kinds_are_not_looked_at(name):
         ([("k.jpg", b"A"), ("k.json", b'{"label": true}')], "label True, not a class index"),
         ([("k.jpg", b"A"), ("k.cls", b"1099511627776")], "label 1099511627776 is no class index, which has 32 bits"),
         ([("k.jpg", b"A"), ("k.json", b'{"label": -2147483649}')], "label -2147483649 is no class index"),
-        ([("k.jpg", b"A"), ("l.jpg", b"B"), ("k.cls", b"1")], "comes twice"),
+        ([("k.jpg", b"A"), ("l.jpg", b"B"), ("k.jpg", b"A")], "comes twice; rebuild this shard with unique keys"),
+        (
+            [("k.jpg", b"A"), ("l.jpg", b"B"), ("k.cls", b"1")],
+            "its members stand apart (.cls comes after other samples)",
+        ),
+        (
+            [("k.cls", b"1"), ("l.cls", b"1"), ("k.jpg", b"A")],
+            "found cls; where the image stands apart from it, unpack",
+        ),
+        ([("k.jpg", b"A"), ("k.json", b"[" + b" " * (1 << 24) + b"]")], "its .json has more than 16777216 bytes"),
+        ([("k.jpg", b"A"), ("k.cls", b"1" * 2000)], "its .cls has more than 1024 bytes"),
     ],
 )
 def test_a_broken_sample_is_named_in_one_line(members, told):
@@ -416,7 +426,7 @@ def test_the_shares_under_a_box_add_up_to_its_area(rows, columns, height, width,
 
 def entry(name="a.tar", **changes):
     return shard_index.ShardEntry(
-        **({"name": name, "count": 3, "bytes": 10, "sha256": "0" * 64, "keys_sha256": "1" * 64} | changes)
+        **({"name": name, "count": 3, "bytes": 2000, "sha256": "0" * 64, "keys_sha256": "1" * 64} | changes)
     )
 
 
@@ -432,9 +442,27 @@ def test_a_shard_index_comes_back_as_it_was_written(tmp_path):
     [
         ({"format": "other"}, "is 'other' version 1, expected 'zpipe-shards' version 1; run make-shards again"),
         ({"version": 2}, "version 2"),
-        ({"shards": [{"name": "a.tar"}]}, "not a complete shard index"),
-        ({"shards": [7]}, "not a complete shard index"),
-        ({"classes": None}, "not a complete shard index"),
+        ({"shards": [{"name": "a.tar"}]}, "not readable as a shard index .Object missing required field `count`"),
+        ({"shards": [7]}, r"Expected `object`, got `int` - at `\$.shards"),
+        ({"classes": None}, "Expected `array`, got `null`"),
+        ({"classes": "ant"}, "Expected `array`, got `str`"),
+        ({"count": 4}, "its count is 4, that of its shards together 3"),
+        *(
+            ({"shards": [vars(entry()) | change]}, told)
+            for change, told in [
+                ({"count": -3}, "Expected `int` >= 0"),
+                ({"count": 1.5}, "got `float`"),
+                ({"count": 10**30}, "`int`"),
+                ({"name": 7}, "got `int`"),
+                ({"name": "../a.tar"}, "matching regex"),
+                ({"name": "b/a.tar"}, "matching regex"),
+                ({"name": "a\n.tar"}, "matching regex"),
+                ({"name": "a.zip"}, "matching regex"),
+                ({"sha256": 7}, "got `int`"),
+                ({"sha256": "a"}, "matching regex"),
+                ({"bytes": None}, "got `null`"),
+            ]
+        ),
     ],
 )
 def test_a_damaged_shard_index_is_refused(tmp_path, change, told):
@@ -454,15 +482,18 @@ def test_two_shards_of_one_name_are_refused(tmp_path):
 def test_folder_and_index_must_name_the_same_tars(tmp_path):
     index = shard_index.ShardIndex(shards=(entry("a.tar"), entry("b.tar")))
     for name in ("a.tar", "b.tar"):
-        (tmp_path / name).write_bytes(bytes(10))
+        (tmp_path / name).write_bytes(bytes(2000))
     folder, tars = shard_index.find_shards(tmp_path)
     assert folder == tmp_path and [tar.name for tar in tars] == ["a.tar", "b.tar"]
     assert shard_index.check_listed(tmp_path, tars, index, whole_folder=True) == list(index.shards)
     assert shard_index.check_listed(tmp_path, tars[:1], index, whole_folder=False) == [index.shards[0]]
+    too_many = shard_index.ShardIndex(shards=(entry("a.tar", count=4), entry("b.tar")))
+    with pytest.raises(ZpipeError, match="says that a.tar holds 4 samples, too many for its 2000 bytes"):
+        shard_index.check_listed(tmp_path, tars, too_many, whole_folder=True)
     with pytest.raises(ZpipeError, match="b.tar: listed in shards.json but not there"):
         shard_index.check_listed(tmp_path, tars[:1], index, whole_folder=True)
-    (tmp_path / "b.tar").write_bytes(bytes(9))
-    with pytest.raises(ZpipeError, match=r"b.tar: 9 bytes, but shards.json says 10: truncated or altered"):
+    (tmp_path / "b.tar").write_bytes(bytes(1999))
+    with pytest.raises(ZpipeError, match=r"b.tar: 1999 bytes, but shards.json says 2000: truncated or altered"):
         shard_index.check_listed(tmp_path, tars, index, whole_folder=True)
     (tmp_path / "b.tar").rename(tmp_path / "c.tar")
     with pytest.raises(ZpipeError, match="c.tar: not listed"):

@@ -176,8 +176,8 @@ def _augment_sample(spec: EpochSpec, copy: int, item: Joined) -> dict[str, Any]:
         if not frame.contains(view.box):
             raise ZpipeError(f"{where}: its map covers {frame.as_tuple()} only; extract on the full frame")
         out |= {"relevance": item.relevance, "view": view, "frame": frame}
-    if "box" in sample.meta:
-        out["object_box"] = np.asarray(view_box(sample.meta["box"], view), np.float32)
+    if sample.box is not None:
+        out["object_box"] = np.asarray(view_box(sample.box, view), np.float32)
     return out
 
 
