@@ -1,8 +1,8 @@
 """Folders of images as a source of shards: class folders (ImageFolder trees), or a folder with `labels.csv`.
 
 A file with the suffix of an image is an image, or it is put aside with the reason. Any other file is an image if its
-first bytes are those of one; if not, it is left out and counted by its suffix. So a folder of plainly named images costs
-no reads but those that pack them.
+first bytes are those of one; if not, it is left out and counted by its suffix. So a folder of plainly named images
+costs no reads but those that pack them.
 
 A source holds the list of its files in memory, some 170 bytes each.
 """

@@ -17,6 +17,7 @@ from zpipe.schemas.names import check_key
 
 MAX_LABEL_BYTES = {"cls": 1 << 10, "json": 1 << 24}
 ALLOWED_SUFFIXES = (*IMAGE_SUFFIXES, *MAX_LABEL_BYTES)
+_SOME_SUFFIXES = "jpeg, png, webp"
 KEY_RULES = ("stem", "path")
 
 
@@ -201,7 +202,7 @@ def no_samples(source: Path | str, account: Account) -> ZpipeError:
         return ZpipeError(f"{source}: holds no files; remove it")
     found = ", ".join(f"{reason} ({count})" for reason, count in account.left_out.most_common(5))
     return ZpipeError(
-        f"{source}: holds no samples: {found}; a sample is KEY.jpg (or {', '.join(IMAGE_SUFFIXES[4:8])}, ...) with KEY.cls "
+        f"{source}: holds no samples: {found}; a sample is KEY.jpg (or {_SOME_SUFFIXES}, ...) with KEY.cls "
         "or KEY.json, and KEY has no dot: rename the members, or remove the tar"
     )
 

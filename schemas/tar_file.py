@@ -131,7 +131,7 @@ def _members(file: Readable, path: Path | str, amount: Callable[[str, int], int]
         if header.kind == _SPARSE or any(key.startswith("GNU.sparse.") for key in extended):
             raise ZpipeError(f"{path}: {printable(name)} is a sparse member; make the shards again")
         extended = {}
-        regular = header.kind in _REGULAR and not (header.kind == b"\0" and header.name.endswith("/"))
+        regular = header.kind in _REGULAR and not (header.kind == b"\0" and name.endswith("/"))
         if regular:
             wanted = min(amount(name, size), size)
             if wanted > MAX_MEMBER_BYTES:
@@ -165,11 +165,14 @@ def _check_end(file: Readable) -> None:
 
 
 def _header(block: bytes) -> _Header:
-    stated = _octal(block[148:156], "checksum")
+    try:
+        stated = _octal(block[148:156], "checksum")
+    except _Damaged:
+        stated = -1
     rest = block[:148] + block[156:]
     total = 256 + sum(rest)
     # Some old programs add bytes as signed numbers.
-    if stated not in (total, total - 256 * sum(1 for byte in rest if byte > 127)):
+    if stated != total and stated != total - 256 * sum(byte > 127 for byte in rest):
         raise _Damaged("a header is damaged")
     name = block[:100].partition(b"\0")[0]
     prefix = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""

@@ -65,6 +65,9 @@ class EpochSpec:
     damaged: Damaged
     """How to handle damaged tars."""
 
+    check: bool
+    """Whether to compare the digests of tars with their index."""
+
     image_size: int
     """Side of the images, in pixels."""
 
@@ -111,7 +114,9 @@ class BatchParts(IterableDataset[dict[str, Any] | ZpipeError]):
         edges = np.searchsorted(batch, np.arange(len(spec.batches) + 1)).tolist()
         spans = (slice(*edges[number : number + 2]) for number in range(len(spec.batches)))
         requests = (PartRequest(slots[span], plan[span], last[span]) for span in spans)
-        with ShardJoin(spec.shards, spec.maps, spec.missing, skip_damaged=spec.damaged == "skip") as join:
+        with ShardJoin(
+            spec.shards, spec.maps, spec.missing, skip_damaged=spec.damaged == "skip", check=spec.check
+        ) as join:
             join.expect(plan)
             yield from wds.DataPipeline(lambda: requests, fetch(join), augment(spec), collate(spec, join))
 
