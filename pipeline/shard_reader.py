@@ -157,7 +157,7 @@ def scan_shards(tars: Sequence[Path], *, progress: Progress = silent, remedy: st
         finally:
             pool.shutdown(cancel_futures=True)  # after an error, the other tars need not be read
     _check_unique(tars, hashes)
-    return ShardIndex(shards=tuple(entries), source=str(tars[0].parent), account=account)
+    return ShardIndex(shards=tuple(entries), source=str(tars[0].parent), account=account, is_file=False)
 
 
 def _check_unique(tars: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:

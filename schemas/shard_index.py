@@ -63,11 +63,27 @@ class ShardIndex:
     """What the tars were made from."""
     account: Account = field(default_factory=Account)
     """What the source held, and what of it is in the tars; nothing seen if that is not known."""
+    is_file: bool = field(default=True, compare=False)
+    """Whether there is a `shards.json`; False if the tars were only listed."""
 
     @property
     def count(self) -> int:
         """Number of samples."""
         return sum(entry.count for entry in self.shards)
+
+    @property
+    def left_out(self) -> str:
+        """A line about images of tars without a `shards.json` that belong to no sample; empty if there are none.
+
+        A command that read such tars ends with it. Whoever wrote a `shards.json` has been told.
+        """
+        if self.is_file or not self.account.images_left_out:
+            return ""
+        return (
+            f"{self.source}: {self.account.images_left_out} images were left out ({self.account}); a key ends at the "
+            f"first dot of a name: rename them KEY.jpg in new tars, or run zpipe make-shards --index-only "
+            f"{self.source} once to go on without them"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

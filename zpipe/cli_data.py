@@ -77,8 +77,8 @@ def make_shards_command(
             tell(f"{source}: {index.count} images in {_counted(len(index.shards), 'shard')} indexed; {index.account}")
             if not index.account.is_whole:
                 raise ZpipeError(
-                    f"{source}: {index.account.images_left_out} images were left out: their names have two dots, and a "
-                    "key ends at the first one; rename them KEY.jpg in new tars, or go on without them"
+                    f"{source}: {index.account.images_left_out} images were left out, because a key ends at the first "
+                    "dot of a name; rename them KEY.jpg in new tars, or go on without them: shards.json is written"
                 )
             return
         if output is None:
@@ -215,3 +215,5 @@ def extract_command(
                 f"{output}: {len(report.problems)} images have no usable map; the store is whole and says which",
                 report.problems[:20],
             )
+        if report.left_out:
+            raise ZpipeError(report.left_out)

@@ -742,3 +742,19 @@ def test_the_command_as_a_process(photos, tmp_path, process, shards):
 def test_usage_errors_are_their_own_type(tmp_path):
     with pytest.raises(UsageError):
         folder(tmp_path / "none")
+
+
+def test_images_of_tars_that_are_left_out_end_a_command_with_1(tmp_path, cli, encode, teacher_flags):
+    png = encode("PNG", 30, 20)
+    write_tar(tmp_path / "in" / "x.tar", {"a.png": png, "a.cls": b"1", "v3.0.png": png, "v3.0.cls": b"1"})
+    told = "1 images were left out"
+    done = cli(
+        "extract-teacher-maps", tmp_path / "in", "--out", tmp_path / "maps", "--executor", "local", *teacher_flags
+    )
+    assert done.code == 1 and told in done.error and "image named KEY.0.png 1" in done.error and "1 maps" in done.stdout
+    done = cli("make-shards", tmp_path / "in", "--index-only")
+    assert done.code == 1 and told in done.error and "1 images in 1 shard indexed; seen 3, taken 1," in done.stdout
+    assert read_index(tmp_path / "in").account.images_left_out == 1
+    again = tmp_path / "again"
+    done = cli("extract-teacher-maps", tmp_path / "in", "--out", again, "--executor", "local", *teacher_flags)
+    assert done.code == 0

@@ -6,14 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from zpipe.schemas import atomic, manifest, shard_index, storage
+from zpipe.schemas.account import Account
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.geometry import Box, covered_share, crop_map, overlap_weights
 from zpipe.schemas.sample import group_samples, key_for_file, shard_stem, split_name
@@ -652,3 +654,47 @@ def test_errors_say_how_the_command_ends():
     assert (ZpipeError("x").exit_code, UsageError("x").exit_code) == (1, 2)
     assert ZpipeError("x", ["a", "b"]).details == ("a", "b")
     assert os.linesep not in str(ZpipeError("x", ["a"]))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places_in(value, place=()):
+    """Where values stand in a JSON value: the keys and positions that lead there."""
+    yield place
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places_in(inner, (*place, key))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_anywhere_in_a_shard_index_is_read_or_refused(tmp_path, data):
+    account = Account(seen=8, taken=7, left_out=Counter({"hidden": 1}))
+    index = shard_index.ShardIndex(shards=(entry(), entry("b.tar", count=4)), classes=("ant",), account=account)
+    shard_index.write_index(tmp_path, index)
+    path = tmp_path / "shards.json"
+    content = json.loads(path.read_text())
+    place = data.draw(st.sampled_from(list(places_in(content))))
+    value = data.draw(JSON)
+    if place:
+        holder = content
+        for key in place[:-1]:
+            holder = holder[key]
+        holder[place[-1]] = value
+    else:
+        content = value
+    path.write_text(json.dumps(content))
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / name).write_bytes(bytes(2000))
+    try:
+        folder, tars = shard_index.find_shards(tmp_path)
+        found = shard_index.read_index(tmp_path)
+        entries = shard_index.check_listed(folder, tars, found, whole_folder=True)
+    except ZpipeError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert sum(each.count for each in entries) == found.count <= 7 and str(found.account)

@@ -272,7 +272,9 @@ TARS = {
 
 
 def tar_of(files):
-    parts = [block(name, len(data)) + padded(data) if data is not None else block(name, 0, b"2") for name, data in files]
+    parts = [
+        block(name, len(data)) + padded(data) if data is not None else block(name, 0, b"2") for name, data in files
+    ]
     return b"".join(parts) + END
 
 
@@ -318,7 +320,7 @@ def test_a_good_tar_without_samples_is_told_what_it_holds(tmp_path, by):
     with pytest.raises(ZpipeError) as error:
         READERS[by](tmp_path)
     assert str(error.value) == (
-        f"{tmp_path / 'x.tar'}: holds no samples: image named KEY.input.jpg (2), no image: .output.cls (1); a sample is "
-        "KEY.jpg (or jpeg, png, webp, ...) with KEY.cls or KEY.json, and KEY has no dot: rename the members, or remove "
-        "the tar"
+        f"{tmp_path / 'x.tar'}: holds no samples: image named KEY.input.jpg (2), no image: .output.cls (1); a sample "
+        "is KEY.jpg (or jpeg, png, webp, ...) with KEY.cls or KEY.json, and KEY has no dot: rename the members, or "
+        "remove the tar"
     )

@@ -131,7 +131,7 @@ class RelevanceLoader:
         self._lanes = self._own_lanes()
         self._start = 0  # the batch that the next iteration begins with
         self._next = 0  # the batch after the last one yielded
-        self._checked = not digests_are_checked()  # whether an epoch has compared the digests of the tars
+        self._verified = not digests_are_checked()  # whether an epoch has compared the digests of the tars
         self.maps: RelevanceMaps | None = None
         # Shards of one size share one array of rows: with a million shards, the arrays would cost more than their
         # contents.
@@ -306,7 +306,7 @@ class RelevanceLoader:
                 if not batch["key"]:
                     raise ZpipeError(f"{self.path}: no sample is left of batch {number}: {self.damaged_shards[-1]}")
                 self._next = number + 1
-                self._checked |= start == 0 and self._next == total
+                self._verified |= start == 0 and self._next == total
                 yield batch
         finally:
             with _deferred_interrupts():
@@ -334,7 +334,7 @@ class RelevanceLoader:
             maps=self.maps,
             missing=self.missing,
             damaged=self.damaged,
-            check=not self._checked,
+            check=not self._verified,
             image_size=self.image_size,
             view=self.view,
         )

@@ -64,7 +64,7 @@ def list_shards(path: Path) -> tuple[list[Shard], ShardIndex]:
         entries.append(entry)
         account += counted
     shards = [Shard(path=tar, entry=entry) for tar, entry in zip(tars, entries, strict=True)]
-    return shards, ShardIndex(shards=tuple(entries), source=str(folder), account=account)
+    return shards, ShardIndex(shards=tuple(entries), source=str(folder), account=account, is_file=False)
 
 
 def _scan_headers(path: Path) -> tuple[ShardEntry, Account]:
