@@ -291,6 +291,8 @@ def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = p
     seed = config.seed if config.shuffle else None
     name, colon, path = text.partition(":")
     if not colon or name not in DATASETS:
+        if config.split != SourceConfig.split:
+            raise UsageError(f"--split {config.split}: an image folder has no splits; give the folder of that split")
         folder = FolderSource(as_local(text), shard_size=config.shard_size, shuffle_seed=seed, key_rule=config.keys)
         for line in folder.warnings:
             warn(f"warning: {line}")

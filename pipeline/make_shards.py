@@ -7,6 +7,7 @@ images of one shard, where reading them is faster than writing the tar.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -113,7 +114,8 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
     account = getattr(source, "account", Account()) + Account(seen=len(outside), quarantined=len(outside))
     for place in range(number):
         part = done.get(place)
-        if part is None or not _is_whole(out, part):
+        named = part is not None and (part.entry is None or part.entry.name == _tar_name(place, number))
+        if part is None or not named or not _is_whole(out, part):
             part = _write_shard(source, place, number, out)
             written += 1
             _append_progress(out, asdict(part))
@@ -162,7 +164,7 @@ def index_shards(folder: Path, *, progress: Progress = silent) -> ShardIndex:
 
 
 def _write_shard(source: Source, part: int, parts: int, out: Path) -> _Part:
-    path = out / f"shard-{part:0{max(5, len(str(parts - 1)))}d}.tar"
+    path = out / _tar_name(part, parts)
     keys: list[str] = []
     rejected: list[Rejected] = []
     noted: Counter[str] = Counter()
@@ -189,6 +191,10 @@ def _write_shard(source: Source, part: int, parts: int, out: Path) -> _Part:
     if not keys:
         path.unlink()
     return _Part(part=part, entry=entry if keys else None, rejected=tuple(rejected), noted=dict(noted))
+
+
+def _tar_name(part: int, parts: int) -> str:
+    return f"shard-{part:0{max(5, len(str(parts - 1)))}d}.tar"
 
 
 def _is_whole(out: Path, part: _Part) -> bool:
@@ -264,7 +270,11 @@ def _append_progress(out: Path, line: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise ZpipeError(f"{path}: could not be written ({error.strerror}); free space, then run again") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free space" if full else "fix what the reason names"
+        raise ZpipeError(
+            f"{path}: could not be written ({error.strerror}); {remedy}, then run the same command again to resume"
+        ) from error
 
 
 def _write_quarantine(out: Path, rejected: list[Rejected]) -> None:

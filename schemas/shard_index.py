@@ -19,22 +19,20 @@ from zpipe.schemas.account import Account, AccountRecord
 from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import Count, Digest, Format, Text
+from zpipe.schemas.names import printable
 from zpipe.schemas.sample import shard_stem
 from zpipe.schemas.storage import as_path, check_reachable, file_sizes, names_in, open_file, storage_errors
 from zpipe.schemas.tar_file import TAR_BLOCK
 
 INDEX_NAME = "shards.json"
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".gz", ".zst")
-TarName = Annotated[
-    str, msgspec.Meta(pattern=r"^[^/\\\x00-\x1f\x7f]*\.tar\Z", max_length=255)
-]  # of a file, never a path
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
     """One tar."""
 
-    name: TarName
+    name: str
     """File name."""
     count: Count
     """Number of samples."""
@@ -44,6 +42,13 @@ class ShardEntry:
     """SHA-256 (hex) of the file; "" for a tar that was only listed."""
     keys_sha256: Digest
     """`digest_keys` of its keys, in order."""
+
+    def __post_init__(self) -> None:
+        # A name of a file, never a path. msgspec adds the place in the file to the message.
+        if not self.name.endswith(".tar") or len(self.name) > 255 or "/" in self.name or "\\" in self.name:
+            raise ValueError(f"{printable(self.name)[:80]!r} is no file name of a tar")
+        if printable(self.name) != self.name:
+            raise ValueError(f"the name '{printable(self.name)[:80]}' has unprintable characters")
 
     @property
     def stem(self) -> str:

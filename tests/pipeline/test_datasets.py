@@ -16,6 +16,7 @@ from PIL import Image
 from scipy.io import savemat
 from tiny import header, write_tar
 
+from zpipe.pipeline import datasets
 from zpipe.pipeline.datasets import DATASETS
 from zpipe.pipeline.make_shards import make_shards
 from zpipe.pipeline.mat_file import read_numbers
@@ -427,3 +428,24 @@ def test_the_recipe_trains_on_cifar_by_name(cifar, tmp_path, cli):
     assert done.code == 0, done.stderr
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert settings["image_size"] == 32 and settings["model_args"]["patch_size"] == 4
+
+
+def test_an_archive_that_unpacks_to_fill_the_memory_is_refused(tmp_path, cifar_files, monkeypatch):
+    monkeypatch.setattr(datasets, "MAX_UNPACKED_BYTES", 1 << 20)
+    path = pack(tmp_path / "x.tar.gz", cifar_files | {"zeros": bytes(1 << 20)})
+    with pytest.raises(ZpipeError, match="x.tar.gz: unpacks to more than 1048576 bytes; fetch it again"):
+        make(f"cifar10:{path}", tmp_path / "out", "train")
+
+
+def test_variables_together_are_bounded_and_have_few_dimensions(tmp_path):
+    savemat(tmp_path / "many.mat", {f"v{n}": np.zeros((1, 1 << 20)) for n in range(3)}, do_compression=True)
+    with pytest.raises(ZpipeError, match="all together are larger than 16777216 bytes"):
+        read_numbers(tmp_path / "many.mat")
+    savemat(tmp_path / "flat.mat", {"v": np.zeros((1,) * 33)})
+    with pytest.raises(ZpipeError, match="more than 32 dimensions"):
+        read_numbers(tmp_path / "flat.mat")
+
+
+def test_an_image_folder_has_no_splits(photos, tmp_path, cli):
+    done = cli("make-shards", photos, tmp_path / "out", "--split", "val")
+    assert done.code == 2 and "--split val: an image folder has no splits; give the folder of that split" in done.error

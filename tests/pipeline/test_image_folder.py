@@ -364,7 +364,10 @@ def test_a_folder_begun_before_files_were_counted_is_resumed(tmp_path):
     [
         ("7", "line 2: not readable as a record of make-shards"),
         ('{"part": -1, "entry": null, "rejected": []}', "line 2: .*`int` >= 0"),
-        ('{"part": 0, "entry": {"name": "../x.tar"}, "rejected": []}', r"line 2: .*regex.* at `\$.entry.name`"),
+        (
+            '{"part": 0, "entry": {"name": "../x.tar"}, "rejected": []}',
+            r"line 2: .*missing required field|line 2: .*no file name",
+        ),
         ('{"part": 0, "entry": null, "rejected": [7]}', "line 2: "),
         ("{", "line 2: "),
     ],
