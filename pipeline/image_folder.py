@@ -101,12 +101,12 @@ class FolderSource:
         return rows
 
     def _from_tree(self) -> list[tuple[str, int]]:
-        folders, outside = _Walk(self.root, self.account).top()
+        folders, loose = _Walk(self.root, self.account).top()
         check_class_folders(self.root, folders)
         found = [
             sorted(_images(self.root, _Walk(self.root, self.account).files(name), self.account)) for name in folders
         ]
-        outside = _images(self.root, iter(outside), self.account)
+        outside = _images(self.root, iter(loose), self.account)
         rows = [(file, label) for label, files in enumerate(found) for _, file in files]
         if not rows:
             held = f"; {len(outside)} images lie in no class folder" if outside else ""
@@ -239,7 +239,8 @@ def _folder_to_skip(entry: os.DirEntry[str]) -> str:
 
 def _images(root: Path, files: Iterator[str], account: Account) -> list[tuple[str, str]]:
     """Those of the files that are images, or are named so, with their folders; the others are counted."""
-    found, others = [], []
+    found: list[str] = []
+    others: list[str] = []
     for file in files:
         (found if _suffix(file) in IMAGE_SUFFIXES else others).append(file)
     if others:

@@ -118,7 +118,7 @@ def pixel_notes(image: Image.Image) -> tuple[str, ...]:
         notes.append("with an EXIF orientation (not applied)")
     if image.has_transparency_data:
         notes.append("transparent (on white)")
-    if image.mode.startswith("I") or ";16" in str(image.tile):
+    if image.mode.startswith("I") or ";16" in str(getattr(image, "tile", "")):
         notes.append("with 16 bits per channel (the upper 8 count)")
     if image.format in ("GIF", "TIFF", "WEBP", "PNG") and _has_pages(image):
         notes.append("with several pages or frames (the first counts)")

@@ -166,9 +166,9 @@ def group_members(
     if key is not None and _is_sample(key, parts, strays, source):
         account.take()
         yield key, parts
-    for member_key, suffixes in strays.items():
+    for member_key, others in strays.items():
         beside = any(suffix in IMAGE_SUFFIXES for suffix in seen.get(member_key, ()))
-        for suffix in suffixes:
+        for suffix in others:
             account.leave_out(no_image(suffix) if beside else f"image named KEY.{suffix}", image=not beside)
 
 

@@ -9,8 +9,9 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import msgspec
 import numpy as np
@@ -139,7 +140,7 @@ def rows_with_repeated_hashes(hashes: Sequence[np.ndarray]) -> Iterator[tuple[in
 def digest_file(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
     with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
 
 
 def write_index(folder: Path, index: ShardIndex) -> None:
