@@ -203,7 +203,8 @@ class _Walk:
             with os.scandir(self._root / inside) as entries:
                 for entry in entries:
                     name = f"{inside}/{entry.name}" if inside else entry.name
-                    if os.path.isdir(entry.path):  # unlike is_dir() of an entry, it bears links in circles
+                    # A link in a circle is no folder; is_dir() of an entry would raise an error.
+                    if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                         reason = _folder_to_skip(entry)
                         if reason:
                             self._account.leave_out(reason)
