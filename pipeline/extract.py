@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -127,6 +127,8 @@ class ExtractReport:
     """Fraction of the usable, labelled images whose label is the teacher's best class; None where there are none."""
     notes: tuple[str, ...] = ()
     """What the user should know: a batch size that was lowered, labels that are not the teacher's, damaged shards."""
+    left_out: str = ""
+    """A line about images of tars that belong to no sample; empty if there are none."""
 
     @property
     def account(self) -> Account:
@@ -155,7 +157,7 @@ def extract_teacher_maps(
             failed. These are listed in `details`; the others are committed, and no manifest is written until all are.
     """
     shards, out = as_path(shards), as_path(out)
-    tars, _ = open_shards(shards, progress=progress)
+    tars, index = open_shards(shards, progress=progress)
     device = _device(config)
     teacher = load_teacher(config.teacher_spec())
     store = WantedStore(root=out, source=shards, tars=tars, provenance=provenance_of(teacher, config))
@@ -165,7 +167,7 @@ def extract_teacher_maps(
     claim_store(out)
     with held_lease(out) as lease:
         clear_temporaries(out)
-        return _extract(store, spec, config, lease, progress)
+        return replace(_extract(store, spec, config, lease, progress), left_out=index.left_out)
 
 
 def _extract(

@@ -181,7 +181,11 @@ def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         OSError: As for :func:`open_file`, or the file is larger.
     """
     with open_file(path) as file:
-        data = file.read(max_bytes + 1)
+        # A read allocates what it asks for.
+        size = max_bytes if is_remote(as_path(path)) else min(os.fstat(file.fileno()).st_size, max_bytes)
+        data = file.read(size + 1)
+        if size < len(data) <= max_bytes:  # it grows, or states no size as those in /proc
+            data += file.read(max_bytes + 1 - len(data))
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"has more than {max_bytes} bytes, too many for a file of its kind", str(path))
     return data

@@ -10,6 +10,7 @@ import typer
 from zpipe.cli_options import Address, Device, ModelArgs, Shards
 from zpipe.console import count_or_auto, local_path, parse_settings, path_or_url, reporting, tell, warn
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.names import printable
 
 
 def make_shards_command(
@@ -64,7 +65,8 @@ def make_shards_command(
 ) -> None:
     """Pack images into WebDataset tars: key.jpg (original bytes), key.cls, key.json, and a shards.json.
 
-    Images that can't be decoded are listed in quarantine.csv and left out; the exit code is then 1.
+    The content of a file decides whether it is an image, not its name. BMP, GIF, TIFF and PPM become PNG. Images that
+    can't be decoded are listed in quarantine.csv and left out; the exit code is then 1.
     """
     with reporting() as progress:
         from zpipe.pipeline.datasets import SourceConfig, open_source
@@ -72,7 +74,12 @@ def make_shards_command(
 
         if index_only:
             index = index_shards(path_or_url(source), progress=progress)
-            tell(f"{source}: {index.count} images in {len(index.shards)} shards indexed")
+            tell(f"{source}: {index.count} images in {_counted(len(index.shards), 'shard')} indexed; {index.account}")
+            if not index.account.is_whole:
+                raise ZpipeError(
+                    f"{source}: {index.account.images_left_out} images were left out, because a key ends at the first "
+                    "dot of a name; rename them KEY.jpg in new tars, or go on without them: shards.json is written"
+                )
             return
         if output is None:
             raise UsageError("give an output folder: zpipe make-shards SOURCE OUTPUT")
@@ -87,13 +94,21 @@ def make_shards_command(
             scene=parse_settings(settings, "--set"),
         )
         report = make_shards(open_source(source, config, warn), output, progress=progress)
-        tell(f"{output}: {report.count} images in {report.shards} shards ({report.written} written now)")
+        tell(
+            f"{output}: {report.count} images in {_counted(report.shards, 'shard')} ({report.written} written now), "
+            f"{_counted(report.classes, 'class')}; {report.account}"
+        )
         if report.quarantined:
             raise ZpipeError(
-                f"{output / 'quarantine.csv'}: {len(report.quarantined)} unreadable images were put aside; "
-                "mend or remove them, then make the shards in a new folder",
-                [f"{item.file}: {item.reason}" for item in report.quarantined[:20]],
+                f"{output / 'quarantine.csv'}: {_counted(len(report.quarantined), 'image')} put aside; "
+                "mend, move or remove them, then make the shards in a new folder",
+                [f"{printable(item.file)}: {printable(item.reason)}" for item in report.quarantined[:20]],
             )
+
+
+def _counted(count: int, what: str) -> str:
+    plural = "es" if what.endswith("s") else "s"
+    return f"{count} {what}{plural * (count != 1)}"
 
 
 def extract_command(
@@ -201,3 +216,5 @@ def extract_command(
                 f"{output}: {len(report.problems)} images have no usable map; the store is whole and says which",
                 report.problems[:20],
             )
+        if report.left_out:
+            raise ZpipeError(report.left_out)
