@@ -244,7 +244,7 @@ def socket_path_problem(folder: str | None = None) -> str | None:
 
 
 def cause_of(error: BaseException) -> str:
-    """The line of an exception of Ray's that says the cause, at most 300 characters, without secrets.
+    """The line of an exception of Ray's that says the cause, at most 200 characters, without secrets.
 
     Ray wraps exceptions in others, puts tracebacks into messages, and begins with what happened, not with why.
     """
@@ -254,7 +254,7 @@ def cause_of(error: BaseException) -> str:
     if any(line.startswith("Traceback (most recent call last)") or ", in " in line for line in lines[:-1]):
         lines = lines[-1:]  # of a traceback
     reasons = [line for line in lines if " because " in line]
-    return redacted(" ".join(reasons or lines))[:300]
+    return redacted(" ".join(reasons or lines))[:200]
 
 
 def _remedy(reason: str, local: bool) -> str:

@@ -246,7 +246,7 @@ def _file_rendezvous(path: str) -> Any:
 
     # Classes of this function are sent to Ray's controller by value, so that it does not import this module.
     class FileBackend(_TorchBackend):
-        def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
             import ray
 
             backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
