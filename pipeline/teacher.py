@@ -17,6 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from zpipe.pipeline.supported import check_supported
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
+from zpipe.schemas.secrets import refuse_secret
+from zpipe.schemas.storage import as_local
 
 DEFAULT_NAME = "deit_base_patch16_224"
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")  # .tar: timm's own training runs write .pth.tar
@@ -52,6 +54,7 @@ class TeacherSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", str(self.weights))
+        refuse_secret(self.weights)
         object.__setattr__(self, "model_args", _json_args(self.model_args))
         if "num_classes" in self.model_args:
             number = self.model_args["num_classes"]
@@ -60,7 +63,7 @@ class TeacherSpec:
     @property
     def path(self) -> Path | None:
         """The file or folder of the weights; None for ``pretrained`` and ``random``."""
-        return None if self.weights in ("pretrained", "random") else Path(self.weights)
+        return None if self.weights in ("pretrained", "random") else as_local(self.weights)
 
     def resolved(self) -> TeacherSpec:
         """The same teacher with an absolute path to its weights, for processes that start in other folders."""

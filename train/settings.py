@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.names import printable
+from zpipe.schemas.secrets import refuse_secret
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -52,17 +53,23 @@ def rebuild(config: Config, recorded: Mapping[str, Any]) -> Config:
 
 
 def check_choices(config: DataclassInstance, prefix: str = "") -> None:
-    """Check the fields of type Literal of a dataclass; to be called in its `__post_init__`.
+    """Check the choices of a dataclass, and that none of its texts carries credentials: settings are written down.
+
+    To be called in its `__post_init__`.
 
     Args:
         config: The dataclass.
         prefix: What the names of its fields begin with in messages, such as `train.`.
 
     Raises:
-        UsageError: Naming the field and its choices.
+        UsageError: Naming the field, and its choices if it has some.
     """
     for name, wanted in _choices(type(config)).items():
         _coerce(getattr(config, name), wanted, prefix + name)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, (str, Mapping)):
+            refuse_secret(f"{prefix}{field.name}={value}")
 
 
 def check_bounds(config: DataclassInstance, bounds: Mapping[str, tuple[float, float]], prefix: str = "") -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from zpipe import __version__
+from zpipe.arguments import SecretlessGroup
 from zpipe.cli_data import extract_command, make_shards_command
 from zpipe.cli_maps import maps_app
 from zpipe.cli_options import Seed, moved
@@ -24,6 +25,7 @@ from zpipe.cli_train import train_vit_command, train_zoomer_command
 from zpipe.console import fail, local_path, out, print_rows, reporting, tell, warn
 
 app = typer.Typer(
+    cls=SecretlessGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

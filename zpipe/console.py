@@ -17,6 +17,7 @@ from rich.table import Table
 from zpipe.interrupts import Terminated, stoppable
 from zpipe.progress import ProgressBars, ProgressLines, progress_for
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line, remedy_for
+from zpipe.schemas.secrets import redacted
 from zpipe.schemas.storage import as_local, as_path
 
 # Off a terminal rich assumes 80 columns and cuts what is wider; a file has room.
@@ -60,14 +61,15 @@ def tell(line: str) -> None:
 
 def warn(line: str) -> None:
     """Print a line that is not a result to standard error."""
-    print(line, file=sys.stderr, flush=True)
+    print(redacted(line), file=sys.stderr, flush=True)
 
 
 def fail(message: str, details: tuple[str, ...], code: int) -> NoReturn:
     """Print `error: message` and its details to standard error, and exit."""
-    print(f"error: {message}", file=sys.stderr)
+    # A library's message may quote a URL of the environment, such as AWS_ENDPOINT_URL.
+    print(f"error: {redacted(message)}", file=sys.stderr)
     for line in details:
-        print(f"  {line}", file=sys.stderr)
+        print(f"  {redacted(line)}", file=sys.stderr)
     raise typer.Exit(code)
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from extraction_runs import committed, descendants, name_of, state, wait_for
+from listening import addresses, reachable
 from tiny import write_tar
 
 from zpipe.pipeline import extract as extraction
@@ -327,6 +328,30 @@ def test_on_ray_with_a_worker_killed_the_store_is_the_same(undisturbed, tmp_path
     assert running.wait(150) == 0, running.said()
     assert "18 maps in 18 shards (18 extracted now)" in running.said()
     assert contents(out) == contents(undisturbed)
+
+
+def test_ray_on_one_machine_listens_on_the_loopback_interface_alone(tmp_path, start):
+    """So says the operating system. A run whose raylet is killed ends with one line, and nothing of it is left."""
+    out = tmp_path / "store"
+    running = start(out, "--executor", "ray", "--actors", "1")
+
+    def processes_at_work():
+        time.sleep(0.3)
+        below = descendants(running.pid)
+        assert reachable([running.pid, *below]) == set()
+        return below if committed(out) else None
+
+    below = wait_for(processes_at_work, 150, running)
+    assert below and addresses(below), running.said()
+    (raylet,) = [pid for pid in below if name_of(pid).partition(" ")[0].endswith("/raylet")]
+    os.kill(raylet, signal.SIGKILL)
+    assert running.wait(60) == 1
+    told = [line for line in running.said().splitlines() if not line.startswith(("{", "warning: random weights"))]
+    assert len(told) == 1, told
+    (error,) = told
+    assert error.startswith("error: Ray on this machine was lost (its raylet was killed by signal 9")
+    assert error.endswith("run the same command again to resume")
+    assert wait_for(lambda: not any(map(name_of, below)), 20), [name_of(pid) for pid in below]
 
 
 @pytest.mark.slow

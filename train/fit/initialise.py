@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from zpipe.schemas.atomic import read_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.model_config import CONFIG_NAME
+from zpipe.schemas.storage import as_local
 from zpipe.train.checkpoint import load_run
 from zpipe.train.models.warm_start import load_weights
 
@@ -69,7 +69,7 @@ def _weights(source: str) -> dict[str, Tensor]:
             return timm.create_model(source.removeprefix("timm:"), pretrained=True).state_dict()
         except (RuntimeError, OSError, ValueError) as error:
             raise _not_from_timm(source, error) from error
-    path = Path(source)
+    path = as_local(source)
     if path.is_dir():
         return load_run(path).model.state_dict()
     if not path.is_file():
@@ -97,6 +97,6 @@ def described(source: str) -> Mapping[str, Any]:
         except RuntimeError as error:
             raise _not_from_timm(source, error) from error
         return {} if found is None else found.to_dict()
-    path = Path(source)
+    path = as_local(source)
     path = (path if path.is_dir() else path.parent) / CONFIG_NAME  # beside the weights of a run
     return read_json(path, "a model description").get("pretrained_cfg", {}) if path.is_file() else {}
