@@ -100,6 +100,27 @@ def prefix_note(state: Mapping[str, Tensor]) -> str:
     return ""
 
 
+def is_state_dict(value: object) -> bool:
+    """Whether it is a dictionary of tensors alone, with at least one."""
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(each, Tensor) for name, each in value.items())
+    )
+
+
+def no_floats(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor of integers or complex numbers where the model has floating-point numbers."""
+    return next(
+        (
+            name
+            for name, value in state.items()
+            if name in wanted and wanted[name].is_floating_point() and not value.is_floating_point()
+        ),
+        None,
+    )
+
+
 def not_finite(state: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds NaN or infinity; None if all are finite."""
     return next((name for name, value in state.items() if not value.isfinite().all()), None)
@@ -220,7 +241,7 @@ def _state_dict(found: Any, path: Path | str) -> dict[str, Tensor]:
     odd = next((key for key in found if not isinstance(found[key], Tensor)), None)
     if odd is not None:
         kind = found[odd].name if isinstance(found[odd], _LeftOut) else type(found[odd]).__name__
-        inside = [key for key in found if isinstance(found[key], Mapping) and _tensors(found[key])]
+        inside = [key for key in found if is_state_dict(found[key])]
         remedy = f"save its {printable(' or '.join(inside))[:80]} alone" if inside else _WRAP
         reason = f"{where}no state dict, {printable(odd)[:80]!r} holds {printable(kind)}, no tensor"
         raise _unreadable(path, reason, remedy)
@@ -230,10 +251,6 @@ def _state_dict(found: Any, path: Path | str) -> dict[str, Tensor]:
         if value.nbytes > value.untyped_storage().nbytes():
             raise _unreadable(path, f"{printable(name)[:80]} is larger than its data", "save it contiguous")
     return {name: value.detach() for name, value in found.items()}
-
-
-def _tensors(value: Mapping[Any, Any]) -> bool:
-    return bool(value) and all(isinstance(each, Tensor) for each in value.values())
 
 
 _WRAP = "save the state_dict() alone or under 'model'"
