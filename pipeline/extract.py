@@ -175,8 +175,9 @@ def extract_teacher_maps(
     store.check_sizes()
     spec = _worker_spec(store, teacher, config, device, matched.numbers)
     notes = tuple(note for note in (teacher.note, matched.note) if note)
-    for note in notes if say is not None else ():
-        say(note)
+    if say is not None:
+        for note in notes:
+            say(note)
     del teacher  # each worker loads its own
     claim_folder(out, EXTRACTION_NAME, "relevance store", lease=LEASE_NAME)
     with held_lease(out) as lease:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -99,7 +100,7 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu") -> Te
 class _Built(NamedTuple):
     """A model with its weights, what rebuilds it, and where it came from."""
 
-    model: nn.Module
+    model: VisionTransformer
     name: str
     model_args: dict[str, Any]
     files: TeacherFiles | None  # None for pretrained and random weights
@@ -200,11 +201,13 @@ def _check_name(name: str) -> None:
         raise UsageError(f"teacher {name}: timm has no such model" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def _create(name: str, **kwargs: Any) -> nn.Module:
+def _create(name: str, **kwargs: Any) -> Any:
     """timm.create_model without weights."""
     _check_name(name)
     try:
-        return timm.create_model(name, pretrained=False, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of layers without weights, which the checks refuse
+            return timm.create_model(name, pretrained=False, **kwargs)
     except (
         ArithmeticError,
         AssertionError,
@@ -219,7 +222,7 @@ def _create(name: str, **kwargs: Any) -> nn.Module:
         raise UsageError(f"teacher {name} cannot be built with ({args[:200]}): {first_line(error)}") from error
 
 
-def _pretrained(name: str, spec: TeacherSpec) -> torch.nn.Module:
+def _pretrained(name: str, spec: TeacherSpec) -> Any:
     _check_name(name)
     known = timm.get_pretrained_cfg(name)
     if known is None or not known.has_weights:

@@ -209,7 +209,7 @@ def _torch_load(file: BinaryIO, names: set[str], path: Path | str) -> Any:
     if "builtins.bytearray" in names:
         raise _unreadable(path, "its pickle calls bytearray, which may take any memory", "save the state_dict() alone")
     others = sorted((name for name in names if not _OF_TORCH.fullmatch(name)), key=lambda n: (n[:9] == "builtins.", n))
-    stands_for = [(type("LeftOut", (_LeftOut,), {"name": name}), name) for name in others]
+    stands_for: list[Any] = [(type("LeftOut", (_LeftOut,), {"name": name}), name) for name in others]
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(stands_for):
             warnings.simplefilter("ignore")  # torch warns of pickles that it did not write, and then refuses them
@@ -224,8 +224,8 @@ def _torch_load(file: BinaryIO, names: set[str], path: Path | str) -> Any:
 def _state_dict(found: Any, path: Path | str) -> dict[str, Tensor]:
     where = ""
     for _ in range(2):
-        inside = found if isinstance(found, Mapping) else {}
-        key = next((key for key in WRAPPERS if isinstance(inside.get(key), Mapping | _LeftOut)), None)
+        outer = found if isinstance(found, Mapping) else {}
+        key = next((key for key in WRAPPERS if isinstance(outer.get(key), Mapping | _LeftOut)), None)
         if key is None:
             break
         found, where = found[key], f"{where}{key}: "
@@ -236,8 +236,9 @@ def _state_dict(found: Any, path: Path | str) -> dict[str, Tensor]:
         raise _unreadable(path, f"{where}no state dict, but a {type(found).__name__}", _WRAP)
     if not found:
         raise _unreadable(path, f"{where}the state dict is empty", _WRAP)
-    if odd := next((key for key in found if not isinstance(key, str)), None):
-        raise _unreadable(path, f"{where}no state dict, it has the key {printable(odd)[:80]}, no name", _WRAP)
+    unnamed = [key for key in found if not isinstance(key, str)]
+    if unnamed:
+        raise _unreadable(path, f"{where}no state dict, it has the key {printable(unnamed[0])[:80]}, no name", _WRAP)
     odd = next((key for key in found if not isinstance(found[key], Tensor)), None)
     if odd is not None:
         kind = found[odd].name if isinstance(found[odd], _LeftOut) else type(found[odd]).__name__

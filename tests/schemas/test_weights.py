@@ -89,7 +89,7 @@ def test_the_kind_of_file_is_in_its_content(tmp_path):
         ([1, 2], "no state dict, but a list"),
         ({}, "the state dict is empty"),
         ({"epoch": 3}, "'epoch' holds int, no tensor"),
-        ({1: torch.ones(2)}, "it has the key 1, no name"),
+        ({0: torch.ones(2)}, "it has the key 0, no name"),
         ({"student": STATE, "teacher": STATE}, "save its student or teacher alone"),
         ({"a": torch.empty(10**9, device="meta")}, "a is no plain tensor"),
         ({"a": torch.eye(3).to_sparse()}, "a is no plain tensor"),

@@ -107,3 +107,13 @@ def described(source: str) -> Mapping[str, Any]:
         return {}
     config = read_model_config(path).pretrained_cfg
     return {name: value for name, value in (("mean", config.mean), ("std", config.std)) if value is not None}
+
+
+def assumed(source: str) -> str:
+    """A note where nothing says how the images of weights to start from were normalised; empty where something does."""
+    if len(described(source)) == 2:
+        return ""
+    return (
+        f"--init-from {source}: no config.json beside it says how its images were normalised; assumed: ImageNet's mean "
+        "and std; if it was trained otherwise, give --set mean=[R,G,B] --set std=[R,G,B]"
+    )

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.checkpoint import Preprocessing, keep_epoch, save_model
-from zpipe.train.fit.initialise import check_source, described, start_from
+from zpipe.train.fit.initialise import assumed, check_source, described, start_from
 
 NAME = "deit_tiny_patch16_224"
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3, "num_classes": 5}
@@ -70,6 +70,11 @@ def test_a_file_without_a_description(tmp_path):
     assert described(str(tmp_path / "model.safetensors")) == {}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))  # of the transformers library
     assert described(str(tmp_path / "model.safetensors")) == {}
+    assert "assumed: ImageNet's mean and std" in assumed(str(tmp_path / "model.safetensors"))
+
+
+def test_what_is_described_is_not_assumed(run):
+    assert assumed(f"{run}:best") == "" and assumed("timm:vit_tiny_patch16_224") == ""
 
 
 def test_what_cannot_be_started_from(tmp_path, run):
