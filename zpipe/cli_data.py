@@ -126,12 +126,37 @@ def extract_command(
         str | None, typer.Option(help="timm model; default deit_base_patch16_224, or what the weights folder says.")
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="Weights file, folder of a finished train-vit run, 'pretrained', or 'random'.")
+        str,
+        typer.Option(
+            help="Weights file, folder of a finished train-vit run (other weights of it: RUN:best, RUN:7), "
+            "'pretrained', or 'random'."
+        ),
     ] = "pretrained",
     num_classes: Annotated[
         int | None, typer.Option(help="Number of the teacher's classes, where neither weights nor model say it.")
     ] = None,
     model_arg: ModelArgs = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R,G,B",
+            help="Mean of the teacher's images, of pixels in 0 to 1, where no config.json beside the weights says it.",
+        ),
+    ] = None,
+    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Standard deviation, likewise.")] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="How images are resized, likewise: bicubic, bilinear or lanczos.")
+    ] = None,
+    crop_pct: Annotated[
+        float | None, typer.Option(help="Fraction of the image that --frame center shows, likewise.")
+    ] = None,
+    classes: Annotated[
+        str,
+        typer.Option(
+            help="How labels find the teacher's classes: same (both name the same classes), by-name, or by-index (the "
+            "numbers, whatever the names)."
+        ),
+    ] = "same",
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     method: Annotated[
         str, typer.Option(help="transformer-attribution, gradient-attention, rollout or class-attention.")
@@ -184,6 +209,7 @@ def extract_command(
     with reporting() as progress:
         from zpipe.pipeline.explainer import ExplainConfig
         from zpipe.pipeline.extract import Executor, ExtractConfig, extract_teacher_maps
+        from zpipe.schemas.classes import Matching
 
         config = ExtractConfig(
             teacher=teacher,
@@ -191,6 +217,11 @@ def extract_command(
             num_classes=num_classes,
             teacher_args=parse_settings(model_arg, "--model-arg"),
             seed=seed,
+            mean=_channels(mean, "--mean"),
+            std=_channels(std, "--std"),
+            interpolation=interpolation,
+            crop_pct=crop_pct,
+            classes=cast(Matching, classes),
             explain=ExplainConfig(method=method, target=target, symmetrise=symmetrise, precision=precision),
             frame=frame,
             executor=cast(Executor, executor),
@@ -205,12 +236,19 @@ def extract_command(
         )
         if weights == "random":
             warn("warning: random weights were asked for: these maps mean nothing; the manifest says so")
-        report = extract_teacher_maps(shards, output, config, progress=progress)
+        told: set[str] = set()
+
+        def say(note: str) -> None:
+            told.add(note)
+            warn(f"note: {note}")
+
+        report = extract_teacher_maps(shards, output, config, progress=progress, say=say)
         top1 = "" if report.top1 is None else f"; the teacher names {100 * report.top1:.1f} % of these labels"
         made = f"{report.count} maps in {report.shards} shards ({report.extracted} extracted now)"
         tell(f"{output}: {made}{top1}; {report.account}")
         for note in report.notes:
-            warn(f"note: {note}")
+            if note not in told:
+                warn(f"note: {note}")
         if report.problems:
             raise ZpipeError(
                 f"{output}: {len(report.problems)} images have no usable map; the store is whole and says which",
@@ -218,3 +256,15 @@ def extract_command(
             )
         if report.left_out:
             raise ZpipeError(report.left_out)
+
+
+def _channels(text: str | None, option: str) -> tuple[float, float, float] | None:
+    """Three numbers, separated by commas, or one for all channels."""
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.strip("[]() ").split(",")]
+        red, green, blue = numbers * 3 if len(numbers) == 1 else numbers
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: write it as R,G,B, such as 0.5,0.5,0.5") from error
+    return red, green, blue

@@ -163,6 +163,7 @@ def train_vit_command(
     """Stage 2: train a ZoomViT under a frozen zoomer (or cached maps), or a plain timm ViT without zoom."""
     with reporting() as progress:
         from zpipe.train.fit.distributed import Workers, run_training
+        from zpipe.train.fit.initialise import assumed
         from zpipe.train.fit.recipes import VIT_RECIPES, recipe
         from zpipe.train.fit.train_vit import VitConfig, train_vit
         from zpipe.train.settings import with_settings
@@ -177,6 +178,10 @@ def train_vit_command(
         config = with_settings(base, flags | parse_settings(settings, "--set"))
         _warn_of_warmup(config.train)
         paths = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
+        if config.init_from is not None and config.mean is None and zoomer is None:
+            note = assumed(config.init_from)
+            if note:
+                warn(f"note: {note}")
         workers = Workers(count=num_workers, address=address)
         run_training(train_vit, {**paths, "resume": resume}, config, workers, progress=progress, say=warn)
         tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")

@@ -29,7 +29,7 @@ from zpipe.train.data.stream import read_tar
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import resolve_device, to_device
 from zpipe.train.fit.config import TrainConfig
-from zpipe.train.fit.initialise import build_vit, start_from
+from zpipe.train.fit.initialise import build_vit, check_source, start_from
 from zpipe.train.fit.loaders import training_loader, validation_loader
 from zpipe.train.fit.loop import Trainer, never
 from zpipe.train.fit.normalisation import choose_normalisation
@@ -83,7 +83,7 @@ class VitConfig:
     """Side of the images, in pixels."""
 
     init_from: str | None = None
-    """Weights to start from: a finished run, a checkpoint file or timm:NAME, see `start_from`."""
+    """Weights to start from: a finished run (RUN, RUN:best, RUN:7), a weights file or timm:NAME, see `start_from`."""
 
     mean: tuple[float, float, float] | None = None
     """Mean of the channels, to normalise images by. None for that of the frozen zoomer, else that of the weights to
@@ -150,6 +150,8 @@ class VitConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.init_from is not None:
+            check_source(self.init_from)
         if self.scores is not None and self.scores not in SOURCES:
             raise UsageError(f"--scores {self.scores}: choose one of {', '.join(SOURCES)}")
         check_bounds(self, BOUNDS)

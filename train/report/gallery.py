@@ -336,7 +336,7 @@ def _made_for(store: RelevanceMaps | None) -> str:
         "predicted": "made for the class that the teacher predicts",
         "none": "made for no class in particular",
     }
-    return words.get(target, f"made for {target.replace(':', ' ')}")
+    return words.get(target.partition(" ")[0], f"made for {target.replace(':', ' ')}")
 
 
 def _model(model: _Shown, scores: int | None, store: RelevanceMaps | None) -> dict[str, Any]:
@@ -407,7 +407,7 @@ def _distinct_scores(shown: list[_Shown]) -> tuple[list[_Shown], list[int | None
 
 def _difficulty(shown: list[_Shown], keys: list[str], store: RelevanceMaps | None) -> tuple[str, list[float | None]]:
     """What tells how easy a sample is, in words, and its value in [0, 1] for each sample."""
-    if store is not None and store.manifest.provenance.target == "ground-truth":
+    if store is not None and store.manifest.provenance.target.startswith("ground-truth"):
         table = store.table(["key", "target_probability"])
         # A store may hold millions of rows; only the few that are shown become Python objects.
         table = table.filter(pc.is_in(table["key"], value_set=pa.array(keys, table["key"].type)))
