@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
@@ -72,7 +73,7 @@ def run_study(
     if bench.device.type == "cpu":
         keep_freed_memory()
     results = STUDIES[name].run(bench)
-    about: dict[str, str | None] = {"study": name, "title": STUDIES[name].title, "run": str(inputs.run)}
+    about: dict[str, Any] = {"study": name, "title": STUDIES[name].title, "run": str(inputs.run)}
     about |= {"precision": evaluation.precision, "shards": str(inputs.shards)}
-    about |= {"maps": None if inputs.maps is None else str(inputs.maps)}
+    about |= {"maps": None if inputs.maps is None else str(inputs.maps)} | bench.tallies[-1].stated()
     return write_study(bench.opened.path, about, results), results, bench.notes

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 COUNT, CELLS, WIDTH, CLASSES = 50, GRID * GRID, BODY["embed_dim"], 10
 CONFIG = EvalConfig(alphas=(0.0, 1.0), budgets=(0, 3, CELLS), batch_size=16, device="cpu")
+NO_ZOOM = replace(CONFIG, alphas=None, budgets=())  # for runs without thresholds
 LOOP = TrainConfig(epochs=3, batch_size=8, data_workers=0, device="cpu", lr=3e-3)
 
 
@@ -75,7 +76,8 @@ def by_hand(data):
     return list(keys), torch.stack([centre_crop(image) for image in images]), torch.tensor(labels)
 
 
-def rows_of(data, run, config=CONFIG, **options):
+def rows_of(data, run, config=None, **options):
+    config = config or (NO_ZOOM if run in ("plain", "zoomer") else CONFIG)
     rows = evaluate(data / run, data / "shards", config, **options)["rows"]
     return {row["setting"]: row for row in rows}
 
@@ -170,7 +172,7 @@ def test_a_model_without_patches(data, tmp_path):
     config = VitConfig(model="test_resnet", image_size=SIDE, train=replace(LOOP, epochs=1))
     train_vit(data / "shards", tmp_path / "run", config)
     out = tmp_path / "rows.json"
-    row = evaluate(tmp_path / "run", data / "shards", CONFIG, out=out)["rows"][0]
+    row = evaluate(tmp_path / "run", data / "shards", NO_ZOOM, out=out)["rows"][0]
     assert row["tokens"] is None and row["gmacs"] > 0
     assert json.loads(out.read_text())["rows"][0]["tokens"] is None
 
@@ -193,7 +195,7 @@ def test_mean_tokens_between_the_extremes(data, by_hand):
 
 @pytest.mark.parametrize("run", ["zoom", "plain", "half"])
 def test_batch_size_and_workers_change_nothing(data, run):
-    config = replace(CONFIG, alphas=(0.0, 0.4, 0.5, 1.0), budgets=(2,))
+    config = NO_ZOOM if run == "plain" else replace(CONFIG, alphas=(0.0, 0.4, 0.5, 1.0), budgets=(2,))
 
     def metrics(**options):
         rows = rows_of(data, run, replace(config, **options)).values()
@@ -255,7 +257,7 @@ def test_json_is_what_was_returned(data, tmp_path):
 def test_progress_names_each_batch(data):
     seen = []
     evaluate(
-        data / "plain", data / "shards", CONFIG, progress=lambda *position, **facts: seen.append((*position, *facts))
+        data / "plain", data / "shards", NO_ZOOM, progress=lambda *position, **facts: seen.append((*position, *facts))
     )
     assert seen == [("evaluate", number, 4, "top1") for number in range(1, 5)]
 
@@ -263,7 +265,7 @@ def test_progress_names_each_batch(data):
 @pytest.mark.parametrize(
     ("run", "options", "message"),
     [
-        ("zoomer", {}, "give --maps"),
+        ("zoomer", {"alphas": None, "budgets": ()}, "give --maps"),
         ("zoom", {"alphas": (1.5,)}, "--alphas 1.5"),
         ("zoom", {"alphas": (-0.1,)}, "--alphas -0.1"),
         ("zoom", {"alphas": (float("nan"),)}, "--alphas nan"),
@@ -287,17 +289,17 @@ def test_wrong_usage(data, tmp_path, run, options, message):
     assert message in str(error.value) and "\n" not in str(error.value) and not out.exists()
 
 
-@pytest.mark.parametrize(("run", "scores"), [("zoomer", "zoomer"), ("with-maps", "maps")])
+@pytest.mark.parametrize(("run", "scores"), [("zoomer", None), ("with-maps", "maps")])
 def test_maps_of_another_grid(data, tmp_path, run, scores):
     other = store(data / "shards", tmp_path / "maps", patch_size=4)
     with pytest.raises(UsageError, match="maps of 8 x 8, the model wants 4 x 4"):
-        rows_of(data, run, replace(CONFIG, scores=scores), maps=other)
+        rows_of(data, run, NO_ZOOM if run == "zoomer" else replace(CONFIG, scores=scores), maps=other)
 
 
 def test_maps_of_other_shards(data, tmp_path):
     other = scenes(tmp_path / "shards", COUNT, shard_size=12, seed=1)
     with pytest.raises(ZpipeError, match="SHA-256"):
-        evaluate(data / "zoomer", other, CONFIG, maps=data / "maps")
+        evaluate(data / "zoomer", other, NO_ZOOM, maps=data / "maps")
 
 
 def test_an_unfinished_run(data, tmp_path):
@@ -314,7 +316,7 @@ def test_labels_beyond_the_models_classes(data, tmp_path):
     image = encode(np.zeros((SIDE, SIDE, 3), np.uint8))
     shards = write_shards(tmp_path / "s", [{"odd.png": image, "odd.cls": b"10"}])
     with pytest.raises(ZpipeError, match="key odd: label 10 is outside the model's 10 classes"):
-        evaluate(tmp_path / "run", shards, CONFIG)
+        evaluate(tmp_path / "run", shards, NO_ZOOM)
 
 
 # ------------------------------------------------------------------------------------------------ weights and precision
@@ -325,7 +327,7 @@ def test_the_weights_of_the_best_epoch_and_of_a_kept_one(data, tmp_path):
     config = VitConfig(model="deit_tiny_patch16_224", model_args=BODY, image_size=SIDE, train=loop)
     train_vit(data / "shards", run, config, val=data / "shards")
     best = json.loads((run / "best.json").read_text())
-    found = evaluate(run, data / "shards", replace(CONFIG, weights="best"))
+    found = evaluate(run, data / "shards", replace(NO_ZOOM, weights="best"))
     assert found["weights"] == "best"
     assert found["rows"][0]["top1"] == pytest.approx(best["val_top1"])
     kept = sorted(path.stem for path in (run / "epochs").iterdir())
