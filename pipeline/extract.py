@@ -13,7 +13,6 @@ import torch
 
 from zpipe.pipeline.executor import Resources, run_local, run_ray
 from zpipe.pipeline.explainer import ExplainConfig
-from zpipe.pipeline.lease import LEASE_NAME, Lease, held_lease
 from zpipe.pipeline.shard_reader import FRAMES, open_shards
 from zpipe.pipeline.store_plan import Audit, WantedStore, audit, clear_unfinished, commit_manifest, prepare
 from zpipe.pipeline.teacher import Teacher, TeacherSpec, load_teacher
@@ -21,6 +20,7 @@ from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec, frame_of
 from zpipe.schemas.atomic import claim_folder, clear_temporaries
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.lease import LEASE_NAME, Lease, held_lease
 from zpipe.schemas.manifest import EXTRACTION_NAME, Provenance
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_store import OK

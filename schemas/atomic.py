@@ -6,28 +6,30 @@ file after it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.errors import UsageError, ZpipeError, first_line, remedy_for
 from zpipe.schemas.storage import (
+    TMP_PREFIX,
     as_path,
     check_reachable,
     is_remote,
     names_in,
+    open_file,
     read_file,
     remove,
     storage_errors,
+    temporary_sibling,
     upload,
 )
 
-TMP_PREFIX = ".tmp-"
 MAX_JSON_BYTES = 256 << 20  # a shard index has 250 bytes per shard
 
 
@@ -35,6 +37,10 @@ def _fsync_path(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        # Some network file systems and FUSE mounts flush files, but can't flush folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS) or not path.is_dir():
+            raise
     finally:
         os.close(fd)
 
@@ -49,14 +55,14 @@ def commit(path: Path) -> Iterator[Path]:
         path: The file or folder to commit; a path or a URL.
 
     Raises:
-        ZpipeError: An OSError, above all a full disk; the message names `path`.
+        ZpipeError: An OSError, above all a full disk; the message names `path` and a remedy for the cause.
     """
     path = as_path(path)
     if is_remote(path):
         with _committed_remotely(path) as tmp:
             yield tmp
         return
-    tmp = path.with_name(f"{TMP_PREFIX}{uuid.uuid4().hex[:12]}-{path.name}")
+    tmp = temporary_sibling(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
@@ -64,16 +70,14 @@ def commit(path: Path) -> Iterator[Path]:
             for child in sorted(tmp.rglob("*")):
                 _fsync_path(child)
         _fsync_path(tmp)
-        if tmp.is_dir() and path.exists():
-            # rename() cannot replace a folder that has content. Readers wait for the index file, so removing it first
-            # is safe.
+        if tmp.is_dir() and os.path.lexists(path):
+            # rename() cannot replace a folder that has content, or a link to one. Readers wait for the index file, so
+            # removing it first is safe.
             remove(path)
         os.replace(tmp, path)
         _fsync_path(path.parent)
     except OSError as error:
-        raise ZpipeError(
-            f"{path}: could not be written ({error.strerror or error}); free space or fix permissions, then run again"
-        ) from error
+        raise ZpipeError(_unwritten(path, error)) from error
     finally:
         if os.path.lexists(tmp):
             remove(tmp)
@@ -87,10 +91,11 @@ def _committed_remotely(path: Path) -> Iterator[Path]:
             yield tmp
             upload(tmp, path)
     except storage_errors() as error:
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise ZpipeError(
-            f"{path}: could not be written ({reason}); check access and free space, then run again"
-        ) from error
+        raise ZpipeError(_unwritten(path, error)) from error
+
+
+def _unwritten(path: Path, error: BaseException) -> str:
+    return f"{path}: could not be written ({first_line(error)}); {remedy_for(error)}, then run again"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -147,7 +152,9 @@ def claim_folder(path: Path, marker: str, what: str, *, lease: str | None = None
             path.mkdir(parents=True, exist_ok=True)
         entries = names_in(path)
     except OSError as error:
-        raise UsageError(f"{path}: can't be used for the {what} ({error.strerror}); give another path") from error
+        raise UsageError(
+            f"{path}: can't be used for the {what} ({first_line(error)}); {remedy_for(error)}, or give another path"
+        ) from error
     foreign = [name for name in entries if not name.startswith(TMP_PREFIX) and name != lease]
     if foreign and not (path / marker).is_file():
         raise UsageError(f"{path}: holds something else ({foreign[0]}); give an empty or new folder for the {what}")
@@ -162,3 +169,53 @@ def clear_temporaries(folder: Path) -> None:
         return  # uploads have no temporary files
     for entry in sorted(folder.glob(f"{TMP_PREFIX}*")):
         remove(entry)
+
+
+def refuse_links(root: Path, names: Iterable[str], what: str) -> None:
+    """Check that none of the files and folders that we write to below `root` is a symbolic link.
+
+    What is written to a linked folder, or deleted from it, would lie outside `root`. `root` itself may be a link.
+
+    Args:
+        root: Our folder, a path or a URL.
+        names: Names below it, which may be absent.
+        what: What messages call the content of `root`: ``relevance store``.
+
+    Raises:
+        UsageError: One of them is a link.
+    """
+    root = as_path(root)
+    if is_remote(root):
+        return  # object stores have none
+    for name in names:
+        path = root / name
+        if path.is_symlink():
+            raise UsageError(
+                f"{path}: is a link, and the {what} would be written to another place ({os.readlink(path)}); "
+                "remove the link, or move what it leads to into its place"
+            )
+
+
+def check_out_file(path: Path, suffixes: Sequence[str], mark: bytes = b"zpipe") -> None:
+    """Check, before any work, that `path` may be written: that it is absent, or a file of ours that may be replaced.
+
+    Args:
+        path: The file to write, a path or a URL.
+        suffixes: Suffixes that it may have, in lower case: ``(".png",)``; none allows any.
+        mark: What the first 4 KB of each file of ours hold.
+
+    Raises:
+        UsageError: It has another suffix, or something else lies there.
+    """
+    path = as_path(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UsageError(f"{path}: the file that is written ends in {' or '.join(suffixes)}; give such a name")
+    try:
+        with open_file(path) as file:
+            is_ours = mark in file.read(4096)
+    except FileNotFoundError:
+        return
+    except storage_errors() as error:
+        raise UsageError(f"{path}: can't be replaced ({first_line(error)}); give another path") from error
+    if not is_ours:
+        raise UsageError(f"{path}: exists, and zpipe did not write it; give another path, or move it away")

@@ -27,7 +27,8 @@ DECODE_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error),
     *(NotImplementedError, Image.DecompressionBombError),
 )
-MAX_PIXELS = 1 << 26  # 8,192 x 8,192: Pillow takes up to 16 bytes per pixel while it decodes, 1 GB
+MAX_PIXELS = 1 << 26  # 8,192 x 8,192: Pillow takes up to 13 bytes per pixel while it decodes
+MAX_WEBP_PIXELS = MAX_PIXELS // 2  # 21 bytes per pixel
 MAX_SCANNED_PIXELS = 1 << 30  # of all scans of a JPEG
 EXIF_ORIENTATION = 0x0112
 TIFF_COMPRESSION, TIFF_JPEG = 259, (6, 7)
@@ -52,7 +53,7 @@ def open_image(data: bytes) -> Image.Image:
     if kind is None:
         raise ValueError(f"not a readable {', '.join(IMAGE_FORMATS)} image")
     if kind == "WEBP":
-        _check_pixels(*_webp_size(data))  # PIL allocates the canvas when it opens the file
+        _check_pixels(*_webp_size(data), MAX_WEBP_PIXELS)  # Pillow allocates the canvas when it opens the file
     try:
         image = Image.open(io.BytesIO(data), formats=(kind,))
     except UnidentifiedImageError as error:
@@ -110,9 +111,10 @@ def orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+def _check_pixels(width: int, height: int, most: int | None = None) -> None:
+    most = MAX_PIXELS if most is None else most
+    if width * height > most:
+        raise ValueError(f"{width} x {height} pixels are more than {most}")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

@@ -24,6 +24,11 @@ PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "http", "h
 # Those whose ordinary URLs have a container (container@account.dfs.core.windows.net) or a user name before an @.
 AT_PROTOCOLS = ("az", "abfs", "abfss", "hdfs")
 
+TMP_PREFIX = ".tmp-"
+MAX_NAME_BYTES = 255  # of a file name, on nearly all file systems
+# A mount that has no hard links says so in one of these ways.
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -241,8 +246,18 @@ def names_in(folder: Path) -> list[str]:
         return []
 
 
+def temporary_sibling(path: Path) -> Path:
+    """A new path beside `path` for a file that will be renamed to it, with its suffix."""
+    unique = f"{TMP_PREFIX}{os.getpid()}-{os.urandom(6).hex()}-".encode()
+    tail = path.name.encode(errors="surrogateescape")[len(unique) - MAX_NAME_BYTES :]
+    return path.with_name((unique + tail).decode(errors="ignore"))
+
+
 def create_exclusively(path: Path, data: bytes) -> bool:
     """Write a small file in one step unless it exists.
+
+    Where the file system has no hard links, another process may see the file while it is still empty, and whether one
+    of two machines fails depends on the mount.
 
     Returns whether it was written; of two writers only one succeeds.
     """
@@ -252,12 +267,30 @@ def create_exclusively(path: Path, data: bytes) -> bool:
         except FileExistsError:
             return False
         return True
-    tmp = path.with_name(f".tmp-{os.getpid()}-{os.urandom(4).hex()}-{path.name}")
+    tmp = temporary_sibling(path)
     try:
         tmp.write_bytes(data)
         os.link(tmp, path)  # fails if `path` exists, also between machines on one network file system
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return _create_unlinked(path, data)
     finally:
         tmp.unlink(missing_ok=True)
+    return True
+
+
+def _create_unlinked(path: Path, data: bytes) -> bool:
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return True

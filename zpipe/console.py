@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zpipe.progress import ProgressBars, ProgressLines, progress_for
-from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.errors import UsageError, ZpipeError, first_line, remedy_for
 from zpipe.schemas.storage import as_local, as_path
 
 # Off a terminal rich assumes 80 columns and cuts what is wider; a file has room.
@@ -58,11 +58,7 @@ def reporting() -> Iterator[ProgressBars | ProgressLines]:
     except ZpipeError as error:
         fail(str(error), error.details, error.exit_code)
     except OSError as error:
-        fail(
-            f"{error.filename or 'system'}: {error.strerror or error}; free space or fix permissions, then run again",
-            (),
-            1,
-        )
+        fail(f"{error.filename or 'system'}: {first_line(error)}; {remedy_for(error)}, then run again", (), 1)
     except RuntimeError as error:
         # torch raises this wherever the main thread happens to be when a worker dies.
         if "DataLoader worker (pid" not in str(error):

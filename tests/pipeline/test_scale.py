@@ -1,6 +1,5 @@
 """Extraction that is left running: signals, two runs at once, starting over, several machines and the loss of one."""
 
-import itertools
 import json
 import os
 import shutil
@@ -13,15 +12,16 @@ import time
 
 import pytest
 from extraction_runs import SLOWER, committed, descendants, name_of, state, wait_for
+from leases import foreign
 from tiny import write_tar
 
 from zpipe.pipeline import executor, store_plan
 from zpipe.pipeline import extract as extraction
-from zpipe.pipeline import lease as leases
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
-from zpipe.pipeline.lease import LEASE_NAME, held_lease
 from zpipe.pipeline.verify import verify_store
+from zpipe.schemas import lease as leases
 from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.lease import LEASE_NAME, held_lease
 from zpipe.schemas.relevance_store import index_path, maps_path
 
 RAY = ("--executor", "ray", "--actors", "2")
@@ -104,251 +104,6 @@ def test_a_dead_run_holds_nothing(tmp_path, start):
     assert not (out / LEASE_NAME).exists()
 
 
-def holder_of(folder, **changes):
-    """Write the lease that a run in this very place would write, but for `changes`."""
-    holder = {
-        "format": "zpipe-lease",
-        "version": 1,
-        "token": "t",
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "namespace": leases._namespace(),
-        "process": leases._process(os.getpid()),
-        "since": "noon",
-        "beat": time.time(),
-    }
-    (folder / LEASE_NAME).write_text(json.dumps(holder | changes))
-
-
-def foreign(folder, age):
-    """A lease of a process on another machine, renewed `age` seconds ago."""
-    holder_of(folder, host="elsewhere", pid=1, process="p", beat=time.time() - age)
-
-
-def test_a_run_on_another_machine_is_believed_while_it_renews(tmp_path, monkeypatch):
-    monkeypatch.setattr(leases, "EXPIRY_S", 2.0)
-    foreign(tmp_path, age=0)
-    told = "process 1 on elsewhere has been writing to this store since noon"
-    with pytest.raises(ZpipeError, match=told), held_lease(tmp_path):
-        pytest.fail("both hold it")
-    # Its clock is behind ours, but it renews: not dead.
-    renewing = subprocess.Popen(
-        [sys.executable, "-c", RENEW, str(tmp_path / LEASE_NAME)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    try:
-        assert renewing.stdout.readline()
-        with pytest.raises(ZpipeError, match="process 1 on elsewhere"), held_lease(tmp_path):
-            pytest.fail("both hold it")
-    finally:
-        renewing.kill()
-        renewing.wait(30)
-    foreign(tmp_path, age=100)
-    with held_lease(tmp_path) as lease:
-        lease.check()
-
-
-RENEW = """
-import json, os, sys, time
-beat = time.time() - 1000
-while True:
-    beat += 0.1
-    holder = json.load(open(sys.argv[1])) | {"beat": beat}
-    with open(sys.argv[1] + ".new", "w") as file:
-        json.dump(holder, file)
-    os.replace(sys.argv[1] + ".new", sys.argv[1])
-    print("renewed", flush=True)
-    time.sleep(0.1)
-"""
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from zpipe.pipeline.lease import held_lease
-from zpipe.schemas.errors import ZpipeError
-try:
-    with held_lease(Path(sys.argv[1])):
-        print("holds", flush=True)
-except ZpipeError as error:
-    print(error, flush=True)
-"""
-
-
-def test_containers_of_one_name_do_not_take_each_other_for_dead(tmp_path):
-    """In a PID namespace of its own a run has the same host name, and finds no process of the holder's number."""
-    apart = ["unshare", "--user", "--pid", "--fork", "--mount-proc"]
-    if subprocess.run([*apart, "true"], capture_output=True).returncode:
-        pytest.skip("a PID namespace can't be made here")
-    with held_lease(tmp_path) as lease:
-        line = [*apart, sys.executable, "-c", HOLD, str(tmp_path)]
-        second = subprocess.run(line, capture_output=True, text=True, timeout=120)
-        assert f"process {os.getpid()} on {socket.gethostname()} has been writing" in second.stdout, second
-        lease.check()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"namespace": "pid:[1]"}, {"namespace": None}, {"process": "another-boot:7"}, {"process": None}],
-    ids=["namespace", "no namespace", "boot", "no process"],
-)
-def test_of_another_boot_or_namespace_only_the_beat_counts(tmp_path, monkeypatch, change):
-    dead = subprocess.Popen([sys.executable, "-c", "pass"])
-    dead.wait(30)
-    monkeypatch.setattr(leases, "EXPIRY_S", 1.5)
-    holder_of(tmp_path, pid=dead.pid, **change)
-    with pytest.raises(ZpipeError, match=f"process {dead.pid} on"), held_lease(tmp_path):
-        pytest.fail("both hold it")
-    holder_of(tmp_path, pid=dead.pid, beat=time.time() - 100, **change)
-    with held_lease(tmp_path) as lease:
-        lease.check()
-
-
-def test_who_loses_the_lease_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(leases, "BEAT_S", 0.05)
-    with held_lease(tmp_path) as lease:
-        lease.check()
-        time.sleep(0.2)
-        first = json.loads((tmp_path / LEASE_NAME).read_text())["beat"]
-        assert wait_for(lambda: json.loads((tmp_path / LEASE_NAME).read_text())["beat"] > first, 10)
-        foreign(tmp_path, age=0)
-        # A process that writes at the same moment as the heir may overwrite its lease once; the heir then notices it.
-        time.sleep(0.3)
-        mine = json.loads((tmp_path / LEASE_NAME).read_text())["host"] != "elsewhere"
-        if mine:
-            foreign(tmp_path, age=0)
-            time.sleep(0.3)
-        with pytest.raises(ZpipeError, match="the lease is process 1 on elsewhere's now"):
-            lease.check()
-    assert json.loads((tmp_path / LEASE_NAME).read_text())["host"] == "elsewhere"  # not ours to remove
-
-
-def test_of_many_that_begin_together_one_works(tmp_path):
-    """Real processes at a dead run's lease: never do two hold it at once."""
-    dead = subprocess.Popen([sys.executable, "-c", "pass"])
-    dead.wait(30)
-    holder_of(tmp_path, pid=dead.pid, process=leases._process(os.getpid()).partition(":")[0] + ":1", beat=0)
-    racers = [
-        subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        for _ in range(6)
-    ]
-    said = [racer.communicate(timeout=120)[0].strip() for racer in racers]
-    spans = sorted(tuple(map(float, line.split())) for line in said if line)
-    assert spans and all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
-    assert not (tmp_path / LEASE_NAME).exists()
-
-
-RACE = """
-import sys, time
-from pathlib import Path
-from zpipe.pipeline.lease import held_lease
-from zpipe.schemas.errors import ZpipeError
-try:
-    with held_lease(Path(sys.argv[1])) as lease:
-        begun = time.time()
-        time.sleep(1)
-        lease.check()
-        print(begun, time.time())
-except ZpipeError:
-    pass
-"""
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        ("not json", "not a lease"),
-        ("[]", "no JSON object"),
-        ("{}", "expected 'zpipe-lease' version 1"),
-        ('{"format": "zpipe-lease", "version": 2}', "upgrade zpipe"),
-        ('{"format": "zpipe-lease", "version": 1}', "token missing or wrong"),
-    ],
-)
-def test_a_lease_that_is_no_lease_is_one_line(tmp_path, text, told):
-    (tmp_path / LEASE_NAME).write_text(text)
-    with pytest.raises(ZpipeError, match=told) as error, held_lease(tmp_path):
-        pass
-    assert "\n" not in str(error.value) and ("upgrade" in told or "delete it when no run" in str(error.value))
-
-
-def test_a_lease_without_one_of_its_fields_is_one_line(tmp_path):
-    for field in leases.FIELDS:
-        holder_of(tmp_path)
-        lease = json.loads((tmp_path / LEASE_NAME).read_text())
-        del lease[field]
-        (tmp_path / LEASE_NAME).write_text(json.dumps(lease))
-        told = f"not a lease .{field} missing or wrong.; delete it when"
-        with pytest.raises(ZpipeError, match=told), held_lease(tmp_path):
-            pass
-
-
-def test_the_lease_of_an_heir_is_not_removed(tmp_path):
-    """It came between two renewals, so that we haven't learnt of it."""
-    with held_lease(tmp_path):
-        foreign(tmp_path, age=0)
-    assert json.loads((tmp_path / LEASE_NAME).read_text())["host"] == "elsewhere"
-
-
-@pytest.fixture
-def stuck(tmp_path):
-    """Writing to the store hangs: the lease's thread opens a pipe that nobody reads. `free()` reads from it."""
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-
-    def write(path, data):
-        with open(pipe, "wb") as file:
-            file.write(data)
-
-    def free():
-        with open(pipe, "rb") as file:
-            file.read()
-
-    return write, free
-
-
-def test_a_lease_whose_renewal_hangs_is_not_held(tmp_path, monkeypatch, stuck):
-    write, free = stuck
-    monkeypatch.setattr(leases, "BEAT_S", 0.05)
-    monkeypatch.setattr(leases, "EXPIRY_S", 1.0)
-    monkeypatch.setattr(leases, "RENEWAL_S", 0.1)
-    monkeypatch.setattr(leases, "write_bytes", write)
-    with held_lease(tmp_path) as lease:
-        lease.check()
-        time.sleep(1.3)
-        with pytest.raises(ZpipeError, match=r"last renewed \d+ s ago, .* another run may have it; run again to go on"):
-            lease.check()
-    assert (tmp_path / LEASE_NAME).exists()  # giving it back would hang too: it expires
-    free()
-
-
-def test_a_run_that_was_stopped_for_long_renews_and_goes_on(tmp_path):
-    """Stopped, as by Ctrl-Z, until its lease would have expired."""
-    held = subprocess.Popen(
-        [sys.executable, "-c", CHECKING, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert held.stdout.readline() == "holds\n"
-        held.send_signal(signal.SIGSTOP)
-        time.sleep(2)
-        held.send_signal(signal.SIGCONT)
-        assert held.communicate("\n", timeout=60)[0] == "still\n"
-    finally:
-        held.kill()
-        held.wait(30)
-
-
-CHECKING = """
-import sys
-from pathlib import Path
-from zpipe.pipeline import lease
-lease.EXPIRY_S, lease.BEAT_S = 1.5, 0.5
-with lease.held_lease(Path(sys.argv[1])) as held:
-    print("holds", flush=True)
-    sys.stdin.readline()
-    held.check()
-    print("still", flush=True)
-"""
-
-
 def test_a_lease_that_is_lost_during_the_audit_signs_nothing(store_copy, shards, monkeypatch, teacher_settings):
     """Of a million shards the audit takes longer than a lease lasts."""
 
@@ -368,22 +123,6 @@ def test_a_lease_that_is_lost_during_the_audit_signs_nothing(store_copy, shards,
     with pytest.raises(ZpipeError, match="the lease is process 1 on elsewhere's now"):
         extract_teacher_maps(shards, store_copy, ExtractConfig(**(teacher_settings | {"executor": "local"})))
     assert not (store_copy / "manifest.json").exists()
-
-
-def test_a_lease_that_can_not_be_given_back_hides_nothing(tmp_path):
-    with pytest.raises(ZpipeError, match="^3 of 9 shards failed$"), held_lease(tmp_path):
-        (tmp_path / LEASE_NAME).write_text("no lease")
-        raise ZpipeError("3 of 9 shards failed")
-    (tmp_path / LEASE_NAME).unlink()
-    with held_lease(tmp_path):
-        (tmp_path / LEASE_NAME).write_text("no lease")
-
-
-def test_a_dead_run_whose_clock_was_ahead_is_taken_over(tmp_path, monkeypatch):
-    monkeypatch.setattr(leases, "EXPIRY_S", 0.5)
-    foreign(tmp_path, age=-3600)
-    with held_lease(tmp_path) as lease:
-        lease.check()
 
 
 # -------------------------------------------------------------------------------------------------------- starting over

@@ -1,6 +1,7 @@
 """The contracts: what a sample is, what a commit promises, where a crop lies in a map, what the index files hold."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from zpipe.schemas import atomic, manifest, shard_index, storage
-from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.errors import UsageError, ZpipeError, remedy_for
 from zpipe.schemas.geometry import Box, covered_share, crop_map, overlap_weights
 from zpipe.schemas.sample import group_samples, key_for_file, shard_stem, split_name
 
@@ -163,6 +164,89 @@ def test_a_folder_is_committed_whole_or_not_at_all(tmp_path, before):
         (tmp / "c" / "0").mkdir(parents=True)
         (tmp / "c" / "0" / "new").write_text("new")
     assert names_below(path.parent) == ["folder", "folder/c", "folder/c/0", "folder/c/0/new"]
+
+
+def test_names_of_any_legal_length_are_written(tmp_path):
+    for name in ("n" * 240 + ".parquet", "ü" * 120 + ".json", "n" * 255, "\udcff" * 200):
+        atomic.write_bytes(tmp_path / name, b"new")
+        assert (tmp_path / name).read_bytes() == b"new"
+        assert storage.temporary_sibling(tmp_path / name).suffix == (tmp_path / name).suffix
+        assert not storage.create_exclusively(tmp_path / name, b"x")
+    with pytest.raises(ZpipeError, match="could not be written .File name too long.; give a shorter name, then run"):
+        atomic.write_bytes(tmp_path / ("n" * 256), b"new")
+    assert len(os.listdir(tmp_path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free space on that disk"),
+        (errno.EDQUOT, "within your quota"),
+        (errno.EACCES, "fix the permissions"),
+        (errno.EROFS, "read-only: give a path on another one"),
+        (errno.ENAMETOOLONG, "give a shorter name"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EIO, "check the disk"),
+        (errno.ENOTDIR, "a part of this one is a file"),
+        (errno.ECHILD, "check the path and the disk"),
+    ],
+)
+def test_the_remedy_fits_the_cause(tmp_path, number, remedy):
+    with pytest.raises(ZpipeError) as error, atomic.commit(tmp_path / "x"):
+        raise OSError(number, os.strerror(number), "x")
+    assert str(error.value).startswith(f"{tmp_path / 'x'}: could not be written ({os.strerror(number)}); ")
+    assert remedy in str(error.value) and ("free space" in str(error.value)) == (number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def test_the_remedy_for_what_has_no_number():
+    assert remedy_for(PermissionError("Access Denied")) == remedy_for(OSError(errno.EACCES, ""))
+    assert remedy_for(FileNotFoundError("the bucket")) == "check the path"
+    assert remedy_for(RuntimeError("EndpointConnectionError")) == "check address, access and space"
+
+
+def test_links_below_our_folders_are_refused(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "store").symlink_to("real")
+    atomic.refuse_links(tmp_path / "store", ("maps", "index"), "store")  # absent, and the root may be a link
+    (tmp_path / "real" / "maps").mkdir()
+    for target in (tmp_path, "nowhere"):
+        (tmp_path / "real" / "index").symlink_to(target)
+        with pytest.raises(UsageError, match="index: is a link, and the store would be written to another place"):
+            atomic.refuse_links(tmp_path / "store", ("maps", "index"), "store")
+        (tmp_path / "real" / "index").unlink()
+    (tmp_path / ".tmp-1").symlink_to("real")
+    atomic.clear_temporaries(tmp_path)
+    assert names_below(tmp_path) == ["real", "real/maps", "store"]
+
+
+def test_a_folder_takes_the_place_of_a_link_and_not_of_its_target(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "kept").touch()
+    for target in ("far", "nowhere"):
+        (tmp_path / "out").symlink_to(target)
+        with atomic.commit(tmp_path / "out") as tmp:
+            tmp.mkdir()
+        assert not (tmp_path / "out").is_symlink() and names_below(tmp_path) == ["far", "far/kept", "out"]
+        (tmp_path / "out").rmdir()
+
+
+def test_only_files_of_ours_are_replaced(tmp_path):
+    ours, photo = tmp_path / "ours.PNG", tmp_path / "photo.png"
+    ours.write_bytes(b"PNG zpipe")
+    photo.write_bytes(b"PNG" + bytes(10_000))
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "fifo.png")
+    for path in (ours, tmp_path / "new.png", tmp_path / "none" / "new.png"):
+        atomic.check_out_file(path, (".png",))
+    for name, told in (
+        ("photo.png", "exists, and zpipe did not write it; give another path"),
+        ("api.py", r"ends in .png or .jpg; give such a name"),
+        ("photo", r"ends in .png or .jpg"),
+        ("folder.png", "can't be replaced .is a folder"),
+        ("fifo.png", "can't be replaced .is a FIFO"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            atomic.check_out_file(tmp_path / name, (".png", ".jpg"))
 
 
 def test_a_killed_commit_leaves_the_old_content_and_the_next_one_clears_up(tmp_path):
@@ -505,7 +589,7 @@ def test_a_remote_write_that_fails_is_one_line(monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(type(path.fs), "put_file", refuse)
-    with pytest.raises(ZpipeError, match=r"file\.json: could not be written \(Permission denied\); check access"):
+    with pytest.raises(ZpipeError, match=r"file\.json: could not be written .Permission denied.; fix the permissions"):
         atomic.write_json(path, {})
     assert not path.exists()
 
