@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ from zpipe.cli_results import (
     study_command,
 )
 from zpipe.cli_train import train_vit_command, train_zoomer_command
-from zpipe.console import fail, local_path, out, print_rows, reporting, tell, warn
+from zpipe.console import fail, local_path, open_streams, print_rows, print_table, printing, reporting, tell, warn
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -109,7 +110,7 @@ def doctor_command() -> None:
     table = Table(show_header=False)
     for finding in findings:
         table.add_row("ok" if finding.ok else "PROBLEM", finding.name, finding.value)
-    out.print(table)
+    print_table(table)
     bad = [finding for finding in findings if not finding.ok]
     if bad:
         fail(f"{len(bad)} problems", tuple(f"{finding.name}: {finding.value}" for finding in bad), 1)
@@ -117,4 +118,11 @@ def doctor_command() -> None:
 
 def main() -> None:
     """Entry point of the `zpipe` command."""
-    app(prog_name="zpipe")
+    open_streams()
+    try:
+        app(prog_name="zpipe")
+    finally:
+        # Help is printed by typer, and buffered output when Python ends.
+        if sys.stdout is not None:
+            with printing():
+                sys.stdout.flush()

@@ -105,10 +105,14 @@ AtOne = Annotated[
 Classes = Annotated[
     str | None,
     typer.Option(
-        metavar="by-name|FILE",
-        help="For shards with a part of the model's classes (ImageNet-A): which class each label is; "
-        "the others don't count as answers.",
+        metavar="by-name|by-index|FILE",
+        help="For shards whose classes are not those of the run: by-name matches their names, FILE has the run's class "
+        "of each label, one a line; the run's other classes then don't count as answers (ImageNet-A). by-index takes "
+        "the numbers as they are, whatever the names.",
     ),
+]
+Damaged = Annotated[
+    str, typer.Option(metavar="error|skip", help="What to do with damaged tars and images: stop, or leave them out.")
 ]
 Labels = Annotated[
     Path | None,

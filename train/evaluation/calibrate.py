@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import load_run
@@ -55,7 +56,9 @@ class CalibrationConfig:
             raise UsageError(f"--damaged {self.damaged}: choose error or skip")
 
 
-@torch.inference_mode()
+MEASURED = ("alpha", "exit_threshold", "unit", "budget", "mean", "std", "images", "skipped")
+
+
 def calibrate(
     run: Path,
     shards: Path,
@@ -84,6 +87,17 @@ def calibrate(
         UsageError: the model has no threshold, or the budget is below its least or above its highest cost.
         ZpipeError: a file is broken, or the classes of run and shards differ.
     """
+    content = calibration(run, shards, config, maps=maps, progress=progress)
+    if out is not None:
+        write_json(out, content)
+    return {name: content[name] for name in MEASURED if name in content}
+
+
+@torch.inference_mode()
+def calibration(
+    run: Path, shards: Path, config: CalibrationConfig, *, maps: Path | None = None, progress: Progress = silent
+) -> dict[str, Any]:
+    """As `calibrate`, but return the content of the results file, and write none."""
     opened = load_run(run, config.weights)
     if "exit" not in setting_names(opened.model) and not hasattr(opened.model, "tokenise"):
         raise UsageError(f"{run}: only zoomvit_*, cfvit_* and lfvit_* models cost more or less by a threshold")
@@ -100,14 +114,13 @@ def calibrate(
     ready = OpenRun(opened, source, device=config.device)
     calibrate_model = _exit_threshold if "exit" in setting_names(opened.model) else _alpha
     batches = Tally(loader, config.limit)
-    result = calibrate_model(ready, _told(batches, progress), config) | {"skipped": batches.account().left_out.total()}
+    result = calibrate_model(ready, _told(batches, progress), config)
     scores = {} if source is None else {"scores": source.name}
     about = identity(opened, "calibration") | {"setting": scores | unusual({"weights": config.weights})}
     stated = {"run": str(run), "model": about["model"], "seed": about["seed"], "weights": config.weights}
-    stated |= {"shards": str(shards), "maps": None if maps is None else str(maps)} | result
+    stated |= {"shards": str(shards), "maps": None if maps is None else str(maps)} | batches.stated() | result
     rows = [{"setting": f"budget={config.budget}"} | result]
-    write_results(out, "calibration", stated, rows, calibration_results(result, about))
-    return result
+    return write_results(None, "calibration", stated, rows, calibration_results(result, about))
 
 
 def _told(batches: Tally, progress: Progress) -> Iterator[dict[str, Any]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,9 @@ from zpipe.train.evaluation.results import (
     Result,
     identity,
     metric_results,
+    read_results,
     results_of,
+    results_path,
     unusual,
     write_results,
 )
@@ -97,6 +100,28 @@ def evaluate(
     stated |= {"weights": config.weights, "precision": config.precision}
     stated |= {"shards": str(shards), "maps": None if maps is None else str(maps)} | batches.stated()
     return write_results(out, "evaluation", stated, rows, results)
+
+
+def evaluation_path(run: Path, config: EvalConfig, content: Mapping[str, Any]) -> Path:
+    """The file in a run's folder for the content of an evaluation.
+
+    It is `evaluation.json` for the run as it is, on the images that were first evaluated. What was asked for besides
+    (other scores, classes or labels, a cost) and other images are part of other names, so that one evaluation does not
+    take the place of another.
+
+    Raises:
+        ZpipeError: the file holds no results.
+    """
+    target = None if config.target_gmacs is None else f"{config.target_gmacs:g} GMACs"
+    asked = (config.scores, config.classes, None if config.labels is None else config.labels.name, target)
+    words = [re.sub(r"[^A-Za-z0-9.]+", "-", Path(word).name.removesuffix(".json")) for word in asked if word]
+    path = partial(results_path, run, "evaluation", weights=config.weights, precision=config.precision)
+    if not (first := path(more=words)).is_file():
+        return first
+    before, _ = read_results(first)
+    # Files of earlier versions have no digest.
+    name = "images_digest" if "images_digest" in before else "shards"
+    return first if before.get(name) == content[name] else path(more=[*words, content["images_digest"][:8]])
 
 
 def _evaluate_vit(opened: Run, batches: Tally, config: EvalConfig, progress: Progress) -> list[EvalRow]:
