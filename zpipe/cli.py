@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -121,8 +120,8 @@ def main() -> None:
     open_streams()
     try:
         app(prog_name="zpipe")
-    finally:
-        # Help is printed by typer, and buffered output when Python ends.
-        if sys.stdout is not None:
-            with printing():
-                sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        with printing():  # typer printed its help
+            raise

@@ -171,7 +171,10 @@ def _calibrated(run: Path, config: EvalConfig, progress: Progress) -> EvalConfig
         data_workers=config.data_workers,
         device=config.device,
     )
-    result = calibrate(run, config.calibration, calibration, maps=config.calibration_maps, progress=progress)
+    try:
+        result = calibrate(run, config.calibration, calibration, maps=config.calibration_maps, progress=progress)
+    except UsageError as error:  # in the words of this command
+        raise UsageError(str(error).replace("--budget", "--target-gmacs", 1)) from error
     if "exit_threshold" in result:
         return replace(config, exits=(result["exit_threshold"],))
     return replace(config, alphas=(result["alpha"],), budgets=())

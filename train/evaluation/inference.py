@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +63,8 @@ class OpenRun:
         if run.kind != "vit":
             raise UsageError(f"{run.path}: holds a {run.kind}, no classifier")
         self.run, self.source, self.precision = run, source, precision
+        # Checked before the model gets them, which may refuse them in words of its own.
+        self._checked = None if source is None else replace(source, score=partial(self._check_scores, source))
         self._where = str(run.path) if precision == "float32" else f"{run.path} in {precision}"
         self.device = resolve_device(device)
         self._autocast = autocast(precision, self.device)
@@ -83,9 +87,7 @@ class OpenRun:
             ZpipeError: scores or logits are no numbers, or logits are far too large; the message names run and key.
         """
         with self._autocast():
-            output, scores = run_model(self.model, self.source, prepared, point)
-        if scores is not None:
-            self._check_scores(scores, prepared)
+            output, scores = run_model(self.model, self._checked, prepared, point)
         self.check_logits(logits_of(output), prepared)
         return Answer(logits_of(output), scores, output)
 
@@ -93,9 +95,12 @@ class OpenRun:
         """Check the logits [B, classes] of a batch; raises as `respond`."""
         check_numbers(logits, batch["key"], "the model's logits", limit=LARGEST_LOGIT, where=self._where)
 
-    def _check_scores(self, scores: Tensor, batch: dict[str, Any]) -> None:
-        name = "" if self.source is None else self.source.name
-        check_numbers(scores, batch["key"], f"the scores ({name})", where=self._where)
+    def _check_scores(self, source: ScoreSource, images: Tensor, batch: dict[str, Any]) -> Tensor | None:
+        """What a source returns for images and their batch, checked."""
+        scores = source.score(images, batch)
+        if scores is not None and "key" in batch:  # there is none where only the cost of scoring is counted
+            check_numbers(scores, batch["key"], f"the scores ({source.name})", where=self._where)
+        return scores
 
     def answer(self, batch: dict[str, Any], point: OperatingPoint) -> Answer:
         """Normalise, score and classify the images of a batch, uint8 [B, 3, S, S], at an operating point."""
@@ -105,10 +110,7 @@ class OpenRun:
     def scores(self, batch: dict[str, Any]) -> Tensor | None:
         """The scores [B, s * s] that the model would get for a batch; None for none. Raises as `respond`."""
         with self._autocast():
-            scores = None if self.source is None else self.source.score(self.prepare(batch)["image"], batch)
-        if scores is not None:
-            self._check_scores(scores, batch)
-        return scores
+            return None if self._checked is None else self._checked.score(self.prepare(batch)["image"], batch)
 
     def token_boxes(
         self, prepared: dict[str, Any], scores: Tensor | None, point: OperatingPoint

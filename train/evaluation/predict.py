@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -228,6 +229,8 @@ def read_image(file: Path, size: int, view: ViewConfig) -> np.ndarray:
         image, chosen, source = decode(data, lambda shape: draw_view(np.random.default_rng(0), *shape, view), size)
         return np.ascontiguousarray(view_image(image, chosen, size, source))
     except DECODE_ERRORS as error:
-        # Of the operating system only; those of PIL have no number.
-        remedy = remedy_for(error) if isinstance(error, OSError) and error.errno else "give another file"
+        # Errors of PIL have no number; those of another kind of file are about this one.
+        number = error.errno if isinstance(error, OSError) else None
+        is_other = number in (None, errno.EINVAL, errno.EISDIR, errno.EFBIG)
+        remedy = "give an image file" if is_other else remedy_for(error)
         raise ZpipeError(f"{file}: can't be read as an image ({first_line(error)}); {remedy}") from error
