@@ -31,6 +31,8 @@ class Sample:
     """Class index; None if there is none."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Content of `key.json`."""
+    damage: str | None = None
+    """Why the sample can't be used, one line; it then has no image and no label."""
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -104,17 +106,26 @@ def _sample_from(key: str, parts: dict[str, bytes], source: str) -> Sample:
     return Sample(key=key, image=parts[images[0]], label=_label_from(key, parts, meta, source), meta=meta)
 
 
-def group_samples(members: Iterable[tuple[str, bytes]], source: str) -> Iterator[Sample]:
+def _sample_or_damage(key: str, parts: dict[str, bytes], source: str) -> Sample:
+    try:
+        return _sample_from(key, parts, source)
+    except ZpipeError as error:
+        return Sample(key=key, image=b"", label=None, damage=str(error))
+
+
+def group_samples(members: Iterable[tuple[str, bytes]], source: str, *, keep_damaged: bool = False) -> Iterator[Sample]:
     """Group the members of one tar, in order, into samples.
 
     Args:
         members: Name and content of each member. The members of a sample are adjacent; those whose suffix is not in
             `ALLOWED_SUFFIXES` are ignored.
         source: The tar, for messages.
+        keep_damaged: Whether a sample without an image or with a bad label is yielded with its `damage`.
 
     Raises:
-        ZpipeError: A sample has no image or a bad label, or a key is repeated or not UTF-8.
+        ZpipeError: A key is repeated or not UTF-8; unless `keep_damaged`, a sample has no image or a bad label.
     """
+    form = _sample_or_damage if keep_damaged else _sample_from
     seen: set[str] = set()
     key: str | None = None
     parts: dict[str, bytes] = {}
@@ -124,7 +135,7 @@ def group_samples(members: Iterable[tuple[str, bytes]], source: str) -> Iterator
             continue
         if member_key != key:
             if key is not None:
-                yield _sample_from(key, parts, source)
+                yield form(key, parts, source)
             if member_key in seen:
                 raise ZpipeError(f"{source}: key {member_key}: comes twice; rebuild this shard with unique keys")
             check_key(member_key, source, "rebuild this shard with other names")
@@ -134,7 +145,7 @@ def group_samples(members: Iterable[tuple[str, bytes]], source: str) -> Iterator
             raise ZpipeError(f"{source}: key {member_key}: two .{suffix} members; rebuild this shard")
         parts[suffix] = data
     if key is not None:
-        yield _sample_from(key, parts, source)
+        yield form(key, parts, source)
 
 
 def check_tar_end(read: Callable[[int], bytes], path: Path, *, blocks: int) -> None:

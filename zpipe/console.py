@@ -6,9 +6,8 @@ import errno
 import io
 import json
 import os
-import signal
 import sys
-import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from zpipe.interrupts import Terminated, stoppable
 from zpipe.progress import ProgressBars, ProgressLines, note, progress_for
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line, remedy_for
 from zpipe.schemas.names import printable
@@ -85,35 +85,11 @@ def printing() -> Iterator[None]:
         raise SystemExit(1) from error
 
 
-class Terminated(BaseException):
-    """SIGTERM was received; like Ctrl-C, it ends the command."""
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Raise :class:`Terminated` on SIGTERM in the main thread; processes that are forked meanwhile just end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    ours = os.getpid()
-
-    def on_terminate(number: int, frame: object) -> None:
-        if os.getpid() != ours:
-            os._exit(128 + number)
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, on_terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 @contextmanager
 def reporting() -> Iterator[ProgressBars | ProgressLines]:
     """Show progress while a verb runs; turn errors that users can act on into one line and an exit code."""
     try:
-        with terminable(), progress_for(err) as progress:
+        with stoppable(), _warnings_as_lines(), progress_for(err) as progress:
             yield progress
     except ZpipeError as error:
         fail(str(error), error.details, error.exit_code)
@@ -129,6 +105,14 @@ def reporting() -> Iterator[ProgressBars | ProgressLines]:
         fail("terminated; run the same command again to resume", (), 1)
     except KeyboardInterrupt:
         fail("interrupted; run the same command again to resume", (), 130)
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Show the warnings of libraries and of ours as one line each, without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *place: warn(f"warning: {' '.join(str(message).split())}")
+        yield
 
 
 def tell(line: str) -> None:

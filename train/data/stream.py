@@ -83,10 +83,12 @@ def _scan_headers(path: Path) -> ShardEntry:
 def read_tar(shard: Shard) -> list[Sample]:
     """Read the samples of one tar, in order. Images stay encoded, about 110 MB for 1,000 photos of ImageNet.
 
+    A sample that can't be used is among them, with its `damage`.
+
     Raises:
         ZpipeError: If the tar is truncated, or its keys are not those of the index.
     """
-    samples = list(group_samples(_members(shard.path), str(shard.path)))
+    samples = list(group_samples(_members(shard.path), str(shard.path), keep_damaged=True))
     if len(samples) != shard.entry.count or digest_keys(item.key for item in samples) != shard.entry.keys_sha256:
         raise ZpipeError(
             f"{shard.path}: {len(samples)} samples, {INDEX_NAME} says {shard.entry.count}: truncated or altered; "

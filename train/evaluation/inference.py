@@ -242,7 +242,7 @@ class Tally:
             "samples": account.seen,
             "skipped": account.left_out.total(),
             "skipped_by": dict(account.left_out),
-            "damaged": self.loader.damaged_shards[:MAX_REASONS],
+            "damaged": [*self.loader.damaged_shards, *self.loader.damaged_samples][:MAX_REASONS],
             "images_digest": self.digest,
         }
 

@@ -189,7 +189,7 @@ def test_a_stop_that_one_rank_hears_of_ends_all_and_is_gone_on_with(pair):
     """Drop-path and mixing draw on each rank for itself; all of their generators come back."""
     out, errors = pair
     for rank in range(2):
-        told = f"{out / 'again'}: stopped in step 7 of 20; run the same command again to go on"
+        told = f"{out / 'again'}: stopped in step 7 of 20; run the same command again to resume"
         assert errors["drop stopped", rank] == ("Stopped", told)
     assert same_weights(out / "again", out / "drop")
     assert [line["step"] for line in lines(out / "again")] == list(range(1, STEPS + 1))

@@ -236,10 +236,10 @@ def test_a_range_over_seeds_is_not_called_an_interval(zoom, plain, tile, ending)
     [
         ("run.json", "{", "run.json: not readable as"),
         ("run.json", "{}", "run.json: is None version None, expected 'zpipe-run' version 1"),
-        ("run.json", '{"format": "zpipe-run", "version": 1}', "run.json: not the settings of a run"),
+        ("run.json", '{"format": "zpipe-run", "version": 1}', "run.json: not readable as the settings of a run"),
         ("evaluation.json", '{"rows": 3}', "evaluation.json: not an evaluation"),
         ("evaluation.json", '{"rows": [{"setting": "alpha=x", "count": 3}]}', "evaluation.json: not an evaluation"),
-        ("metrics.jsonl", '{"step": 1}\n{"st', "metrics.jsonl: line 2 is not a line of metrics"),
+        ("metrics.jsonl", '{"step": 1}\n{"st\n', "metrics.jsonl: line 2 is not a line of metrics"),
         ("results/study.json", "{}", "study.json: is None version None"),
         ("results/errors_samples.json", '{"samples": [1]}', "errors_samples.json: not an error analysis"),
     ],
