@@ -207,13 +207,12 @@ def conclude(content: Mapping[str, Any], target: Path | None = None) -> None:
     )
     if content["skipped"]:
         tell(f"{content['shards']}: {account}")
+    problems = [content["left_out_of_tars"]] if content["left_out_of_tars"] else []
     if damaged := account.left_out["damaged"]:
-        fail(
-            f"{content['shards']}: {damaged} damaged images were left out, as asked by --damaged skip; the figures are "
-            "of the others",
-            tuple(content["damaged"]),
-            1,
-        )
+        line = f"{content['shards']}: damaged and left out by --damaged skip: {damaged}; the figures are of the others"
+        problems = [line, *problems]
+    if problems:
+        fail(problems[0], (*problems[1:], *content["damaged"]), 1)
 
 
 class StudyCommand(TyperCommand):

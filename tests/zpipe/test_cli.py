@@ -81,6 +81,8 @@ def places(tmp_path_factory):
     where["file"].write_text("text")
     where["foreign"].mkdir()
     (where["foreign"] / "thesis.txt").write_text("mine")
+    (where["foreign"] / "site").mkdir()
+    (where["foreign"] / "site" / "index.html").write_text("<title>mine</title>")
     for name in ("tars_only", "cut_on", "cut_inside"):
         shutil.copytree(where["shards"], where[name])
         if name == "tars_only":
@@ -204,7 +206,33 @@ WRONG = {
     ),
     "evaluate: no zoomer": (evaluate("{with_maps}"), 2, "needs a relevance store; give --maps"),
     "evaluate: label": (evaluate(shards="{odd_label}"), 1, "key odd: label 77 is outside the model's 10 classes"),
-    "evaluate: results below a file": ("evaluate {vit} {shards} --json {file}/x.json", 1, "file/x.json: could not be"),
+    "evaluate: results below a file": ("evaluate {vit} {shards} --json {file}/x.json", 2, "file/x.json: can't be"),
+    "evaluate: results over a text": ("evaluate {vit} {shards} --json {file}", 2, "file: exists, and zpipe did not"),
+    "evaluate: results over the run": ("evaluate {vit} {shards} --json {vit}/run.json", 2, "run.json: exists, and"),
+    "evaluate: results over a device": (
+        "evaluate {vit} {shards} --json /dev/null",
+        2,
+        "can't be replaced (is a device",
+    ),
+    "evaluate: alphas of a plain ViT": (evaluate("{plain}", more="--alphas 0.1"), 2, "--alphas: VisionTransformer has"),
+    "evaluate: scores of a plain ViT": (evaluate("{plain}", more="--scores random"), 2, "plain takes no scores"),
+    "evaluate: budget of a zoomer": (evaluate("{zoomer}", more="--maps {maps} --budgets 3"), 2, "--budgets: "),
+    "evaluate: setting of a zoomer": (evaluate("{zoomer}", more="--maps {maps} --at x=1"), 2, "is a zoomer, which has"),
+    "evaluate: large budget": (evaluate(more="--budgets 9999tokens"), 2, "is above the 64 tokens"),
+    "evaluate: large target": (
+        evaluate(more="--target-gmacs 99 --calibration {shards}"),
+        2,
+        "--target-gmacs 99 GMACs: above the",
+    ),
+    "evaluate: target and alphas": (evaluate(more="--target-gmacs 1 --alphas 0"), 2, "leave out --alphas"),
+    "evaluate: calibration alone": (evaluate(more="--calibration {shards}"), 2, "is for --target-gmacs"),
+    "evaluate: damaged": (evaluate(more="--damaged maybe"), 2, "--damaged maybe: choose error or skip"),
+    "calibrate: large budget": (
+        "calibrate {vit} {shards} --budget 9999tokens --device cpu",
+        2,
+        "above the 64 tokens of an image in which everything is zoomed",
+    ),
+    "report: another page": ("report {vit} --out {foreign}/site", 2, "index.html: exists, and zpipe did not write it"),
     "predict: scores maps": (
         "predict {file} --checkpoint {vit} --scores maps --device cpu",
         2,
@@ -652,7 +680,7 @@ def test_an_interrupt_is_one_line(places, tmp_path):
         stderr = process.communicate(timeout=60)[1].decode()
     finally:
         process.kill()
-    assert errors_of(stderr) == ["error: interrupted; run the same command again to go on"]
+    assert errors_of(stderr) == ["error: interrupted; run the same command again to resume"]
     assert process.returncode == 130
 
 
