@@ -63,7 +63,7 @@ def places(tmp_path_factory):
     """Folders by name: outputs of commands, and folders that are wrong in each possible way."""
     root = tmp_path_factory.mktemp("cli")
     names = "shards other_shards maps other_maps other_grid zoomer vit plain with_maps missing empty file foreign "
-    names += "tars_only cut_on cut_inside unfinished_store broken_store unfinished_run unfinished_zoomer odd_label"
+    names += "tars_only cut_on cut_inside unfinished_store broken_store unfinished_run unfinished_zoomer odd_label site"
     where = {name: root / name for name in names.split()}
     scenes(where["shards"])
     scenes(where["other_shards"], seed=5)
@@ -81,8 +81,8 @@ def places(tmp_path_factory):
     where["file"].write_text("text")
     where["foreign"].mkdir()
     (where["foreign"] / "thesis.txt").write_text("mine")
-    (where["foreign"] / "site").mkdir()
-    (where["foreign"] / "site" / "index.html").write_text("<title>mine</title>")
+    where["site"].mkdir()
+    (where["site"] / "index.html").write_text("<title>mine</title>")
     for name in ("tars_only", "cut_on", "cut_inside"):
         shutil.copytree(where["shards"], where[name])
         if name == "tars_only":
@@ -232,7 +232,7 @@ WRONG = {
         2,
         "above the 64 tokens of an image in which everything is zoomed",
     ),
-    "report: another page": ("report {vit} --out {foreign}/site", 2, "index.html: exists, and zpipe did not write it"),
+    "report: another page": ("report {vit} --out {site}", 2, "index.html: exists, and zpipe did not write it"),
     "predict: scores maps": (
         "predict {file} --checkpoint {vit} --scores maps --device cpu",
         2,

@@ -217,9 +217,12 @@ def _of_these_classes(records: Sequence[RunRecord], shards: Path) -> tuple[list[
     for record in records:
         own = ClassNames(names=record.settings.get("classes") or (), where=record.name)
         try:
-            match_classes(known, own, remedy="report it separately")
+            match_classes(known, own, remedy="their numbers mean other things")
         except ZpipeError as error:
-            notes.append(f"{record.name}: not in the gallery: {error}")
+            notes.append(
+                f"{record.name}: not in the gallery, its {len(own.names)} classes are not the {len(known.names)} of "
+                f"{known.where}; report it separately ({error})"
+            )
             continue
         fitting.append(record)
         if len(own.names) > len(known.names):

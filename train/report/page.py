@@ -202,8 +202,8 @@ def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
     parts = {
         "policy": policy,
         "style": source.joinpath("page.css").read_text(encoding="utf-8"),
-        "about": embedded_json(about),
-        "gallery": embedded_json(gallery),
+        "about": embedded_json(_shown(about)),
+        "gallery": embedded_json(_shown(gallery)),
         "plotly": plotly,
         "script": ours,
     }
@@ -214,15 +214,13 @@ def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
 
 
 def embedded_json(value: Any) -> str:
-    """JSON for a <script> element, without `<`, which could end the element or begin a comment.
-
-    Characters in names that would not be seen, or would reorder the text around them, are shown as escapes.
-    """
-    text = json.dumps(_shown(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    """JSON for a <script> element, without `<`, which could end the element or begin a comment."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 
 
 def _shown(value: Any) -> Any:
+    """A JSON value in whose texts characters that are not seen, or reorder what is around them, are escapes."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, Mapping):
