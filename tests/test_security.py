@@ -33,9 +33,10 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.relevance_store import IndexFile, maps_path, read_stored
 from zpipe.schemas.sample import Sample
 from zpipe.schemas.storage import as_path
-from zpipe.train.checkpoint import load_checkpoint, load_run
+from zpipe.train.checkpoint import load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.stream import list_shards, read_tar
+from zpipe.train.resume_state import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CANARY = "hunter2canary"

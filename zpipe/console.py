@@ -152,7 +152,7 @@ def parse_settings(pairs: list[str] | None, option: str) -> dict[str, Any]:
             raise UsageError(f"{option} {pair}: write it as key=value")
         try:
             settings[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             settings[key] = value
     return settings
 

@@ -723,3 +723,31 @@ def test_odd_but_legal_images_go_all_the_way(tmp_path):
         assert not noise, noise
     assert len(open_maps(where["maps"])) == len(pictures)
     assert json.loads(where["out"].read_text())["rows"][0]["count"] == len(pictures)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--seed", 2**80], "train.seed"),
+        (["--epochs", "1e18"], "train.epochs 1e+18"),
+        (["--epochs", "nan"], "train.epochs"),
+        (["--lr", "inf"], "train.lr"),
+        (["--batch-size", 2**40], "train.batch_size"),
+        (["--set", "train.opt_args=" + "[" * 100_000], "train.opt_args"),
+        (["--set", 'train.opt_args={"betas": [0.9]}'], "train.opt_args"),
+    ],
+)
+def test_settings_that_no_training_could_use_are_one_line(shards, tmp_path, cli, flags, told):
+    model = ["--model", "deit_tiny_patch16_224", "--image-size", 32, "--device", "cpu", "--data-workers", 0]
+    done = cli("train-vit", shards, "--out", tmp_path / "run", *model, "--batch-size", 4, *flags)
+    assert done.code == 2 and told in done.error and len(done.error) < 300
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_warmup_that_is_shortened_is_told(shards, tmp_path, cli):
+    model = ["--model", "deit_tiny_patch16_224", "--image-size", 32, "--device", "cpu", "--data-workers", 0]
+    model += ["--model-arg", "depth=1", "--batch-size", 4]
+    done = cli("train-vit", shards, "--out", tmp_path / "run", *model, "--epochs", 1)
+    assert done.code == 0 and "a warm-up of 5 of 1 epochs is shortened to 0.25" in done.stderr
+    done = cli("train-vit", shards, "--out", tmp_path / "whole", *model, "--epochs", 20, "--set", "nothing=1")
+    assert done.code == 2 and "warm-up" not in done.stderr

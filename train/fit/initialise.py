@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from zpipe.schemas.atomic import read_json
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.train.checkpoint import CONFIG_NAME, load_run
+from zpipe.schemas.model_config import CONFIG_NAME
+from zpipe.train.checkpoint import load_run
 from zpipe.train.models.warm_start import load_weights
 
 

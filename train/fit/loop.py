@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from zpipe.schemas.errors import UsageError, ZpipeError, last_line
 from zpipe.schemas.progress import Progress, silent
-from zpipe.train.checkpoint import CHECKPOINT_NAME, forget_attempt, keep_epoch, load_checkpoint, save_checkpoint
+from zpipe.train.checkpoint import keep_epoch
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.device import autocast, keep_freed_memory, resolve_device
 from zpipe.train.fit.clock import Clock
@@ -25,8 +25,8 @@ from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.metric_log import Log, metric_log, trim_log
 from zpipe.train.fit.optim import make_optimizer, make_scheduler, restore_optimizer, update_weights
 from zpipe.train.ranks import Ranks, ranks
-from zpipe.train.resume_state import check_weights
-from zpipe.train.run_files import damaged_remedy
+from zpipe.train.resume_state import check_weights, load_checkpoint, save_checkpoint
+from zpipe.train.run_files import CHECKPOINT_NAME, damaged_remedy, forget_attempt
 from zpipe.train.signals import stop_flag
 
 Batch = dict[str, Any]

@@ -79,18 +79,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
         raise ValueError("its optimizer holds numbers where it holds tensors for other weights")
     for group, options in zip(optimizer.param_groups, machine, strict=True):
         group |= options
-        kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
+        kinds: dict[torch.Size, dict[str, Any]] = {}  # some optimizers treat matrices, or large weights, in another way
         for weight in group["params"]:
             held = optimizer.state.get(weight, {})  # empty for a weight that had no gradient so far
-            # Some optimizers treat matrices, or large weights, in another way.
-            alike = kinds.setdefault((weight.ndim, weight.numel() >= 4096), {name: _kind(held[name]) for name in held})
             if held:
+                alike = kinds.setdefault(weight.shape, {name: _kind(value) for name, value in held.items()})
                 _check_held(weight, held, alike)
 
 
 def _check_held(weight: Tensor, held: dict[str, Any], alike: dict[str, Any]) -> None:
-    """Check what an optimizer holds for a weight: `alike` are the kinds of what it holds for one of the same form."""
-    if alike and {name: _kind(value) for name, value in held.items()} != alike:
+    """Check what an optimizer holds for a weight: `alike` are the kinds of what it holds for one of the same shape."""
+    if {name: _kind(value) for name, value in held.items()} != alike:
         raise ValueError("its optimizer holds something else for one weight than for another")
     for name, value in held.items():
         if isinstance(value, Tensor) and (value.is_complex() or not _fits(value, weight)):

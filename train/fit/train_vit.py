@@ -20,18 +20,7 @@ from zpipe.schemas.model_config import CONFIG_NAME, MAX_CLASSES, MAX_SIDE, read_
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.storage import as_path
-from zpipe.train.checkpoint import (
-    CHECKPOINT_NAME,
-    Preprocessing,
-    Resume,
-    begin_run,
-    digest_zoomer,
-    load_zoomer,
-    maps_record,
-    run_lease,
-    save_model,
-    save_zoomer,
-)
+from zpipe.train.checkpoint import Preprocessing, digest_zoomer, load_zoomer, save_model, save_zoomer
 from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.labels import check_labels
 from zpipe.train.data.loader import RelevanceLoader
@@ -48,7 +37,7 @@ from zpipe.train.losses import CoarseToFineLoss, TokenLabelLoss, relevance_token
 from zpipe.train.models.operating_points import OperatingPoint, logits_of
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.ranks import ranks
-from zpipe.train.run_files import WEIGHTS_NAME
+from zpipe.train.run_files import CHECKPOINT_NAME, WEIGHTS_NAME, Resume, begin_run, maps_record, run_lease
 from zpipe.train.scoring import (
     SOURCES,
     ScoreSource,

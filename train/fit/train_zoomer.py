@@ -16,7 +16,7 @@ from zpipe.schemas.model_config import MAX_SIDE
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.storage import as_path
-from zpipe.train.checkpoint import Preprocessing, Resume, begin_run, maps_record, run_lease, save_zoomer
+from zpipe.train.checkpoint import Preprocessing, save_zoomer
 from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import resolve_device, to_device
@@ -26,6 +26,7 @@ from zpipe.train.fit.loop import Trainer, never
 from zpipe.train.losses import KlDirection, Normalisation, ZoomerLoss
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.ranks import ranks
+from zpipe.train.run_files import Resume, begin_run, maps_record, run_lease
 from zpipe.train.settings import check_bounds, check_choices, to_json
 
 BOUNDS = {"num_blocks": (1, 64), "width": (1, 4096), "image_size": (1, MAX_SIDE), "w_kl": (0, 1e6), "w_dice": (0, 1e6)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zpipe.schemas.errors import UsageError
-from zpipe.train.checkpoint import CONFIG_NAME, METRICS_NAME, RUN_NAME, read_record
+from zpipe.schemas.model_config import CONFIG_NAME
 from zpipe.train.evaluation.results import (
     EVALUATION_SETTINGS,
     FOLDER,
@@ -20,7 +20,7 @@ from zpipe.train.evaluation.results import (
     read_results,
     read_verdicts,
 )
-from zpipe.train.run_files import read_metrics
+from zpipe.train.run_files import METRICS_NAME, RUN_NAME, read_metrics, read_record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from zpipe.schemas.atomic import refuse_links
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.storage import as_path
@@ -208,6 +209,7 @@ class Bench:
         return changes if self.config.epochs is None else changes | {"train.epochs": self.config.epochs}
 
     def _folder(self, label: str, seed: int) -> Path:
+        refuse_links(self.opened.path, ("studies", f"studies/{self.study}"), "training run")
         return self.opened.path / "studies" / self.study / f"{label}-seed-{seed}"
 
     def train_shards(self, opened: Run) -> Path:

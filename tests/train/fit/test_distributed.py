@@ -24,7 +24,7 @@ import torch.multiprocessing as mp
 from tiny import BODY, SIDE, scenes, store
 
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.train.checkpoint import load_checkpoint, load_run
+from zpipe.train.checkpoint import load_run
 from zpipe.train.evaluation.evaluate import evaluate
 from zpipe.train.evaluation.operating_points import EvalConfig
 from zpipe.train.fit.config import TrainConfig
@@ -32,6 +32,7 @@ from zpipe.train.fit.distributed import Workers, _is_a_lost_process, run_trainin
 from zpipe.train.fit.train_vit import VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
 from zpipe.train.ranks import Ranks, check_batch
+from zpipe.train.resume_state import load_checkpoint
 
 torch.set_num_threads(1)
 LOOP = TrainConfig(epochs=4, batch_size=8, data_workers=0, log_every=1, device="cpu", lr=1e-3)

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import BODY, GRID, SIDE, scenes, store
 
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.train.checkpoint import Preprocessing, load_checkpoint, load_run
+from zpipe.train.checkpoint import Preprocessing, load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import mix_batch
 from zpipe.train.evaluation.evaluate import evaluate
@@ -37,6 +37,7 @@ from zpipe.train.fit.recipes import VIT_RECIPES, ZOOMER_RECIPES, recipe
 from zpipe.train.fit.train_vit import ClassifyTask, VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import train_zoomer
 from zpipe.train.models import ZoomViT
+from zpipe.train.resume_state import load_checkpoint
 from zpipe.train.run_files import BEST, RUN
 
 torch.set_num_threads(1)

@@ -19,12 +19,13 @@ from tiny import BODY, SIDE, TEACHER, encode, scenes, store, write_shards
 
 from zpipe import open_maps
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.train.checkpoint import load_checkpoint, load_run, load_zoomer
+from zpipe.train.checkpoint import load_run, load_zoomer
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.initialise import build_vit
 from zpipe.train.fit.train_vit import VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
 from zpipe.train.models.zoomvit import ZoomViT
+from zpipe.train.resume_state import load_checkpoint
 from zpipe.train.settings import with_settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
