@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Final, cast
 
 import msgspec
 import torch
@@ -16,13 +16,15 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import read_json
 from zpipe.schemas.shard_index import ShardIndex
 from zpipe.schemas.storage import read_file
-from zpipe.train.checkpoint import CONFIG_NAME, RUN_NAME, Run
+from zpipe.train.checkpoint import Run
 from zpipe.train.data.labels import check_labels
 from zpipe.train.evaluation.metrics import LARGEST_LOGIT, check_numbers
+from zpipe.train.run_files import CONFIG_NAME, RUN_NAME
 
 REAL_KEY = "ILSVRC2012_val_{:08d}"  # of the n-th entry of ReaL's real.json, counted from 1
 MAX_CLASSES_BYTES = 16 << 20  # of a file of classes
-BY_NAME, BY_INDEX = "by-name", "by-index"
+BY_NAME: Final = "by-name"
+BY_INDEX: Final = "by-index"
 
 
 class Answers:
@@ -138,13 +140,15 @@ def match_run(run: Run, index: ShardIndex, shards: Path | str, how: str | None =
         ZpipeError: the classes differ, or names can't be matched; the message names the first one.
     """
     data, own = ClassNames(names=index.classes, where=str(shards)), class_names(run)
-    if how in (None, BY_INDEX):
-        match_classes(data, own, "same" if how is None else BY_INDEX)
+    if how is None:
+        match_classes(data, own)
+        return None
+    if how == BY_INDEX:
         return None
     if how == BY_NAME:
         matched = match_classes(data, own, BY_NAME)
         return list(range(len(data.names)) if matched is None else matched)
-    classes = read_classes(cast(str, how), own.names, cast(int, run.model.num_classes))
+    classes = read_classes(how, own.names, cast(int, run.model.num_classes))
     if data.names and len(classes) != len(data.names):
         raise UsageError(
             f"--classes {how}: has {len(classes)} lines, {shards} has {len(data.names)} classes; give one line for each"
