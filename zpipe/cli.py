@@ -22,7 +22,7 @@ from zpipe.cli_results import (
     study_command,
 )
 from zpipe.cli_train import train_vit_command, train_zoomer_command
-from zpipe.console import fail, local_path, out, print_rows, reporting, tell, warn
+from zpipe.console import fail, local_path, open_streams, print_rows, print_table, printing, reporting, tell, warn
 
 app = typer.Typer(
     cls=SecretlessGroup,
@@ -118,7 +118,7 @@ def doctor_command(
     table = Table(show_header=False)
     for finding in findings:
         table.add_row("ok" if finding.ok else "PROBLEM", finding.name, finding.value)
-    out.print(table)
+    print_table(table)
     bad = [finding for finding in findings if not finding.ok]
     if bad:
         fail(f"{len(bad)} problems", tuple(f"{finding.name}: {finding.value}" for finding in bad), 1)
@@ -126,4 +126,11 @@ def doctor_command(
 
 def main() -> None:
     """Entry point of the `zpipe` command."""
-    app(prog_name="zpipe")
+    open_streams()
+    try:
+        app(prog_name="zpipe")
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        with printing():  # typer printed its help
+            raise

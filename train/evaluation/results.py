@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from zpipe.schemas import formats
-from zpipe.schemas.atomic import commit, refuse_links, write_json
+from zpipe.schemas.atomic import check_out_file, commit, refuse_links, write_json
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.formats import Count, check_format, header
 from zpipe.train.checkpoint import Run
@@ -235,11 +235,26 @@ def wide(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def results_path(
-    run: Path, content: Content, *, study: str | None = None, weights: str = "final", precision: str = "float32"
+    run: Path,
+    content: Content,
+    *,
+    study: str | None = None,
+    weights: str = "final",
+    precision: str = "float32",
+    more: Sequence[str] = (),
 ) -> Path:
-    """The default place of results: a file for each content, study, weights and precision."""
-    stem = "-".join([study or content, *unusual({"weights": weights, "precision": precision}).values()])
+    """The default place of results: a file for each content, study, weights and precision, and for `more` words."""
+    stem = "-".join([study or content, *unusual({"weights": weights, "precision": precision}).values(), *more])
     return Path(run) / FOLDER / f"{stem}.json" if content == "study" else Path(run) / f"{stem}.json"
+
+
+def check_results_file(path: Path) -> None:
+    """Check, before any work, that results may be written to `path`: that nothing but results lies there.
+
+    Raises:
+        UsageError: something else does.
+    """
+    check_out_file(path, (), f'"format": "{FORMAT}"'.encode())
 
 
 def write_results(

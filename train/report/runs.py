@@ -42,6 +42,8 @@ class RunRecord:
     """The shards of its first evaluation."""
     points: list[dict[str, Value]] = field(default_factory=list)
     """The operating points of its first evaluation by their settings, such as {"alpha": 0.1} or {"exit": 0.5}."""
+    measured: list[dict[str, Any]] = field(default_factory=list)
+    """What its evaluations say of themselves, such as `samples`, `skipped` and `images_digest`; the first one first."""
     error_kinds: dict[str, str] = field(default_factory=dict)
     """The kind of each sample's answer by key, from the error analysis."""
 
@@ -182,6 +184,7 @@ def _read_run(folder: Path, name: str) -> RunRecord:
         about, rows = read_results(path)
         # The folder may have been renamed since, and older files state neither model nor seed.
         rows = [_owned(row, run) for row in rows]
+        run.measured.append({name: value for name, value in about.items() if name not in ("rows", "results")})
         if run.shards is None:
             run = replace(run, shards=str(about.get("shards") or ""), points=_points(rows))
         _add(known, rows, path.stem)
