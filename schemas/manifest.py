@@ -124,7 +124,7 @@ class StoreManifest:
     """What the maps were made with."""
     shards: tuple[MapShard, ...]
     """The map shards, in the order of the tars."""
-    statuses: dict[Status, Count]
+    statuses: dict[str, int]
     """Samples per status."""
     source: Text
     """Folder or URL of the tars."""
@@ -197,7 +197,7 @@ def read_manifest(root: Path) -> StoreManifest:
     manifest = StoreManifest(
         provenance=_provenance(content, path, MANIFEST.remedy),
         shards=content.shards,
-        statuses=content.statuses,
+        statuses=dict[str, int](content.statuses.items()),
         source=content.source,
         zpipe_version=content.zpipe_version,
         classes=content.classes,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -370,7 +370,7 @@ def train_vit(
         out, config.mean, config.std, zoomer=frozen[1] if frozen is not None else None, init_from=config.init_from
     )
     preprocessing = Preprocessing(image_size=config.image_size, mean=mean, std=std, crop_pct=config.view.crop_pct)
-    val_loader = _val_loader(inputs, config, source, loader, model.num_classes)
+    val_loader = _val_loader(inputs, config, source, loader, cast(int, model.num_classes))
     settings = _recorded_settings(inputs, config, loader, store, preprocessing)
     with run_lease(out) as check_lease:
         if begin_run(out, "vit", settings, resume, defaults=to_json(asdict(VitConfig()))):
