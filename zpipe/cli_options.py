@@ -82,7 +82,7 @@ Damaged = Annotated[
     typer.Option(
         metavar="error|skip",
         help="What to do with damaged tars, and with samples whose image, label or .json is broken: error, "
-        "or skip (leave them out and count them)."
+        "or skip (leave them out and count them).",
     ),
 ]
 

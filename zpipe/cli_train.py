@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +25,7 @@ from zpipe.cli_options import (
     StepImages,
 )
 from zpipe.console import local_path, parse_settings, path_or_url, reporting, tell, warn
+from zpipe.schemas.errors import ZpipeError
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -39,6 +42,19 @@ def _warn_of_warmup(config: Any) -> None:
             f"warning: a warm-up of {config.warmup_epochs:g} of {config.epochs:g} epochs is shortened to "
             f"{warmup_epochs(config):g}, a quarter of the training; set train.warmup_epochs to choose it"
         )
+
+
+@contextmanager
+def complete(shards: Path) -> Iterator[None]:
+    """Tell before a training which images of tars without an index belong to no sample, and fail after it."""
+    from zpipe.train.data.stream import list_shards
+
+    left_out = list_shards(shards)[1].left_out
+    if left_out:
+        warn(f"warning: {left_out}")
+    yield
+    if left_out:
+        raise ZpipeError(left_out)
 
 
 def train_zoomer_command(
@@ -79,8 +95,9 @@ def train_zoomer_command(
         _warn_of_warmup(config.train)
         arguments = {"shards": shards, "maps": maps, "out": output, "resume": resume}
         workers = Workers(count=num_workers, address=address)
-        run_training(train_zoomer, arguments, config, workers, progress=progress, say=warn)
-        tell(f"{output}: zoomer ready; measure it with: zpipe evaluate {output} VAL_SHARDS --maps VAL_MAPS")
+        with complete(shards):
+            run_training(train_zoomer, arguments, config, workers, progress=progress, say=warn)
+            tell(f"{output}: zoomer ready; measure it with: zpipe evaluate {output} VAL_SHARDS --maps VAL_MAPS")
 
 
 def train_vit_command(
@@ -183,5 +200,6 @@ def train_vit_command(
             if note:
                 warn(f"note: {note}")
         workers = Workers(count=num_workers, address=address)
-        run_training(train_vit, {**paths, "resume": resume}, config, workers, progress=progress, say=warn)
-        tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")
+        with complete(shards):
+            run_training(train_vit, {**paths, "resume": resume}, config, workers, progress=progress, say=warn)
+            tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")
