@@ -37,7 +37,7 @@ class Comparison:
     differing: tuple[tuple[str, object, object], ...]
     """Fields of the provenance that differ, with both values."""
     worst: tuple[tuple[str, float, float], ...]
-    """Key, rank correlation and overlap of the samples that agree least."""
+    """Key, rank correlation and overlap of the samples with the lowest agreement."""
 
 
 def compare_stores(
@@ -52,7 +52,7 @@ def compare_stores(
         a: The first store.
         b: The second store.
         top: How many of the highest cells to compare.
-        worst: How many of the samples that agree least to list.
+        worst: How many of the samples with the lowest agreement to list.
         progress: Reports the samples that have been compared.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
@@ -47,14 +48,16 @@ def export_parquet(
         ZpipeError: A file cannot be read or written.
     """
     check_choice("--values", values, get_args(Values))
+    _check_free(out)
     schema = _schema(maps)
     if not per_shard:
-        _check_free(out)
+        if out.suffix.lower() not in ("", ".parquet", ".pq"):
+            raise UsageError(f"{out}: a Parquet file is written; give a name that ends in .parquet")
         with commit(out) as tmp, pq.ParquetWriter(tmp, schema, compression="zstd") as writer:
             for table in _tables(maps, schema, values, progress):
                 writer.write_table(table, row_group_size=len(table))
         return 1
-    _check_free(out)
+    _check_folder(out)
     with commit(out) as folder:
         folder.mkdir()
         for shard, table in zip(maps.manifest.shards, _tables(maps, schema, values, progress), strict=True):
@@ -71,17 +74,19 @@ def export_numpy(maps: RelevanceMaps, out: Path, *, values: Values = "raw", prog
     """
     check_choice("--values", values, get_args(Values))
     _check_free(out)
+    _check_folder(out)
     with commit(out) as folder:
         folder.mkdir()
         shape = (len(maps), *maps.manifest.provenance.grid)
-        array = np.lib.format.open_memmap(folder / "maps.npy", mode="w+", dtype=np.float32, shape=shape)
         done = 0
-        for shard in maps.manifest.shards:
-            array[done : done + shard.count] = _shard_values(maps, shard, values)
-            done += shard.count
-            progress("export", done, len(maps))
-        array.flush()
-        del array
+        # Not through a memory map, where a full disk kills the process with SIGBUS.
+        with open(folder / "maps.npy", "wb") as file:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            for shard in maps.manifest.shards:
+                file.write(np.ascontiguousarray(_shard_values(maps, shard, values), "<f4").data)
+                done += shard.count
+                progress("export", done, len(maps))
         table = maps.table()
         pq.write_table(table, folder / "index.parquet", compression="zstd")
         write_bytes(folder / "keys.txt", "".join(f"{key}\n" for key in table["key"].to_pylist()).encode())
@@ -91,8 +96,13 @@ def export_numpy(maps: RelevanceMaps, out: Path, *, values: Values = "raw", prog
 def _check_free(out: Path) -> None:
     if is_remote(out):
         raise UsageError(f"{out}: exports are written to this machine; give a local path, then copy it")
-    if out.exists():
+    if os.path.lexists(out):
         raise UsageError(f"{out}: exists already; remove it, or give another path")
+
+
+def _check_folder(out: Path) -> None:
+    if out.suffix.lower() in (".parquet", ".pq", ".csv", ".json", ".npy", ".npz"):
+        raise UsageError(f"{out}: a folder is written; give a name without {out.suffix}")
 
 
 def _schema(maps: RelevanceMaps) -> pa.Schema:

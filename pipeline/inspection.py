@@ -14,10 +14,11 @@ import numpy as np
 from PIL import Image
 
 from zpipe.pipeline.shard_reader import read_samples
-from zpipe.schemas.atomic import commit
+from zpipe.schemas.atomic import check_out_file, commit
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.images import DECODE_ERRORS, open_image, to_rgb
 from zpipe.schemas.manifest import StoreManifest
+from zpipe.schemas.names import printable
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.relevance_store import OK, count_correct_labels
 from zpipe.schemas.sample import Sample
@@ -63,6 +64,7 @@ class Histogram:
 
 
 def _histogram(values: np.ndarray, steps: int = 32) -> Histogram:
+    values = values[np.isfinite(values)]  # a map without positive cells has neither entropy nor mass
     if not len(values):
         return Histogram(counts=(), low=math.nan, high=math.nan)
     counts, edges = np.histogram(values, bins=steps)
@@ -72,10 +74,11 @@ def _histogram(values: np.ndarray, steps: int = 32) -> Histogram:
 def store_statistics(root: Path) -> StoreStatistics:
     """Compute the statistics of a store from its index, about 40 bytes per sample; the maps are not read."""
     maps = RelevanceMaps(root)
-    table = maps.table(["label", "predicted", "entropy", "scale", "top10_mass", "status"])
+    table = maps.table(["label", "target", "predicted", "entropy", "scale", "top10_mass", "status"])
     usable = table["status"].to_numpy(zero_copy_only=False) == OK
+    usable &= table["scale"].to_numpy() > 0  # an index may lie
     columns = {name: table[name].to_numpy() for name in ("entropy", "scale", "top10_mass")}
-    correct, labelled = count_correct_labels(table)
+    correct, labelled = count_correct_labels(table, maps.manifest.provenance.target)
     measures = {
         "entropy": columns["entropy"][usable],
         "log10_scale": np.log10(columns["scale"][usable]),
@@ -91,6 +94,7 @@ def store_statistics(root: Path) -> StoreStatistics:
 
 
 def _quantiles(values: np.ndarray) -> tuple[float, ...]:
+    values = values[np.isfinite(values)]
     if not len(values):
         return (float("nan"),) * 5
     return tuple(float(value) for value in np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)))
@@ -109,13 +113,14 @@ def show_map(root: Path, key: str, out: Path, shards: Path | None = None) -> Pat
         `out`.
 
     Raises:
-        UsageError: The key is unknown.
+        UsageError: The key is unknown, or `out` is no name of a PNG, or a file that zpipe did not write.
         ZpipeError: The sample has no usable map, or its image is not there or cannot be decoded.
     """
+    check_out_file(out, (".png",))
     maps = RelevanceMaps(root, normalise="minmax")
     if key not in maps:
         some = ", ".join(list(maps)[:3])
-        raise UsageError(f"{root}: no map for key {key!r}; keys look like {some}")
+        raise UsageError(f"{root}: no map for key {printable(key)!r}; keys look like {some}")
     stem, row = maps.place(key)
     status = maps.index(stem, ["status"])["status"][row].as_py()
     if status != OK:
@@ -123,9 +128,10 @@ def show_map(root: Path, key: str, out: Path, shards: Path | None = None) -> Pat
     image = _find_image(as_path(shards or maps.manifest.source), stem, key)
     width, height = image.size
     extent = (0, width, height, 0)
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3 * height / width + 0.4))
+    # A strip of a pixel's width is not to make a picture of a kilometre's height.
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3 * min(max(height / width, 0.1), 5) + 0.4))
     for axis, title in zip(axes, (key, "relevance", "overlay"), strict=True):
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=9, parse_math=False)  # a key may hold dollar signs
         axis.set_axis_off()
     axes[0].imshow(image, extent=extent)
     axes[1].imshow(maps[key], extent=extent, cmap="inferno", interpolation="nearest")
@@ -133,7 +139,7 @@ def show_map(root: Path, key: str, out: Path, shards: Path | None = None) -> Pat
     axes[2].imshow(maps[key], extent=extent, cmap="inferno", interpolation="bilinear", alpha=0.6)
     figure.tight_layout(pad=0.4)
     with commit(out) as tmp:
-        figure.savefig(tmp, format="png", dpi=120)
+        figure.savefig(tmp, format="png", dpi=120, metadata={"Software": "zpipe"})  # known by it as ours
     plt.close(figure)
     return out
 

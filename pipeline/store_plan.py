@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -17,9 +18,10 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
-from zpipe.schemas.atomic import clear_temporaries, read_json, write_json
-from zpipe.schemas.errors import ZpipeError
-from zpipe.schemas.formats import check_format, header
+from zpipe.schemas.atomic import claim_folder, clear_temporaries, refuse_links, write_json
+from zpipe.schemas.errors import DamageError, ZpipeError
+from zpipe.schemas.formats import Digest, Format
+from zpipe.schemas.lease import LEASE_NAME
 from zpipe.schemas.manifest import (
     EXTRACTION_NAME,
     FORMAT,
@@ -35,14 +37,41 @@ from zpipe.schemas.manifest import (
     write_manifest,
 )
 from zpipe.schemas.progress import Progress
-from zpipe.schemas.relevance_store import OK, IndexFile, count_correct_labels, index_path, maps_path, max_rows
+from zpipe.schemas.relevance_store import (
+    OK,
+    IndexFile,
+    count_correct_labels,
+    digest_maps,
+    index_path,
+    maps_path,
+    max_rows,
+    read_stored,
+)
 from zpipe.schemas.shard_index import ShardEntry
-from zpipe.schemas.storage import map_files, names_in, remove
+from zpipe.schemas.storage import check_reachable, map_files, names_in, remove
 
 T = TypeVar("T")
 
 REPLACING_NAME = "replacing.json"  # exists while a replacement is in progress
 PROGRESS_EVERY = 1000  # shards: seconds in a local store, a minute in a remote one
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Replacing:
+    """The mark of a replacement that is in progress."""
+
+    replacement: Digest
+    """Digest of what replaces the store: provenance and tars."""
+
+
+REPLACING = Format(
+    name=FORMAT,
+    version=STORE_VERSION,
+    content=_Replacing,
+    what="the mark of an interrupted --replace",
+    remedy="delete it",
+    max_bytes=64 << 10,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +86,8 @@ class WantedStore:
     """The tars and their index entries, in order: one map shard each."""
     provenance: Provenance
     """What every shard must have been made with."""
+    classes: tuple[str, ...] = ()
+    """Names of the teacher's classes, where they are known."""
 
     @property
     def entries(self) -> list[ShardEntry]:
@@ -88,6 +119,8 @@ class Plan:
     """Tars whose map shards are to be made."""
     kept: dict[str, str]
     """Of the finished shards: stem -> SHA-256 of the index."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: files that were damaged or lost."""
 
     @property
     def count(self) -> int:
@@ -109,6 +142,26 @@ class Audit:
     """Stem, key and status of each sample without a usable map."""
 
 
+def claim_store(root: Path) -> None:
+    """Make sure that the folder is ours to write to: new, empty, or a store, finished or not.
+
+    Raises:
+        UsageError: It holds something else, or a link that leads out of it.
+    """
+    check_reachable(root)
+    # A store whose extraction record was lost is known by its manifest, if that is one of ours.
+    lost = not (root / EXTRACTION_NAME).exists() and _is_store(root)
+    claim_folder(root, MANIFEST_NAME if lost else EXTRACTION_NAME, "relevance store", lease=LEASE_NAME)
+    refuse_links(root, ("maps", "index"), "relevance store")
+
+
+def _is_store(root: Path) -> bool:
+    try:
+        return bool(read_manifest(root))
+    except ZpipeError:
+        return False
+
+
 def prepare(store: WantedStore, *, replace: bool, progress: Progress) -> Plan:
     """Bring the store into a state in which the shards still to be made can be written, and list them.
 
@@ -122,14 +175,22 @@ def prepare(store: WantedStore, *, replace: bool, progress: Progress) -> Plan:
     """
     if replace:
         _start_over(store)
+    manifest = _earlier_manifest(store.root)
     earlier = read_extraction(store.root)
+    notes = []
+    if earlier is None and manifest is not None:
+        notes.append(f"{store.root / EXTRACTION_NAME}: was lost; written anew from {MANIFEST_NAME}")
+        earlier = manifest.provenance
+        write_extraction(store.root, earlier)
     if earlier is None:
         write_extraction(store.root, store.provenance)
     else:
         check_compatible(earlier, store.provenance, store.root)
     clear_unfinished(store.root)
-    plan = _plan(store, progress)
-    _retract_manifest(store.root, plan)
+    kept, damaged = _finished_shards(store, _listed_digests(manifest), progress)
+    notes += [f"{str(damage).rpartition('; ')[0] or damage}; made again" for damage in damaged]
+    plan = Plan(todo=[item for item in store.tars if item[1].stem not in kept], kept=kept, notes=tuple(notes))
+    _retract_manifest(store.root, manifest, plan)
     return plan
 
 
@@ -149,22 +210,32 @@ def _start_over(store: WantedStore) -> None:
     for entry in store.entries:
         replacement.update(f"\n{entry.stem} {entry.sha256}".encode())
     mark = store.root / REPLACING_NAME
-    if mark.is_file() and not (store.root / MANIFEST_NAME).is_file():
-        value = read_json(mark, "the mark of an interrupted --replace")
-        check_format(mark, value, FORMAT, STORE_VERSION, remedy="delete it")
-        if value.get("replacement") == replacement.hexdigest():
-            return
+    interrupted = mark.is_file() and not (store.root / MANIFEST_NAME).exists()
+    if interrupted and REPLACING.read(mark).replacement == replacement.hexdigest():
+        return
     # The manifest goes before what it lists, and the file that marks a store last: in between, the store is unfinished.
     for name in (REPLACING_NAME, MANIFEST_NAME, "index", "maps", EXTRACTION_NAME):
         remove(store.root / name)
     write_extraction(store.root, store.provenance)
-    write_json(mark, header(FORMAT, STORE_VERSION) | {"replacement": replacement.hexdigest()})
+    write_json(mark, REPLACING.header | {"replacement": replacement.hexdigest()})
 
 
-def _plan(store: WantedStore, progress: Progress) -> Plan:
+def _finished_shards(
+    store: WantedStore, listed: dict[str, str], progress: Progress
+) -> tuple[dict[str, str], list[DamageError]]:
     """Find the finished shards.
 
+    A shard that no manifest vouches for is read whole, about 0.4 KB a sample: its files may have been damaged since
+    they were written, and the manifest to come will vouch for them. One that is damaged is removed, and made again.
     While a replacement is in progress, remove what a worker of the replaced run left since.
+
+    Args:
+        store: The store to make.
+        listed: Of the shards in the manifest: stem -> SHA-256 of the index.
+        progress: Reports the search.
+
+    Returns:
+        Of the finished shards, stem -> SHA-256 of the index; and the damages that were found.
     """
     root, stems = store.root, {entry.stem for entry in store.entries}
     if len(stems) != len(store.tars):
@@ -181,17 +252,47 @@ def _plan(store: WantedStore, progress: Progress) -> Plan:
     for stem in foreign:
         _remove_shard(root, stem)
     finished = [(path, entry) for path, entry in store.tars if entry.stem in indexed & mapped]
-    fingerprint = store.provenance.fingerprint()
     kept: dict[str, str] = {}
-    listed = _listed_digests(_earlier_manifest(root))
-    files = map_files(root, lambda item: IndexFile(index_path(root, item[1].stem)), finished)
-    for (path, entry), file in zip(_reported(finished, "find-finished-shards", progress), files, strict=True):
-        if replacing and (file.seal.input_sha256, file.seal.fingerprint) != (entry.sha256, fingerprint):
-            _remove_shard(root, entry.stem)
+    damaged: list[DamageError] = []
+    inspect = partial(_inspected, store, listed, replacing)
+    found = map_files(root, inspect, finished)
+    for (_, entry), state in zip(_reported(finished, "find-finished-shards", progress), found, strict=True):
+        if isinstance(state, str):
+            kept[entry.stem] = state
             continue
-        _check_index(file, entry, fingerprint, listed.get(entry.stem), path)
-        kept[entry.stem] = file.sha256
-    return Plan(todo=[(path, entry) for path, entry in store.tars if entry.stem not in kept], kept=kept)
+        _remove_shard(root, entry.stem)
+        if state is not None:
+            damaged.append(state)
+    return kept, damaged
+
+
+def _inspected(
+    store: WantedStore, listed: dict[str, str], replacing: bool, item: tuple[Path, ShardEntry]
+) -> str | DamageError | None:
+    """SHA-256 of the index of a finished shard; else its damage, or None for a shard of the replaced run."""
+    path, entry = item
+    fingerprint, known = store.provenance.fingerprint(), listed.get(entry.stem)
+    try:
+        file = IndexFile(index_path(store.root, entry.stem))
+        if replacing and (file.seal.input_sha256, file.seal.fingerprint) != (entry.sha256, fingerprint):
+            return None
+        _check_index(file, entry, fingerprint, known, path)
+        if known is None:
+            _check_content(store, entry, file)
+    except DamageError as error:
+        if known is not None:
+            raise
+        return error
+    return file.sha256
+
+
+def _check_content(store: WantedStore, entry: ShardEntry, file: IndexFile) -> None:
+    """Check the rows and the maps of a shard against its own seal. Raises :class:`DamageError`."""
+    rows, stored = len(file.table()), read_stored(store.root, entry.stem)
+    if rows != entry.count or stored.shape != (entry.count, *store.provenance.grid):
+        raise DamageError(f"{file.path}: {rows} rows and maps {stored.shape} for {entry.count} samples")
+    if digest_maps(stored) != file.seal.maps_sha256:
+        raise DamageError(f"{maps_path(store.root, entry.stem)}: its maps are not those that were written")
 
 
 def _remove_shard(root: Path, stem: str) -> None:
@@ -199,18 +300,18 @@ def _remove_shard(root: Path, stem: str) -> None:
     remove(maps_path(root, stem))
 
 
-def _retract_manifest(root: Path, plan: Plan) -> None:
+def _retract_manifest(root: Path, manifest: StoreManifest | None, plan: Plan) -> None:
     """Delete the manifest if any shard that it lists will be made again: its bytes may differ in the last bits.
 
     A manifest whose shards are all kept stays, so that a store which only grows can be read meanwhile.
     """
-    listed = _listed_digests(_earlier_manifest(root))
+    listed = _listed_digests(manifest)
     if any(entry.stem in listed for _, entry in plan.todo):
         remove(root / MANIFEST_NAME)
 
 
 def _earlier_manifest(root: Path) -> StoreManifest | None:
-    return read_manifest(root) if (root / MANIFEST_NAME).is_file() else None
+    return read_manifest(root) if (root / MANIFEST_NAME).exists() else None
 
 
 def _listed_digests(manifest: StoreManifest | None) -> dict[str, str]:
@@ -245,7 +346,7 @@ def _check_index(file: IndexFile, entry: ShardEntry, fingerprint: str, known: st
             "give another --out folder, or --replace to start over"
         )
     if known is not None and file.sha256 != known:
-        raise ZpipeError(f"{file.path}: its digest is not what it was: altered; delete it and run again")
+        raise ZpipeError(f"{file.path}: its digest is not what it was: altered; delete it and extract again")
 
 
 def _reported(items: Sequence[T], stage: str, progress: Progress) -> Iterator[T]:
@@ -277,25 +378,27 @@ def audit(store: WantedStore, plan: Plan, progress: Progress) -> Audit:
     for entry, file in zip(_reported(store.entries, "audit", progress), files, strict=True):
         _check_index(file, entry, fingerprint, plan.kept.get(entry.stem), entry.name)
         if maps_path(root, entry.stem).name not in mapped:
-            raise ZpipeError(f"{maps_path(root, entry.stem)}: missing; run again to make it")
-        table = file.table(["label", "predicted", "status"])
+            raise ZpipeError(f"{maps_path(root, entry.stem)}: missing; extract again to make it")
+        table = file.table(["label", "target", "predicted", "status"])
         if len(table) != entry.count:
-            raise ZpipeError(f"{file.path}: {len(table)} rows for {entry.count} samples; delete it and run again")
-        shard_correct, shard_labelled = count_correct_labels(table)
+            raise ZpipeError(f"{file.path}: {len(table)} rows for {entry.count} samples; delete it and extract again")
+        shard_correct, shard_labelled = count_correct_labels(table, store.provenance.target)
         correct, labelled = correct + shard_correct, labelled + shard_labelled
         statuses.update(table["status"].to_pylist())
         unusable += _unusable_samples(entry.stem, file, table)
         shards.append(MapShard(stem=entry.stem, count=entry.count, input_sha256=entry.sha256, index_sha256=file.sha256))
+    earlier = _earlier_manifest(root)
     manifest = StoreManifest(
         provenance=store.provenance,
         shards=tuple(shards),
         statuses=dict(sorted(statuses.items())),
         source=str(store.source),
         zpipe_version=version("zpipe"),
+        classes=store.classes or (earlier.classes if earlier else ()),
     )
     is_written = False
-    earlier = _earlier_manifest(root)
-    if earlier and earlier.shards == manifest.shards and earlier.provenance.fingerprint() == fingerprint:
+    same = earlier is not None and (earlier.shards, earlier.classes) == (manifest.shards, manifest.classes)
+    if earlier and same and earlier.provenance.fingerprint() == fingerprint:
         manifest, is_written = earlier, True
     top1 = correct / labelled if labelled else None
     return Audit(manifest=manifest, is_written=is_written, top1=top1, unusable=unusable)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from zpipe.pipeline.shard_reader import open_shards
 from zpipe.schemas.errors import ZpipeError
-from zpipe.schemas.manifest import MapShard, StoreManifest, read_manifest
+from zpipe.schemas.manifest import MANIFEST, MANIFEST_NAME, MapShard, Provenance, StoreManifest, read_manifest
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_store import (
-    NONFINITE,
-    STATUSES,
+    OK,
     UNDECODABLE,
+    ZERO,
     IndexFile,
+    concentration,
+    decode_maps,
     digest_maps,
     index_path,
     maps_path,
@@ -23,12 +28,19 @@ from zpipe.schemas.relevance_store import (
 from zpipe.schemas.shard_index import digest_keys, rows_with_repeated_hashes
 from zpipe.schemas.storage import as_path, map_files, names_in
 
+# Maps are stored in float16, and measured before that.
+ENTROPY_SLACK = 0.01  # nats
+MASS_SLACK = 0.002
+MEASURABLE = 2.0**-10  # of the largest magnitude
+FRAME_SLACK = 0.01  # pixels
+
 
 def verify_store(root: Path, shards: Path | None = None, *, progress: Progress = silent) -> list[str]:
     """Check a finished store.
 
     The store must hold every shard of the manifest and no other. Digests of index files and maps, counts and grid are
-    checked, that statuses agree with the maps, and that no key is repeated.
+    checked, that no key is repeated, and that the index says of each map what the map is: status, scale, entropy, and
+    mass are computed again, classes and probabilities must be possible ones of the teacher.
 
     Args:
         root: Folder or URL of the store.
@@ -52,23 +64,31 @@ def verify_store(root: Path, shards: Path | None = None, *, progress: Progress =
             for name in sorted(names[folder])
             if name.removesuffix(suffix) not in listed
         ]
+    statuses: Counter[str] = Counter()
     hashes: list[np.ndarray] = []  # of the keys of each shard: 8 bytes each, the keys themselves take more than 100
     key_digests: dict[str, str] = {}
 
-    def check(shard: MapShard) -> tuple[list[str], list[str]]:
+    def check(shard: MapShard) -> tuple[list[str], Counter[str], list[str]]:
         shard_problems: list[str] = []
         try:
-            return _check_shard(root, manifest, shard, names, shard_problems), shard_problems
+            table = _check_shard(root, manifest, shard, names, shard_problems)
         except ZpipeError as error:
-            return [], [*shard_problems, str(error)]
+            return [], Counter(), [*shard_problems, str(error)]
+        return table["key"].to_pylist(), Counter(table["status"].to_pylist()), shard_problems
 
-    for number, (shard, (keys, shard_problems)) in enumerate(
+    for number, (shard, (keys, counts, shard_problems)) in enumerate(
         zip(manifest.shards, map_files(root, check, manifest.shards), strict=True)
     ):
         problems += shard_problems
+        statuses += counts
         key_digests[shard.stem] = digest_keys(keys)
         hashes.append(np.fromiter(map(hash, keys), np.int64, len(keys)))
         progress("verify", number + 1, len(manifest.shards), problems=len(problems))
+    if not problems and statuses != Counter(manifest.statuses):  # else some shards were not counted
+        problems.append(
+            f"{root / MANIFEST_NAME}: says {_counts(manifest.statuses)}, the indexes {_counts(statuses)}; "
+            f"{MANIFEST.remedy}"
+        )
     problems += _repeated_keys(root, [shard.stem for shard in manifest.shards], hashes)
     if shards is not None:
         problems += _check_against(manifest, key_digests, shards, progress)
@@ -77,13 +97,14 @@ def verify_store(root: Path, shards: Path | None = None, *, progress: Progress =
 
 def _check_shard(
     root: Path, manifest: StoreManifest, shard: MapShard, names: dict[str, set[str]], problems: list[str]
-) -> list[str]:
-    """Check one shard and return its keys. Problems of single samples are appended, those of the whole shard raised."""
+) -> pa.Table:
+    """Check one shard and return its rows. Problems of single samples are appended, those of the whole shard raised."""
     path = index_path(root, shard.stem)
+    again = f"delete {path} and extract again"
     if path.name not in names["index"]:
         raise ZpipeError(f"{path}: missing; extract again")
     if maps_path(root, shard.stem).name not in names["maps"]:
-        raise ZpipeError(f"{maps_path(root, shard.stem)}: missing; delete {path} and extract again")
+        raise ZpipeError(f"{maps_path(root, shard.stem)}: missing; {again}")
     index = IndexFile(path)
     if index.sha256 != shard.index_sha256:
         raise ZpipeError(f"{path}: its digest is not the manifest's: altered; delete it and extract again")
@@ -95,23 +116,73 @@ def _check_shard(
     expected = (shard.count, *manifest.provenance.grid)
     if stored.shape != expected or len(table) != shard.count:
         raise ZpipeError(
-            f"{maps_path(root, shard.stem)}: shape {stored.shape}, {len(table)} rows, expected {expected}; "
-            "extract again"
+            f"{maps_path(root, shard.stem)}: shape {stored.shape}, {len(table)} rows, expected {expected}; {again}"
         )
     if digest_maps(stored) != seal.maps_sha256:
-        problems.append(
-            f"{maps_path(root, shard.stem)}: its bytes are not those that were written; delete {path} and extract again"
-        )
-    statuses = table["status"].to_numpy(zero_copy_only=False)
-    finite = np.isfinite(stored).all(axis=(1, 2))  # [n]
-    wrong = finite == np.isin(statuses, [UNDECODABLE, NONFINITE])
-    wrong |= ~np.isin(statuses, STATUSES)
-    keys = table["key"].to_pylist()
-    problems += [
-        f"{path}: key {keys[row]}: status {statuses[row]} does not fit its map; extract again"
-        for row in np.flatnonzero(wrong)
-    ]
-    return keys
+        problems.append(f"{maps_path(root, shard.stem)}: its bytes are not those that were written; {again}")
+        return table
+    for said, rows in _contradictions(table, stored, manifest.provenance).items():
+        if len(rows):
+            key, more = table["key"][int(rows[0])], f", and {len(rows) - 1} others" if len(rows) > 1 else ""
+            problems.append(f"{path}: key {key}{more}: {said.format(**_values(table, rows[0]))}; {again}")
+    return table
+
+
+def _contradictions(table: pa.Table, stored: np.ndarray, origin: Provenance) -> dict[str, np.ndarray]:
+    """Rows of an index that its maps, or the rules of the format, contradict, by what to say of them.
+
+    Args:
+        table: All columns of the index.
+        stored: Its maps as they are stored, float16 [n, gh, gw].
+        origin: The provenance of the store.
+    """
+    values = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
+    status, scale = values["status"], values["scale"]
+    peak = np.abs(stored.astype(np.float32)).max(axis=(1, 2))  # [n], NaN where a map has one
+    finite, usable, seen = np.isfinite(peak) & np.isfinite(scale), status == OK, status != UNDECODABLE
+    fits = np.where(usable, finite & (peak == 1) & (scale > 0), ~finite)
+    fits = np.where(status == ZERO, finite & (peak == 0) & (scale == 0), fits)
+    probable = values["predicted_probability"], values["target_probability"]
+    classes = np.stack([values["predicted"], values["target"]])  # [2, n]
+    known = (classes >= 0) & (classes < origin.num_classes)
+    sizes = np.stack([values["width"], values["height"]])
+    left, top, right, bottom = (values[f"frame_{edge}"] for edge in ("x1", "y1", "x2", "y2"))
+    inside = (left >= 0) & (top >= 0) & (left < right) & (top < bottom)
+    inside &= (right <= sizes[0] + FRAME_SLACK) & (bottom <= sizes[1] + FRAME_SLACK)
+    entropy, mass = concentration(decode_maps(stored, np.ones_like(scale)))
+    # Where nearly all of a map is negative, float16 has lost the rest, which these two measure.
+    measured = usable & (stored.max(axis=(1, 2)) > MEASURABLE)
+    wrong = {
+        "status {status} does not fit its map, of scale {scale:g}": ~fits,
+        "predicted class {predicted} is none of the teacher's": ~known[0] & ((classes[0] != -1) | usable),
+        "target class {target} is none of the teacher's": ~known[1] & (classes[1] != -1),
+        "predicted probability {predicted_probability:g} is impossible": _impossible(probable[0], known[0]),
+        "target probability {target_probability:g} is impossible": _impossible(probable[1], known[0] & known[1]),
+        "target probability {target_probability:g} is above the predicted class's": probable[1] > probable[0] + 1e-6,
+        "entropy {entropy:g} is not that of its map": measured & ~_near(values["entropy"], entropy, ENTROPY_SLACK),
+        "top10_mass {top10_mass:g} is not that of its map": measured & ~_near(values["top10_mass"], mass, MASS_SLACK),
+        "its size of {width} x {height} pixels is impossible": (sizes <= 0).any(axis=0) & seen,
+        "its frame does not lie in the image": seen & (sizes > 0).all(axis=0) & ~inside,
+    }
+    return {said: np.flatnonzero(rows) for said, rows in wrong.items()}
+
+
+def _impossible(probability: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Where a probability is not in [0, 1], or not NaN where no class is known."""
+    possible = (probability >= 0) & (probability <= 1 + 1e-6)
+    return np.where(known, ~possible, ~np.isnan(probability))
+
+
+def _near(said: np.ndarray, found: np.ndarray, slack: float) -> np.ndarray:
+    return np.isclose(said, found, rtol=0, atol=slack, equal_nan=True)
+
+
+def _values(table: pa.Table, row: int) -> dict[str, object]:
+    return {name: table[name][int(row)].as_py() for name in table.column_names}
+
+
+def _counts(statuses: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {status}" for status, count in sorted(statuses.items())) or "none"
 
 
 def _repeated_keys(root: Path, stems: list[str], hashes: list[np.ndarray]) -> list[str]:

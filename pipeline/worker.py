@@ -64,6 +64,8 @@ class WorkerSpec:
     better."""
     device: str
     """Device of the teacher; `auto` until an executor has resolved it."""
+    classes: tuple[int, ...] | None = None
+    """The teacher's class for each label, -1 for none; None if labels are its numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +150,12 @@ class ShardWorker:
                     raise ZpipeError(
                         f"{path}: more than the {count} samples its index names: altered; make the shards again"
                     )
-                raw[row] = relevance
+                status = _status(item, relevance, logit)
+                # An answer that is no number has no map, even if the sweep made one of it.
+                raw[row] = np.nan if status == NONFINITE else relevance
                 if item.problem:
                     problems[item.key] = item.problem
-                _append_row(columns, item, logit, int(target), _status(item, relevance))
+                _append_row(columns, item, logit, int(target), status)
                 row += 1
         if row != count:
             raise ZpipeError(
@@ -184,17 +188,7 @@ class ShardWorker:
 
     def _explain(self, batch: list[FramedImage], path: Path) -> Explained:
         """Explain a batch; images that could not be decoded get NaN maps and logits, and no class."""
-        for item in batch if self.spec.explain.needs_label else ():
-            if item.label is None:
-                raise ZpipeError(
-                    f"{path}: key {item.key}: has no label (.cls, or label in .json); add one, it is the target class, "
-                    "or choose --target predicted"
-                )
-            if not 0 <= item.label < self.teacher.num_classes:
-                raise ZpipeError(
-                    f"{path}: key {item.key}: label {item.label} is outside the teacher's {self.teacher.num_classes} "
-                    "classes; correct the label or take a teacher with more classes"
-                )
+        truth = [self._class_of(item, path) for item in batch]
         gh, gw = self.teacher.grid
         maps = np.full((len(batch), gh, gw), np.nan, np.float32)
         logits = np.full((len(batch), self.teacher.num_classes), np.nan, np.float32)
@@ -202,9 +196,34 @@ class ShardWorker:
         decoded = {i: item.pixels for i, item in enumerate(batch) if item.pixels is not None}
         if decoded:
             rows, pixels = list(decoded), np.stack(list(decoded.values()))  # uint8 [n, H, W, 3]
-            labels = np.array([NO_CLASS if batch[i].label is None else batch[i].label for i in rows], np.int64)
+            labels = np.array([truth[i] for i in rows], np.int64)
             maps[rows], logits[rows], targets[rows] = self._explainer(pixels, labels)
         return Explained(maps, logits, targets)
+
+    def _class_of(self, item: FramedImage, path: Path) -> int:
+        """The teacher's class of an image's label; `NO_CLASS` where maps do not explain the label."""
+        if not self.spec.explain.needs_label:
+            return NO_CLASS
+        if item.label is None:
+            raise ZpipeError(
+                f"{path}: key {item.key}: has no label (.cls, or label in .json); add one, it is the target class, "
+                "or choose --target predicted"
+            )
+        known = self.spec.classes
+        limit = self.teacher.num_classes if known is None else len(known)
+        if not 0 <= item.label < limit:
+            whose = "the teacher's" if known is None else "the shards'"
+            raise ZpipeError(
+                f"{path}: key {item.key}: label {item.label} is outside {whose} {limit} classes; "
+                "correct the label or take a teacher with more classes"
+            )
+        number = item.label if known is None else known[item.label]
+        if number < 0:
+            raise ZpipeError(
+                f"{path}: key {item.key}: its class {item.label} has no name, by which it could be the teacher's; name "
+                "it, or give --classes by-index"
+            )
+        return number
 
 
 def _batch_size(spec: WorkerSpec, teacher: Teacher) -> tuple[int, str]:
@@ -221,10 +240,10 @@ def _batch_size(spec: WorkerSpec, teacher: Teacher) -> tuple[int, str]:
     return fits, f"a batch of {requested} would take {gib:.1f} GiB in {spec.sharing} workers: lowered to {fits}"
 
 
-def _status(item: FramedImage, relevance: np.ndarray) -> str:
+def _status(item: FramedImage, relevance: np.ndarray, logit: np.ndarray) -> str:
     if item.pixels is None:
         return UNDECODABLE
-    if not np.isfinite(relevance).all():
+    if not (np.isfinite(relevance).all() and np.isfinite(logit).all()):
         return NONFINITE
     return OK if relevance.any() else ZERO
 
@@ -236,16 +255,16 @@ def frame_of(teacher: Teacher, kind: str) -> Frame:
 
 
 def _append_row(columns: dict[str, list[Any]], item: FramedImage, logit: np.ndarray, target: int, status: str) -> None:
-    decoded = item.pixels is not None
-    probability = _softmax(logit) if decoded else logit
-    predicted = int(probability.argmax()) if decoded else -1
+    answered = item.pixels is not None and bool(np.isfinite(logit).all())
+    probability = _softmax(logit) if answered else logit
+    predicted = int(probability.argmax()) if answered else NO_CLASS
     values = {
         "key": item.key,
         "label": NO_CLASS if item.label is None else item.label,
         "target": target,
         "predicted": predicted,
-        "predicted_probability": probability[predicted] if decoded else np.nan,
-        "target_probability": probability[target] if decoded and target != NO_CLASS else np.nan,
+        "predicted_probability": probability[predicted] if answered else np.nan,
+        "target_probability": probability[target] if answered and target != NO_CLASS else np.nan,
         "width": item.width,
         "height": item.height,
         "frame_x1": item.frame.x1,
@@ -259,5 +278,5 @@ def _append_row(columns: dict[str, list[Any]], item: FramedImage, logit: np.ndar
 
 
 def _softmax(logit: np.ndarray) -> np.ndarray:
-    shifted = np.exp(logit.astype(np.float64) - logit.max())
+    shifted = np.exp(logit.astype(np.float64) - float(logit.max()))
     return shifted / shifted.sum()

@@ -27,6 +27,10 @@ class UsageError(ZpipeError):
     exit_code = 2
 
 
+class DamageError(ZpipeError):
+    """A file of ours is not what was written: cut off, altered, of other types. It has to be made again."""
+
+
 def first_line(error: BaseException) -> str:
     """First line of the message of another library's exception, at most 200 characters; its type if it has none.
 

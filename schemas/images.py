@@ -117,6 +117,28 @@ def _check_pixels(width: int, height: int, most: int | None = None) -> None:
         raise ValueError(f"{width} x {height} pixels are more than {most}")
 
 
+def pixel_notes(image: Image.Image) -> tuple[str, ...]:
+    """What the rules of this module make of an opened image beyond plain decoding, as phrases for an account."""
+    notes = []
+    # Without EXIF data there is nothing to parse; TIFF has the orientation among its own tags.
+    if ("exif" in image.info or image.format == "TIFF") and orientation(image) != 1:
+        notes.append("with an EXIF orientation (not applied)")
+    if image.has_transparency_data:
+        notes.append("transparent (on white)")
+    if image.mode.startswith("I") or ";16" in str(getattr(image, "tile", "")):
+        notes.append("with 16 bits per channel (the upper 8 count)")
+    if image.format in ("GIF", "TIFF", "WEBP", "PNG") and _has_pages(image):
+        notes.append("with several pages or frames (the first counts)")
+    return tuple(notes)
+
+
+def _has_pages(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))  # reads the head of the second page, which may be damaged
+    except DECODE_ERRORS:
+        return True
+
+
 def _webp_size(data: bytes) -> tuple[int, int]:
     """Width and height that the first chunk of a WebP file states."""
     chunk, body = data[12:16], data[20:30]

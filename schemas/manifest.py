@@ -4,61 +4,71 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from zpipe.schemas.atomic import read_json, write_json
-from zpipe.schemas.errors import ZpipeError
-from zpipe.schemas.formats import check_format, header
+import msgspec
+
+from zpipe.schemas.atomic import write_json
+from zpipe.schemas.errors import DamageError, ZpipeError, first_line, remedy_for
+from zpipe.schemas.formats import Count, Digest, Format, Text, decode_json
+from zpipe.schemas.names import printable
 from zpipe.schemas.sample import shard_stem
-from zpipe.schemas.storage import as_path, check_reachable
+from zpipe.schemas.storage import as_path, check_reachable, storage_errors
 
 MANIFEST_NAME = "manifest.json"
 EXTRACTION_NAME = "extraction.json"
 FORMAT = "zpipe-relevance-store"
 STORE_VERSION = 1
+MAX_PROVENANCE_BYTES = 1 << 20  # it has some 800
+
+Cells = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+Pixels = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+Channels = Annotated[tuple[float, ...], msgspec.Meta(max_length=64)]
+Status = Literal["ok", "undecodable", "nonfinite", "zero"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
     """What determines the values of a store's maps. Stores with equal fingerprints hold the same kind of maps."""
 
-    teacher: str
+    teacher: Text
     """timm's name of the teacher."""
     teacher_args: dict[str, Any]
     """Arguments of its constructor, as JSON values."""
-    weights: str
+    weights: Text
     """Where its weights were read from; for the reader, not compared."""
     seed: int | None
     """Seed of random weights, None for others; for the reader, not compared."""
-    teacher_digest: str
+    teacher_digest: Text
     """SHA-256 (hex) of its weights."""
-    num_classes: int
+    num_classes: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
     """Number of its classes."""
-    method: str
+    method: Text
     """Attribution method."""
-    start_layer: int
+    start_layer: Count
     """First block whose attention counts."""
-    target: str
+    target: Text
     """Class that a map explains: ``ground-truth``, ``predicted``, ``class:K``; ``none`` for methods without a class."""
-    frame: str
+    frame: Text
     """What the teacher saw of an image: ``full`` or ``center``."""
-    grid: tuple[int, int]
+    grid: tuple[Cells, Cells]
     """Height and width of a map in cells."""
-    image_size: tuple[int, int]
+    image_size: tuple[Pixels, Pixels]
     """Height and width of the teacher's input in pixels."""
-    mean: tuple[float, ...]
+    mean: Channels
     """Mean of each channel, subtracted from pixels in 0 to 1."""
-    std: tuple[float, ...]
+    std: Channels
     """Standard deviation of each channel."""
-    interpolation: str
+    interpolation: Text
     """How images were resized."""
     crop_pct: float
     """Fraction of an image that the frame shows."""
     symmetrised: bool
     """Whether maps are the mean of those of the image and of its mirror image."""
-    precision: str
+    precision: Text
     """Precision of the forward pass and of the relevance sweep."""
     store_version: int = STORE_VERSION
     """Version of the store's format."""
@@ -74,19 +84,6 @@ class Provenance:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the compared fields."""
         return hashlib.sha256(json.dumps(self.compared(), sort_keys=True).encode()).hexdigest()
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any], path: Path) -> Provenance:
-        """The provenance in a JSON object of the file `path`.
-
-        Raises :class:`ZpipeError` for a missing or unknown field.
-        """
-        names = {field.name for field in fields(cls)}
-        if set(value) != names:
-            odd = sorted(set(value) ^ names)[0]
-            raise ZpipeError(f"{path}: provenance field {odd!r} missing or unknown; extract again with this version")
-        tuples = {name: tuple(value[name]) for name in ("grid", "image_size", "mean", "std")}
-        return cls(**(value | tuples))
 
 
 def check_compatible(existing: Provenance, wanted: Provenance, path: Path) -> None:
@@ -109,13 +106,13 @@ def _short(value: Any) -> str:
 class MapShard:
     """One finished map shard."""
 
-    stem: str
+    stem: Text
     """Stem of the tar that it was made from."""
-    count: int
+    count: Count
     """Number of samples."""
-    input_sha256: str
+    input_sha256: Digest
     """SHA-256 (hex) of the tar."""
-    index_sha256: str
+    index_sha256: Digest
     """SHA-256 (hex) of the index file."""
 
 
@@ -127,12 +124,14 @@ class StoreManifest:
     """What the maps were made with."""
     shards: tuple[MapShard, ...]
     """The map shards, in the order of the tars."""
-    statuses: dict[str, int]
+    statuses: dict[Status, Count]
     """Samples per status."""
-    source: str
+    source: Text
     """Folder or URL of the tars."""
-    zpipe_version: str
+    zpipe_version: Text
     """Version of zpipe that wrote the manifest."""
+    classes: tuple[Text, ...] = ()
+    """Names of the teacher's classes, which `target` and `predicted` number; empty if only numbers are known."""
 
     @property
     def count(self) -> int:
@@ -140,9 +139,47 @@ class StoreManifest:
         return sum(shard.count for shard in self.shards)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ExtractionFile:
+    """`extraction.json`. The provenance is decoded apart, because it may hold no unknown field."""
+
+    provenance: msgspec.Raw
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ManifestFile(_ExtractionFile):
+    """`manifest.json`."""
+
+    shards: tuple[MapShard, ...]
+    statuses: dict[Status, Count]
+    source: Text
+    zpipe_version: Text
+    classes: tuple[Text, ...] = ()
+    count: Count | None = None
+
+
+EXTRACTION = Format(
+    name=FORMAT,
+    version=STORE_VERSION,
+    content=_ExtractionFile,
+    what="an extraction record",
+    remedy=f"delete it if {MANIFEST_NAME} is there, from which it is written anew, or give another --out folder",
+    max_bytes=2 * MAX_PROVENANCE_BYTES,
+)
+MANIFEST = Format(
+    name=FORMAT,
+    version=STORE_VERSION,
+    content=_ManifestFile,
+    what="a store manifest",
+    remedy="delete it and extract again; finished shards are kept",
+)
+
+
 def write_manifest(root: Path, manifest: StoreManifest) -> None:
     """Write `manifest.json`, about 250 bytes per shard."""
-    value = header(FORMAT, STORE_VERSION) | {"count": manifest.count} | asdict(manifest)
+    value = MANIFEST.header | {"count": manifest.count} | asdict(manifest)
+    if not manifest.classes:
+        del value["classes"]
     write_json(as_path(root) / MANIFEST_NAME, value)
 
 
@@ -150,47 +187,70 @@ def read_manifest(root: Path) -> StoreManifest:
     """Read and check `manifest.json`. Raises :class:`ZpipeError` if the store is unfinished or the file is damaged."""
     path = as_path(root) / MANIFEST_NAME
     check_reachable(path)
-    if not path.is_file():
-        if (as_path(root) / EXTRACTION_NAME).is_file():
+    if not _is_there(path):
+        if _is_there(as_path(root) / EXTRACTION_NAME):
             raise ZpipeError(
-                f"{root}: the extraction is not finished (no {MANIFEST_NAME}); run extract-teacher-maps again to go on"
+                f"{root}: the extraction is not finished (no {MANIFEST_NAME}); run extract-teacher-maps again to resume"
             )
         raise ZpipeError(f"{root}: not a relevance store (no {MANIFEST_NAME}); zpipe extract-teacher-maps makes one")
-    value = read_json(path, "a store manifest")
-    check_format(path, value, FORMAT, STORE_VERSION, remedy="extract again")
+    content = MANIFEST.read(path)
+    manifest = StoreManifest(
+        provenance=_provenance(content, path, MANIFEST.remedy),
+        shards=content.shards,
+        statuses=content.statuses,
+        source=content.source,
+        zpipe_version=content.zpipe_version,
+        classes=content.classes,
+    )
+    _check_shards(manifest, content.count, path)
+    return manifest
+
+
+def _check_shards(manifest: StoreManifest, count: int | None, path: Path) -> None:
+    """Check what the types do not say: names of files in this store, and counts that add up."""
+    names = Counter(shard.stem for shard in manifest.shards)
+    for stem, times in names.items():
+        if not _is_name(stem):
+            raise DamageError(f"{path}: shard {stem!r} is no name of a file in this store; {MANIFEST.remedy}")
+        if times > 1:
+            raise DamageError(f"{path}: shard {stem!r} is listed twice; {MANIFEST.remedy}")
+    if count is not None and count != manifest.count:
+        raise DamageError(f"{path}: its count is {count}, its shards have {manifest.count} samples; {MANIFEST.remedy}")
+
+
+def _is_name(stem: str) -> bool:
+    """Whether it is a plain file name, which cannot lead out of the store, nor write to a terminal."""
+    return shard_stem(stem) == stem and stem not in ("", ".", "..") and printable(stem) == stem
+
+
+def _is_there(path: Path) -> bool:
     try:
-        odd = next((shard["stem"] for shard in value["shards"] if not _is_name(shard["stem"])), None)
-        if odd is not None:
-            raise ZpipeError(f"{path}: shard {odd!r} is no name of a file in this store; extract again")
-        return StoreManifest(
-            provenance=Provenance.from_json(value["provenance"], path),
-            shards=tuple(MapShard(**shard) for shard in value["shards"]),
-            statuses=value["statuses"],
-            source=value["source"],
-            zpipe_version=value["zpipe_version"],
-        )
-    except (KeyError, TypeError) as error:
-        raise ZpipeError(f"{path}: not a complete manifest ({error}); extract again") from error
+        return path.exists()
+    except storage_errors() as error:
+        raise ZpipeError(f"{path}: can't be read ({first_line(error)}); {remedy_for(error)}") from error
 
 
-def _is_name(stem: Any) -> bool:
-    """Whether it is a plain file name, which cannot lead out of the store."""
-    return isinstance(stem, str) and shard_stem(stem) == stem and stem not in ("", ".", "..") and "\0" not in stem
+def _provenance(content: _ExtractionFile, path: Path, remedy: str) -> Provenance:
+    """The provenance in a file. An unknown field would determine values in a way that this version doesn't know."""
+    data = bytes(content.provenance)
+    if len(data) > MAX_PROVENANCE_BYTES:
+        raise DamageError(f"{path}: its provenance has {len(data)} bytes; {remedy}")
+    found = decode_json(data, path, type=dict[str, msgspec.Raw], what="the provenance of maps", remedy=remedy)
+    known = [field.name for field in fields(Provenance)]
+    if odd := sorted(set(found) - set(known)):
+        name = printable(odd[0])[:40]
+        raise ZpipeError(f"{path}: provenance field {name!r} is unknown: made by a newer zpipe; upgrade zpipe")
+    return decode_json(data, path, type=Provenance, what="the provenance of maps", remedy=remedy)
 
 
 def write_extraction(root: Path, provenance: Provenance) -> None:
     """Mark `root` as a store in progress, with the provenance its shards will have."""
-    write_json(as_path(root) / EXTRACTION_NAME, header(FORMAT, STORE_VERSION) | {"provenance": asdict(provenance)})
+    write_json(as_path(root) / EXTRACTION_NAME, EXTRACTION.header | {"provenance": asdict(provenance)})
 
 
 def read_extraction(root: Path) -> Provenance | None:
     """The provenance that the store at `root` was begun with; None if there is none."""
     path = as_path(root) / EXTRACTION_NAME
-    if not path.is_file():
+    if not _is_there(path):
         return None
-    value = read_json(path, "an extraction record")
-    remedy = "give another --out folder"
-    check_format(path, value, FORMAT, STORE_VERSION, remedy=remedy)
-    if not isinstance(value.get("provenance"), dict):
-        raise ZpipeError(f"{path}: not an extraction record (no provenance); {remedy}")
-    return Provenance.from_json(value["provenance"], path)
+    return _provenance(EXTRACTION.read(path), path, EXTRACTION.remedy)

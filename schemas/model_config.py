@@ -13,11 +13,12 @@ from typing import Annotated, Any
 
 import msgspec
 
-from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import Format, decode_json, read_json
 
 CONFIG_NAME = "config.json"
 RUN_NAME = "run.json"
+EPOCHS_NAME = "epochs"
 REMEDY = "restore the file, or write the model again"
 MAX_BYTES = 64 << 20  # names and descriptions of classes can be long, 22,000 of them have 2 MB
 MAX_SIDE = 8192
@@ -120,6 +121,25 @@ class ModelConfig:
         numbered = {int(key): name for key, name in names.items() if key.isdecimal() and len(key) < 10}
         count = self.class_count or 0
         return tuple(numbered.get(number, "") for number in range(count)) if numbered else ()
+
+
+def split_choice(source: str) -> tuple[Path, str | None]:
+    """Split ``RUN:best``, ``RUN:final`` or ``RUN:7`` into the run and its weights; any other source has none of these.
+
+    Raises:
+        UsageError: What follows a folder and a colon is no choice.
+    """
+    folder, colon, choice = source.rpartition(":")
+    if not colon or not folder or Path(source).exists() or not Path(folder).is_dir():
+        return Path(source), None
+    if choice not in ("best", "final") and not (choice.isascii() and choice.isdecimal()):
+        raise UsageError(f"{source}: give {folder}:final, {folder}:best, or the number of an epoch that was kept")
+    return Path(folder), choice
+
+
+def config_beside(file: Path) -> Path:
+    """Where the description of a weights file is, if it has one: beside it, or above the ``epochs`` of a run."""
+    return (file.parent.parent if file.parent.name == EPOCHS_NAME else file.parent) / CONFIG_NAME
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
-from zpipe.schemas.errors import ZpipeError
-from zpipe.schemas.manifest import StoreManifest, read_manifest
-from zpipe.schemas.relevance_store import decode_maps, read_index, read_stored
+from zpipe.schemas.errors import DamageError, UsageError, ZpipeError
+from zpipe.schemas.manifest import MANIFEST_NAME, MapShard, StoreManifest, read_manifest
+from zpipe.schemas.relevance_store import IndexFile, decode_maps, digest_maps, index_path, maps_path, read_stored
 from zpipe.schemas.storage import as_path, map_files
 
 Normalise = Literal["minmax"] | None
+MAPS_DIGEST = b"maps_sha256"  # in the metadata of index rows: the digest that the maps of their shard must have
 
 
 def normalise_minmax(maps: np.ndarray) -> np.ndarray:
@@ -35,9 +37,14 @@ class RelevanceMaps:
     `maps[[key, key]]` is float32 [2, gh, gw]. The maps of a shard are read in one piece at the first look-up and kept:
     memory grows by 4 * gh * gw bytes per map (0.8 KB at 14 x 14), and by about 200 bytes per key for the table of keys.
 
+    What is read must be what the manifest vouched for when the store was opened: a file that was damaged since it was
+    written, or a store that was replaced meanwhile, is an error that says which.
+
     Args:
         path: Folder or fsspec URL of the store.
         normalise: None for raw relevance, ``minmax`` for each map scaled to [0, 1], as the training loader reads them.
+        check: Compare the digest of each index that is read, and of the maps of each shard when they are first read.
+            Without it damage may go unnoticed, but a store that was replaced by other maps does not.
 
     Raises:
         ZpipeError: `path` is no finished store.
@@ -45,13 +52,16 @@ class RelevanceMaps:
         KeyError: A key that is looked up is not in the store.
     """
 
-    def __init__(self, path: str | os.PathLike[str], normalise: Normalise = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], normalise: Normalise = None, *, check: bool = True) -> None:
         if normalise not in (None, "minmax"):
             raise ValueError(f"normalise must be None or 'minmax', got {normalise!r}")
         self.path = as_path(path)
         self.manifest: StoreManifest = read_manifest(self.path)
         self.normalise = normalise
+        self.check = check
+        self._fingerprint = self.manifest.provenance.fingerprint()
         self._shards: dict[str, np.ndarray] = {}
+        self._checked: set[str] = set()  # stems of the shards whose maps were compared with their digest
 
     def __len__(self) -> int:
         return self.manifest.count
@@ -93,11 +103,20 @@ class RelevanceMaps:
             stem: Stem of the shard.
             index: Its index rows with column `scale`, where the caller has read them already.
         """
-        stored = read_stored(self.path, stem)
-        scale = (read_index(self.path, stem, ["scale"]) if index is None else index)["scale"].to_numpy()
-        if len(stored) != len(scale):
-            raise ZpipeError(f"{self.path}: shard {stem} has {len(stored)} maps for {len(scale)} rows; extract again")
-        maps = decode_maps(stored, scale)
+        index = self.index(stem, ["scale"]) if index is None else index
+        try:
+            stored = read_stored(self.path, stem)
+        except ZpipeError as error:
+            raise self._explained(error) from error
+        shape = (len(index), *self.manifest.provenance.grid)
+        if stored.shape != shape:
+            raise self._damage(maps_path(self.path, stem), stem, f"its shape is {stored.shape}, not {shape}")
+        seal = (index.schema.metadata or {}).get(MAPS_DIGEST)
+        if self.check and seal is not None and stem not in self._checked:
+            if digest_maps(stored).encode() != seal:
+                raise self._damage(maps_path(self.path, stem), stem, "its maps are not those that were written")
+            self._checked.add(stem)
+        maps = decode_maps(stored, index["scale"].to_numpy())
         if self.normalise == "minmax":
             maps = normalise_minmax(maps)
         maps.flags.writeable = False
@@ -105,7 +124,34 @@ class RelevanceMaps:
 
     def index(self, stem: str, columns: list[str] | None = None) -> pa.Table:
         """The index rows of one shard."""
-        return read_index(self.path, stem, columns)
+        shard = self._listed.get(stem)
+        if shard is None:
+            raise KeyError(f"{self.path}: no shard {stem!r}")
+        try:
+            file = IndexFile(index_path(self.path, stem))
+            seal, table = file.seal, file.table(columns)
+        except ZpipeError as error:
+            raise self._explained(error) from error
+        origin = (seal.fingerprint, seal.input_sha256)
+        if origin != (self._fingerprint, shard.input_sha256) or (self.check and file.sha256 != shard.index_sha256):
+            raise self._damage(file.path, stem, "it is not the index that the manifest lists")
+        if columns != [] and len(table) != shard.count:
+            raise self._damage(file.path, stem, f"it has {len(table)} rows, the manifest says {shard.count}")
+        return table.replace_schema_metadata({MAPS_DIGEST: seal.maps_sha256})
+
+    def _damage(self, file: Path, stem: str, reason: str) -> ZpipeError:
+        remedy = f"delete {index_path(self.path, stem)} and extract again"
+        return self._explained(DamageError(f"{file}: {reason}: damaged or altered; {remedy}"))
+
+    def _explained(self, error: ZpipeError) -> ZpipeError:
+        """The error, unless its cause is that the store was replaced since it was opened."""
+        try:
+            replaced = read_manifest(self.path) != self.manifest
+        except ZpipeError:
+            replaced = not (self.path / MANIFEST_NAME).exists()
+        if not replaced or isinstance(error, UsageError):
+            return error
+        return ZpipeError(f"{self.path}: was replaced or removed since it was opened; open it again")
 
     def array(self) -> np.ndarray:
         """All maps, float32 [N, gh, gw], in the order of `table()`: 0.8 KB per map at 14 x 14, 1 GB for ImageNet."""
@@ -114,7 +160,10 @@ class RelevanceMaps:
     def _sliced(self, rows: slice) -> np.ndarray:
         wanted = range(*rows.indices(len(self)))
         order = np.asarray(wanted if wanted.step > 0 else wanted[::-1], np.int64)
-        out = self._empty(len(order))
+        try:
+            out = self._empty(len(order))
+        except (MemoryError, ValueError) as error:  # NumPy's for what no array can hold
+            raise ZpipeError(f"{self.path}: {len(order)} maps do not fit into memory; read them in slices") from error
         ends = np.cumsum([shard.count for shard in self.manifest.shards], dtype=np.int64)
         touched = [int(i) for i in np.unique(np.searchsorted(ends, order, side="right"))]
         # Shards that were not read by key are not kept: the caller has their maps in the result.
@@ -135,16 +184,20 @@ class RelevanceMaps:
     def table(self, columns: list[str] | None = None) -> pa.Table:
         """The index of every shard as one table, with the stem of the shard in column `shard`."""
         parts = []
-        tables = map_files(self.path, lambda shard: read_index(self.path, shard.stem, columns), self.manifest.shards)
+        tables = map_files(self.path, lambda shard: self.index(shard.stem, columns), self.manifest.shards)
         for shard, part in zip(self.manifest.shards, tables, strict=True):
             stems = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(part), np.int32)), pa.array([shard.stem]))
-            parts.append(part.append_column("shard", stems))
+            parts.append(part.replace_schema_metadata(None).append_column("shard", stems))
         return pa.concat_tables(parts).unify_dictionaries()
+
+    @cached_property
+    def _listed(self) -> dict[str, MapShard]:
+        return {shard.stem: shard for shard in self.manifest.shards}
 
     @cached_property
     def _places(self) -> dict[str, tuple[str, int]]:
         places: dict[str, tuple[str, int]] = {}
-        tables = map_files(self.path, lambda shard: read_index(self.path, shard.stem, ["key"]), self.manifest.shards)
+        tables = map_files(self.path, lambda shard: self.index(shard.stem, ["key"]), self.manifest.shards)
         for shard, table in zip(self.manifest.shards, tables, strict=True):
             for row, key in enumerate(table["key"].to_pylist()):
                 if key in places:

@@ -14,27 +14,36 @@ float32 in the index. A sample takes about 330 to 400 bytes with 14 x 14 maps, i
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from zpipe.schemas.atomic import commit
-from zpipe.schemas.errors import ZpipeError, first_line
-from zpipe.schemas.storage import as_path, remove, storage_errors, storage_options
+from zpipe.schemas.errors import DamageError, UsageError, ZpipeError, first_line, remedy_for
+from zpipe.schemas.map_array import MAX_MAP_BYTES, read_array, write_array
+from zpipe.schemas.names import MAX_KEY_BYTES, check_key, printable
+from zpipe.schemas.storage import as_path, read_file, remove, storage_errors
 
 # Status of a sample. Only `ok` maps may be used in training: the others contain no relevance.
+BY_NAME = "ground-truth by name"  # a target of the provenance: the label's class, found by its name
 OK, UNDECODABLE, NONFINITE, ZERO = "ok", "undecodable", "nonfinite", "zero"
 STATUSES = (OK, UNDECODABLE, NONFINITE, ZERO)
 
-# Limits of what a shard may unpack to, as a few kilobytes can claim to be terabytes; `max_rows` gives them in samples.
-MAX_MAP_BYTES = 1 << 30
+# Limits of an index, as a few kilobytes can claim to be terabytes; `max_rows` gives them in samples.
 MAX_ROWS = 4_000_000
-CODECS = ("BytesCodec", "BloscCodec")
+MAX_INDEX_BYTES = 1 << 30  # of the file, and of its columns unpacked
+
+# What the operating system says of something that lies in place of a file of ours: none, a folder, a device, ...
+_NOT_OURS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EFBIG, errno.ELOOP)
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -145,9 +154,6 @@ def write_shard(
         ZpipeError: A file could not be written, or would be larger than readers accept. No index is left then.
         ValueError: The number of rows or the dtype is wrong.
     """
-    import zarr
-    from zarr.codecs import BloscCodec
-
     index = index.cast(INDEX_SCHEMA)
     if len(index) != len(stored) or stored.dtype != np.float16:
         raise ValueError(f"{stem}: {len(index)} rows for {len(stored)} maps of {stored.dtype}")
@@ -161,17 +167,7 @@ def write_shard(
     # The old index must not stay beside the new array.
     remove(index_path(root, stem))
     with commit(maps_path(root, stem)) as tmp:
-        array = zarr.create_array(
-            store=str(tmp),
-            shape=stored.shape,
-            chunks=stored.shape,
-            dtype="float16",
-            # Shuffling puts bytes of equal significance together: float16 exponents compress, mantissas hardly do.
-            compressors=BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=2),
-            fill_value=0.0,
-            attributes={"key_index": f"../../index/{stem}.parquet"},
-        )
-        array[:] = stored
+        write_array(tmp, stored, key_index=f"../../index/{stem}.parquet")
     with commit(index_path(root, stem)) as tmp:
         pq.write_table(index.replace_schema_metadata(seal), tmp, compression="zstd")
 
@@ -187,88 +183,171 @@ def read_index(root: Path, stem: str, columns: list[str] | None = None) -> pa.Ta
     return IndexFile(index_path(root, stem)).table(columns)
 
 
-def count_correct_labels(table: pa.Table) -> tuple[int, int]:
+def count_correct_labels(table: pa.Table, target: str) -> tuple[int, int]:
     """Count how often the teacher's best class is the label.
 
     Args:
-        table: Index rows with columns `label`, `predicted` and `status`.
+        table: Index rows with columns `label`, `target`, `predicted` and `status`.
+        target: The target of the store's provenance. Labels that were matched by name have other numbers than the
+            teacher's classes; the class that a map explains is then the label's.
 
     Returns:
         The number of usable, labelled samples whose label is predicted, and the number of usable, labelled samples.
     """
     label = table["label"].to_numpy()  # int32 [n]
     usable = (table["status"].to_numpy(zero_copy_only=False) == OK) & (label >= 0)
-    return int((label == table["predicted"].to_numpy())[usable].sum()), int(usable.sum())
+    truth = table["target"].to_numpy() if target.startswith(BY_NAME) else label
+    return int((truth == table["predicted"].to_numpy())[usable].sum()), int(usable.sum())
 
 
 class IndexFile:
     """The index of one shard, read in one piece: some 50 bytes per sample.
 
+    Whoever wrote the file: what comes out of it has the types of `INDEX_SCHEMA` and no nulls, keys follow the rule of
+    :func:`~zpipe.schemas.names.check_key` and are unique, scales are not negative, statuses are those of `STATUSES`.
+
     Raises:
-        ZpipeError: The file cannot be read; the properties raise it too.
+        DamageError: The file is not what was written, or larger than an index is; the properties raise it too.
+        ZpipeError: The file is absent or can't be read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._data = path.read_bytes()
+            self._data = read_file(path, MAX_INDEX_BYTES)
+        except FileNotFoundError as error:
+            raise ZpipeError(f"{path}: map index can't be read (no such file); extract again to make it") from error
         except storage_errors() as error:
-            raise self._unreadable(error) from error
+            if getattr(error, "errno", None) in _NOT_OURS:
+                raise self._damage(first_line(error)) from error
+            raise ZpipeError(
+                f"{path}: map index can't be read ({first_line(error)}); {remedy_for(error)}, then run again"
+            ) from error
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """SHA-256 (hex) of the file."""
         return hashlib.sha256(self._data).hexdigest()
 
-    @property
+    @cached_property
     def seal(self) -> ShardSeal:
         """What the file states about its shard."""
         try:
             metadata = pq.read_schema(pa.BufferReader(self._data)).metadata or {}
-            return ShardSeal(**{name: metadata[name.encode()].decode() for name in ShardSeal.__dataclass_fields__})
+            values = {name: metadata[name.encode()].decode() for name in ShardSeal.__dataclass_fields__}
         except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-            raise self._unreadable(error) from error
+            raise self._damage(first_line(error)) from error
+        if odd := [name for name, value in values.items() if not re.fullmatch("[0-9a-f]{1,64}", value)]:
+            raise self._damage(f"its {odd[0]} is no digest")
+        return ShardSeal(**values)
 
-    def table(self, columns: list[str] | None = None) -> pa.Table:
-        """The rows, with all columns or with those that are named."""
+    def table(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows, with all columns or with those that are named.
+
+        Raises:
+            UsageError: An index has no such column.
+        """
+        names = INDEX_SCHEMA.names if columns is None else list(columns)
+        if unknown := [name for name in names if name not in INDEX_SCHEMA.names]:
+            known = ", ".join(INDEX_SCHEMA.names)
+            raise UsageError(f"{self.path}: no column {unknown[0]!r}; the columns of an index are {known}")
         try:
-            # One thread, because callers read many shards in parallel.
-            with pq.ParquetFile(pa.BufferReader(self._data)) as file:
-                if file.metadata.num_rows > MAX_ROWS:
-                    raise KeyError(f"{file.metadata.num_rows} rows are more than {MAX_ROWS}")
-                missing = set(columns or ()) - set(file.schema_arrow.names)
-                if missing:
-                    raise KeyError(f"no column {min(missing)}")
-                return file.read(columns=columns, use_threads=False).replace_schema_metadata(None)
-        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-            raise self._unreadable(error) from error
+            # Texts are read as dictionaries: a text that is repeated a million times takes no more than one.
+            texts = [name for name in names if pa.types.is_string(INDEX_SCHEMA.field(name).type)]
+            about = pq.read_metadata(pa.BufferReader(self._data))
+            self._check_description(about, names)
+            with pq.ParquetFile(pa.BufferReader(self._data), metadata=about, read_dictionary=texts) as file:
+                # One thread, because callers read many shards in parallel.
+                table = file.read(columns=names, use_threads=False).replace_schema_metadata(None)
+            parts = [self._column(name, table[name]) for name in names]
+        except (pa.ArrowException, OSError, KeyError, ValueError, NotImplementedError) as error:
+            raise self._damage(first_line(error)) from error
+        return pa.table(parts, schema=pa.schema([INDEX_SCHEMA.field(name) for name in names]))
 
-    def _unreadable(self, error: Exception) -> ZpipeError:
-        return ZpipeError(f"{self.path}: map index can't be read ({first_line(error)}); delete it and extract again")
+    def _check_description(self, about: pq.FileMetaData, names: Sequence[str]) -> None:
+        """Check what the file says about its columns, before any of them is unpacked."""
+        schema = about.schema.to_arrow_schema()
+        groups = [about.row_group(number) for number in range(about.num_row_groups)]
+        rows = max(about.num_rows, sum(group.num_rows for group in groups))
+        if rows > MAX_ROWS:
+            raise self._damage(f"{rows} rows are more than {MAX_ROWS}")
+        for name in names:
+            wanted = INDEX_SCHEMA.field(name).type
+            found = [field.type for field in schema if field.name == name]
+            found = [each.value_type if pa.types.is_dictionary(each) else each for each in found]
+            if found != [wanted]:
+                said = printable(", ".join(map(str, found)))[:60] or "missing"
+                raise self._damage(f"column {name} is {said}, not {wanted}")
+        unpacked = sum(
+            group.column(place).total_uncompressed_size for group in groups for place in range(group.num_columns)
+        )
+        if unpacked > MAX_INDEX_BYTES:
+            raise self._damage(f"it unpacks to {unpacked} bytes, more than {MAX_INDEX_BYTES}")
+
+    def _column(self, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Check the values of a column; texts come as dictionaries and leave as texts."""
+        if column.null_count:
+            raise self._damage(f"column {name} has {column.null_count} rows without a value")
+        if name == "key":
+            column = self._plain(column, MAX_KEY_BYTES)
+            self._check_keys(column)
+        elif name == "status":
+            column = self._plain(column, max(map(len, STATUSES)))
+            odd = pc.unique(column.filter(pc.invert(pc.is_in(column, pa.array(STATUSES)))))
+            if len(odd):
+                raise self._damage(f"status '{printable(odd[0])}' is none of {', '.join(STATUSES)}")
+        elif name == "scale":
+            values = column.to_numpy()
+            if len(rows := np.flatnonzero((values < 0) | np.isinf(values))):
+                raise self._damage(f"scale {values[rows[0]]:g} in row {rows[0]}")
+        elif name.startswith("frame_") and not np.isfinite(column.to_numpy()).all():
+            raise self._damage(f"column {name} has rows that are not finite")
+        return column
+
+    def _plain(self, column: pa.ChunkedArray, longest: int) -> pa.ChunkedArray:
+        for chunk in column.chunks:
+            sizes = pc.binary_length(chunk.dictionary)
+            if len(sizes) and pc.max(sizes).as_py() > longest:
+                raise self._damage(f"a text of {pc.max(sizes)} bytes, at most {longest} are possible")
+        column = column.cast(pa.string())
+        column.validate(full=True)  # Arrow trusts a file that its texts are UTF-8
+        return column
+
+    def _check_keys(self, keys: pa.ChunkedArray) -> None:
+        # What Unicode calls printable fulfils the rule; the few others are looked at one by one.
+        odd = pc.or_(pc.equal(pc.binary_length(keys), 0), pc.invert(pc.utf8_is_printable(keys)))
+        for key in keys.filter(odd).to_pylist():
+            try:
+                check_key(key, str(self.path))
+            except ZpipeError as error:
+                raise DamageError(str(error).removesuffix("rename it") + "delete it and extract again") from error
+        if pc.count_distinct(keys).as_py() != len(keys):
+            raise self._damage("a key comes twice")
+
+    def _damage(self, reason: str) -> DamageError:
+        return DamageError(f"{self.path}: map index can't be read ({reason}); delete it and extract again")
 
 
 def read_stored(root: Path, stem: str) -> np.ndarray:
     """The maps of one shard as they are stored, float16 [n, gh, gw].
 
-    Raises :class:`ZpipeError` if they cannot be read.
+    Raises:
+        DamageError: They are not what was written, or larger than a shard is.
+        ZpipeError: A file can't be read.
     """
-    import zarr
-
     path = maps_path(root, stem)
+    remedy = f"delete {index_path(root, stem)} and extract again"
     try:
-        # We write no other format or codec, and some of Zarr's codecs unpickle or call other libraries.
-        array = zarr.open_array(store=str(path), mode="r", storage_options=storage_options(path), zarr_format=3)
-        codecs = [*array.filters, array.serializer, *array.compressors]
-        if odd := [type(codec).__name__ for codec in codecs if type(codec).__name__ not in CODECS]:
-            raise ValueError(f"its codec {odd[0]} is not one of a relevance store")
-        unpacked = max(array.size, math.prod(array.chunks)) * array.dtype.itemsize
-        if array.dtype != np.float16 or array.ndim != 3 or unpacked > MAX_MAP_BYTES:
-            raise ValueError(f"{array.dtype} {array.shape} is no shard of maps below {MAX_MAP_BYTES >> 20} MiB")
-        if array.nchunks_initialized != array.nchunks:  # Zarr reads a missing chunk as zeros
-            raise ValueError("a chunk is missing")
-        return np.asarray(array[:])
-    # Zarr and its codecs raise different exceptions for a damaged array, depending on where they notice it.
-    except storage_errors(ValueError, RuntimeError, LookupError, TypeError, SystemError) as error:
+        stored, is_there = read_array(path)
+    except storage_errors(ValueError) as error:
+        if isinstance(error, (ValueError, FileNotFoundError)) or getattr(error, "errno", None) in _NOT_OURS:
+            raise DamageError(f"{path}: maps can't be read ({first_line(error)}); {remedy}") from error
         raise ZpipeError(
-            f"{path}: maps can't be read ({first_line(error)}); delete {index_path(root, stem)} and extract again"
+            f"{path}: maps can't be read ({first_line(error)}); {remedy_for(error)}, then run again"
         ) from error
+    if not is_there:
+        # Zarr writes no chunk of zeros unless it is told to, and earlier versions didn't tell it.
+        seal = read_seal(root, stem)
+        if seal is None or seal.maps_sha256 != digest_maps(stored):
+            raise DamageError(f"{path}: maps can't be read (a chunk is missing); {remedy}")
+    return stored

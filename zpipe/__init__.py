@@ -17,12 +17,13 @@ __all__ = ["__version__", "open_maps"]
 __version__ = _version("zpipe")
 
 
-def open_maps(path: str | os.PathLike[str], normalise: Normalise = None) -> RelevanceMaps:
+def open_maps(path: str | os.PathLike[str], normalise: Normalise = None, *, check: bool = True) -> RelevanceMaps:
     """Open a finished relevance store to read its maps by key.
 
     Args:
         path: Folder or fsspec URL of the store.
         normalise: None for raw relevance, ``minmax`` for each map scaled to [0, 1], as the training loader reads them.
+        check: Compare the digests of what is read, and name the file that was damaged.
 
     Returns:
         The maps, see :class:`zpipe.schemas.relevance_maps.RelevanceMaps`.
@@ -32,4 +33,4 @@ def open_maps(path: str | os.PathLike[str], normalise: Normalise = None) -> Rele
     """
     from zpipe.schemas.relevance_maps import RelevanceMaps
 
-    return RelevanceMaps(path, normalise=normalise)
+    return RelevanceMaps(path, normalise=normalise, check=check)

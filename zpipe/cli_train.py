@@ -30,6 +30,17 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
+def _warn_of_warmup(config: Any) -> None:
+    """Say that the warm-up is shorter than the settings want, which a few epochs would not outlast."""
+    from zpipe.train.fit.optim import warmup_epochs
+
+    if warmup_epochs(config) < config.warmup_epochs:
+        warn(
+            f"warning: a warm-up of {config.warmup_epochs:g} of {config.epochs:g} epochs is shortened to "
+            f"{warmup_epochs(config):g}, a quarter of the training; set train.warmup_epochs to choose it"
+        )
+
+
 def train_zoomer_command(
     shards: Shards,
     maps: Annotated[
@@ -65,6 +76,7 @@ def train_zoomer_command(
         config = with_settings(
             recipe(recipe_name, ZOOMER_RECIPES, ZoomerConfig()), flags | parse_settings(settings, "--set")
         )
+        _warn_of_warmup(config.train)
         arguments = {"shards": shards, "maps": maps, "out": output, "resume": resume}
         workers = Workers(count=num_workers, address=address)
         run_training(train_zoomer, arguments, config, workers, progress=progress, say=warn)
@@ -151,6 +163,7 @@ def train_vit_command(
     """Stage 2: train a ZoomViT under a frozen zoomer (or cached maps), or a plain timm ViT without zoom."""
     with reporting() as progress:
         from zpipe.train.fit.distributed import Workers, run_training
+        from zpipe.train.fit.initialise import assumed
         from zpipe.train.fit.recipes import VIT_RECIPES, recipe
         from zpipe.train.fit.train_vit import VitConfig, train_vit
         from zpipe.train.settings import with_settings
@@ -163,7 +176,12 @@ def train_vit_command(
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
         flags |= _given({"image_size": image_size})
         config = with_settings(base, flags | parse_settings(settings, "--set"))
+        _warn_of_warmup(config.train)
         paths = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
+        if config.init_from is not None and config.mean is None and zoomer is None:
+            note = assumed(config.init_from)
+            if note:
+                warn(f"note: {note}")
         workers = Workers(count=num_workers, address=address)
         run_training(train_vit, {**paths, "resume": resume}, config, workers, progress=progress, say=warn)
         tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")

@@ -104,6 +104,30 @@ def test_numpy_files_need_no_zpipe(store, tmp_path, expected):
     assert np.array_equal(array.reshape(18, -1), np.stack(list(expected.values())))
 
 
+def test_a_full_disk_ends_an_export_with_one_line(store, small_disk):
+    """No SIGBUS, which writing through a memory map would raise, and nothing half-written is left."""
+    maps = zpipe.open_maps(store)
+    small_disk.fill(1000)
+    for export in (export_numpy, export_parquet):
+        with pytest.raises(ZpipeError, match="could not be written .No space left on device.; free space on that disk"):
+            export(maps, small_disk.root / "out")
+    assert [path.name for path in small_disk.root.iterdir()] == ["filler"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "told"),
+    [
+        ("x.csv", [], "a Parquet file is written; give a name that ends in .parquet"),
+        ("x.npy", [], "a Parquet file is written"),
+        ("x.npy", ["--numpy"], "a folder is written; give a name without .npy"),
+        ("x.parquet", ["--per-shard"], "a folder is written; give a name without .parquet"),
+    ],
+)
+def test_a_name_promises_no_other_format(store, tmp_path, cli, name, flags, told):
+    done = cli("maps", "export", store, tmp_path / name, *flags)
+    assert done.code == 2 and told in done.error and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("flags", [["--numpy"], ["--parquet"], ["--per-shard"]])
 def test_nothing_is_overwritten(store, tmp_path, cli, flags):
     out = tmp_path / "out"
@@ -180,9 +204,9 @@ def test_other_places_can_not_be_compared(store, shards, teacher_settings, tmp_p
 def test_compare_prints_a_table(store, rollout, cli):
     done = cli("maps", "compare", store, rollout, "--top", "5", "--worst", "2")
     assert done.code == 0 and "18 compared" in done.stdout and "rollout" in done.stdout
-    assert "top 5 shared" in done.stdout and "agree least" in done.stdout
+    assert "top 5 shared" in done.stdout and "lowest agreement" in done.stdout
     done = cli("maps", "compare", store, rollout, "--worst", "0")
-    assert done.code == 0 and "18 compared" in done.stdout and "agree least" not in done.stdout
+    assert done.code == 0 and "18 compared" in done.stdout and "lowest agreement" not in done.stdout
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 30), st.booleans())

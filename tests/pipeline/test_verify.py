@@ -5,6 +5,7 @@ import shutil
 import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -12,8 +13,10 @@ from zpipe.pipeline import verify
 from zpipe.pipeline.verify import verify_store
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.schemas.relevance_store import index_path, maps_path, read_index, read_seal, write_shard
+from zpipe.schemas.relevance_store import INDEX_SCHEMA, index_path, maps_path, read_index, read_seal, write_shard
 from zpipe.schemas.shard_index import digest_file
+
+KEY = INDEX_SCHEMA.field("key")
 
 
 def flip(path, place=None):
@@ -138,6 +141,65 @@ def test_a_status_that_does_not_fit_its_map_is_named(store_copy):
     assert f"key {key}: status ok does not fit its map" in problem
 
 
+def lie(root, **columns):
+    """Change values of the second row of a shard, with digests that fit."""
+
+    def change(maps, table):
+        for name, value in columns.items():
+            values = table[name].to_pylist()
+            values[1] = value
+            place = table.column_names.index(name)
+            table = table.set_column(place, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+        return maps, table
+
+    rewrite(root, "shard-00000", change)
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"status": "zero"}, "status zero does not fit its map, of scale"),
+        ({"status": "undecodable"}, "status undecodable does not fit its map"),
+        ({"status": "nonfinite"}, "status nonfinite does not fit its map"),
+        ({"scale": 0.0}, "status ok does not fit its map, of scale 0"),
+        ({"scale": np.nan}, "status ok does not fit its map, of scale nan"),
+        ({"predicted": 5}, "predicted class 5 is none of the teacher's"),
+        ({"predicted": -1}, "predicted class -1 is none of the teacher's"),
+        ({"target": 2**31 - 1}, "target class 2147483647 is none of the teacher's"),
+        ({"predicted_probability": 1.5}, "predicted probability 1.5 is impossible"),
+        ({"predicted_probability": np.nan}, "predicted probability nan is impossible"),
+        ({"target_probability": -0.1}, "target probability -0.1 is impossible"),
+        ({"predicted_probability": 0.0}, "is above the predicted class's"),
+        ({"entropy": 0.5}, "entropy 0.5 is not that of its map"),
+        ({"entropy": np.inf}, "entropy inf is not that of its map"),
+        ({"top10_mass": np.nan}, "top10_mass nan is not that of its map"),
+        ({"width": 0}, "pixels is impossible"),
+        ({"height": -3}, "pixels is impossible"),
+        ({"frame_x1": 1e9}, "its frame does not lie in the image"),
+        ({"frame_y2": -1.0}, "its frame does not lie in the image"),
+    ],
+)
+def test_an_index_that_lies_about_a_map_is_named(store_copy, columns, told):
+    lie(store_copy, **columns)
+    key = read_index(store_copy, "shard-00000", ["key"])["key"][1].as_py()
+    problems = verify_store(store_copy)
+    assert any(told in problem and f"shard-00000.parquet: key {key}: " in problem for problem in problems), problems
+    assert all(problem.isprintable() and problem.endswith("extract again") for problem in problems)
+
+
+def test_many_samples_of_one_lie_are_one_line(store_copy):
+    rewrite(store_copy, "shard-00000", lambda maps, table: (np.zeros_like(maps), table))
+    assert any(", and 4 others: status ok does not fit" in problem for problem in verify_store(store_copy))
+
+
+@pytest.mark.parametrize("statuses", [{"ok": 17, "zero": 1}, {"ok": 19}, {}])
+def test_a_manifest_that_lies_about_its_statuses_is_named(store_copy, statuses):
+    path = store_copy / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"statuses": statuses}))
+    (problem,) = verify_store(store_copy)
+    assert "manifest.json: says " in problem and "the indexes 18 ok; " in problem
+
+
 def test_too_few_rows_are_named(store_copy):
     rewrite(store_copy, "shard-00000", lambda maps, table: (maps[:4], table.slice(0, 4)))
     (problem,) = verify_store(store_copy)
@@ -145,7 +207,7 @@ def test_too_few_rows_are_named(store_copy):
 
 
 def test_keys_in_another_order_than_in_the_tar_are_named(store_copy, shards):
-    rewrite(store_copy, "shard-00000", lambda maps, table: (maps, table.take([1, 0, 2, 3, 4])))
+    rewrite(store_copy, "shard-00000", lambda maps, table: (maps[[1, 0, 2, 3, 4]], table.take([1, 0, 2, 3, 4])))
     assert verify_store(store_copy) == []
     (problem,) = verify_store(store_copy, shards)
     assert "shard-00000.tar: its keys are not those of map shard shard-00000" in problem
@@ -153,7 +215,7 @@ def test_keys_in_another_order_than_in_the_tar_are_named(store_copy, shards):
 
 def test_a_key_that_comes_twice_is_named(store_copy):
     other = read_index(store_copy, "shard-00001")
-    rewrite(store_copy, "shard-00000", lambda maps, table: (maps, other))
+    rewrite(store_copy, "shard-00000", lambda maps, table: (maps, table.set_column(0, KEY, other["key"])))
     problems = verify_store(store_copy)
     assert len(problems) == 5 and all("is in shard-00000 too" in problem for problem in problems)
 
@@ -163,7 +225,7 @@ def test_keys_of_one_hash_are_told_apart(store, store_copy, monkeypatch):
     monkeypatch.setattr(verify, "hash", lambda key: 7, raising=False)
     assert verify_store(store) == []
     other = read_index(store_copy, "shard-00001")
-    rewrite(store_copy, "shard-00000", lambda maps, table: (maps, other))
+    rewrite(store_copy, "shard-00000", lambda maps, table: (maps, table.set_column(0, KEY, other["key"])))
     assert len(verify_store(store_copy)) == 5
 
 
@@ -206,7 +268,7 @@ def test_a_folder_that_is_no_store(tmp_path):
 
 def test_the_verb_verify(store_copy, shards, cli):
     done = cli("maps", "verify", store_copy, "--shards", shards)
-    assert (done.code, done.stdout.strip()) == (0, f"{store_copy}: whole")
+    assert (done.code, done.stdout.strip()) == (0, f"{store_copy}: intact")
     flip(chunk(store_copy, "shard-00001"), 40)
     flip(index_path(store_copy, "shard-00002"))
     done = cli("maps", "verify", store_copy)

@@ -7,16 +7,24 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import get_args
 
+import msgspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from any_json import any_json
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from zpipe.schemas import atomic, manifest, shard_index, storage
+from zpipe.schemas.account import Account
 from zpipe.schemas.errors import UsageError, ZpipeError, remedy_for
 from zpipe.schemas.geometry import Box, covered_share, crop_map, overlap_weights
+from zpipe.schemas.relevance_store import STATUSES
 from zpipe.schemas.sample import group_samples, key_for_file, shard_stem, split_name
 
 
@@ -85,7 +93,17 @@ def test_members_of_other_kinds_are_not_looked_at(name):
         ([("k.jpg", b"A"), ("k.json", b'{"label": true}')], "label True, not a class index"),
         ([("k.jpg", b"A"), ("k.cls", b"1099511627776")], "label 1099511627776 is no class index, which has 32 bits"),
         ([("k.jpg", b"A"), ("k.json", b'{"label": -2147483649}')], "label -2147483649 is no class index"),
-        ([("k.jpg", b"A"), ("l.jpg", b"B"), ("k.cls", b"1")], "comes twice"),
+        ([("k.jpg", b"A"), ("l.jpg", b"B"), ("k.jpg", b"A")], "comes twice; rebuild this shard with unique keys"),
+        (
+            [("k.jpg", b"A"), ("l.jpg", b"B"), ("k.cls", b"1")],
+            "its members stand apart (.cls comes after other samples)",
+        ),
+        (
+            [("k.cls", b"1"), ("l.cls", b"1"), ("k.jpg", b"A")],
+            "found cls; where the image stands apart from it, unpack",
+        ),
+        ([("k.jpg", b"A"), ("k.json", b"[" + b" " * (1 << 24) + b"]")], "its .json has more than 16777216 bytes"),
+        ([("k.jpg", b"A"), ("k.cls", b"1" * 2000)], "its .cls has more than 1024 bytes"),
     ],
 )
 def test_a_broken_sample_is_named_in_one_line(members, told):
@@ -500,7 +518,7 @@ def test_the_shares_under_a_box_add_up_to_its_area(rows, columns, height, width,
 
 def entry(name="a.tar", **changes):
     return shard_index.ShardEntry(
-        **({"name": name, "count": 3, "bytes": 10, "sha256": "0" * 64, "keys_sha256": "1" * 64} | changes)
+        **({"name": name, "count": 3, "bytes": 2000, "sha256": "0" * 64, "keys_sha256": "1" * 64} | changes)
     )
 
 
@@ -516,9 +534,27 @@ def test_a_shard_index_comes_back_as_it_was_written(tmp_path):
     [
         ({"format": "other"}, "is 'other' version 1, expected 'zpipe-shards' version 1; run make-shards again"),
         ({"version": 2}, "version 2"),
-        ({"shards": [{"name": "a.tar"}]}, "not a complete shard index"),
-        ({"shards": [7]}, "not a complete shard index"),
-        ({"classes": None}, "not a complete shard index"),
+        ({"shards": [{"name": "a.tar"}]}, "not readable as a shard index .Object missing required field `count`"),
+        ({"shards": [7]}, r"Expected `object`, got `int` - at `\$.shards"),
+        ({"classes": None}, "Expected `array`, got `null`"),
+        ({"classes": "ant"}, "Expected `array`, got `str`"),
+        ({"count": 4}, "its count is 4, that of its shards together 3"),
+        *(
+            ({"shards": [vars(entry()) | change]}, told)
+            for change, told in [
+                ({"count": -3}, "Expected `int` >= 0"),
+                ({"count": 1.5}, "got `float`"),
+                ({"count": 10**30}, "`int`"),
+                ({"name": 7}, "got `int`"),
+                ({"name": "../a.tar"}, r"'../a.tar' is no file name of a tar - at `\$.shards"),
+                ({"name": "b/a.tar"}, "is no file name"),
+                ({"name": "a\n.tar"}, r"'a\\n.tar' has unprintable"),
+                ({"name": "a.zip"}, "is no file name"),
+                ({"sha256": 7}, "got `int`"),
+                ({"sha256": "a"}, "matching regex"),
+                ({"bytes": None}, "got `null`"),
+            ]
+        ),
     ],
 )
 def test_a_damaged_shard_index_is_refused(tmp_path, change, told):
@@ -538,15 +574,18 @@ def test_two_shards_of_one_name_are_refused(tmp_path):
 def test_folder_and_index_must_name_the_same_tars(tmp_path):
     index = shard_index.ShardIndex(shards=(entry("a.tar"), entry("b.tar")))
     for name in ("a.tar", "b.tar"):
-        (tmp_path / name).write_bytes(bytes(10))
+        (tmp_path / name).write_bytes(bytes(2000))
     folder, tars = shard_index.find_shards(tmp_path)
     assert folder == tmp_path and [tar.name for tar in tars] == ["a.tar", "b.tar"]
     assert shard_index.check_listed(tmp_path, tars, index, whole_folder=True) == list(index.shards)
     assert shard_index.check_listed(tmp_path, tars[:1], index, whole_folder=False) == [index.shards[0]]
+    too_many = shard_index.ShardIndex(shards=(entry("a.tar", count=4), entry("b.tar")))
+    with pytest.raises(ZpipeError, match="says that a.tar holds 4 samples, too many for its 2000 bytes"):
+        shard_index.check_listed(tmp_path, tars, too_many, whole_folder=True)
     with pytest.raises(ZpipeError, match="b.tar: listed in shards.json but not there"):
         shard_index.check_listed(tmp_path, tars[:1], index, whole_folder=True)
-    (tmp_path / "b.tar").write_bytes(bytes(9))
-    with pytest.raises(ZpipeError, match=r"b.tar: 9 bytes, but shards.json says 10: truncated or altered"):
+    (tmp_path / "b.tar").write_bytes(bytes(1999))
+    with pytest.raises(ZpipeError, match=r"b.tar: 1999 bytes, but shards.json says 2000: truncated or altered"):
         shard_index.check_listed(tmp_path, tars, index, whole_folder=True)
     (tmp_path / "b.tar").rename(tmp_path / "c.tar")
     with pytest.raises(ZpipeError, match="c.tar: not listed"):
@@ -687,21 +726,139 @@ def test_reading_what_is_no_manifest(tmp_path):
         manifest.read_manifest(tmp_path)
     manifest.write_manifest(tmp_path, MANIFEST)
     good = json.loads((tmp_path / "manifest.json").read_text())
+    shard, proof = good["shards"][0], good["provenance"]
     for change, told in [
         ({"version": 99}, "version 99"),
-        ({"shards": [{}]}, "not a complete manifest"),
-        ({"provenance": good["provenance"] | {"novel": 1}}, "provenance field 'novel' missing or unknown"),
-        ({"provenance": {}}, "provenance field"),
+        ({"shards": [{}]}, r"missing required field `stem` - at `\$.shards\[0\]`"),
+        ({"shards": {}}, "Expected `array`, got `object`"),
+        ({"shards": [shard | {"count": -1}]}, "Expected `int` >= 0"),
+        ({"shards": [shard | {"count": 4}]}, "its count is 3, its shards have 4 samples"),
+        ({"shards": [shard, shard]}, "shard 'a' is listed twice"),
+        ({"shards": [shard | {"stem": "a/../b"}]}, "no name of a file in this store"),
+        ({"shards": [shard | {"stem": "a\x1b[2J"}]}, "no name of a file in this store"),
+        ({"shards": [shard | {"index_sha256": "A" * 64}]}, "matching regex"),
+        ({"statuses": {"fine": 3}}, "Invalid enum value 'fine'"),
+        ({"statuses": [3]}, "Expected `object`"),
+        ({"classes": "ab"}, "Expected `array`"),
+        ({"provenance": proof | {"novel": 1}}, "provenance field 'novel' is unknown"),
+        ({"provenance": {}}, "missing required field"),
+        ({"provenance": proof | {"grid": "4 x 6"}}, r"Expected `array`, got `str` - at `\$.grid`"),
+        ({"provenance": proof | {"grid": [4]}}, "Expected `array` of length 2"),
+        ({"provenance": proof | {"grid": [0, 6]}}, "Expected `int` >= 1"),
+        ({"provenance": proof | {"grid": [10**9, 6]}}, "Expected `int` <= 4096"),
+        ({"provenance": proof | {"mean": "grey"}}, "Expected `array`"),
+        ({"provenance": proof | {"teacher_args": {"x": "x" * 2**20}}}, "its provenance has 1049"),
     ]:
         (tmp_path / "manifest.json").write_text(json.dumps(good | change))
-        with pytest.raises(ZpipeError, match=told):
+        with pytest.raises(ZpipeError, match=told) as error:
             manifest.read_manifest(tmp_path)
+        assert len(str(error.value).splitlines()) == 1 and str(error.value).startswith(
+            f"{tmp_path / 'manifest.json'}: "
+        )
     (tmp_path / "extraction.json").write_text(json.dumps({"format": "zpipe-relevance-store", "version": 1}))
-    with pytest.raises(ZpipeError, match="not an extraction record"):
+    with pytest.raises(ZpipeError, match="missing required field `provenance`.*; delete it if"):
         manifest.read_extraction(tmp_path)
+
+
+@given(st.sampled_from(("shards", "statuses", "source", "zpipe_version", "classes", "count", "provenance")), any_json())
+def test_whatever_a_field_of_a_manifest_says_it_is_read_or_refused_in_one_line(field, value):
+    content = {"count": 3, "classes": []} | json.loads(json.dumps(dataclasses.asdict(MANIFEST)))
+    read_or_refused({"manifest.json": content | {field: value}}, manifest.read_manifest)
+
+
+@given(st.sampled_from([field.name for field in dataclasses.fields(PROVENANCE)]), any_json())
+def test_whatever_a_field_of_a_provenance_says_it_is_read_or_refused_in_one_line(field, value):
+    content = json.loads(json.dumps(dataclasses.asdict(PROVENANCE))) | {field: value}
+    read_or_refused({"extraction.json": {"provenance": content}}, manifest.read_extraction)
+
+
+def read_or_refused(files, read):
+    """Read a store of these files; a wrong one is one line, and what is read has the declared types."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            header = {"format": "zpipe-relevance-store", "version": 1}
+            (Path(folder) / name).write_text(json.dumps(header | content))
+        try:
+            found = read(folder)
+        except ZpipeError as error:
+            assert len(str(error).splitlines()) == 1 and str(error).isprintable()
+            return
+    for proof in (found, getattr(found, "provenance", found)):
+        assert proof == msgspec.convert(dataclasses.asdict(proof), type(proof))
+
+
+def test_a_manifest_names_the_classes_where_they_are_known(tmp_path):
+    manifest.write_manifest(tmp_path, MANIFEST)
+    assert "classes" not in json.loads((tmp_path / "manifest.json").read_text())
+    named = dataclasses.replace(MANIFEST, classes=("ant", "bee"))
+    manifest.write_manifest(tmp_path, named)
+    assert manifest.read_manifest(tmp_path) == named
+
+
+def test_the_manifest_knows_the_statuses_of_the_index():
+    assert get_args(manifest.Status) == STATUSES
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "extraction.json"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "endless"])
+def test_what_lies_in_place_of_a_manifest_is_told_without_waiting(tmp_path, name, kind):
+    path = tmp_path / name
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "endless" else "/dev/null")
+    read = manifest.read_manifest if name == "manifest.json" else manifest.read_extraction
+    with pytest.raises(ZpipeError, match=f"{name}: not readable as .* .is a (FIFO|device|folder)"):
+        read(tmp_path)
 
 
 def test_errors_say_how_the_command_ends():
     assert (ZpipeError("x").exit_code, UsageError("x").exit_code) == (1, 2)
     assert ZpipeError("x", ["a", "b"]).details == ("a", "b")
     assert os.linesep not in str(ZpipeError("x", ["a"]))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places_in(value, place=()):
+    """Where values stand in a JSON value: the keys and positions that lead there."""
+    yield place
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places_in(inner, (*place, key))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_anywhere_in_a_shard_index_is_read_or_refused(tmp_path, data):
+    account = Account(seen=8, taken=7, left_out=Counter({"hidden": 1}))
+    index = shard_index.ShardIndex(shards=(entry(), entry("b.tar", count=4)), classes=("ant",), account=account)
+    shard_index.write_index(tmp_path, index)
+    path = tmp_path / "shards.json"
+    content = json.loads(path.read_text())
+    place = data.draw(st.sampled_from(list(places_in(content))))
+    value = data.draw(JSON)
+    if place:
+        holder = content
+        for key in place[:-1]:
+            holder = holder[key]
+        holder[place[-1]] = value
+    else:
+        content = value
+    path.write_text(json.dumps(content))
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / name).write_bytes(bytes(2000))
+    try:
+        folder, tars = shard_index.find_shards(tmp_path)
+        found = shard_index.read_index(tmp_path)
+        entries = shard_index.check_listed(folder, tars, found, whole_folder=True)
+    except ZpipeError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert sum(each.count for each in entries) == found.count <= 7 and str(found.account)

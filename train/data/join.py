@@ -103,8 +103,15 @@ class ShardJoin:
     """Hands out the samples of a plan; reads the next shard of a lane in the background."""
 
     def __init__(
-        self, shards: Sequence[Shard], maps: RelevanceMaps | None, missing: Missing, *, skip_damaged: bool
+        self,
+        shards: Sequence[Shard],
+        maps: RelevanceMaps | None,
+        missing: Missing,
+        *,
+        skip_damaged: bool,
+        check: bool = True,
     ) -> None:
+        self._check = check
         self._shards, self._maps, self._missing, self._skip_damaged = shards, maps, missing, skip_damaged
         self._held: dict[int, _Held | None] = {}
         self._prefetched: dict[int, Future[_Held | None]] = {}
@@ -197,7 +204,7 @@ class ShardJoin:
     def _read(self, shard_number: int) -> _Held | None:
         shard = self._shards[shard_number]
         try:
-            samples: list[Sample | None] = list(read_tar(shard))
+            samples: list[Sample | None] = list(read_tar(shard, check=self._check))
         except ZpipeError as error:
             if getattr(error.__cause__, "errno", None) in OWN_ERRORS:
                 raise

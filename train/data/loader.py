@@ -31,7 +31,7 @@ from zpipe.train.data.order import (
 )
 from zpipe.train.data.parcel import Part, part_bytes
 from zpipe.train.data.processes import check_limits, end_workers, start_workers, warn_of_pipes
-from zpipe.train.data.stream import list_shards
+from zpipe.train.data.stream import digests_are_checked, list_shards
 from zpipe.train.data.transforms import Augment, ViewConfig
 from zpipe.train.data.worker import BatchParts, EpochSpec
 from zpipe.train.signals import deferred_signals
@@ -86,6 +86,9 @@ class RelevanceLoader:
     A `state_dict()` that is taken after a batch and loaded into a new loader, in the same or another process, continues
     with the next batch. The batches are the same, also with another number of workers, and in training with another
     number of ranks if `batch_size * world_size` is unchanged.
+
+    The first epoch compares the digest of each tar with `shards.json`; ZPIPE_CHECK_DIGESTS=0 in the environment spares
+    that.
 
     Each of the 8 or so shards that an epoch is mixed from is held undecoded in one worker of all ranks: 110 MB each for
     ImageNet in tars of 1,000.
@@ -159,6 +162,7 @@ class RelevanceLoader:
         self._lanes = self._own_lanes()
         self._start = 0  # the batch that the next iteration begins with
         self._next = 0  # the batch after the last one yielded
+        self._verified = not digests_are_checked()  # whether an epoch has compared the digests of the tars
         self.maps: RelevanceMaps | None = None
         # Shards of one size share one array of rows: with a million shards, the arrays would cost more than their
         # contents.
@@ -353,6 +357,7 @@ class RelevanceLoader:
                 for note in batch.pop("notes"):
                     warn_of_pipes(note)
                 self._next = number + 1
+                self._verified |= start == 0 and self._next == total
                 served += len(batch["key"])
                 # Evaluation needs no equal number of batches on all ranks.
                 if batch["key"] or self.train:
@@ -393,6 +398,7 @@ class RelevanceLoader:
             maps=self.maps,
             missing=self.missing,
             damaged=self.damaged,
+            check=not self._verified,
             image_size=self.image_size,
             view=self.view,
             shared=shared,

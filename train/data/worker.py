@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 import webdataset as wds
@@ -38,8 +37,6 @@ from zpipe.train.data.transforms import (
     view_maps,
 )
 from zpipe.train.signals import STOP_SIGNALS
-
-MAX_EDGE = 1e6  # pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +72,9 @@ class EpochSpec:
 
     damaged: Damaged
     """How to handle damaged tars and samples."""
+
+    check: bool
+    """Whether to compare the digests of tars with their index."""
 
     image_size: int
     """Side of the images, in pixels."""
@@ -133,7 +133,9 @@ class BatchParts(IterableDataset[Part | ZpipeError | Parcel]):
         edges = np.searchsorted(batch, np.arange(len(spec.batches) + 1)).tolist()
         spans = (slice(*edges[number : number + 2]) for number in range(len(spec.batches)))
         requests = (PartRequest(slots[span], plan[span], last[span]) for span in spans)
-        with ShardJoin(spec.shards, spec.maps, spec.missing, skip_damaged=spec.damaged == "skip") as join:
+        with ShardJoin(
+            spec.shards, spec.maps, spec.missing, skip_damaged=spec.damaged == "skip", check=spec.check
+        ) as join:
             join.expect(plan)
             yield from wds.DataPipeline(lambda: requests, fetch(join), augment(spec, join), collate(spec, join))
 
@@ -237,21 +239,9 @@ def _augment_sample(spec: EpochSpec, copy: int, item: Joined) -> dict[str, Any]:
         if not frame.contains(view.box):
             raise ZpipeError(f"{where}: its map covers {frame.as_tuple()} only; extract on the full frame")
         out |= {"relevance": item.relevance, "view": view, "frame": frame}
-    box = _object_box(sample.meta)
-    if box is not None:
-        out["object_box"] = np.asarray(view_box(box, view), np.float32)
+    if sample.box is not None:
+        out["object_box"] = np.asarray(view_box(sample.box, view), np.float32)
     return out
-
-
-def _object_box(meta: dict[str, Any]) -> tuple[float, float, float, float] | None:
-    """The object's box (x1, y1, x2, y2) in pixels. Tars of other programs may call something else a box."""
-    try:
-        x1, y1, x2, y2 = msgspec.convert(meta.get("box"), tuple[float, float, float, float])
-    except msgspec.ValidationError:
-        return None
-    # A number beyond these would become infinite in float32.
-    ordered = -MAX_EDGE <= x1 < x2 <= MAX_EDGE and -MAX_EDGE <= y1 < y2 <= MAX_EDGE
-    return (x1, y1, x2, y2) if ordered else None
 
 
 def collate(spec: EpochSpec, join: ShardJoin) -> Callable[[Iterable[Augmented]], Iterator[dict[str, Any]]]:

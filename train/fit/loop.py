@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from zpipe.schemas.errors import UsageError, ZpipeError, last_line
 from zpipe.schemas.progress import Progress, silent
-from zpipe.train.checkpoint import CHECKPOINT_NAME, forget_attempt, keep_epoch, load_checkpoint, save_checkpoint
+from zpipe.train.checkpoint import keep_epoch
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.device import autocast, keep_freed_memory, resolve_device
 from zpipe.train.fit.clock import Clock
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.metric_log import Log, metric_log, trim_log
-from zpipe.train.fit.optim import make_optimizer, make_scheduler, update_weights
+from zpipe.train.fit.optim import make_optimizer, make_scheduler, restore_optimizer, update_weights
 from zpipe.train.ranks import Ranks, ranks
+from zpipe.train.resume_state import check_weights, load_checkpoint, save_checkpoint
+from zpipe.train.run_files import CHECKPOINT_NAME, damaged_remedy, forget_attempt
 from zpipe.train.signals import stop_flag
 
 Batch = dict[str, Any]
@@ -229,11 +231,17 @@ class Trainer:
         position = state["position"]
         if position is not None and not {"loader", "draws", "ranks"} <= position.keys():
             raise KeyError("position")
+        # An epoch has at least one step.
+        if state["step"] > self.total_steps or state["epoch"] > state["step"]:
+            place = f"step {state['step']} and epoch {state['epoch']}"
+            raise ValueError(f"it is in {place}, the run has {self.total_steps} steps")
+        check_weights(state["model"], self.task.model)
         self.task.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.step, self.epoch = state["step"], state["epoch"]
         self._position, self._in_epoch = position, False
         if self.average is not None:
+            check_weights(state["average"], self.average.module)
             self.average.module.load_state_dict(state["average"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
@@ -262,8 +270,9 @@ class Trainer:
             try:
                 self.load_state_dict(state)
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                reason = "no " + str(error) if isinstance(error, KeyError) else last_line(error)
                 raise ZpipeError(
-                    f"{self.run / CHECKPOINT_NAME}: not this run's checkpoint; delete it to start over"
+                    f"{self.run / CHECKPOINT_NAME}: not this run's checkpoint ({reason}); {damaged_remedy(self.run)}"
                 ) from error
         model: Any = torch.compile(self.task.model) if self.config.compile else self.task.model
         self.task.call = self.ranks.share(model)
@@ -305,11 +314,12 @@ class Trainer:
             raise UsageError(f"{path}: {error}") from error
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ZpipeError(
-                f"{path}: its position in the epoch can't be restored ({last_line(error)}); delete it to start over"
+                f"{path}: its position in the epoch can't be restored ({last_line(error)}); {damaged_remedy(self.run)}"
             ) from error
         if self.loader.epoch != self.epoch:
             raise ZpipeError(
-                f"{path}: in epoch {self.epoch}, but its data is in epoch {self.loader.epoch}; delete it to start over"
+                f"{path}: in epoch {self.epoch}, but its data is in epoch {self.loader.epoch}; "
+                + damaged_remedy(self.run)
             )
 
     def _step_batches(self) -> Iterator[list[Batch]]:

@@ -109,7 +109,7 @@ def test_a_map_missing_because_of_a_damaged_image_is_damage_too(data, tmp_path):
 def test_what_the_process_lacks_is_no_damage_of_a_tar(data, tmp_path, monkeypatch, number):
     shards = copy_shards(data, tmp_path / "s")
 
-    def read_tar(shard):
+    def read_tar(shard, check):
         raise ZpipeError(f"{shard.path}: can't be read") from OSError(number, os.strerror(number))
 
     monkeypatch.setattr(join, "read_tar", read_tar)

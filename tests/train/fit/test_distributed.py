@@ -22,10 +22,11 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from listening import addresses, reachable
 from tiny import BODY, SIDE, scenes, store, write_tar
 
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.train.checkpoint import load_checkpoint, load_run
+from zpipe.train.checkpoint import load_run
 from zpipe.train.evaluation.evaluate import evaluate
 from zpipe.train.evaluation.operating_points import EvalConfig
 from zpipe.train.fit.config import TrainConfig
@@ -33,6 +34,7 @@ from zpipe.train.fit.distributed import Workers, _is_a_lost_process, run_trainin
 from zpipe.train.fit.train_vit import VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
 from zpipe.train.ranks import Ranks, check_batch
+from zpipe.train.resume_state import load_checkpoint
 
 torch.set_num_threads(1)
 LOOP = TrainConfig(epochs=4, batch_size=8, data_workers=0, log_every=1, device="cpu", lr=1e-3)
@@ -354,12 +356,12 @@ class Running:
             self.below |= {pid: now[pid][1] for pid in more}
         return {pid: now[pid][1] for pid in self.below if pid in now}
 
-    def until(self, found, limit=240):
+    def until(self, found, limit=240, every=0.02):
         end = time.monotonic() + limit
         while not (value := found(self.look())):
             assert self.process.poll() is None, self.said()
             assert time.monotonic() < end, self.said()
-            time.sleep(0.02)
+            time.sleep(every)
         return value
 
     def wait(self, limit=240):
@@ -411,9 +413,10 @@ def test_a_killed_worker_changes_nothing(pair, on_ray, tmp_path):
     running = on_ray(run, LONG, "--data-workers", 0)
 
     def worker(below):
+        assert reachable([running.process.pid, *below]) == set()  # from other machines
         return steps_done(run) >= 8 and [pid for pid, name in below.items() if "RayTrainWorker" in name]
 
-    victims = running.until(worker)
+    victims = running.until(worker, every=0.2)
     os.kill(victims[-1], signal.SIGKILL)
     killed_at = steps_done(run)
     assert killed_at < 60
@@ -426,6 +429,22 @@ def test_a_killed_worker_changes_nothing(pair, on_ray, tmp_path):
     assert "Traceback" not in said and "model ready" in said
     progress = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert progress[-1]["done"] == progress[-1]["total"] == 80
+
+
+@pytest.mark.slow
+def test_training_on_one_machine_listens_on_the_loopback_interface_alone(on_ray, tmp_path):
+    """Ray, its workers, and what joins the ranks, so says the operating system. When it is killed, nobody is left."""
+    running = on_ray(tmp_path / "run", LONG, "--data-workers", 1)
+
+    def training(below):
+        assert reachable([running.process.pid, *below]) == set()
+        return steps_done(tmp_path / "run") >= 3
+
+    running.until(training, every=0.2)
+    ranks = [pid for pid, name in running.look().items() if "RayTrainWorker" in name]
+    assert len(ranks) >= 2 and addresses(ranks)
+    running.process.kill()
+    assert running.wait() == -signal.SIGKILL, running.said()
 
 
 @pytest.mark.slow

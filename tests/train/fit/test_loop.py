@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import BODY, GRID, SIDE, scenes, store
 
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.train.checkpoint import Preprocessing, load_checkpoint, load_run
+from zpipe.train.checkpoint import Preprocessing, load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import mix_batch
 from zpipe.train.evaluation.evaluate import evaluate
@@ -37,6 +37,8 @@ from zpipe.train.fit.recipes import VIT_RECIPES, ZOOMER_RECIPES, recipe
 from zpipe.train.fit.train_vit import ClassifyTask, VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import train_zoomer
 from zpipe.train.models import ZoomViT
+from zpipe.train.resume_state import load_checkpoint
+from zpipe.train.run_files import BEST, RUN
 
 torch.set_num_threads(1)
 LOOP = TrainConfig(epochs=2, batch_size=4, data_workers=0, log_every=3, device="cpu", lr=1e-3)
@@ -176,10 +178,11 @@ def test_the_last_and_the_best_epochs_are_kept(data, tmp_path):
         name = f"epochs/{best['epoch']:05d}.safetensors"
         assert (run / "best.safetensors").read_bytes() == (run / name).read_bytes()
     assert load_run(run).model.num_classes == 10
-    # Begun anew, nothing of this attempt passes for the next one's.
-    for name in ("checkpoint.pt", "config.json"):
+    # An attempt that died before its first checkpoint: nothing of it passes for the next one's.
+    for name in ("checkpoint.pt", "config.json", "metrics.jsonl", "run.json"):
         (run / name).unlink(missing_ok=True)
-    (run / "best.json").write_text(json.dumps({"epoch": 5, "val_top1": 1.0}))
+    (run / "run.json").write_text(json.dumps(RUN.header | {"kind": "vit", "settings": {}}))
+    (run / "best.json").write_text(json.dumps(BEST.header | {"epoch": 5, "val_top1": 1.0}))
     (run / "epochs" / "00099.safetensors").write_bytes(b"")
     train_vit(data / "shards", run, with_loop(config, epochs=1), val=data / "val")
     assert [path.name for path in (run / "epochs").iterdir()] == ["00001.safetensors"]
@@ -398,8 +401,8 @@ def test_wrong_settings(data, tmp_path, change, told):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"mixup": -1.0}, "mix.mixup -1"),
-        ({"mix_prob": 2.0}, "mix.prob 2"),
+        ({"mixup": -1.0}, "mixup -1"),
+        ({"mix_prob": 2.0}, "mix_prob 2"),
         ({"val_alpha": 2.0}, "val_alpha 2"),
         ({"token_label_weight": 1.0, "mixup": 0.5}, "without mixup"),
     ],
