@@ -12,7 +12,7 @@ from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What sends a signal to a process group often sends it to the process too.
-REPEAT_S = 0.25
+REPEAT_S = 0.5
 
 
 def _deliver(number: int, handler: Any) -> None:

@@ -622,7 +622,7 @@ def test_a_second_signal_ends_training_that_does_not_come_to_its_next_step(data,
         for _ in range(2):
             sent.append(done)
             signal.raise_signal(signal.SIGINT)
-            time.sleep(0.3)
+            time.sleep(0.6)
         raise AssertionError("not ended")
 
     with pytest.raises(KeyboardInterrupt):
