@@ -363,7 +363,7 @@ def train_vit(
     device = resolve_device(config.train.device)
     store = RelevanceMaps(inputs.maps) if inputs.maps is not None else None
     loader = training_loader(inputs.shards, store, config)
-    model = _build_model(config, loader).to(device)
+    model: Any = _build_model(config, loader).to(device)  # with the attributes of a classifier of timm
     source = _source(model, config, inputs.zoomer, store)
     frozen = _frozen_zoomer(source, inputs.zoomer, device)
     mean, std = choose_normalisation(
