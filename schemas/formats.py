@@ -104,7 +104,7 @@ class Format(Generic[T]):
         """Check the content of a file; `path` is for messages. Raises as :meth:`read`."""
         # The header first, and the rest only as text: fields of any size take no more memory than the file.
         raw = decode_json(data, path, type=dict[str, msgspec.Raw], what=self.what, remedy=self.remedy)
-        first = {
+        first: dict[str, Any] = {
             name: decode_json(bytes(raw[name]), path, type=Any, what=self.what, remedy=self.remedy)
             for name in ("format", "version")
             if name in raw
