@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 
@@ -27,7 +27,7 @@ MAX_PROVENANCE_BYTES = 1 << 20  # it has some 800
 Cells = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 Pixels = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Channels = Annotated[tuple[float, ...], msgspec.Meta(max_length=64)]
-Status = Literal["ok", "undecodable", "nonfinite", "zero"]
+Status = Annotated[str, msgspec.Meta(pattern="^(ok|undecodable|nonfinite|zero)$")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,14 +232,23 @@ class IndexFile:
     @cached_property
     def seal(self) -> ShardSeal:
         """What the file states about its shard."""
+        metadata = self._about.metadata or {}
         try:
-            metadata = pq.read_schema(pa.BufferReader(self._data)).metadata or {}
             values = {name: metadata[name.encode()].decode() for name in ShardSeal.__dataclass_fields__}
-        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-            raise self._damage(first_line(error)) from error
+        except KeyError as error:
+            raise self._damage(f"its seal has no {error.args[0].decode()}") from error
+        except UnicodeDecodeError as error:
+            raise self._damage("its seal is no text") from error
         if odd := [name for name, value in values.items() if not re.fullmatch("[0-9a-f]{1,64}", value)]:
             raise self._damage(f"its {odd[0]} is no digest")
         return ShardSeal(**values)
+
+    @cached_property
+    def _about(self) -> pq.FileMetaData:
+        try:
+            return pq.read_metadata(pa.BufferReader(self._data))
+        except (pa.ArrowException, OSError) as error:
+            raise self._damage(first_line(error)) from error
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows, with all columns or with those that are named.
@@ -254,9 +263,8 @@ class IndexFile:
         try:
             # Texts are read as dictionaries: a text that is repeated a million times takes no more than one.
             texts = [name for name in names if pa.types.is_string(INDEX_SCHEMA.field(name).type)]
-            about = pq.read_metadata(pa.BufferReader(self._data))
-            self._check_description(about, names)
-            with pq.ParquetFile(pa.BufferReader(self._data), metadata=about, read_dictionary=texts) as file:
+            self._check_description(self._about, names)
+            with pq.ParquetFile(pa.BufferReader(self._data), metadata=self._about, read_dictionary=texts) as file:
                 # One thread, because callers read many shards in parallel.
                 table = file.read(columns=names, use_threads=False).replace_schema_metadata(None)
             parts = [self._column(name, table[name]) for name in names]

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import get_args
 
 import msgspec
 import numpy as np
@@ -737,7 +736,7 @@ def test_reading_what_is_no_manifest(tmp_path):
         ({"shards": [shard | {"stem": "a/../b"}]}, "no name of a file in this store"),
         ({"shards": [shard | {"stem": "a\x1b[2J"}]}, "no name of a file in this store"),
         ({"shards": [shard | {"index_sha256": "A" * 64}]}, "matching regex"),
-        ({"statuses": {"fine": 3}}, "Invalid enum value 'fine'"),
+        ({"statuses": {"fine": 3}}, "matching regex"),
         ({"statuses": [3]}, "Expected `object`"),
         ({"classes": "ab"}, "Expected `array`"),
         ({"provenance": proof | {"novel": 1}}, "provenance field 'novel' is unknown"),
@@ -796,7 +795,8 @@ def test_a_manifest_names_the_classes_where_they_are_known(tmp_path):
 
 
 def test_the_manifest_knows_the_statuses_of_the_index():
-    assert get_args(manifest.Status) == STATUSES
+    counts = dict.fromkeys(STATUSES, 1)
+    assert msgspec.convert(counts, dict[manifest.Status, int]) == counts
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "extraction.json"])
