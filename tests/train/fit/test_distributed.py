@@ -314,7 +314,7 @@ def test_a_run_that_is_there_may_be_refused(cli, data, tmp_path):
     assert cli("train-vit", data / "shards", *options, "--resume", "never").code == 0
     told = cli("train-vit", data / "shards", *options, "--resume", "never")
     assert told.code == 2
-    assert told.error.endswith("holds a run already; give another --out, or --resume auto to go on with it")
+    assert told.error.endswith("holds a run already; give another --out, or --resume auto to resume it")
     assert cli("train-vit", data / "shards", *options, "--data-workers", 1).code == 0
     assert cli("train-vit", data / "shards", *options, "--resume", "always").code == 2
 
@@ -455,7 +455,7 @@ def test_an_interrupted_command_saves_and_leaves_nobody(data, on_ray, tmp_path):
     running.process.send_signal(signal.SIGTERM)
     assert running.wait() == 1
     said = [line for line in running.said().splitlines() if not line.startswith("{")]
-    assert said[-1] == "error: terminated; run the same command again to go on" and len(said) == 2
+    assert said[-1] == "error: terminated; run the same command again to resume" and len(said) == 2
     assert said[0].startswith("stopping: the training processes save their state")
     state = load_checkpoint(run)
     assert state["step"] == lines(run)[-1]["step"] < 2000 and len(state["position"]["ranks"]) == 2
@@ -471,7 +471,7 @@ def test_an_interrupted_command_says_when_it_could_not_save(on_ray, small_disk):
     said = [line for line in running.said().splitlines() if not line.startswith("{")]
     assert len(said) == 3 and said[1].startswith("warning: their state was not saved (")
     assert "checkpoint.pt: could not be written" in said[1] and said[1].endswith("the last checkpoint stands")
-    assert said[-1] == "error: terminated; run the same command again to go on"
+    assert said[-1] == "error: terminated; run the same command again to resume"
     assert load_checkpoint(run) is None
 
 
