@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import io
 import os
-import tarfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -22,22 +21,26 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 
+from zpipe.pipeline.image_folder import FolderSource
 from zpipe.pipeline.mat_file import read_numbers
 from zpipe.pipeline.sources import (
-    FolderSource,
     Record,
     Rejected,
     SceneSource,
     Source,
     check_seed,
-    inspect_image,
+    read_record,
+    record_of,
     scene_config,
 )
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.sample import KEY_RULES
 from zpipe.schemas.shard_index import digest_keys
-from zpipe.schemas.storage import as_local
+from zpipe.schemas.storage import as_local, open_file, read_file
+from zpipe.schemas.tar_file import read_members
+
+MAX_UNPACKED_BYTES = 1 << 31  # the published archives unpack to 186 and 349 MB
 
 
 class _Numbered(ABC):
@@ -124,7 +127,7 @@ class Cifar10Source(_Numbered):
         folder = next((folder for folder in (path, path / self.FOLDER) if (folder / wanted[0]).is_file()), None)
         if folder is not None:
             where = folder
-            files = {name: (folder / name).read_bytes() for name in wanted if (folder / name).is_file()}
+            files = {name: _read(folder / name, largest) for name in wanted if (folder / name).is_file()}
         else:
             where = path / self.ARCHIVE if path.is_dir() and (path / self.ARCHIVE).is_file() else path
             files = _read_archive(where, self.FOLDER, wanted, largest) if where.is_file() else {}
@@ -229,14 +232,11 @@ class Flowers102Source(_Numbered):
         return digest_keys(f"{file}\t{label}" for file, label in zip(self._files, self._labels, strict=True))
 
     def _record(self, number: int) -> Record | Rejected:
-        file = self._files[number]
-        try:
-            data = self._archived[file] if self._archived else (self._folder / file).read_bytes()
-            suffix, width, height = inspect_image(data)
-        except (OSError, ValueError) as error:
-            return Rejected(file=f"{self.FOLDER}/{file}", reason=str(error).split("\n")[0])
-        meta = {"width": width, "height": height, "source": f"{self.FOLDER}/{file}"}
-        return Record(key=file.removesuffix(".jpg"), suffix=suffix, image=data, label=self._labels[number], meta=meta)
+        name = self._files[number]
+        file, key, label = f"{self.FOLDER}/{name}", name.removesuffix(".jpg"), self._labels[number]
+        if self._archived:
+            return record_of(self._archived[name], file, key=key, label=label)
+        return read_record(self._folder / name, file, key=key, label=label)
 
 
 DATASETS: Mapping[str, type[Cifar10Source] | type[Flowers102Source]] = {
@@ -291,12 +291,18 @@ def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = p
     seed = config.seed if config.shuffle else None
     name, colon, path = text.partition(":")
     if not colon or name not in DATASETS:
-        return FolderSource(as_local(text), shard_size=config.shard_size, shuffle_seed=seed, key_rule=config.keys)
+        if config.split != SourceConfig.split:
+            raise UsageError(f"--split {config.split}: an image folder has no splits; give the folder of that split")
+        folder = FolderSource(as_local(text), shard_size=config.shard_size, shuffle_seed=seed, key_rule=config.keys)
+        for line in folder.warnings:
+            warn(f"warning: {line}")
+        return folder
     if config.keys != "stem":
         raise UsageError(f"--keys belongs to image folders; {name} has keys of its own")
     # Shells do not expand a ~ after a colon.
-    folder = as_local(path).expanduser()
-    source = DATASETS[name](folder, split=config.split, shard_size=config.shard_size, shuffle_seed=seed)
+    source = DATASETS[name](
+        as_local(path).expanduser(), split=config.split, shard_size=config.shard_size, shuffle_seed=seed
+    )
     if source.warning:
         warn(f"warning: {source.warning}")
     return source
@@ -308,6 +314,13 @@ def _choose(name: str, split: str, splits: Mapping[str, tuple[str, ...]]) -> tup
     return splits[split]
 
 
+def _read(path: Path, largest: int) -> bytes:
+    try:
+        return read_file(path, largest)
+    except OSError as error:
+        raise ZpipeError(f"{path}: can't be read ({error.strerror}); fetch it again") from error
+
+
 def _check_there(path: Path, remedy: str) -> None:
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder; {remedy}")
@@ -316,28 +329,46 @@ def _check_there(path: Path, remedy: str) -> None:
 def _read_archive(path: Path, folder: str, wanted: Collection[str], largest: int) -> dict[str, bytes]:
     """The contents of the plain files `folder`/name of a .tar.gz, for each wanted name that it holds, by name."""
     contents: dict[str, bytes] = {}
+
+    def place(member: str) -> str:
+        parent, _, name = member.removeprefix("./").rpartition("/")
+        return name if parent == folder and name in wanted else ""
+
+    def amount(member: str, size: int) -> int:
+        if place(member) and size > largest:  # so that no archive fills the memory
+            raise ZpipeError(f"{path}: its {place(member)} has {size} bytes, more than {largest}; fetch it again")
+        return size if place(member) else 0
+
     try:
-        with gzip.open(path) as file:
-            with tarfile.open(fileobj=file, mode="r|") as tar:
-                for member in tar:
-                    parent, _, name = member.name.removeprefix("./").rpartition("/")
-                    if parent != folder or name not in wanted or not member.isfile():
-                        continue
-                    if name in contents:
-                        raise ZpipeError(f"{path}: holds {name} twice; fetch it again")
-                    if member.size > largest:  # so that no archive fills the memory
-                        raise ZpipeError(
-                            f"{path}: its {name} has {member.size} bytes, more than {largest}; fetch it again"
-                        )
-                    content = tar.extractfile(member)
-                    assert content is not None  # as isfile() is true
-                    contents[name] = content.read()
-            # The checksum comes after all of the data.
-            while file.read(1 << 20):
-                pass
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise ZpipeError(f"{path}: not a whole .tar.gz ({error}); fetch it again") from error
+        packed = open_file(path)
+    except OSError as error:
+        raise ZpipeError(f"{path}: can't be read ({error.strerror}); fetch it again") from error
+    with packed, gzip.open(packed) as unpacked:
+        # The tar is read to its end, and the checksum comes after it.
+        for member in read_members(_Unpacked(unpacked, path), path, amount, remedy="fetch it again"):
+            name = place(member.name)
+            if name and name in contents and member.data is not None:
+                raise ZpipeError(f"{path}: holds {name} twice; fetch it again")
+            if name and member.data is not None:
+                contents[name] = member.data
     return contents
+
+
+class _Unpacked:
+    """What a gzip file holds, up to a bound: a small one may hold any amount of zeros."""
+
+    def __init__(self, file: gzip.GzipFile, path: Path) -> None:
+        self._file, self._path, self._left = file, path, MAX_UNPACKED_BYTES
+
+    def read(self, size: int) -> bytes:
+        try:
+            data = self._file.read(size)
+        except (zlib.error, EOFError, OSError) as error:
+            raise ZpipeError(f"{self._path}: not a whole .tar.gz ({error}); fetch it again") from error
+        self._left -= len(data)
+        if self._left < 0:
+            raise ZpipeError(f"{self._path}: unpacks to more than {MAX_UNPACKED_BYTES} bytes; fetch it again")
+        return data
 
 
 def _read_lists(path: Path, names: tuple[str, ...], top: int) -> dict[str, np.ndarray]:

@@ -5,29 +5,21 @@ Only paths and counts pass through Ray, never pixels or maps: a worker reads its
 
 from __future__ import annotations
 
-import logging
-import os
-import signal
-import socket
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from zpipe.pipeline.worker import ShardReport, ShardTask, ShardWorker, WorkerSpec
-from zpipe.schemas.errors import ZpipeError, first_line, last_line
+from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.ray_session import RaySession, cause_of, ray_session
 
 OnReport = Callable[[ShardReport], None]
 Check = Callable[[], None]
 
-# The smallest object store that Ray accepts has 75 MiB; we put nothing into it.
-OBJECT_STORE_BYTES = 80 * 1024 * 1024
 READY_TIMEOUT_S = 300.0  # without any worker
-CONNECT_TIMEOUT_S = 10.0
-TICK_S = 2.0  # between two calls of `check`
+TICK_S = 1.0  # at most, between two calls of `check`
 GRACE_S = 600.0  # per shard, beside the time for its images: a slow store, a first compilation
 MAX_RETRIES = 2  # of a shard whose worker died
 
@@ -80,47 +72,17 @@ def run_ray(
         check: Called every few seconds; it may raise to end the run.
 
     Raises:
-        ZpipeError: Ray cannot be reached or does not have the resources, or no worker can begin.
+        ZpipeError: Ray cannot be reached, does not have the resources or is lost, or no worker can begin.
     """
-    with _session(resources, spec.threads) as ray:
-        _Fleet(ray, spec, tasks, resources, on_report).run(check)
+    cpus = resources.actors * spec.threads
+    with ray_session(_import_ray, resources.address, cpus, instead="use --executor local") as session:
+        _Fleet(session, spec, tasks, resources, on_report).run(check)
 
 
-@contextmanager
-def _session(resources: Resources, threads: int) -> Iterator[Any]:
-    # Ray reads this at import; without it, Ray announces a change of its GPU defaults on every start.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+def _import_ray() -> Any:
     import ray
-    from ray.exceptions import RayError
 
-    address = resources.address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    on_main = threading.current_thread() is threading.main_thread()
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        if address:
-            _check_reachable(address)
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, resources.actors * threads),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **quiet,
-            )
-    except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
-        where = f"Ray at {address}" if address else "Ray on this machine"
-        token = " (and RAY_AUTH_TOKEN, when it asks for one)" if address else ""
-        raise ZpipeError(
-            f"{where} could not be reached or started ({first_line(error)}); check it{token}, or use --executor local"
-        ) from error
-    try:
-        if on_main:
-            signal.signal(signal.SIGTERM, on_terminate)  # ray.init() has replaced it
-        yield ray
-    finally:
-        ray.shutdown()
+    return ray
 
 
 @dataclass
@@ -140,13 +102,19 @@ class _Fleet:
     """
 
     def __init__(
-        self, ray: Any, spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, on_report: OnReport
+        self,
+        session: RaySession,
+        spec: WorkerSpec,
+        tasks: Sequence[ShardTask],
+        resources: Resources,
+        on_report: OnReport,
     ) -> None:
+        ray = session.ray
         has = ray.cluster_resources()
         device = spec.device if spec.device != "auto" else "cuda" if has.get("GPU", 0) else "cpu"
         gpus = (resources.gpus_per_actor or 1.0) if device.startswith("cuda") else 0.0
         room = has.get("GPU", 0) / gpus if gpus else has.get("CPU", 1) / spec.threads
-        self._ray, self._on_report = ray, on_report
+        self._session, self._ray, self._on_report = session, ray, on_report
         self._wanted = min(resources.actors or max(1, int(room)), len(tasks))
         # Ask Ray for the CPUs of the machines, which this one need not belong to; any worker may be on the largest one.
         most = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
@@ -177,6 +145,7 @@ class _Fleet:
             done, _ = self._ray.wait(waited_for, num_returns=len(waited_for), timeout=0)
             if not done:
                 done, _ = self._ray.wait(waited_for, num_returns=1, timeout=TICK_S)
+            self._session.check()  # first: without Ray, all workers seem to have died
             for reference in done:
                 if reference in self._starting:
                     self._on_started(reference)
@@ -211,9 +180,9 @@ class _Fleet:
             # The constructor raised, or its node was lost. If others may still start, one failure is no reason to end.
             self._failed_starts += 1
             if self._failed_starts > MAX_RETRIES * self._wanted:
-                raise ZpipeError(f"{self._failed_starts} workers could not begin: {last_line(error)}") from error
+                raise ZpipeError(f"{self._failed_starts} workers could not begin: {cause_of(error)}") from error
             if not self._starting and not self._running and not _is_death(error):
-                raise ZpipeError(f"a worker could not begin: {last_line(error)}") from error
+                raise ZpipeError(f"a worker could not begin: {cause_of(error)}") from error
             if _is_death(error):
                 self._replace_actor()
             return
@@ -229,11 +198,11 @@ class _Fleet:
             # The worker died: killed, out of memory, node lost. It gets a new actor, not a restart, because Ray refuses
             # calls to an actor while it restarts, and counts restarts over the whole run, so that one bad shard would
             # use up those of the others.
-            self._retry(job.task, f"worker failed: {last_line(error)}")
+            self._retry(job.task, f"worker failed: {cause_of(error)}")
             self._replace_actor()
         except RayError as error:
             # The worker lives, but raised an exception that none should raise: a bug of ours, the same on every retry.
-            self._on_report(ShardReport(stem=job.task.entry.stem, error=f"{job.task.path}: {last_line(error)}"))
+            self._on_report(ShardReport(stem=job.task.entry.stem, error=f"{job.task.path}: {cause_of(error)}"))
             self._assign(job.actor)
         else:
             self._assign(job.actor)
@@ -270,10 +239,3 @@ def _is_death(error: Exception) -> bool:
 
     raised = isinstance(error, ActorDiedError) and "creation task" in str(error)
     return isinstance(error, RayActorError) and not raised
-
-
-def _check_reachable(address: str) -> None:
-    """Raise OSError if nothing answers at the address, for which Ray itself would wait many minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if port.isdecimal():  # not so for `auto` and `local`, which Ray understands too
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()

@@ -80,7 +80,7 @@ class Explained(NamedTuple):
     """The maps of a batch, with what they explain."""
 
     maps: np.ndarray
-    """float32 [n, gh, gw], raw."""
+    """float32 [n, gh, gw], raw; NaN where the logits are not finite."""
     logits: np.ndarray
     """float32 [n, classes]."""
     targets: np.ndarray
@@ -99,7 +99,7 @@ class Explainer:
         device: Device to compute on.
 
     Raises:
-        UsageError: The teacher does not have the class of the target.
+        UsageError: The teacher does not have the class of the target, or the device not the precision.
         ZpipeError: Not even one image fits the memory; raised by the call.
     """
 
@@ -107,6 +107,10 @@ class Explainer:
         fixed = config.fixed_class
         if fixed is not None and fixed >= teacher.num_classes:
             raise UsageError(f"--target {config.target}: teacher {teacher.name} has {teacher.num_classes} classes")
+        if config.precision.endswith("+tf32") and not device.startswith("cuda"):
+            raise UsageError(
+                f"--precision {config.precision}: only CUDA devices have it, this is {device}; use float32"
+            )
         self.config, self.batch_size, self.device, self.name = config, batch_size, device, teacher.name
         self.notes: list[str] = []
         dtype, self._sweep = PRECISIONS[config.precision]
@@ -159,9 +163,10 @@ class Explainer:
             # Both maps explain the same class, even if the teacher predicts another one for the mirrored image.
             mirrored = self._attribute(images.flip(-1), targets.clamp(min=0)).maps.flip(-1)
             maps = (maps + mirrored) / 2
-        return Explained(
-            maps.float().cpu().numpy(), attribution.logits.float().cpu().numpy(), targets.cpu().numpy().astype(np.int64)
-        )
+        # What leads to no class explains none: for methods that depend on the attention alone, the map may be finite.
+        logits = attribution.logits.float()
+        maps = maps.float().masked_fill(~logits.isfinite().all(dim=1)[:, None, None], torch.nan)
+        return Explained(maps.cpu().numpy(), logits.cpu().numpy(), targets.cpu().numpy().astype(np.int64))
 
     def _attribute(self, images: Tensor, targets: Targets) -> Attribution:
         if self._sweep == "model":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -29,11 +30,12 @@ from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec, frame_of
 from zpipe.schemas.account import Account
 from zpipe.schemas.atomic import clear_temporaries
 from zpipe.schemas.choices import check_choice
+from zpipe.schemas.classes import ClassNames, Matching, match_classes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.lease import Lease, held_lease
 from zpipe.schemas.manifest import Provenance
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.relevance_store import OK
+from zpipe.schemas.relevance_store import BY_NAME, OK
 from zpipe.schemas.storage import as_path, is_remote
 
 Executor = Literal["ray", "local"]
@@ -61,6 +63,17 @@ class ExtractConfig:
     """Further arguments of the teacher's constructor, as JSON values."""
     seed: int = 0
     """Seed of random weights."""
+    mean: tuple[float, float, float] | None = None
+    """Mean of the teacher's images, see `TeacherSpec`, as for the next three."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of the teacher's images."""
+    interpolation: str | None = None
+    """How images are resized."""
+    crop_pct: float | None = None
+    """Fraction of the image that the frame ``center`` shows."""
+    classes: Matching = "same"
+    """How the target ``ground-truth`` finds the teacher's class for a label: ``same``, the two number the same names;
+    ``by-name``, the class of the same name; ``by-index``, the number, whatever the names."""
     explain: ExplainConfig = field(default_factory=ExplainConfig)
     """Method, target class, symmetrisation and precision of the maps."""
     frame: str = "full"
@@ -89,6 +102,9 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         check_choice("--executor", self.executor, get_args(Executor))
         check_choice("--frame", self.frame, FRAMES)
+        check_choice("--classes", self.classes, get_args(Matching))
+        if self.crop_pct is not None and self.frame != "center":
+            raise UsageError(f"--crop-pct {self.crop_pct}: --frame {self.frame} shows the whole image; leave it out")
         for name in ("batch_size", "actors", "threads", "gpus_per_actor"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number >= 0")
@@ -104,6 +120,10 @@ class ExtractConfig:
             num_classes=self.num_classes,
             model_args=self.teacher_args,
             seed=self.seed,
+            mean=self.mean,
+            std=self.std,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
         )
 
 
@@ -127,6 +147,8 @@ class ExtractReport:
     """Fraction of the usable, labelled images whose label is the teacher's best class; None where there are none."""
     notes: tuple[str, ...] = ()
     """What the user should know: a batch size that was lowered, labels that are not the teacher's, damaged shards."""
+    left_out: str = ""
+    """A line about images of tars that belong to no sample; empty if there are none."""
 
     @property
     def account(self) -> Account:
@@ -136,7 +158,12 @@ class ExtractReport:
 
 
 def extract_teacher_maps(
-    shards: str | Path, out: str | Path, config: ExtractConfig, *, progress: Progress = silent
+    shards: str | Path,
+    out: str | Path,
+    config: ExtractConfig,
+    *,
+    progress: Progress = silent,
+    say: Callable[[str], None] | None = None,
 ) -> ExtractReport:
     """Run the frozen teacher over every shard and write its relevance maps to a store.
 
@@ -148,24 +175,34 @@ def extract_teacher_maps(
         out: Folder or fsspec URL of the store: new, empty, or that of an extraction to resume.
         config: Settings of the extraction.
         progress: Reports finished samples.
+        say: Called before the work begins with the notes that are known by then; the report has them, too.
 
     Raises:
         UsageError: A folder or an option makes no sense.
-        ZpipeError: The store was made by another teacher or from other shards, another run is writing to it, or shards
-            failed. These are listed in `details`; the others are committed, and no manifest is written until all are.
+        ZpipeError: The classes of the shards are not the teacher's, the store was made by another teacher or from other
+            shards, another run is writing to it, or shards failed. These are listed in `details`; the others are
+            committed, and no manifest is written until all are.
     """
     shards, out = as_path(shards), as_path(out)
-    tars, _ = open_shards(shards, progress=progress)
+    tars, index = open_shards(shards, progress=progress)
     device = _device(config)
     teacher = load_teacher(config.teacher_spec())
-    store = WantedStore(root=out, source=shards, tars=tars, provenance=provenance_of(teacher, config))
+    classes = ClassNames(names=index.classes, where=str(shards))
+    matched = match_labels(teacher, classes, config)
+    store = WantedStore(root=out, source=shards, tars=tars, provenance=provenance_of(teacher, config, matched.numbers))
     store.check_sizes()
-    spec = _worker_spec(store, teacher, config, device)
+    spec = _worker_spec(store, teacher, config, device, matched.numbers)
+    notes = tuple(note for note in (teacher.note, matched.note) if note)
+    if say is not None:
+        for note in notes:
+            say(note)
     del teacher  # each worker loads its own
     claim_store(out)
     with held_lease(out) as lease:
         clear_temporaries(out)
-        return _extract(store, spec, config, lease, progress)
+        report = _extract(store, spec, config, lease, progress)
+    top1 = None if matched.note else report.top1
+    return replace(report, notes=notes + report.notes, top1=top1, left_out=index.left_out)
 
 
 def _extract(
@@ -199,8 +236,51 @@ def _extract(
     )
 
 
-def provenance_of(teacher: Teacher, config: ExtractConfig) -> Provenance:
-    """The provenance of maps that `teacher` makes under `config`."""
+class MatchedLabels(NamedTuple):
+    """How the labels of shards number the classes of a teacher."""
+
+    numbers: tuple[int, ...] | None
+    """The teacher's class for each label, -1 for none; None if labels are its numbers."""
+    note: str = ""
+    """Why labels cannot be compared with what the teacher predicts; empty if they can."""
+
+
+def match_labels(teacher: Teacher, data: ClassNames, config: ExtractConfig) -> MatchedLabels:
+    """Find the teacher's class for each label.
+
+    Args:
+        teacher: The teacher.
+        data: The classes that the shards name.
+        config: Its `explain` says whether labels are needed, its `classes` how they are matched.
+
+    Raises:
+        ZpipeError: Maps shall explain the labels, and the classes of the shards are not the teacher's.
+    """
+    model = ClassNames(names=teacher.classes, where=f"teacher {teacher.weights}")
+    if config.explain.needs_label:
+        return MatchedLabels(match_classes(data, model, config.classes))
+    if config.classes == "by-index":
+        return MatchedLabels(None)
+    try:
+        match_classes(data, model, "same")
+    except ZpipeError as error:
+        reason = str(error).partition(";")[0]
+        return MatchedLabels(None, f"{reason}: the maps do not need labels, and no top-1 is told")
+    return MatchedLabels(None)
+
+
+def provenance_of(teacher: Teacher, config: ExtractConfig, numbers: tuple[int, ...] | None = None) -> Provenance:
+    """The provenance of maps that `teacher` makes under `config`.
+
+    Args:
+        teacher: The teacher.
+        config: Settings of the extraction.
+        numbers: Its class for each label, where labels were matched by name.
+    """
+    target = config.explain.recorded_target
+    if numbers is not None:
+        # Another matching gives other maps.
+        target = f"{BY_NAME} ({hashlib.sha256(str(numbers).encode()).hexdigest()[:12]})"
     return Provenance(
         teacher=teacher.name,
         teacher_args=teacher.model_args,
@@ -210,7 +290,7 @@ def provenance_of(teacher: Teacher, config: ExtractConfig) -> Provenance:
         num_classes=teacher.num_classes,
         method=config.explain.method,
         start_layer=0,
-        target=config.explain.recorded_target,
+        target=target,
         frame=config.frame,
         grid=teacher.grid,
         image_size=teacher.image_size,
@@ -223,9 +303,14 @@ def provenance_of(teacher: Teacher, config: ExtractConfig) -> Provenance:
     )
 
 
-def _worker_spec(store: WantedStore, teacher: Teacher, config: ExtractConfig, device: str) -> WorkerSpec:
+def _worker_spec(
+    store: WantedStore, teacher: Teacher, config: ExtractConfig, device: str, numbers: tuple[int, ...] | None
+) -> WorkerSpec:
+    # Prepared alike on every machine, whatever the description beside its copy of the weights says.
+    alike = {name: getattr(teacher, name) for name in ("mean", "std", "interpolation", "crop_pct")}
     return WorkerSpec(
-        teacher=config.teacher_spec().resolved(),
+        teacher=replace(config.teacher_spec().resolved(), **alike),
+        classes=numbers,
         teacher_digest=teacher.digest,
         fingerprint=store.provenance.fingerprint(),
         out=str(store.root if is_remote(store.root) else store.root.resolve()),

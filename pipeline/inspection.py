@@ -74,11 +74,11 @@ def _histogram(values: np.ndarray, steps: int = 32) -> Histogram:
 def store_statistics(root: Path) -> StoreStatistics:
     """Compute the statistics of a store from its index, about 40 bytes per sample; the maps are not read."""
     maps = RelevanceMaps(root)
-    table = maps.table(["label", "predicted", "entropy", "scale", "top10_mass", "status"])
+    table = maps.table(["label", "target", "predicted", "entropy", "scale", "top10_mass", "status"])
     usable = table["status"].to_numpy(zero_copy_only=False) == OK
     usable &= table["scale"].to_numpy() > 0  # an index may lie
     columns = {name: table[name].to_numpy() for name in ("entropy", "scale", "top10_mass")}
-    correct, labelled = count_correct_labels(table)
+    correct, labelled = count_correct_labels(table, maps.manifest.provenance.target)
     measures = {
         "entropy": columns["entropy"][usable],
         "log10_scale": np.log10(columns["scale"][usable]),

@@ -7,20 +7,26 @@ images of one shard, where reading them is faster than writing the tar.
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import webdataset as wds
 
-from zpipe.pipeline.shard_reader import scan_shards
-from zpipe.pipeline.sources import FolderSource, Record, Rejected, SceneSource, Source
+from zpipe.pipeline.image_folder import FolderSource
+from zpipe.pipeline.shard_reader import read_samples, scan_shards
+from zpipe.pipeline.sources import Record, Rejected, SceneSource, Source
+from zpipe.schemas.account import Account
 from zpipe.schemas.atomic import claim_folder, commit, write_bytes
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.formats import check_format, header
+from zpipe.schemas.formats import Count, Text, check_format, decode_json, header
+from zpipe.schemas.names import printable
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
@@ -32,7 +38,7 @@ from zpipe.schemas.shard_index import (
     read_index,
     write_index,
 )
-from zpipe.schemas.storage import as_local
+from zpipe.schemas.storage import as_local, read_file
 
 __all__ = ["FolderSource", "MakeShardsReport", "Record", "Rejected", "SceneSource", "index_shards", "make_shards"]
 
@@ -40,6 +46,7 @@ PROGRESS_NAME = "make-shards.jsonl"
 FORMAT = "zpipe-make-shards"
 VERSION = 1
 QUARANTINE_NAME = "quarantine.csv"
+MAX_PROGRESS_BYTES = 1 << 30  # a line has 300 bytes, and 100 for each image that was put aside
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +62,28 @@ class MakeShardsReport:
     classes: int
     """Number of class names."""
     quarantined: tuple[Rejected, ...]
-    """Files that cannot be read as images."""
+    """Files that look like images and cannot be used."""
+    account: Account
+    """What the source held, and what became of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A line of the progress file: what became of one part."""
+
+    part: Count
+    entry: ShardEntry | None
+    """The tar; None if the part has not one usable image."""
+    rejected: tuple[Rejected, ...]
+    noted: dict[Text, Annotated[int, msgspec.Meta(ge=0, le=2**53)]] = field(default_factory=dict)
+
+    @property
+    def account(self) -> Account:
+        """What the part held."""
+        taken = self.entry.count if self.entry else 0
+        return Account(
+            seen=taken + len(self.rejected), taken=taken, quarantined=len(self.rejected), noted=Counter(self.noted)
+        )
 
 
 def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> MakeShardsReport:
@@ -77,34 +105,32 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
     out = as_local(out)
     claim_folder(out, PROGRESS_NAME, "shards")
     first = header(FORMAT, VERSION) | source.describe()
-    done = _read_progress(out, first)
-    parts = source.parts()
-    entries: list[ShardEntry] = []
-    rejected: list[Rejected] = []
-    log = [first, *done.values()]
-    _write_progress(out, log)
-    written = images = 0
-    for part in range(parts):
-        line = done.get(part)
-        if line is not None and _is_whole(out, line):
-            entry = ShardEntry(**line["entry"]) if line["entry"] else None
-            bad = [Rejected(**item) for item in line["rejected"]]
-        else:
-            entry, bad = _write_shard(source, part, parts, out)
+    done = _read_progress(out, first, source)
+    _write_progress(out, [first, *(asdict(part) for part in done.values())])
+    number = source.parts()
+    parts: list[_Part] = []
+    images = written = 0
+    outside: tuple[Rejected, ...] = getattr(source, "rejected", ())
+    account = getattr(source, "account", Account()) + Account(seen=len(outside), quarantined=len(outside))
+    for place in range(number):
+        part = done.get(place)
+        named = part is not None and (part.entry is None or part.entry.name == _tar_name(place, number))
+        if part is None or not named or not _is_whole(out, part):
+            part = _write_shard(source, place, number, out)
             written += 1
-            _append_progress(
-                out, {"part": part, "entry": asdict(entry) if entry else None, "rejected": [asdict(r) for r in bad]}
-            )
-        if entry:
-            entries.append(entry)
-            images += entry.count
-        rejected += bad
-        progress("make-shards", part + 1, parts, images=images, quarantined=len(rejected))
+            _append_progress(out, asdict(part))
+        parts.append(part)
+        images += part.account.taken
+        account += part.account
+        progress("make-shards", place + 1, number, images=images, quarantined=account.quarantined)
+    rejected = [*outside, *(item for part in parts for item in part.rejected)]
+    entries = tuple(part.entry for part in parts if part.entry)
     if not entries:
         raise ZpipeError(
-            f"{out}: not one readable image, {rejected[0].file}: {rejected[0].reason}; check the source folder"
+            f"{out}: not one readable image, {printable(rejected[0].file)}: {rejected[0].reason}; "
+            "check the source folder"
         )
-    index = ShardIndex(shards=tuple(entries), classes=source.classes, source=str(first["source"]))
+    index = ShardIndex(shards=entries, classes=source.classes, source=str(first["source"]), account=account)
     if not (out / INDEX_NAME).is_file() or read_index(out) != index:
         _write_quarantine(out, rejected)
         write_index(out, index)
@@ -114,6 +140,7 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
         written=written,
         classes=len(source.classes),
         quarantined=tuple(rejected),
+        account=account,
     )
 
 
@@ -131,16 +158,16 @@ def index_shards(folder: Path, *, progress: Progress = silent) -> ShardIndex:
     folder, tars = find_shards(folder)
     if (folder / INDEX_NAME).is_file():
         raise UsageError(f"{folder / INDEX_NAME}: is there already; delete it to index the folder again")
-    index = ShardIndex(shards=tuple(scan_shards(tars, progress=progress)), source=str(folder))
+    index = scan_shards(tars, progress=progress)
     write_index(folder, index)
     return index
 
 
-def _write_shard(source: Source, part: int, parts: int, out: Path) -> tuple[ShardEntry | None, list[Rejected]]:
-    path = out / f"shard-{part:0{max(5, len(str(parts - 1)))}d}.tar"
+def _write_shard(source: Source, part: int, parts: int, out: Path) -> _Part:
+    path = out / _tar_name(part, parts)
     keys: list[str] = []
     rejected: list[Rejected] = []
-    entry = None
+    noted: Counter[str] = Counter()
     with commit(path) as tmp, open(tmp, "wb") as file:
         # With a fixed time and owner, the same source gives the same bytes.
         with wds.TarWriter(file, user="zpipe", group="zpipe", mtime=0, format="PAX_FORMAT") as tar:
@@ -149,6 +176,7 @@ def _write_shard(source: Source, part: int, parts: int, out: Path) -> tuple[Shar
                     rejected.append(record)
                     continue
                 keys.append(record.key)
+                noted.update(record.notes)
                 tar.write(
                     {
                         "__key__": record.key,
@@ -159,40 +187,73 @@ def _write_shard(source: Source, part: int, parts: int, out: Path) -> tuple[Shar
                 )
         file.flush()
         size, digest = os.path.getsize(tmp), digest_file(tmp)
-        entry = ShardEntry(name=path.name, count=len(keys), bytes=size, sha256=digest, keys_sha256=digest_keys(keys))
+    entry = ShardEntry(name=path.name, count=len(keys), bytes=size, sha256=digest, keys_sha256=digest_keys(keys))
     if not keys:
         path.unlink()
-        return None, rejected
-    return entry, rejected
+    return _Part(part=part, entry=entry if keys else None, rejected=tuple(rejected), noted=dict(noted))
 
 
-def _is_whole(out: Path, line: dict[str, Any]) -> bool:
-    if line["entry"] is None:
+def _tar_name(part: int, parts: int) -> str:
+    return f"shard-{part:0{max(5, len(str(parts - 1)))}d}.tar"
+
+
+def _is_whole(out: Path, part: _Part) -> bool:
+    if part.entry is None:
         return True
-    path = out / line["entry"]["name"]
-    return path.is_file() and path.stat().st_size == line["entry"]["bytes"]
+    path = out / part.entry.name
+    return path.is_file() and path.stat().st_size == part.entry.bytes
 
 
-def _read_progress(out: Path, first: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def _read_progress(out: Path, first: dict[str, Any], source: Source) -> dict[int, _Part]:
     path = out / PROGRESS_NAME
-    if not path.is_file():
-        return {}
-    lines = path.read_bytes().split(b"\n")
-    # A kill or a full disk may truncate the last line; every line that ends in a newline is whole.
+    remedy = "give another output folder"
     try:
-        values = [json.loads(line) for line in lines[:-1]]
-    except ValueError as error:
-        raise ZpipeError(f"{path}: not readable ({error}); give another output folder") from error
-    if not values:
+        lines = read_file(path, MAX_PROGRESS_BYTES).split(b"\n")
+    except FileNotFoundError:
         return {}
-    check_format(path, values[0], FORMAT, VERSION, remedy="give another output folder")
-    for name in first | values[0]:  # settings come before digests
-        if first.get(name) != values[0].get(name):
+    except OSError as error:
+        raise ZpipeError(f"{path}: can't be read ({error.strerror}); {remedy}") from error
+    # A kill or a full disk may truncate the last line; every line that ends in a newline is whole.
+    if len(lines) < 2:
+        return {}
+    what = "a record of make-shards"
+    begun = decode_json(lines[0], f"{path}: line 1", type=dict[str, Any], what=what, remedy=remedy)
+    check_format(path, begun, FORMAT, VERSION, remedy=remedy)
+    parts = [
+        decode_json(line, f"{path}: line {number}", type=_Part, what=what, remedy=remedy)
+        for number, line in enumerate(lines[1:-1], 2)
+    ]
+    for name in first | begun:  # settings come before digests
+        if first.get(name) != begun.get(name) and (name != "files" or name in begun):
             raise ZpipeError(
-                f"{out}: was made with {name} = {values[0].get(name)!r}, now it is {first.get(name)!r}; "
-                "give another output folder"
+                f"{out}: was made with {name} = {_short(begun.get(name))}, now it is {_short(first.get(name))}"
+                f"{_changed_files(out, name, parts, source)}; {remedy}"
             )
-    return {value["part"]: value for value in values[1:]}
+    return {part.part: part for part in parts}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _changed_files(out: Path, name: str, parts: list[_Part], source: Source) -> str:
+    """Which files came or went since `out` was begun, as far as its tars tell; empty if another setting changed."""
+    if name not in ("files", "listing_sha256") or not hasattr(source, "files"):
+        return ""
+    packed = {item.file for part in parts for item in part.rejected}
+    for part in parts:
+        if part.entry is not None and _is_whole(out, part):
+            packed |= {str(sample.meta.get("source")) for sample in read_samples(out / part.entry.name)}
+    now = set(source.files())
+    gone = sorted(packed - now)
+    came = sorted(now - packed) if (out / INDEX_NAME).is_file() else []  # else they may be in parts that are not made
+    found = [
+        f"{len(files)} {verb}, {printable(files[0])} the first"
+        for files, verb in ((gone, "are gone"), (came, "are new"))
+        if files
+    ]
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def _write_progress(out: Path, lines: list[dict[str, Any]]) -> None:
@@ -209,7 +270,11 @@ def _append_progress(out: Path, line: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise ZpipeError(f"{path}: could not be written ({error.strerror}); free space, then run again") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free space" if full else "fix what the reason names"
+        raise ZpipeError(
+            f"{path}: could not be written ({error.strerror}); {remedy}, then run the same command again to resume"
+        ) from error
 
 
 def _write_quarantine(out: Path, rejected: list[Rejected]) -> None:

@@ -14,13 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.storage import read_file
 
 _HEADER = 128  # bytes: text, then version and byte order
 _MATRIX, _COMPRESSED = 14, 15
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _NUMERIC_CLASSES = range(6, 16)  # double, single, and integers; below are cells, structs, text, sparse arrays
 _COMPLEX = 0x800
-_MAX_BYTES = 1 << 24  # of a variable, so that none can fill the memory
+_MAX_BYTES = 1 << 24  # of the file, and of what its variables unpack to, so that none can fill the memory
+_MAX_DIMENSIONS = 32
 
 
 def read_numbers(path: Path) -> dict[str, np.ndarray]:
@@ -36,17 +38,21 @@ def read_numbers(path: Path) -> dict[str, np.ndarray]:
         ZpipeError: The file is not whole or has another format.
     """
     try:
-        data = path.read_bytes()
+        data = read_file(path, _MAX_BYTES)
     except OSError as error:
-        raise ZpipeError(f"{path}: can't be read ({error.strerror}); put it there") from error
+        remedy = "put it there" if isinstance(error, FileNotFoundError) else "fetch it again"
+        raise ZpipeError(f"{path}: can't be read ({error.strerror}); {remedy}") from error
     order = {b"IM": "<", b"MI": ">"}.get(data[126:_HEADER])
     if order is None:
         raise ZpipeError(f"{path}: not a MATLAB 5 file; fetch it again")
     variables: dict[str, np.ndarray] = {}
+    room = _MAX_BYTES
     try:
         for kind, content in _elements(data[_HEADER:], order):
             if kind == _COMPRESSED:
-                kind, content = next(_elements(_unpacked(content), order), (0, b""))
+                unpacked = _unpacked(content, room)
+                room -= len(unpacked)
+                kind, content = next(_elements(unpacked, order), (0, b""))
             name, values = _variable(content, order) if kind == _MATRIX else ("", None)
             if values is not None:
                 variables[name] = values
@@ -74,11 +80,11 @@ def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
         yield kind, content
 
 
-def _unpacked(content: bytes) -> bytes:
+def _unpacked(content: bytes, room: int) -> bytes:
     unpacker = zlib.decompressobj()
-    data = unpacker.decompress(content, _MAX_BYTES)
+    data = unpacker.decompress(content, max(room, 1))
     if not unpacker.eof:
-        raise ValueError(f"a variable is cut, or larger than {_MAX_BYTES} bytes")
+        raise ValueError(f"a variable is cut, or all together are larger than {_MAX_BYTES} bytes")
     return data
 
 
@@ -92,6 +98,8 @@ def _variable(content: bytes, order: str) -> tuple[str, np.ndarray | None]:
         return "", None
     if len(parts) != 4 or len(parts[1][1]) % 4 or parts[3][0] not in _NUMBERS:
         raise ValueError("a variable lacks a part")
+    if len(parts[1][1]) > 4 * _MAX_DIMENSIONS:
+        raise ValueError(f"a variable has more than {_MAX_DIMENSIONS} dimensions")
     (_, sizes), (_, name), (kind, numbers) = parts[1:]
     values = np.frombuffer(numbers, np.dtype(f"{order}{_NUMBERS[kind]}"))
     count = 1

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import tarfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import numpy as np
 from PIL import Image
 
+from zpipe.schemas.account import Account
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.geometry import Box
 from zpipe.schemas.images import DECODE_ERRORS, open_image, to_rgb
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.sample import Sample, check_tar_end, group_samples
+from zpipe.schemas.sample import Sample, group_samples, member_bytes, no_samples
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -30,7 +29,8 @@ from zpipe.schemas.shard_index import (
     read_index,
     rows_with_repeated_hashes,
 )
-from zpipe.schemas.storage import as_path, storage_errors
+from zpipe.schemas.storage import as_path, open_file, storage_errors
+from zpipe.schemas.tar_file import HashingFile, read_members
 
 SCAN_THREADS = 8
 PIL_FILTERS = {
@@ -60,27 +60,6 @@ class FramedImage:
     """Why the image could not be decoded."""
 
 
-class _HashingFile:
-    """Hashes what a streaming tar reader reads from a file, so that checking the digest takes no second read."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = hashlib.sha256()
-        self.count = 0
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        self._hash.update(data)
-        self.count += len(data)
-        return data
-
-    def hexdigest(self) -> str:
-        """SHA-256 (hex) of the whole file; what the reader left, the padding after the last member, is read here."""
-        while self.read(1 << 20):
-            pass
-        return self._hash.hexdigest()
-
-
 def read_samples(path: Path, entry: ShardEntry | None = None) -> Iterator[Sample]:
     """Yield the samples of a tar, in order.
 
@@ -94,9 +73,8 @@ def read_samples(path: Path, entry: ShardEntry | None = None) -> Iterator[Sample
         ZpipeError: The tar is truncated or altered, or a sample breaks the rules of `zpipe.schemas.sample`.
     """
     keys: list[str] = []
-    with _open_tar(path) as raw:
-        file = _HashingFile(raw)
-        for sample in group_samples(_members(path, file), str(path)):
+    with _open_tar(path) as file:
+        for sample in group_samples(read_members(file, path, member_bytes), str(path)):
             keys.append(sample.key)
             yield sample
         digest = file.hexdigest()
@@ -109,36 +87,18 @@ def read_samples(path: Path, entry: ShardEntry | None = None) -> Iterator[Sample
         )
 
 
-def _open_tar(path: Path) -> BinaryIO:
+@contextmanager
+def _open_tar(path: Path) -> Iterator[HashingFile]:
     try:
-        return as_path(path).open("rb")
+        file = open_file(as_path(path))
     except storage_errors() as error:
         reason = getattr(error, "strerror", None) or error
         raise ZpipeError(f"{path}: can't be read ({reason}); restore it or make the shards again") from error
+    with file:
+        yield HashingFile(file)
 
 
-def _members(path: Path, file: _HashingFile) -> Iterator[tuple[str, bytes]]:
-    try:
-        with tarfile.open(fileobj=cast(BinaryIO, file), mode="r|") as tar:
-            for member in tar:
-                if member.issparse():
-                    raise ZpipeError(f"{path}: {member.name} is a sparse member; make the shards again")
-                if member.isfile():
-                    content = tar.extractfile(member)
-                    assert content is not None  # as isfile() is true
-                    data = content.read()
-                    if len(data) != member.size:
-                        raise ZpipeError(
-                            f"{path}: ends inside {member.name}: truncated; restore it or make the shards again"
-                        )
-                    yield member.name, data
-            assert tar.fileobj is not None
-            check_tar_end(tar.fileobj.read, path, blocks=1)  # tarfile has read the first one
-    except storage_errors(tarfile.TarError, EOFError) as error:
-        raise ZpipeError(f"{path}: not a whole tar ({error}); restore it or make the shards again") from error
-
-
-def open_shards(path: Path, *, progress: Progress = silent) -> tuple[list[tuple[Path, ShardEntry]], ShardIndex | None]:
+def open_shards(path: Path, *, progress: Progress = silent) -> tuple[list[tuple[Path, ShardEntry]], ShardIndex]:
     """Find tar shards and their index entries.
 
     Folders that `make-shards` made contain `shards.json`. In others (public shards), every tar is read once for its
@@ -149,7 +109,7 @@ def open_shards(path: Path, *, progress: Progress = silent) -> tuple[list[tuple[
         progress: Reports the tars that are read for want of an index.
 
     Returns:
-        The tars with their entries, and the index of the folder; None if it has none.
+        The tars with their entries, and the index of the folder, or what its index would be.
 
     Raises:
         UsageError: There are no tars.
@@ -161,12 +121,12 @@ def open_shards(path: Path, *, progress: Progress = silent) -> tuple[list[tuple[
         index = read_index(folder)
         entries = check_listed(folder, tars, index, whole_folder=path.is_dir())
         return list(zip(tars, entries, strict=True)), index
-    entries = scan_shards(tars, progress=progress, remedy=f"zpipe make-shards --index-only {folder} spares this")
-    return list(zip(tars, entries, strict=True)), None
+    index = scan_shards(tars, progress=progress, remedy=f"zpipe make-shards --index-only {folder} spares this")
+    return list(zip(tars, index.shards, strict=True)), index
 
 
-def scan_shards(tars: Sequence[Path], *, progress: Progress = silent, remedy: str = "") -> list[ShardEntry]:
-    """Make the index entries of tars by reading them, several at a time. Memory grows by 8 bytes per sample.
+def scan_shards(tars: Sequence[Path], *, progress: Progress = silent, remedy: str = "") -> ShardIndex:
+    """Make the index of tars by reading them, several at a time. Memory grows by 8 bytes per sample.
 
     Args:
         tars: The tars.
@@ -178,26 +138,26 @@ def scan_shards(tars: Sequence[Path], *, progress: Progress = silent, remedy: st
     """
     entries: list[ShardEntry] = []
     hashes: list[np.ndarray] = []  # of the keys of each tar
+    account = Account()
     facts = {"hint": remedy} if remedy else {}
 
-    def scan(tar: Path) -> tuple[ShardEntry, np.ndarray]:
-        keys, size, digest = _read_keys(tar)
+    def scan(tar: Path) -> tuple[ShardEntry, np.ndarray, Account]:
+        keys, size, digest, read = _read_keys(tar)
         entry = ShardEntry(name=tar.name, count=len(keys), bytes=size, sha256=digest, keys_sha256=digest_keys(keys))
-        return entry, np.fromiter(map(hash, keys), np.int64, len(keys))
+        return entry, np.fromiter(map(hash, keys), np.int64, len(keys)), read
 
-    images = 0
     # Reading and hashing release the interpreter lock, and a remote store answers several requests at once.
     with ThreadPoolExecutor(max_workers=SCAN_THREADS) as pool:
         try:
-            for entry, key_hashes in pool.map(scan, tars):
+            for entry, key_hashes, read in pool.map(scan, tars):
                 entries.append(entry)
                 hashes.append(key_hashes)
-                images += entry.count
-                progress("index-shards", len(entries), len(tars), images=images, **facts)
+                account += read
+                progress("index-shards", len(entries), len(tars), images=account.taken, **facts)
         finally:
             pool.shutdown(cancel_futures=True)  # after an error, the other tars need not be read
     _check_unique(tars, hashes)
-    return entries
+    return ShardIndex(shards=tuple(entries), source=str(tars[0].parent), account=account, is_file=False)
 
 
 def _check_unique(tars: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:
@@ -215,15 +175,16 @@ def _check_unique(tars: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:
             owner[key] = tar
 
 
-def _read_keys(path: Path) -> tuple[list[str], int, str]:
-    """The keys of a tar, its size in bytes, and its SHA-256 (hex)."""
-    with _open_tar(path) as raw:
-        file = _HashingFile(raw)
-        keys = [sample.key for sample in group_samples(_members(path, file), str(path))]
+def _read_keys(path: Path) -> tuple[list[str], int, str, Account]:
+    """The keys of a tar, its size in bytes, its SHA-256 (hex), and the account of its members."""
+    account = Account()
+    with _open_tar(path) as file:
+        members = read_members(file, path, member_bytes)
+        keys = [sample.key for sample in group_samples(members, str(path), account)]
         digest = file.hexdigest()
     if not keys:
-        raise ZpipeError(f"{path}: holds no samples; remove it")
-    return keys, file.count, digest
+        raise no_samples(path, account)
+    return keys, file.count, digest, account
 
 
 FRAMES = ("full", "center")

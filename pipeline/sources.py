@@ -1,20 +1,17 @@
-"""Sources of images for `zpipe.pipeline.make_shards`: image folders and the embedded scenes.
+"""What a source of images is to `zpipe.pipeline.make_shards`, and the embedded scenes.
 
-Published data sets are in `zpipe.pipeline.datasets`. A source holds the list of its files in memory, some 170 bytes
-each.
+Image folders are in `zpipe.pipeline.image_folder`, published data sets in `zpipe.pipeline.datasets`.
 """
 
 from __future__ import annotations
 
-import csv
+import errno
 import io
 import json
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -22,14 +19,11 @@ from PIL import Image
 from zpipe.pipeline.scenes import SPLITS, SceneConfig, make_scenes
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.image_formats import IMAGE_SUFFIXES, SUFFIX_OF_FORMAT
-from zpipe.schemas.images import DECODE_ERRORS, open_image
-from zpipe.schemas.sample import KEY_RULES, key_for_file
-from zpipe.schemas.shard_index import digest_keys
-from zpipe.schemas.storage import as_local
+from zpipe.schemas.image_formats import SUFFIX_OF_FORMAT
+from zpipe.schemas.images import DECODE_ERRORS, open_image, pixel_notes, to_rgb
+from zpipe.schemas.storage import read_file
 
-LABELS_NAME = "labels.csv"
-MAX_NAMED_CLASSES = 1_000_000  # each index up to the highest takes a place in the list of names
+MAX_IMAGE_BYTES = 1 << 29  # of a file: 8,192 x 8,192 pixels of 8 bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +40,26 @@ class Record:
     """Class index."""
     meta: dict[str, Any]
     """Content of `key.json`: width, height, source, ..."""
+    notes: tuple[str, ...] = ()
+    """What is worth telling of the image, for the account."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
-    """A source file that cannot be read as an image."""
+    """A source file that looks like an image and cannot be used."""
 
     file: str
     """The file."""
     reason: str
-    """Why it cannot be read."""
+    """Why it cannot be used."""
 
 
 class Source(Protocol):
-    """Where images come from. Part i is what shard i will hold; parts do not depend on each other."""
+    """Where images come from. Part i is what shard i will hold; parts do not depend on each other.
+
+    A source that leaves files out has an `account` of them (:class:`~zpipe.schemas.account.Account`), and `rejected`,
+    those that look like images and belong to no part.
+    """
 
     classes: tuple[str, ...]
     """Class names; empty if only indices are known."""
@@ -72,150 +72,6 @@ class Source(Protocol):
 
     def records(self, part: int) -> Iterator[Record | Rejected]:
         """The samples of one part, in order, and the files that cannot be read."""
-
-
-@dataclass(frozen=True)
-class _SourceFile:
-    path: str
-    key: str
-    label: int
-
-
-class FolderSource:
-    """Image files of an ImageFolder tree (one sub-folder per class, sorted) or of a folder with `labels.csv`.
-
-    `labels.csv` has columns `file` and `class_index`, and may have `class_name`.
-
-    Args:
-        root: The folder.
-        shard_size: Images per part.
-        shuffle_seed: Seed of the order of images; None keeps the order of the source.
-        key_rule: How a key is made of a file name: a name of `zpipe.schemas.sample.KEY_RULES`.
-
-    Raises:
-        UsageError: The folder is absent or holds no images, or an argument makes no sense.
-        ZpipeError: A line of `labels.csv` or the name of a file is wrong; the message names it.
-    """
-
-    def __init__(self, root: Path, *, shard_size: int, shuffle_seed: int | None, key_rule: str) -> None:
-        check_choice("--keys", key_rule, KEY_RULES)
-        self.root = as_local(root)
-        if not self.root.is_dir():
-            raise UsageError(
-                f"{root}: no such folder; give a folder of images, cifar10:PATH, flowers102:PATH, "
-                "or 'scenes' for the embedded data"
-            )
-        if shuffle_seed is not None:
-            check_seed(shuffle_seed)
-        self.shard_size = shard_size
-        self._settings = {"shard_size": shard_size, "shuffle_seed": shuffle_seed, "key_rule": key_rule}
-        labelled = self._from_csv() if (self.root / LABELS_NAME).is_file() else self._from_tree()
-        self._files = self._with_keys(labelled, key_rule)
-        if shuffle_seed is not None:
-            order = np.random.default_rng(shuffle_seed).permutation(len(self._files))
-            self._files = [self._files[i] for i in order]
-
-    def _from_csv(self) -> list[tuple[str, int]]:
-        path = self.root / LABELS_NAME
-        rows: list[tuple[str, int]] = []
-        names: dict[int, str] = {}
-        try:
-            # utf-8-sig, because spreadsheets begin the file with a byte order mark.
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
-                missing = {"file", "class_index"} - set(reader.fieldnames or ())
-                if missing:
-                    raise ZpipeError(
-                        f"{path}: no column {sorted(missing)[0]!r}; the header must name file and class_index"
-                    )
-                for row in reader:
-                    name, label = self._checked(row, f"{path}: line {reader.line_num}")
-                    rows.append((name, label))
-                    if row.get("class_name"):
-                        names[label] = row["class_name"]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ZpipeError(f"{path}: not readable as a UTF-8 CSV file ({error}); save it as one") from error
-        if not rows:
-            raise UsageError(f"{path}: lists no images; add a line per image")
-        highest = max(label for _, label in rows)
-        if names and highest >= MAX_NAMED_CLASSES:
-            raise ZpipeError(
-                f"{path}: class_index {highest} with a column class_name: names are kept up to index "
-                f"{MAX_NAMED_CLASSES - 1}; number the classes from 0, or remove the column"
-            )
-        # Only the names of classes that occur are known; the others are empty, so that each name is at its index.
-        self.classes = tuple(names.get(i, "") for i in range(highest + 1)) if names else ()
-        return rows
-
-    def _checked(self, row: dict[str, str | None], where: str) -> tuple[str, int]:
-        label = row["class_index"] or ""
-        # Longer numbers do not fit into the int32 of a relevance store.
-        if not label.isdecimal() or len(label) > 9:
-            raise ZpipeError(f"{where}: class_index {label!r} is not a whole number from 0 to 999999999; correct it")
-        name = row["file"] or ""
-        if os.path.isabs(name) or ".." in Path(name).parts or not (self.root / name).is_file():
-            raise ZpipeError(f"{where}: no file {name!r} in this folder; correct or remove the line")
-        return name, int(label)
-
-    def _from_tree(self) -> list[tuple[str, int]]:
-        folders = sorted(
-            entry.name for entry in os.scandir(self.root) if entry.is_dir() and not entry.name.startswith(".")
-        )
-        rows: list[tuple[str, int]] = []
-        for label, folder in enumerate(folders):
-            for where, _, names in sorted(os.walk(self.root / folder)):
-                inside = os.path.relpath(where, self.root)
-                rows += [(f"{inside}/{name}", label) for name in sorted(names) if _looks_like_image(name)]
-        if not rows:
-            raise UsageError(
-                f"{self.root}: no images found; expected one sub-folder a class, or a {LABELS_NAME} "
-                "with columns file, class_index"
-            )
-        self.classes = tuple(folders)
-        return rows
-
-    def _with_keys(self, rows: list[tuple[str, int]], key_rule: str) -> list[_SourceFile]:
-        owner: dict[str, str] = {}
-        files = []
-        for path, label in rows:
-            key = key_for_file(path, key_rule)
-            try:
-                path.encode()
-            except UnicodeEncodeError as error:
-                raise ZpipeError(f"{self.root}: the name of {path!r} is not UTF-8; rename the file") from error
-            if not key:
-                raise ZpipeError(f"{self.root / path}: its name gives an empty key; rename the file")
-            if key in owner:
-                remedy = "rename one" if key_rule == "path" else "rename one, or use --keys path"
-                raise ZpipeError(f"{self.root / path}: has the key {key!r} of {owner[key]}; {remedy}")
-            owner[key] = path
-            files.append(_SourceFile(path, key, label))
-        return files
-
-    def describe(self) -> dict[str, Any]:
-        """See `Source`."""
-        listing = "\n".join(f"{file.path}\t{file.label}" for file in self._files)
-        return {"source": str(self.root)} | self._settings | {"listing_sha256": digest_keys([listing])}
-
-    def parts(self) -> int:
-        """See `Source`."""
-        return -(-len(self._files) // self.shard_size)
-
-    def records(self, part: int) -> Iterator[Record | Rejected]:
-        """See `Source`."""
-        files = self._files[part * self.shard_size : (part + 1) * self.shard_size]
-        # PIL releases the interpreter lock while it decodes, so threads use every core.
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            yield from pool.map(self._read, files)
-
-    def _read(self, file: _SourceFile) -> Record | Rejected:
-        try:
-            data = (self.root / file.path).read_bytes()
-            suffix, width, height = inspect_image(data)
-        except (OSError, ValueError) as error:
-            return Rejected(file=file.path, reason=str(error).split("\n")[0])
-        meta = {"width": width, "height": height, "source": file.path}
-        return Record(key=file.key, suffix=suffix, image=data, label=file.label, meta=meta)
 
 
 class SceneSource:
@@ -275,26 +131,75 @@ def check_seed(seed: int) -> None:
         raise UsageError(f"--seed {seed}: give a whole number >= 0")
 
 
-def _looks_like_image(name: str) -> bool:
-    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+class InspectedImage(NamedTuple):
+    """An image as it goes into a tar."""
+
+    suffix: str
+    """Suffix of its format."""
+    width: int
+    """In pixels."""
+    height: int
+    """In pixels."""
+    image: bytes
+    """The file as it came, or a PNG of the same pixels if shards do not hold its format."""
+    notes: tuple[str, ...]
+    """What is worth telling, for an account."""
 
 
-def inspect_image(data: bytes) -> tuple[str, int, int]:
-    """Decode an image completely. Returns the suffix of its true format, its width and its height.
+def inspect_image(data: bytes) -> InspectedImage:
+    """Decode an image completely, and write it as PNG if its format is none that shards hold.
 
     Raises:
-        OSError, ValueError: It cannot be decoded, has a format that shards do not hold, or is a decompression bomb.
+        OSError, ValueError: It cannot be decoded, or is a decompression bomb.
     """
     try:
         with open_image(data) as image:
-            image.load()
-            if image.format not in SUFFIX_OF_FORMAT:
-                raise ValueError(f"{image.format} is none of {', '.join(SUFFIX_OF_FORMAT)}")
-            return SUFFIX_OF_FORMAT[image.format], image.width, image.height
+            notes = pixel_notes(image)
+            kept = SUFFIX_OF_FORMAT.get(image.format or "")
+            if kept is not None and not image.mode.startswith(("I", "F")):
+                image.load()
+                return InspectedImage(kept, image.width, image.height, data, notes)
+            rgb = to_rgb(image)
+            if kept is not None:
+                return InspectedImage(kept, image.width, image.height, data, notes)
+        encoded = io.BytesIO()
+        rgb.save(encoded, "PNG")
+        return InspectedImage("png", rgb.width, rgb.height, encoded.getvalue(), (*notes, "re-encoded as PNG"))
     except (OSError, ValueError):
         raise
     except DECODE_ERRORS as error:
         raise ValueError(f"broken image: {error}") from error
+
+
+def read_record(path: Path, file: str, *, key: str, label: int) -> Record | Rejected:
+    """Read an image file into a record.
+
+    Args:
+        path: The file.
+        file: What the source calls it.
+        key: Its key.
+        label: Its class.
+
+    Raises:
+        ZpipeError: This process has too many open files, which is no fault of the image.
+    """
+    try:
+        data = read_file(path, MAX_IMAGE_BYTES)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise ZpipeError(f"{path}: can't be read ({error.strerror}); raise `ulimit -n`") from error
+        return Rejected(file=file, reason=error.strerror or str(error))
+    return record_of(data, file, key=key, label=label)
+
+
+def record_of(data: bytes, file: str, *, key: str, label: int) -> Record | Rejected:
+    """The same for an image file that is in memory."""
+    try:
+        found = inspect_image(data)
+    except (OSError, ValueError) as error:
+        return Rejected(file=file, reason=str(error).split("\n")[0])
+    meta = {"width": found.width, "height": found.height, "source": file}
+    return Record(key=key, suffix=found.suffix, image=found.image, label=label, meta=meta, notes=found.notes)
 
 
 def scene_config(image_size: int | None, overrides: dict[str, Any]) -> SceneConfig:

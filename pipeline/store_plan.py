@@ -379,10 +379,10 @@ def audit(store: WantedStore, plan: Plan, progress: Progress) -> Audit:
         _check_index(file, entry, fingerprint, plan.kept.get(entry.stem), entry.name)
         if maps_path(root, entry.stem).name not in mapped:
             raise ZpipeError(f"{maps_path(root, entry.stem)}: missing; extract again to make it")
-        table = file.table(["label", "predicted", "status"])
+        table = file.table(["label", "target", "predicted", "status"])
         if len(table) != entry.count:
             raise ZpipeError(f"{file.path}: {len(table)} rows for {entry.count} samples; delete it and extract again")
-        shard_correct, shard_labelled = count_correct_labels(table)
+        shard_correct, shard_labelled = count_correct_labels(table, store.provenance.target)
         correct, labelled = correct + shard_correct, labelled + shard_labelled
         statuses.update(table["status"].to_pylist())
         unusable += _unusable_samples(entry.stem, file, table)

@@ -4,67 +4,28 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.data import resolve_data_config
-from timm.models import load_state_dict, split_model_name_tag
+from timm.models import split_model_name_tag
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
+from zpipe.pipeline.shard_reader import PIL_FILTERS
 from zpipe.pipeline.supported import check_supported
+from zpipe.pipeline.teacher_spec import TeacherFiles, TeacherSpec, find_files
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
+from zpipe.schemas.model_config import CONFIG_NAME, read_class_names
+from zpipe.schemas.weights import fit_names, no_floats, not_finite, prefix_note, read_weights
+
+__all__ = ["DEFAULT_NAME", "Teacher", "TeacherSpec", "load_teacher", "state_digest"]
 
 DEFAULT_NAME = "deit_base_patch16_224"
-FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")  # .tar: timm's own training runs write .pth.tar
-FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm writes beside config.json, the safe form first
-
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherSpec:
-    """Which teacher to load: what `load_teacher` needs to build the same one in any process.
-
-    Raises:
-        UsageError: `model_args` cannot be written as JSON, or name the number of classes.
-    """
-
-    name: str | None = None
-    """timm's name of the architecture. None takes the one of the weights folder, else deit_base_patch16_224."""
-    weights: str = "pretrained"
-    """Where the weights come from:
-
-    - ``pretrained``: timm's weights of that name, from its cache or the hub.
-    - ``random``: timm's initialisation, drawn from `seed`; the global random state is left alone.
-    - a file: a timm state dict as .safetensors, .pth, .pt, .bin or .pth.tar, also under the key `model`, `state_dict`
-      or `state_dict_ema` (the exponential average is preferred). It is loaded strictly, and nothing is resized.
-    - a folder: what timm's `save_for_hf` and our training runs write, config.json and model.safetensors. The
-      architecture comes from config.json; `name`, `num_classes` and `model_args` may repeat it.
-    """
-    num_classes: int | None = None
-    """Number of classes. None takes it from the folder, the head in the file, or the architecture."""
-    model_args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of `timm.create_model` (img_size, patch_size, ...), as JSON values."""
-    seed: int = 0
-    """Seed of random weights."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", str(self.weights))
-        object.__setattr__(self, "model_args", _json_args(self.model_args))
-        if "num_classes" in self.model_args:
-            number = self.model_args["num_classes"]
-            raise UsageError(f"model_args: num_classes={number!r} is its own option, give it there")
-
-    @property
-    def path(self) -> Path | None:
-        """The file or folder of the weights; None for ``pretrained`` and ``random``."""
-        return None if self.weights in ("pretrained", "random") else Path(self.weights)
-
-    def resolved(self) -> TeacherSpec:
-        """The same teacher with an absolute path to its weights, for processes that start in other folders."""
-        return self if self.path is None else replace(self, weights=str(self.path.resolve()))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,6 +56,10 @@ class Teacher:
     """Fraction of the image, 0 to 1, that its own evaluation crops from the centre."""
     model_args: dict[str, Any]
     """The arguments that rebuild it beside `name` and `num_classes`, as JSON values."""
+    classes: tuple[str, ...] = ()
+    """Names of its classes, "" for one without; empty if nothing names them."""
+    note: str = ""
+    """What was assumed about it, for the user; empty if everything is known."""
 
 
 def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu") -> Teacher:
@@ -106,63 +71,115 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu") -> Te
 
     Raises:
         UsageError: The request contradicts itself or names something that does not exist.
-        ZpipeError: The weights cannot be fetched, read or fitted, or the relevance rules of the model are not
-            implemented.
+        ZpipeError: The weights cannot be fetched, read or fitted, are not finite, or the relevance rules of the model
+            are not implemented.
     """
-    model, name, model_args = _build(spec)
-    try:
-        check_supported(model)
-    except ValueError as error:
-        raise ZpipeError(f"teacher {name}: {error}; choose a plain ViT such as {DEFAULT_NAME}") from error
-    bad = next((key for key, value in model.state_dict().items() if not value.isfinite().all()), None)
-    if bad is not None:
+    built = _build(spec)
+    if bad := not_finite(built.model.state_dict()):
         raise ZpipeError(f"teacher {spec.weights}: {bad} holds NaN or infinity; give weights that did not diverge")
     try:
-        vit: VisionTransformer = model.eval().requires_grad_(False).to(device)
+        vit: VisionTransformer = built.model.eval().requires_grad_(False).to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError is what a CPU build of torch raises for "cuda"
         raise UsageError(f"device {device}: {first_line(error)}; give a device that torch has here, or cpu") from error
-
-    data = resolve_data_config(model=vit)
+    prepared, note = _preparation(spec, built)
     return Teacher(
         model=vit,
-        name=name,
+        name=built.name,
         weights=spec.weights,
         digest=state_digest(vit.state_dict()),
         num_classes=vit.num_classes,
         image_size=tuple(vit.patch_embed.img_size),
         grid=tuple(vit.patch_embed.grid_size),
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
-        interpolation=data["interpolation"],
-        crop_pct=data["crop_pct"],
-        model_args=model_args,
+        model_args=built.model_args,
+        classes=_class_names(built),
+        note=note,
+        **prepared,
     )
 
 
-def _build(spec: TeacherSpec) -> tuple[torch.nn.Module, str, dict[str, Any]]:
-    """The model with its weights, timm's name of it, and the arguments that rebuild it."""
-    path, name = spec.path, spec.name or DEFAULT_NAME
-    if path is None:
+class _Built(NamedTuple):
+    """A model with its weights, what rebuilds it, and where it came from."""
+
+    model: VisionTransformer
+    name: str
+    model_args: dict[str, Any]
+    files: TeacherFiles | None  # None for pretrained and random weights
+
+
+def _build(spec: TeacherSpec) -> _Built:
+    name = spec.name or DEFAULT_NAME
+    if spec.path is None:
         if spec.weights == "pretrained":
-            return _pretrained(name, spec), name, spec.model_args
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(spec.seed)
-            return _create(name, num_classes=spec.num_classes, **spec.model_args), name, spec.model_args
-    if path.is_dir():
-        name, model_args, num_classes = _read_config(path, spec)
-        file = next((path / f for f in FOLDER_FILES if (path / f).is_file()), None)
-        if file is None:
-            raise ZpipeError(f"{path}: holds no {' or '.join(FOLDER_FILES)}; give a finished run's folder")
-        state = _read_state(file)
-        model = _create(f"local-dir:{path}", num_classes=num_classes)
-        _load_strictly(model, state, file, name)
-        return model, name, model_args
-    if path.is_file():
-        state = _read_state(path)
-        model = _create(name, num_classes=_head_classes(path, state, spec.num_classes), **spec.model_args)
-        _load_strictly(model, state, path, name)
-        return model, name, spec.model_args
-    raise UsageError(f"{spec.weights}: no such weights; give 'pretrained', 'random', a weights file or a model folder")
+            model = _pretrained(name, spec)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(spec.seed)
+                model = _create(name, num_classes=spec.num_classes, **spec.model_args)
+        _check_rules(model, name)
+        return _Built(model, name, spec.model_args, None)
+    files = find_files(spec)
+    # The class token and the head have these names in every teacher, so that a prefix before them is none of its own.
+    state = fit_names(read_weights(files.weights), ("cls_token", "head.weight"))
+    model_args, classes = spec.model_args, spec.num_classes
+    if files.config is not None:
+        name, classes = files.config.architecture, files.config.class_count
+        model_args = {key: value for key, value in files.config.model_args.items() if key != "num_classes"}
+    else:
+        classes = _head_classes(files, state, spec.num_classes)
+    # First without memory for its weights: a description may ask for any size.
+    with torch.device("meta"):
+        shape = _create(name, num_classes=classes, **model_args)
+    _check_rules(shape, name)
+    _check_fit(shape, state, files, name)
+    model = _create(name, num_classes=classes, **model_args)
+    model.load_state_dict(state)
+    return _Built(model, name, model_args, files)
+
+
+def _check_rules(model: nn.Module, name: str) -> None:
+    try:
+        check_supported(model)
+    except ValueError as error:
+        raise ZpipeError(f"teacher {name}: {error}; choose a plain ViT such as {DEFAULT_NAME}") from error
+
+
+def _preparation(spec: TeacherSpec, built: _Built) -> tuple[dict[str, Any], str]:
+    """How images are prepared: `mean`, `std`, `interpolation` and `crop_pct`; and a note about what is assumed."""
+    config = None if built.files is None else built.files.config
+    values: dict[str, Any] = {}
+    assumed = []
+    for field in ("mean", "std", "interpolation", "crop_pct"):
+        said = getattr(spec, field)
+        if said is None and config is not None:
+            said = getattr(config.pretrained_cfg, field)
+        if said is None:
+            said = built.model.pretrained_cfg[field]
+            assumed.append(f"{field} {list(said) if isinstance(said, tuple | list) else said}")
+        values[field] = tuple(said) if isinstance(said, tuple | list) else said
+    if values["interpolation"] not in PIL_FILTERS:
+        raise ZpipeError(
+            f"teacher {spec.weights}: resizes images by {values['interpolation']!r}, which is none of "
+            f"{', '.join(PIL_FILTERS)}; choose one with --interpolation"
+        )
+    if len(values["mean"]) != 3:
+        raise ZpipeError(f"teacher {spec.weights}: takes {len(values['mean'])} channels, images have 3; give another")
+    if built.files is None or not assumed:
+        return values, ""
+    why = built.files.why_not or f"{CONFIG_NAME} does not say all"
+    return values, (
+        f"teacher {spec.weights}: how its images are prepared is assumed, {why}: {', '.join(assumed)}; "
+        "if it was trained otherwise, give --mean, --std, --interpolation or --crop-pct"
+    )
+
+
+def _class_names(built: _Built) -> tuple[str, ...]:
+    files, count = built.files, built.model.num_classes
+    if files is None or files.config is None or files.folder is None:
+        return ()
+    names = read_class_names(files.folder, files.config)
+    if len(names) > count:
+        raise ZpipeError(f"{files.folder}: names {len(names)} classes, the model has {count}; write the folder again")
+    return names
 
 
 def state_digest(state: dict[str, torch.Tensor]) -> str:
@@ -178,31 +195,34 @@ def state_digest(state: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _json_args(model_args: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return json.loads(json.dumps(model_args))
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"model_args: {error}; a manifest must be able to hold them, give JSON values") from error
-
-
 def _check_name(name: str) -> None:
     if ":" in name or "/" in name or not timm.is_model(split_model_name_tag(name)[0]):
         near = difflib.get_close_matches(name, timm.list_models("*vit*") + timm.list_models("deit*"), n=1)
         raise UsageError(f"teacher {name}: timm has no such model" + (f"; did you mean {near[0]}?" if near else ""))
 
 
-def _create(name: str, **kwargs: Any) -> torch.nn.Module:
-    """timm.create_model without weights; `name` may be a "local-dir:" source."""
-    if not name.startswith("local-dir:"):
-        _check_name(name)
+def _create(name: str, **kwargs: Any) -> Any:
+    """timm.create_model without weights."""
+    _check_name(name)
     try:
-        return timm.create_model(name, pretrained=False, **kwargs)
-    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of layers without weights, which the checks refuse
+            return timm.create_model(name, pretrained=False, **kwargs)
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         args = ", ".join(f"{key}={value!r}" for key, value in kwargs.items() if value is not None)
-        raise UsageError(f"teacher {name} cannot be built with ({args}): {first_line(error)}") from error
+        raise UsageError(f"teacher {name} cannot be built with ({args[:200]}): {first_line(error)}") from error
 
 
-def _pretrained(name: str, spec: TeacherSpec) -> torch.nn.Module:
+def _pretrained(name: str, spec: TeacherSpec) -> Any:
     _check_name(name)
     known = timm.get_pretrained_cfg(name)
     if known is None or not known.has_weights:
@@ -221,80 +241,51 @@ def _pretrained(name: str, spec: TeacherSpec) -> torch.nn.Module:
         ) from error
 
 
-def _read_config(folder: Path, spec: TeacherSpec) -> tuple[str, dict[str, Any], int | None]:
-    """Name, model arguments and number of classes from a folder's config.json, which `spec` may not contradict."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ZpipeError(f"{folder}: holds no config.json; give a folder written by a training run, or a weights file")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        known = config["architecture"]
-        saved_args = dict(config.get("model_args") or {})
-        classes = config.get("num_classes", config.get("pretrained_cfg", {}).get("num_classes"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ZpipeError(f"{file}: not a timm model config ({_describe(error)}); write the folder again") from error
-    if not isinstance(known, str) or not timm.is_model(known):
-        raise ZpipeError(f"{file}: architecture {known!r} is not a model of timm {timm.__version__}; write it again")
-    # A tag names a set of pretrained weights; the folder brings its own, so only the architecture has to agree.
-    if spec.name is not None and split_model_name_tag(spec.name)[0] != known:
-        raise UsageError(
-            f"{file}: architecture is {known}, not {spec.name}; leave the name out or give the right folder"
-        )
-    for key, value in spec.model_args.items():
-        # timm writes some sizes as pairs, though the argument was one number.
-        if key not in saved_args or saved_args[key] not in (value, [value, value]):
-            raise UsageError(f"{file}: model_args has {key}={saved_args.get(key)!r}, not {value!r}; leave {key} out")
-    classes = saved_args.pop("num_classes", classes)
-    if spec.num_classes is not None and spec.num_classes != classes:
-        raise UsageError(f"{file}: num_classes is {classes}, not {spec.num_classes}; leave num_classes out")
-    return known, saved_args, classes
-
-
-def _read_state(file: Path) -> dict[str, torch.Tensor]:
-    if file.suffix not in FILE_SUFFIXES:
-        raise UsageError(f"{file}: unknown kind of weights file; give one of {', '.join(FILE_SUFFIXES)}")
-    try:
-        state = load_state_dict(str(file), use_ema=True, device="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails anywhere in zip, pickle or safetensors, each in its own way
-        raise ZpipeError(
-            f"{file}: cannot be read as weights ({_describe(error)}); "
-            "it is damaged or no state dict, fetch or save it again"
-        ) from error
-    odd = next((key for key, value in state.items() if not isinstance(value, torch.Tensor)), None)
-    if odd is not None or not state:
-        reason = f"{odd!r} is a {type(state[odd]).__name__}, not a tensor" if odd is not None else "it is empty"
-        raise ZpipeError(f"{file}: not a state dict, {reason}; save the state_dict() alone or under 'model'")
-    return state
-
-
-def _head_classes(file: Path, state: dict[str, torch.Tensor], num_classes: int | None) -> int | None:
+def _head_classes(files: TeacherFiles, state: Mapping[str, Tensor], num_classes: int | None) -> int | None:
     head = state.get("head.weight")
-    if head is None:
-        return num_classes  # strict loading names the missing key
+    if head is None or head.ndim == 0:
+        return num_classes  # the missing key, or its shape, is named later
     if num_classes not in (None, len(head)):
-        raise UsageError(f"{file}: head.weight knows {len(head)} classes, not {num_classes}; leave num_classes out")
+        raise UsageError(
+            f"{files.weights}: head.weight knows {len(head)} classes, not {num_classes}; leave num_classes out"
+        )
     return len(head)
 
 
-def _load_strictly(model: torch.nn.Module, state: dict[str, torch.Tensor], file: Path, name: str) -> None:
-    """Load the tensors of the file as they are: a teacher resized while loading would not be the model in the file."""
-    wanted = model.state_dict()
+def _check_fit(model: nn.Module, state: Mapping[str, Tensor], files: TeacherFiles, name: str) -> None:
+    """Check that a file holds the model's tensors as they are: a teacher resized while loading would be another one."""
+    file, wanted = files.weights, model.state_dict()
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     remedy = "give the name and model_args that the weights were made with"
+    if files.folder is not None:
+        remedy = f"{files.folder / CONFIG_NAME} describes other weights: write both again, or move them apart"
     if missing or unexpected:
         parts = [
             f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
             for what, keys in (("has no", missing), ("has the unknown", unexpected))
             if keys
         ]
-        raise ZpipeError(f"{file}: does not fit {name}, it {' and '.join(parts)}; {remedy}")
+        raise ZpipeError(f"{file}: does not fit {name}, it {' and '.join(parts)}{prefix_note(state)}; {remedy}")
     for key, value in wanted.items():
         if value.shape != state[key].shape:
+            if key == "pos_embed" and files.folder is None and (side := _side_of(model, state[key])):
+                remedy = f"its images have {side} pixels: give model_args img_size={side} (--model-arg img_size={side})"
             raise ZpipeError(
                 f"{file}: does not fit {name}, {key} is {list(state[key].shape)} in the file and {list(value.shape)} "
                 f"in the model; {remedy}"
             )
-    model.load_state_dict(state)
+    if odd := no_floats(state, wanted):
+        raise ZpipeError(f"{file}: {odd} is {state[odd].dtype}; give weights of floating-point numbers")
+
+
+def _side_of(model: VisionTransformer, positions: Tensor) -> int | None:
+    """The side in pixels of the square images that a position table [1, tokens, width] is for; None if not square."""
+    if positions.ndim != 3:
+        return None
+    prefix = model.pos_embed.shape[1] - model.patch_embed.num_patches
+    patches = positions.shape[1] - prefix
+    side = math.isqrt(max(0, patches))
+    return side * model.patch_embed.patch_size[0] if side and side * side == patches else None
 
 
 def _describe(error: BaseException) -> str:

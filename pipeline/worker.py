@@ -64,6 +64,8 @@ class WorkerSpec:
     better."""
     device: str
     """Device of the teacher; `auto` until an executor has resolved it."""
+    classes: tuple[int, ...] | None = None
+    """The teacher's class for each label, -1 for none; None if labels are its numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,17 +188,7 @@ class ShardWorker:
 
     def _explain(self, batch: list[FramedImage], path: Path) -> Explained:
         """Explain a batch; images that could not be decoded get NaN maps and logits, and no class."""
-        for item in batch if self.spec.explain.needs_label else ():
-            if item.label is None:
-                raise ZpipeError(
-                    f"{path}: key {item.key}: has no label (.cls, or label in .json); add one, it is the target class, "
-                    "or choose --target predicted"
-                )
-            if not 0 <= item.label < self.teacher.num_classes:
-                raise ZpipeError(
-                    f"{path}: key {item.key}: label {item.label} is outside the teacher's {self.teacher.num_classes} "
-                    "classes; correct the label or take a teacher with more classes"
-                )
+        truth = [self._class_of(item, path) for item in batch]
         gh, gw = self.teacher.grid
         maps = np.full((len(batch), gh, gw), np.nan, np.float32)
         logits = np.full((len(batch), self.teacher.num_classes), np.nan, np.float32)
@@ -204,9 +196,34 @@ class ShardWorker:
         decoded = {i: item.pixels for i, item in enumerate(batch) if item.pixels is not None}
         if decoded:
             rows, pixels = list(decoded), np.stack(list(decoded.values()))  # uint8 [n, H, W, 3]
-            labels = np.array([NO_CLASS if batch[i].label is None else batch[i].label for i in rows], np.int64)
+            labels = np.array([truth[i] for i in rows], np.int64)
             maps[rows], logits[rows], targets[rows] = self._explainer(pixels, labels)
         return Explained(maps, logits, targets)
+
+    def _class_of(self, item: FramedImage, path: Path) -> int:
+        """The teacher's class of an image's label; `NO_CLASS` where maps do not explain the label."""
+        if not self.spec.explain.needs_label:
+            return NO_CLASS
+        if item.label is None:
+            raise ZpipeError(
+                f"{path}: key {item.key}: has no label (.cls, or label in .json); add one, it is the target class, "
+                "or choose --target predicted"
+            )
+        known = self.spec.classes
+        limit = self.teacher.num_classes if known is None else len(known)
+        if not 0 <= item.label < limit:
+            whose = "the teacher's" if known is None else "the shards'"
+            raise ZpipeError(
+                f"{path}: key {item.key}: label {item.label} is outside {whose} {limit} classes; "
+                "correct the label or take a teacher with more classes"
+            )
+        number = item.label if known is None else known[item.label]
+        if number < 0:
+            raise ZpipeError(
+                f"{path}: key {item.key}: its class {item.label} has no name, by which it could be the teacher's; name "
+                "it, or give --classes by-index"
+            )
+        return number
 
 
 def _batch_size(spec: WorkerSpec, teacher: Teacher) -> tuple[int, str]:

@@ -106,7 +106,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON to `path` atomically."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # File names that are not UTF-8 hold lone surrogates; escaped as \udcXX they are JSON.
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

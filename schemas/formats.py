@@ -69,6 +69,14 @@ def _short(value: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Header:
+    """The two fields that every file begins with; reading them alone builds nothing of the rest."""
+
+    format: Any = None
+    version: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Format(Generic[T]):
     """One JSON format of ours, and how to read its files."""
 
@@ -102,14 +110,8 @@ class Format(Generic[T]):
 
     def decode(self, data: bytes, path: Path | str) -> T:
         """Check the content of a file; `path` is for messages. Raises as :meth:`read`."""
-        # The header first, and the rest only as text: fields of any size take no more memory than the file.
-        raw = decode_json(data, path, type=dict[str, msgspec.Raw], what=self.what, remedy=self.remedy)
-        first: dict[str, Any] = {
-            name: decode_json(bytes(raw[name]), path, type=Any, what=self.what, remedy=self.remedy)
-            for name in ("format", "version")
-            if name in raw
-        }
-        check_format(path, first, self.name, self.version, oldest=self.oldest, remedy=self.remedy)
+        first = decode_json(data, path, type=_Header, what=self.what, remedy=self.remedy)
+        check_format(path, vars(first), self.name, self.version, oldest=self.oldest, remedy=self.remedy)
         return decode_json(data, path, type=self.content, what=self.what, remedy=self.remedy)
 
 

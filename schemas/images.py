@@ -27,7 +27,8 @@ DECODE_ERRORS = (
     *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error),
     *(NotImplementedError, Image.DecompressionBombError),
 )
-MAX_PIXELS = 1 << 26  # 8,192 x 8,192: Pillow takes up to 16 bytes per pixel while it decodes, 1 GB
+MAX_PIXELS = 1 << 26  # 8,192 x 8,192: Pillow takes up to 13 bytes per pixel while it decodes
+MAX_WEBP_PIXELS = MAX_PIXELS // 2  # 21 bytes per pixel
 MAX_SCANNED_PIXELS = 1 << 30  # of all scans of a JPEG
 EXIF_ORIENTATION = 0x0112
 TIFF_COMPRESSION, TIFF_JPEG = 259, (6, 7)
@@ -52,7 +53,7 @@ def open_image(data: bytes) -> Image.Image:
     if kind is None:
         raise ValueError(f"not a readable {', '.join(IMAGE_FORMATS)} image")
     if kind == "WEBP":
-        _check_pixels(*_webp_size(data))  # PIL allocates the canvas when it opens the file
+        _check_pixels(*_webp_size(data), MAX_WEBP_PIXELS)  # Pillow allocates the canvas when it opens the file
     try:
         image = Image.open(io.BytesIO(data), formats=(kind,))
     except UnidentifiedImageError as error:
@@ -110,9 +111,32 @@ def orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
+def _check_pixels(width: int, height: int, most: int | None = None) -> None:
+    most = MAX_PIXELS if most is None else most
+    if width * height > most:
+        raise ValueError(f"{width} x {height} pixels are more than {most}")
+
+
+def pixel_notes(image: Image.Image) -> tuple[str, ...]:
+    """What the rules of this module make of an opened image beyond plain decoding, as phrases for an account."""
+    notes = []
+    # Without EXIF data there is nothing to parse; TIFF has the orientation among its own tags.
+    if ("exif" in image.info or image.format == "TIFF") and orientation(image) != 1:
+        notes.append("with an EXIF orientation (not applied)")
+    if image.has_transparency_data:
+        notes.append("transparent (on white)")
+    if image.mode.startswith("I") or ";16" in str(getattr(image, "tile", "")):
+        notes.append("with 16 bits per channel (the upper 8 count)")
+    if image.format in ("GIF", "TIFF", "WEBP", "PNG") and _has_pages(image):
+        notes.append("with several pages or frames (the first counts)")
+    return tuple(notes)
+
+
+def _has_pages(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))  # reads the head of the second page, which may be damaged
+    except DECODE_ERRORS:
+        return True
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

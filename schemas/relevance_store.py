@@ -34,6 +34,7 @@ from zpipe.schemas.names import MAX_KEY_BYTES, check_key, printable
 from zpipe.schemas.storage import as_path, read_file, remove, storage_errors
 
 # Status of a sample. Only `ok` maps may be used in training: the others contain no relevance.
+BY_NAME = "ground-truth by name"  # a target of the provenance: the label's class, found by its name
 OK, UNDECODABLE, NONFINITE, ZERO = "ok", "undecodable", "nonfinite", "zero"
 STATUSES = (OK, UNDECODABLE, NONFINITE, ZERO)
 
@@ -182,18 +183,21 @@ def read_index(root: Path, stem: str, columns: list[str] | None = None) -> pa.Ta
     return IndexFile(index_path(root, stem)).table(columns)
 
 
-def count_correct_labels(table: pa.Table) -> tuple[int, int]:
+def count_correct_labels(table: pa.Table, target: str) -> tuple[int, int]:
     """Count how often the teacher's best class is the label.
 
     Args:
-        table: Index rows with columns `label`, `predicted` and `status`.
+        table: Index rows with columns `label`, `target`, `predicted` and `status`.
+        target: The target of the store's provenance. Labels that were matched by name have other numbers than the
+            teacher's classes; the class that a map explains is then the label's.
 
     Returns:
         The number of usable, labelled samples whose label is predicted, and the number of usable, labelled samples.
     """
     label = table["label"].to_numpy()  # int32 [n]
     usable = (table["status"].to_numpy(zero_copy_only=False) == OK) & (label >= 0)
-    return int((label == table["predicted"].to_numpy())[usable].sum()), int(usable.sum())
+    truth = table["target"].to_numpy() if target.startswith(BY_NAME) else label
+    return int((truth == table["predicted"].to_numpy())[usable].sum()), int(usable.sum())
 
 
 class IndexFile:
@@ -243,7 +247,7 @@ class IndexFile:
     def _about(self) -> pq.FileMetaData:
         try:
             return pq.read_metadata(pa.BufferReader(self._data))
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
             raise self._damage(first_line(error)) from error
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
@@ -329,7 +333,7 @@ class IndexFile:
             raise self._damage("a key comes twice")
 
     def _damage(self, reason: str) -> DamageError:
-        return DamageError(f"{self.path}: map index can't be read ({reason}); delete it and extract again")
+        return DamageError(f"{self.path}: map index can't be read ({printable(reason)}); delete it and extract again")
 
 
 def read_stored(root: Path, stem: str) -> np.ndarray:
@@ -345,7 +349,7 @@ def read_stored(root: Path, stem: str) -> np.ndarray:
         stored, is_there = read_array(path)
     except storage_errors(ValueError) as error:
         if isinstance(error, (ValueError, FileNotFoundError)) or getattr(error, "errno", None) in _NOT_OURS:
-            raise DamageError(f"{path}: maps can't be read ({first_line(error)}); {remedy}") from error
+            raise DamageError(f"{path}: maps can't be read ({printable(first_line(error))}); {remedy}") from error
         raise ZpipeError(
             f"{path}: maps can't be read ({first_line(error)}); {remedy_for(error)}, then run again"
         ) from error

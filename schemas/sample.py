@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zpipe.schemas.account import Account, no_image
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import ZpipeError
-from zpipe.schemas.image_formats import IMAGE_SUFFIXES
+from zpipe.schemas.image_formats import HEAD_BYTES, IMAGE_SUFFIXES, sniff_format
 from zpipe.schemas.names import check_key
 
-LABEL_SUFFIXES = ("cls", "json")
-ALLOWED_SUFFIXES = IMAGE_SUFFIXES + LABEL_SUFFIXES
+MAX_LABEL_BYTES = {"cls": 1 << 10, "json": 1 << 24}
+ALLOWED_SUFFIXES = (*IMAGE_SUFFIXES, *MAX_LABEL_BYTES)
+_SOME_SUFFIXES = "jpeg, png, webp"
 KEY_RULES = ("stem", "path")
-TAR_BLOCK = 512  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,20 @@ class Sample:
     """Class index; None if there is none."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Content of `key.json`."""
+    damage: str | None = None
+    """Why the sample can't be used, one line; it then has no image and no label."""
+
+    @property
+    def box(self) -> tuple[float, float, float, float] | None:
+        """The object's box in pixels, x1 < x2 and y1 < y2; None if `box` of the .json is absent or of another form."""
+        box = self.meta.get("box")
+        if not isinstance(box, list) or len(box) != 4:
+            return None
+        if not all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in box):
+            return None
+        x1, y1, x2, y2 = box
+        bounded = all(abs(edge) < 2**53 for edge in box)  # NaN is not
+        return (x1, y1, x2, y2) if bounded and x1 < x2 and y1 < y2 else None
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -63,7 +78,164 @@ def key_for_file(relative_path: str, rule: str = "stem") -> str:
     return (folder + slash + stem if rule == "path" else stem).replace("/", "__").replace(".", "_")
 
 
-def _label_from(key: str, parts: dict[str, bytes], meta: dict[str, Any], source: str) -> int | None:
+def member_bytes(name: str, size: int) -> int:
+    """How many of the first bytes of a tar's member are needed to read samples: all, or enough to tell an image."""
+    suffix = split_name(name)[1]
+    if suffix in IMAGE_SUFFIXES:
+        return size
+    return min(size, MAX_LABEL_BYTES[suffix] + 1 if suffix in MAX_LABEL_BYTES else HEAD_BYTES)
+
+
+def head_bytes(name: str, size: int) -> int:
+    """The same to list the keys of a tar."""
+    return 0 if split_name(name)[1] in ALLOWED_SUFFIXES else min(size, HEAD_BYTES)
+
+
+def group_samples(
+    members: Iterable[tuple[str, bytes | None]],
+    source: str,
+    account: Account | None = None,
+    *,
+    keep_damaged: bool = False,
+) -> Iterator[Sample]:
+    """Group the members of one tar, in order, into samples.
+
+    Args:
+        members: Name and content of each member, read as `member_bytes` says; see :func:`group_members`.
+        source: The tar, for messages.
+        account: Counts samples, and the members that belong to none.
+        keep_damaged: Whether a sample without one image or with a bad label is yielded with its `damage`.
+
+    Raises:
+        ZpipeError: As :func:`group_members`; unless `keep_damaged`, a sample has no image or two, or a bad label.
+    """
+    for key, parts in group_members(members, source, account):
+        try:
+            yield _sample_from(key, parts, source)
+        except ZpipeError as error:
+            if not keep_damaged:
+                raise
+            yield Sample(key=key, image=b"", label=None, damage=str(error))
+
+
+def group_members(
+    members: Iterable[tuple[str, bytes | None]], source: str, account: Account | None = None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Group the members of one tar, in order, by their keys.
+
+    A member belongs to a sample if its name is KEY.SUFFIX, with a suffix of `ALLOWED_SUFFIXES`. An image with another
+    suffix (`v3.0.jpg`, whose key is `v3`) that has no such image beside it is left out, with its label.
+
+    Args:
+        members: Name and content of each member; None as the content of what is no file. The members of a sample are
+            adjacent.
+        source: The tar, for messages.
+        account: Counts samples, and the members that belong to none.
+
+    Yields:
+        The key and the members of each sample, by suffix.
+
+    Raises:
+        ZpipeError: The members of a sample stand apart, or a key is repeated or breaks the rule of
+            `zpipe.schemas.names`.
+    """
+    account = Account() if account is None else account
+    seen: dict[str, frozenset[str]] = {}
+    kinds: dict[frozenset[str], frozenset[str]] = {}  # equal sets are kept once
+    strays: dict[str, list[str]] = {}  # images with another suffix, by key
+    key: str | None = None
+    parts: dict[str, bytes] = {}
+    for name, data in members:
+        member_key, suffix = split_name(name)
+        if name.rpartition("/")[2].startswith("."):
+            account.leave_out("hidden")
+            continue
+        if data is None:
+            account.leave_out("link or device")
+            continue
+        if suffix not in ALLOWED_SUFFIXES:
+            if sniff_format(data[:HEAD_BYTES]):
+                strays.setdefault(member_key, []).append(suffix)
+            else:
+                account.leave_out(no_image(suffix))
+            continue
+        if member_key != key:
+            if key is not None and _is_sample(key, parts, strays):
+                account.take()
+                yield key, parts
+            if member_key in seen:
+                raise _repeated(source, member_key, suffix, seen[member_key])
+            check_key(member_key, source, "rebuild this shard with other names")
+            key, parts = member_key, {}
+        if suffix in parts:
+            raise ZpipeError(f"{source}: key {member_key}: two .{suffix} members; rebuild this shard")
+        parts[suffix] = data
+        suffixes = frozenset(parts)
+        seen[member_key] = kinds.setdefault(suffixes, suffixes)
+    if key is not None and _is_sample(key, parts, strays):
+        account.take()
+        yield key, parts
+    for member_key, others in strays.items():
+        beside = any(suffix in IMAGE_SUFFIXES for suffix in seen.get(member_key, ()))
+        for suffix in others:
+            account.leave_out(no_image(suffix) if beside else f"image named KEY.{suffix}", image=not beside)
+
+
+def _is_sample(key: str, parts: Mapping[str, bytes], strays: Mapping[str, object]) -> bool:
+    """Whether the members are a sample, maybe a damaged one, and not the label of a stray image."""
+    return key not in strays or any(suffix in IMAGE_SUFFIXES for suffix in parts)
+
+
+def _sample_from(key: str, parts: Mapping[str, bytes], source: str) -> Sample:
+    images = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
+    if len(images) != 1:
+        remedy = (
+            "rebuild this shard with one image per key"
+            if images
+            else "where the image stands apart from it, unpack the tar and pack it with `tar --sort=name`"
+        )
+        raise ZpipeError(f"{source}: key {key}: expected one image, found {', '.join(sorted(parts))}; {remedy}")
+    meta = _meta_from(key, parts, source)
+    return Sample(key=key, image=parts[images[0]], label=_label_from(key, parts, meta, source), meta=meta)
+
+
+def _repeated(source: str, key: str, suffix: str, before: frozenset[str]) -> ZpipeError:
+    if suffix in before:
+        return ZpipeError(f"{source}: key {key}: comes twice; rebuild this shard with unique keys")
+    return ZpipeError(
+        f"{source}: key {key}: its members stand apart (.{suffix} comes after other samples); unpack the tar and pack "
+        "it with `tar --sort=name`"
+    )
+
+
+def no_samples(source: Path | str, account: Account) -> ZpipeError:
+    """What is wrong with a tar without samples, whose members `account` has counted."""
+    if not account.seen:
+        return ZpipeError(f"{source}: holds no files; remove it")
+    found = ", ".join(f"{reason} ({count})" for reason, count in account.left_out.most_common(5))
+    return ZpipeError(
+        f"{source}: holds no samples: {found}; a sample is KEY.jpg (or {_SOME_SUFFIXES}, ...) with KEY.cls "
+        "or KEY.json, and KEY has no dot: rename the members, or remove the tar"
+    )
+
+
+def _meta_from(key: str, parts: Mapping[str, bytes], source: str) -> dict[str, Any]:
+    for suffix, most in MAX_LABEL_BYTES.items():
+        if len(parts.get(suffix, b"")) > most:
+            raise ZpipeError(f"{source}: key {key}: its .{suffix} has more than {most} bytes; rebuild this shard")
+    if "json" not in parts:
+        return {}
+    try:
+        # Not msgspec: other people's files hold NaN, which is no JSON, in fields that do not matter here.
+        meta = json.loads(parts["json"])
+    except (ValueError, RecursionError) as error:
+        raise ZpipeError(f"{source}: key {key}: its .json can't be read ({error}); rebuild this shard") from error
+    if not isinstance(meta, dict):
+        raise ZpipeError(f"{source}: key {key}: its .json is not an object; rebuild this shard")
+    return meta
+
+
+def _label_from(key: str, parts: Mapping[str, bytes], meta: dict[str, Any], source: str) -> int | None:
     if "cls" in parts:
         text = parts["cls"]
         try:
@@ -76,7 +248,8 @@ def _label_from(key: str, parts: dict[str, bytes], meta: dict[str, Any], source:
     if label is None:
         return None
     if isinstance(label, bool) or not isinstance(label, int):
-        raise ZpipeError(f"{source}: key {key}: its .json has label {label!r}, not a class index; rebuild this shard")
+        shown = repr(label) if len(repr(label)) <= 40 else repr(label)[:37] + "..."
+        raise ZpipeError(f"{source}: key {key}: its .json has label {shown}, not a class index; rebuild this shard")
     return _checked(label, key, source)
 
 
@@ -86,72 +259,3 @@ def _checked(label: int, key: str, source: str) -> int:
             f"{source}: key {key}: its label {str(label)[:20]} is no class index, which has 32 bits; rebuild this shard"
         )
     return label
-
-
-def _sample_from(key: str, parts: dict[str, bytes], source: str) -> Sample:
-    images = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
-    if len(images) != 1:
-        members = ", ".join(sorted(parts)) or "nothing"
-        raise ZpipeError(f"{source}: key {key}: expected one image, found {members}; rebuild or replace this shard")
-    meta: dict[str, Any] = {}
-    if "json" in parts:
-        try:
-            meta = json.loads(parts["json"])
-        except (ValueError, RecursionError) as error:
-            raise ZpipeError(f"{source}: key {key}: its .json can't be read ({error}); rebuild this shard") from error
-        if not isinstance(meta, dict):
-            raise ZpipeError(f"{source}: key {key}: its .json is not an object; rebuild this shard")
-    return Sample(key=key, image=parts[images[0]], label=_label_from(key, parts, meta, source), meta=meta)
-
-
-def group_samples(members: Iterable[tuple[str, bytes]], source: str) -> Iterator[Sample]:
-    """Group the members of one tar, in order, into samples.
-
-    Args:
-        members: Name and content of each member. The members of a sample are adjacent; those whose suffix is not in
-            `ALLOWED_SUFFIXES` are ignored.
-        source: The tar, for messages.
-
-    Raises:
-        ZpipeError: A sample has no image or a bad label, or a key is repeated or not UTF-8.
-    """
-    seen: set[str] = set()
-    key: str | None = None
-    parts: dict[str, bytes] = {}
-    for name, data in members:
-        member_key, suffix = split_name(name)
-        if suffix not in ALLOWED_SUFFIXES:
-            continue
-        if member_key != key:
-            if key is not None:
-                yield _sample_from(key, parts, source)
-            if member_key in seen:
-                raise ZpipeError(f"{source}: key {member_key}: comes twice; rebuild this shard with unique keys")
-            check_key(member_key, source, "rebuild this shard with other names")
-            seen.add(member_key)
-            key, parts = member_key, {}
-        if suffix in parts:
-            raise ZpipeError(f"{source}: key {member_key}: two .{suffix} members; rebuild this shard")
-        parts[suffix] = data
-    if key is not None:
-        yield _sample_from(key, parts, source)
-
-
-def check_tar_end(read: Callable[[int], bytes], path: Path, *, blocks: int) -> None:
-    """Check that a tar is whole: its last member is followed by blocks of zeros and nothing else.
-
-    tarfile does not notice: it takes a truncated or damaged header for the end of the tar.
-
-    Args:
-        read: Reads the next bytes of the tar.
-        path: The tar, for messages.
-        blocks: How many blocks of zeros must still come.
-
-    Raises:
-        ZpipeError: The end mark is missing, or other data comes after it.
-    """
-    if read(blocks * TAR_BLOCK) != bytes(blocks * TAR_BLOCK):
-        raise ZpipeError(f"{path}: has no end mark: truncated or altered; restore it or make the shards again")
-    while rest := read(1 << 20):
-        if rest.strip(b"\0"):
-            raise ZpipeError(f"{path}: goes on behind its end mark, as two tars in one file do; make the shards again")

@@ -6,21 +6,27 @@ A tar that was truncated between two samples can be read without an error; only 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
+from typing import Annotated, cast
 
+import msgspec
 import numpy as np
 
-from zpipe.schemas.atomic import read_json, write_json
+from zpipe.schemas.account import Account, AccountRecord
+from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.formats import check_format, header
+from zpipe.schemas.formats import Count, Digest, Format, Text
+from zpipe.schemas.names import printable
 from zpipe.schemas.sample import shard_stem
-from zpipe.schemas.storage import as_path, check_reachable, file_sizes, storage_errors
+from zpipe.schemas.storage import as_path, check_reachable, file_sizes, names_in, open_file, storage_errors
+from zpipe.schemas.tar_file import TAR_BLOCK
 
 INDEX_NAME = "shards.json"
-FORMAT = "zpipe-shards"
-VERSION = 1
+ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".gz", ".zst")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +35,21 @@ class ShardEntry:
 
     name: str
     """File name."""
-    count: int
+    count: Count
     """Number of samples."""
-    bytes: int
+    bytes: Count
     """Size of the file in bytes."""
-    sha256: str
-    """SHA-256 (hex) of the file."""
-    keys_sha256: str
+    sha256: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")]
+    """SHA-256 (hex) of the file; "" for a tar that was only listed."""
+    keys_sha256: Digest
     """`digest_keys` of its keys, in order."""
+
+    def __post_init__(self) -> None:
+        # A name of a file, never a path. msgspec adds the place in the file to the message.
+        if not self.name.endswith(".tar") or len(self.name) > 255 or "/" in self.name or "\\" in self.name:
+            raise ValueError(f"{printable(self.name)[:80]!r} is no file name of a tar")
+        if printable(self.name) != self.name:
+            raise ValueError(f"the name '{printable(self.name)[:80]}' has unprintable characters")
 
     @property
     def stem(self) -> str:
@@ -54,11 +67,50 @@ class ShardIndex:
     """Class names; empty if only indices are known."""
     source: str = ""
     """What the tars were made from."""
+    account: Account = field(default_factory=Account)
+    """What the source held, and what of it is in the tars; nothing seen if that is not known."""
+    is_file: bool = field(default=True, compare=False)
+    """Whether there is a `shards.json`; False if the tars were only listed."""
 
     @property
     def count(self) -> int:
         """Number of samples."""
         return sum(entry.count for entry in self.shards)
+
+    @property
+    def left_out(self) -> str:
+        """A line about images of tars without a `shards.json` that belong to no sample; empty if there are none.
+
+        A command that read such tars ends with it. Whoever wrote a `shards.json` has been told.
+        """
+        if self.is_file or not self.account.images_left_out:
+            return ""
+        return (
+            f"{self.source}: {self.account.images_left_out} images were left out ({self.account}); a key ends at the "
+            f"first dot of a name: rename them KEY.jpg in new tars, or run zpipe make-shards --index-only "
+            f"{self.source} once to go on without them"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _IndexFile:
+    """Content of `shards.json`."""
+
+    shards: tuple[ShardEntry, ...]
+    classes: tuple[Text, ...]
+    source: Text
+    count: Count
+    account: AccountRecord = field(default_factory=AccountRecord)
+
+
+FORMAT = Format(
+    name="zpipe-shards",
+    version=1,
+    content=_IndexFile,
+    what="a shard index",
+    remedy="run make-shards again, with --index-only for tars that it did not make",
+    max_bytes=1 << 30,  # a million shards take 267 MB
+)
 
 
 def digest_keys(keys: Iterable[str]) -> str:
@@ -87,28 +139,36 @@ def rows_with_repeated_hashes(hashes: Sequence[np.ndarray]) -> Iterator[tuple[in
 
 def digest_file(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
-    with as_path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_file(path) as file:
+        return hashlib.file_digest(cast(BufferedReader, file), "sha256").hexdigest()
 
 
 def write_index(folder: Path, index: ShardIndex) -> None:
     """Write `shards.json`, the commit point of a shard folder: about 250 bytes per shard."""
-    write_json(as_path(folder) / INDEX_NAME, header(FORMAT, VERSION) | {"count": index.count} | asdict(index))
+    content = {
+        "count": index.count,
+        "shards": [vars(entry) for entry in index.shards],
+        "classes": index.classes,
+        "source": index.source,
+        "account": index.account.to_json(),
+    }
+    write_json(as_path(folder) / INDEX_NAME, FORMAT.header | content)
 
 
 def read_index(folder: Path) -> ShardIndex:
     """Read and check `shards.json`. Raises :class:`ZpipeError` if it is absent or damaged."""
     path = as_path(folder) / INDEX_NAME
-    value = read_json(path, "a shard index")
-    check_format(path, value, FORMAT, VERSION, remedy="run make-shards again")
-    try:
-        shards = tuple(ShardEntry(**entry) for entry in value["shards"])
-        index = ShardIndex(shards=shards, classes=tuple(value["classes"]), source=value["source"])
-    except (KeyError, TypeError) as error:
-        raise ZpipeError(f"{path}: not a complete shard index ({error}); run make-shards again") from error
-    stems = [entry.stem for entry in shards]
-    if len(set(stems)) != len(stems):
-        raise ZpipeError(f"{path}: two shards share a name; run make-shards again")
+    read = FORMAT.read(path)
+    index = ShardIndex(
+        shards=read.shards, classes=read.classes, source=read.source, account=Account.from_record(read.account)
+    )
+    stems = Counter(entry.stem for entry in read.shards)
+    if len(stems) != len(read.shards):
+        raise ZpipeError(f"{path}: two shards share a name, {stems.most_common(1)[0][0]}; {FORMAT.remedy}")
+    if index.count != read.count:
+        raise ZpipeError(
+            f"{path}: its count is {read.count}, that of its shards together {index.count}; {FORMAT.remedy}"
+        )
     return index
 
 
@@ -134,13 +194,23 @@ def find_shards(path: Path) -> tuple[Path, list[Path]]:
         raise ZpipeError(f"{path}: can't be read ({error}); check the address and your access to it") from error
     if is_file:
         if path.suffix != ".tar":
-            raise UsageError(f"{path}: not a .tar file; give a folder of tar shards or one tar")
+            raise UsageError(f"{path}: not a .tar file; {_remedy_for(path.name)}")
         return path.parent, [path]
     if not is_folder:
         raise UsageError(f"{path}: no such folder; give a folder of tar shards (zpipe make-shards makes one)")
     if not tars:
-        raise UsageError(f"{path}: holds no .tar file; give a folder of tar shards (zpipe make-shards makes one)")
+        archive = next((name for name in names_in(path) if name.lower().endswith(ARCHIVE_SUFFIXES)), "")
+        held = f", but {archive}" if archive else ""
+        raise UsageError(f"{path}: holds no .tar file{held}; {_remedy_for(archive)}")
     return path, tars
+
+
+def _remedy_for(name: str) -> str:
+    if name.lower().endswith(ARCHIVE_SUFFIXES):
+        return (
+            "shards are plain tars: unpack it (gunzip, unxz, unzstd or unzip) and give the .tar, or make shards of it"
+        )
+    return "give a folder of tar shards (zpipe make-shards makes one), or one tar"
 
 
 def check_listed(folder: Path, tars: list[Path], index: ShardIndex, *, whole_folder: bool) -> list[ShardEntry]:
@@ -177,6 +247,11 @@ def check_listed(folder: Path, tars: list[Path], index: ShardIndex, *, whole_fol
             raise ZpipeError(
                 f"{tar}: {size} bytes, but {INDEX_NAME} says {entry.bytes}: truncated or altered; "
                 "restore it or make the shards again"
+            )
+        if entry.count > size // TAR_BLOCK:  # each sample has a header of its own
+            raise ZpipeError(
+                f"{folder / INDEX_NAME}: says that {tar.name} holds {entry.count} samples, too many for its {size} "
+                f"bytes; {FORMAT.remedy}"
             )
         picked.append(entry)
     return picked

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.secrets import refuse_secret
 
 # The file systems of fsspec that are allowed. Others read archives, caches or repositories, or fill in templates.
 PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "http", "https", "memory")
-# Those whose ordinary URLs have a container (container@account.dfs.core.windows.net) or a user name before an @.
-AT_PROTOCOLS = ("az", "abfs", "abfss", "hdfs")
 
 TMP_PREFIX = ".tmp-"
 MAX_NAME_BYTES = 255  # of a file name, on nearly all file systems
@@ -41,17 +40,20 @@ def as_path(value: str | os.PathLike[str]) -> Path:
 
     Raises:
         UsageError: The protocol is none of `PROTOCOLS`, the URL leads through another one (``::``), or it contains a
-            user name, password or signature, which the message leaves out.
+            user name, password, query or fragment, which the message leaves out.
     """
-    if isinstance(value, Path):
-        return value
+    if isinstance(value, Path) and ":/" not in str(value):
+        return value  # what pathlib leaves of a URL is checked below
     text = str(value)
+    refuse_secret(text)
     protocol, separator, rest = text.partition("://")
+    protocol = protocol.lower()
     if separator and protocol in ("file", "local"):
         return Path(rest)
-    if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.:-]*", protocol):
+    if not separator or not re.fullmatch(r"[a-z][a-z0-9+.:-]*", protocol):
         return Path(text)
     _check_url(protocol, rest)
+    text = f"{protocol}://{rest}"
     from upath import UPath
 
     options = dict(getattr(value, "storage_options", {}))
@@ -84,15 +86,6 @@ def as_local(value: str | os.PathLike[str]) -> Path:
 
 
 def _check_url(protocol: str, rest: str) -> None:
-    host, slash, _ = rest.partition("/")
-    query = protocol in ("http", "https") and "?" in rest
-    user, at, _ = host.rpartition("@")
-    if (at and (protocol not in AT_PROTOCOLS or ":" in user)) or query:
-        bare = f"{protocol}://{host.rpartition('@')[2].partition('?')[0]}{slash}..."
-        raise UsageError(
-            f"{bare}: the URL carries credentials or a query, which would be written down; leave them out, "
-            "and give them by the environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3)"
-        )
     if protocol not in PROTOCOLS or "::" in rest:
         reason = (
             f"Unsupported filesystem: {protocol!r}" if protocol not in PROTOCOLS else "it leads through another URL"
@@ -181,7 +174,11 @@ def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         OSError: As for :func:`open_file`, or the file is larger.
     """
     with open_file(path) as file:
-        data = file.read(max_bytes + 1)
+        # A read allocates what it asks for.
+        size = max_bytes if is_remote(as_path(path)) else min(os.fstat(file.fileno()).st_size, max_bytes)
+        data = file.read(size + 1)
+        if size < len(data) <= max_bytes:  # it grows, or states no size as those in /proc
+            data += file.read(max_bytes + 1 - len(data))
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"has more than {max_bytes} bytes, too many for a file of its kind", str(path))
     return data

@@ -5,6 +5,7 @@ names the test of each of its promises.
 """
 
 import io
+import itertools
 import json
 import pickle
 import re
@@ -20,10 +21,12 @@ import pytest
 import timm
 import tiny
 import torch
+import typer
 import zarr
 from timm.models import save_for_hf
 
 import zpipe
+from zpipe.cli import app
 from zpipe.pipeline.make_shards import index_shards
 from zpipe.pipeline.shard_reader import Frame, frame_image, open_shards, read_samples
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher
@@ -33,9 +36,10 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.relevance_store import IndexFile, maps_path, read_stored
 from zpipe.schemas.sample import Sample
 from zpipe.schemas.storage import as_path
-from zpipe.train.checkpoint import load_checkpoint, load_run
+from zpipe.train.checkpoint import load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.stream import list_shards, read_tar
+from zpipe.train.resume_state import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 CANARY = "hunter2canary"
@@ -198,8 +202,8 @@ def test_a_shard_index_names_only_tars_of_its_folder(shards_copy, tmp_path):
     value = json.loads(path.read_text())
     value["shards"].append(value["shards"][0] | {"name": "../stolen.tar"})
     path.write_text(json.dumps(value))
-    refused(open_shards, shards_copy, match="listed in shards.json but not there")
-    refused(list_shards, shards_copy, match="listed in shards.json but not there")
+    refused(open_shards, shards_copy, match="is no file name of a tar")
+    refused(list_shards, shards_copy, match="is no file name of a tar")
 
 
 # ------------------------------------------------------------------------------------------------------- nothing swells
@@ -299,6 +303,40 @@ def test_urls_with_credentials_are_refused_and_not_repeated(shards, tmp_path, cl
         done = cli(*line)
         assert done.code == 2 and CANARY not in done.stdout + done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def commands(group, path=()):
+    """All commands below a group of typer's, as (words that call it, its parameters)."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command.params
+
+
+def test_no_argument_of_any_command_may_carry_credentials(tmp_path, capsys, contents, monkeypatch):
+    """Whatever an option is for; the message names it, and nothing is printed or written before."""
+    monkeypatch.chdir(tmp_path)
+    url = f"https://user:{CANARY}@h/x"
+    forms = itertools.cycle(
+        [lambda name: (name, url), lambda name: (f"{name}={url}",), lambda name: (name, f"a={url}")]
+    )
+    given = [("maps", url), ("--nothing", url)]
+    group = typer.main.get_command(app)  # once, because it takes a while
+    for words, parameters in commands(group):
+        options = [each.opts[0] for each in parameters if each.opts[0].startswith("--")]
+        given += [
+            (*words, "one", url),
+            *((*words, *form(option)) for option, form in zip(options, forms, strict=False)),
+        ]
+    assert len(given) > 150
+    for line in given:
+        code = group.main(list(line), prog_name="zpipe", standalone_mode=False)
+        said, error = capsys.readouterr()
+        assert code == 2 and "carries credentials" in error and CANARY not in said + error, line
+        option = next((word.partition("=")[0] for word in line if word.startswith("--")), "")
+        assert error.startswith(f"error: {option}") and error.count("\n") == 1, line
+    assert contents(tmp_path) == {}
 
 
 @pytest.mark.parametrize(

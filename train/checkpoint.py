@@ -1,77 +1,48 @@
-"""A training run on disk, written and read only here.
+"""Finished runs: their weights and the description of their model, written and read only here.
 
-    RUN/run.json           the resolved settings; marks the folder as a run
-    RUN/checkpoint.pt      the state to resume from: weights, optimizer, position; replaced within and after epochs
-    RUN/metrics.jsonl      one line per logging interval and per validation
-    RUN/model.safetensors  the finished weights
-    RUN/config.json        timm's model description, written last: a run without it is not finished
-    RUN/epochs/            the weights of the last epochs, as many as train.keep says
-    RUN/best.safetensors   the weights of the epoch with the best validation, with best.json, if there was a validation
-    RUN/wandb-id.txt       the id of the run at Weights & Biases, if it logs there
-    RUN/zoomer/            the zoomer of a ZoomViT, if it has one, in the same form
-
+`run_files.py` lists the files of a run, `resume_state.py` has the checkpoint that an unfinished run resumes from.
 timm opens a finished ViT by itself: `timm.create_model("local-dir:RUN", pretrained=True)`.
 """
 
 from __future__ import annotations
 
+import math
 import os
-import pickle
-import socket
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import safetensors.torch
 import timm
 import torch
-from timm.models import save_for_hf
-from torch import nn
+from timm.models import is_model, save_for_hf
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zpipe.train.models  # noqa: F401  (registers our models with timm)
-from zpipe.schemas.atomic import claim_folder, commit, read_json, write_json
-from zpipe.schemas.errors import UsageError, ZpipeError, first_line
-from zpipe.schemas.formats import check_format, header
-from zpipe.schemas.relevance_maps import RelevanceMaps
+from zpipe.schemas.atomic import commit, write_json
+from zpipe.schemas.errors import UsageError, ZpipeError, first_line, remedy_for
+from zpipe.schemas.model_config import CONFIG_NAME, NOT_OF_THE_MODEL, ModelConfig, read_model_config
 from zpipe.schemas.shard_index import digest_file
-from zpipe.schemas.storage import remove
+from zpipe.schemas.weights_file import DIGEST, NO_DIGEST, check_digest, seal
 from zpipe.train.models.zoomer import Zoomer
-from zpipe.train.ranks import ranks
-
-RUN_NAME = "run.json"
-CHECKPOINT_NAME = "checkpoint.pt"
-METRICS_NAME = "metrics.jsonl"
-WANDB_ID_NAME = "wandb-id.txt"
-CONFIG_NAME = "config.json"
-ZOOMER = "zoomer"  # the architecture that a zoomer's description states
-WEIGHTS_NAME = "model.safetensors"
-FORMAT = "zpipe-run"
-VERSION = 1
-CHECKPOINT_FORMAT = "zpipe-checkpoint"
-CHECKPOINT_VERSION = 1
-BEST_FORMAT = "zpipe-best-epoch"
-BEST_VERSION = 1
-# Settings that may change when a run is resumed: how the work is distributed, logged and kept, not what is computed.
-# Another device computes the same up to rounding.
-FREE_SETTINGS = (
-    "maps_teacher",  # covered by the fingerprint of the maps
-    "train.checkpoint_s",
-    "train.data_workers",
-    "train.device",
-    "train.keep",
-    "train.log_every",
-    "train.tensorboard",
-    "train.wandb",
+from zpipe.train.resume_state import is_finite
+from zpipe.train.run_files import (
+    BEST,
+    BEST_NAME,
+    BEST_WEIGHTS_NAME,
+    CHECKPOINT_NAME,
+    EPOCHS,
+    RUN_NAME,
+    WEIGHTS_NAME,
+    ZOOMER,
+    read_record,
 )
-# Settings that runs of earlier versions don't record.
-RECORDED_LATER = ("maps_fingerprint", "shards_digest", "zoomer_digest", "mean", "std")
-# Paths whose contents a digest identifies; they may have moved when a run is resumed.
-KNOWN_BY = {"shards": "shards_digest", "zoomer": "zoomer_digest", "maps": "maps_fingerprint"}
-
-Resume = Literal["auto", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,134 +87,6 @@ class Run:
     """The settings of run.json; empty for a model that timm saved."""
 
 
-def begin_run(
-    run: Path, kind: str, settings: dict[str, Any], resume: Resume = "auto", *, defaults: dict[str, Any] | None = None
-) -> bool:
-    """Claim a folder for a run with these settings.
-
-    From the first checkpoint on the settings must stay the same; before it, nothing is lost, and a mistake in them can
-    be corrected. Shards, maps and zoomer may have moved: a path with the same contents is updated. If several processes
-    train, the first one claims the folder, and the others check that they see it.
-
-    Args:
-        run: The folder.
-        kind: `zoomer` or `vit`.
-        settings: The settings, as JSON values.
-        resume: "never" to refuse a folder that holds a run already.
-        defaults: Values of the settings that a run of an earlier version may lack: it had no other values then.
-
-    Returns:
-        Whether the run is finished already.
-
-    Raises:
-        UsageError: If the folder holds something else, or a run and `resume` is "never".
-        ZpipeError: Naming the first setting that differs from those of the run in the folder.
-    """
-    run = Path(run)
-    if resume not in ("auto", "never"):
-        raise UsageError(f"--resume {resume}: choose auto or never")
-    finished = ranks().from_first(lambda: _claim(run, kind, settings, resume, defaults or {}))
-    if not (run / RUN_NAME).is_file():
-        raise ZpipeError(
-            f"{run}: {socket.gethostname()} doesn't see what the first training process wrote there; give --out a "
-            "folder that all machines share"
-        )
-    return finished
-
-
-def _claim(run: Path, kind: str, settings: dict[str, Any], resume: Resume, defaults: dict[str, Any]) -> bool:
-    if resume == "never" and (run / RUN_NAME).is_file():
-        raise UsageError(f"{run}: holds a run already; give another --out, or --resume auto to go on with it")
-    claim_folder(run, RUN_NAME, "training run")
-    wanted = header(FORMAT, VERSION) | {"kind": kind, "settings": settings}
-    path = run / RUN_NAME
-    record = read_record(run) if path.is_file() else wanted
-    if record["kind"] != kind:
-        raise ZpipeError(f"{run}: holds a {record['kind']} run, this is {kind}; give another --out folder")
-    if (run / CHECKPOINT_NAME).is_file() or (run / CONFIG_NAME).is_file():
-        new = _dotted(settings)
-        recorded = _dotted(record["settings"])
-        old = {name: value for name, value in _dotted(defaults).items() if name in new} | recorded
-        for name in sorted(set(old) | set(new)):
-            if name in RECORDED_LATER and name not in recorded:
-                continue
-            digest = KNOWN_BY.get(name)
-            if digest and recorded.get(digest) is not None and recorded[digest] == new.get(digest):
-                continue
-            if name not in FREE_SETTINGS and old.get(name) != new.get(name):
-                raise ZpipeError(
-                    f"{run}: was begun with {name} = {old.get(name)!r}, now it is {new.get(name)!r}; "
-                    "give another --out folder, or the settings it was begun with"
-                )
-        moved = {name: settings[name] for name in KNOWN_BY if name in recorded and recorded[name] != settings.get(name)}
-        if moved:
-            write_json(path, record | {"settings": record["settings"] | moved})
-    else:
-        write_json(path, wanted)
-    return (run / CONFIG_NAME).is_file()
-
-
-def read_record(run: Path) -> dict[str, Any]:
-    """Read `run.json`: kind and settings.
-
-    Raises:
-        ZpipeError: If the file is missing or broken.
-    """
-    path = Path(run) / RUN_NAME
-    record = read_json(path, "the settings of a run")
-    check_format(path, record, FORMAT, VERSION, remedy="restore the file, or give another --out folder")
-    if not isinstance(record.get("settings"), dict) or not isinstance(record.get("kind"), str):
-        raise ZpipeError(f"{path}: not the settings of a run; restore the file")
-    return record
-
-
-def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def save_checkpoint(run: Path, state: dict[str, Any]) -> None:
-    """Replace the run's checkpoint.
-
-    Raises:
-        ZpipeError: If it can't be written; the previous checkpoint is then still there.
-    """
-    path = Path(run) / CHECKPOINT_NAME
-    with commit(path) as tmp:
-        try:
-            torch.save(header(CHECKPOINT_FORMAT, CHECKPOINT_VERSION) | state, tmp)
-        except RuntimeError as error:  # torch's zip writer raises it on a full disk
-            raise ZpipeError(f"{path}: could not be written; free space, then run again to go on") from error
-
-
-def load_checkpoint(run: Path) -> dict[str, Any] | None:
-    """Load the run's checkpoint to the CPU; None if it has none.
-
-    Raises:
-        ZpipeError: If the file is not a readable checkpoint.
-    """
-    path = Path(run) / CHECKPOINT_NAME
-    if not path.is_file():
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ZpipeError(f"{path}: not a readable checkpoint ({first_line(error)}); delete it to start over") from error
-    remedy = "delete it to start over"
-    if not isinstance(state, dict):
-        raise ZpipeError(f"{path}: not a checkpoint of a run; {remedy}")
-    check_format(path, state, CHECKPOINT_FORMAT, CHECKPOINT_VERSION, remedy=remedy)
-    return state
-
-
-def forget_attempt(run: Path) -> None:
-    """Remove the files of an earlier attempt when a run starts over, so that they aren't taken for its own."""
-    for name in ("best.json", "best.safetensors", "epochs", WANDB_ID_NAME):
-        remove(Path(run) / name)
-
-
 def keep_epoch(run: Path, model: nn.Module, epoch: int, keep: int, score: float | None) -> None:
     """Keep the weights after an epoch.
 
@@ -255,7 +98,7 @@ def keep_epoch(run: Path, model: nn.Module, epoch: int, keep: int, score: float 
         score: Score of the validation; if it is the best so far, the weights are also kept as the best. May be None.
     """
     run = Path(run)
-    folder = run / "epochs"
+    folder = run / EPOCHS
     if keep:
         folder.mkdir(exist_ok=True)
         _write_weights(folder / f"{epoch:05d}.safetensors", model)
@@ -264,18 +107,36 @@ def keep_epoch(run: Path, model: nn.Module, epoch: int, keep: int, score: float 
             path.unlink()
     if score is None:
         return
-    path = run / "best.json"
-    if not path.is_file() or score > read_json(path, "the best epoch")["val_top1"]:
-        _write_weights(run / "best.safetensors", model)
-        write_json(path, header(BEST_FORMAT, BEST_VERSION) | {"epoch": epoch, "val_top1": score})
+    path = run / BEST_NAME
+    if not path.is_file() or score > BEST.read(path).val_top1:
+        _write_weights(run / BEST_WEIGHTS_NAME, model)
+        write_json(path, BEST.header | {"epoch": epoch, "val_top1": score})
 
 
 def _write_weights(path: Path, model: nn.Module) -> None:
+    with commit(path) as tmp, _explained(path):
+        _save_sealed(tmp, model.state_dict())
+
+
+def _save_sealed(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Save weights with their digest, readable by whom the umask allows; the library alone makes the file private."""
+    path.touch()
+    mode = path.stat().st_mode
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    safetensors.torch.save_file(tensors, path, metadata={DIGEST: NO_DIGEST})
+    path.chmod(mode)
+    seal(path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn an error of the library that writes weights into one line."""
     try:
-        with commit(path) as tmp:
-            safetensors.torch.save_file({name: t.contiguous() for name, t in model.state_dict().items()}, tmp)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ZpipeError(f"{path}: could not be written ({error}); free space, then run again") from error
+        yield
+    except safetensors.SafetensorError as error:
+        full = "No space left" in str(error)
+        remedy = "free space" if full else "remove this cause"
+        raise ZpipeError(f"{path}: could not be written ({first_line(error)}); {remedy}, then run again") from error
 
 
 def save_model(run: Path, model: nn.Module, preprocessing: Preprocessing) -> None:
@@ -285,7 +146,13 @@ def save_model(run: Path, model: nn.Module, preprocessing: Preprocessing) -> Non
         ZpipeError: If they can't be written.
     """
     data = _data_config(preprocessing)
-    _write_finished(Path(run), lambda folder: save_for_hf(model, folder, safe_serialization=True, data_config=data))
+
+    def write(folder: Path) -> None:
+        save_for_hf(model, str(folder), safe_serialization=True, data_config=data)
+        (folder / WEIGHTS_NAME).unlink()
+        _save_sealed(folder / WEIGHTS_NAME, model.state_dict())
+
+    _write_finished(Path(run), write)
 
 
 def save_zoomer(run: Path, zoomer: Zoomer, preprocessing: Preprocessing) -> None:
@@ -295,11 +162,11 @@ def save_zoomer(run: Path, zoomer: Zoomer, preprocessing: Preprocessing) -> None
         ZpipeError: If they can't be written.
     """
 
-    def write(folder: str) -> None:
-        safetensors.torch.save_file(zoomer.state_dict(), Path(folder) / WEIGHTS_NAME)
+    def write(folder: Path) -> None:
+        _save_sealed(folder / WEIGHTS_NAME, zoomer.state_dict())
         data = _data_config(preprocessing)
         config = {"architecture": ZOOMER, "model_args": zoomer.model_args(), "pretrained_cfg": data}
-        write_json(Path(folder) / CONFIG_NAME, config)
+        write_json(folder / CONFIG_NAME, config)
 
     Path(run).mkdir(exist_ok=True)
     _write_finished(Path(run), write)
@@ -315,16 +182,19 @@ def _data_config(preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def _write_finished(run: Path, write: Callable[[str], object]) -> None:
+def _write_finished(run: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary folder, then move weights and description into place, the description last."""
     try:
-        with tempfile.TemporaryDirectory(dir=run, prefix=".tmp-") as folder:
-            write(folder)
+        with _explained(run), tempfile.TemporaryDirectory(dir=run, prefix=".tmp-") as folder:
+            write(Path(folder))
             for name in (WEIGHTS_NAME, CONFIG_NAME):
                 with commit(run / name) as tmp:
                     os.replace(Path(folder) / name, tmp)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ZpipeError(f"{run}: the model could not be written ({error}); free space, then run again") from error
+    except OSError as error:
+        raise ZpipeError(
+            f"{run}: the model could not be written ({first_line(error)}); {remedy_for(error)}, then run the same "
+            "command again, which writes it"
+        ) from error
 
 
 def digest_zoomer(run: Path) -> str:
@@ -333,7 +203,10 @@ def digest_zoomer(run: Path) -> str:
 
 
 def load_run(run: Path, weights: str = "final") -> Run:
-    """Open a finished run.
+    """Open a finished run, or a model that timm saved.
+
+    All weights come from the file: a description that makes a model of other weights is refused, as are weights that
+    are damaged, NaN or infinite.
 
     Args:
         run: The run folder.
@@ -345,23 +218,18 @@ def load_run(run: Path, weights: str = "final") -> Run:
         ZpipeError: If a file is broken.
     """
     run = Path(run)
-    if not (run / CONFIG_NAME).is_file():
+    if not os.path.lexists(run / CONFIG_NAME):
         if (run / RUN_NAME).is_file():
-            raise UsageError(f"{run}: this run is not finished; run its command again to go on")
+            raise UsageError(f"{run}: this run is not finished; run its command again to resume it")
         raise UsageError(f"{run}: not a training run (no {CONFIG_NAME}); train-zoomer and train-vit make them")
-    config = read_json(run / CONFIG_NAME, "a model description")
-    model, preprocessing = _load_model(run, config)
-    if weights != "final":
-        _load_weights(model, _weights_file(run, weights))
+    config = read_model_config(run / CONFIG_NAME)
     # A folder that timm saved is a model too, but has no settings.
-    settings = read_record(run)["settings"] if (run / RUN_NAME).is_file() else {}
-    zoomer = None
-    if (run / "zoomer" / CONFIG_NAME).is_file():
-        zoomer = load_zoomer(run / "zoomer")[0]
-    kind = "zoomer" if config["architecture"] == ZOOMER else "vit"
+    settings = read_record(run)["settings"] if os.path.lexists(run / RUN_NAME) else {}
+    model, preprocessing = _load_model(run, config, _weights_file(run, weights))
+    zoomer = load_zoomer(run / ZOOMER)[0] if (run / ZOOMER / CONFIG_NAME).is_file() else None
     return Run(
         path=run,
-        kind=kind,
+        kind="zoomer" if config.architecture == ZOOMER else "vit",
         model=model.eval(),
         preprocessing=preprocessing,
         zoomer=zoomer,
@@ -370,22 +238,17 @@ def load_run(run: Path, weights: str = "final") -> Run:
 
 
 def _weights_file(run: Path, weights: str) -> Path:
+    if weights == "final":
+        return run / WEIGHTS_NAME
     if weights == "best":
-        path, hint = run / "best.safetensors", "train with --val SHARDS"
-    elif weights.isdecimal():
-        path, hint = run / "epochs" / f"{int(weights):05d}.safetensors", "train with --set train.keep=N"
+        path, hint = run / BEST_WEIGHTS_NAME, "train with --val SHARDS"
+    elif weights.isdecimal() and len(weights) < 10:
+        path, hint = run / EPOCHS / f"{int(weights):05d}.safetensors", "train with --set train.keep=N"
     else:
         raise UsageError(f"--weights {weights}: choose final, best, or the number of an epoch that was kept")
     if not path.is_file():
         raise UsageError(f"{path}: this run has no such weights; {hint}")
     return path
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    try:
-        model.load_state_dict(safetensors.torch.load_file(path))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ZpipeError(f"{path}: weights can't be read ({first_line(error)}); take --weights final") from error
 
 
 def load_zoomer(run: Path) -> tuple[Zoomer, Preprocessing]:
@@ -398,38 +261,120 @@ def load_zoomer(run: Path) -> tuple[Zoomer, Preprocessing]:
     run = Path(run)
     if not (run / CONFIG_NAME).is_file():
         raise UsageError(f"{run}: not a finished zoomer (no {CONFIG_NAME}); zpipe train-zoomer makes one")
-    config = read_json(run / CONFIG_NAME, "a model description")
-    model, preprocessing = _load_model(run, config)
-    if config["architecture"] != ZOOMER:
+    config = read_model_config(run / CONFIG_NAME)
+    if config.architecture != ZOOMER:
         raise UsageError(f"{run}: holds a ViT, not a zoomer; zpipe train-zoomer makes one")
+    model, preprocessing = _load_model(run, config, run / WEIGHTS_NAME)
     return cast(Zoomer, model).freeze(), preprocessing
 
 
-def _load_model(run: Path, config: dict[str, Any]) -> tuple[nn.Module, Preprocessing]:
-    path = run / WEIGHTS_NAME
+def _load_model(run: Path, config: ModelConfig, weights: Path) -> tuple[nn.Module, Preprocessing]:
+    described = run / CONFIG_NAME
+    preprocessing = _preprocessing(described, config)
+    remedy = _remedy(run, weights)
+    check_digest(weights, remedy)
     try:
-        data = config["pretrained_cfg"]
-        preprocessing = Preprocessing(
-            image_size=int(data["input_size"][1]),
-            mean=tuple(data["mean"]),
-            std=tuple(data["std"]),
-            crop_pct=float(data["crop_pct"]),
-        )
-        if config["architecture"] == ZOOMER:
-            model: nn.Module = Zoomer(**config["model_args"])
-            model.load_state_dict(safetensors.torch.load_file(path))
-        else:
-            model = timm.create_model(f"local-dir:{run}", pretrained=True)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ZpipeError(f"{run / CONFIG_NAME}: not a complete model description ({error}); train again") from error
+        state = safetensors.torch.load_file(weights)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ZpipeError(f"{path}: weights can't be read ({first_line(error)}); train again") from error
+        raise ZpipeError(f"{weights}: weights can't be read ({first_line(error)}); {remedy}") from error
+    model = _build(described, config, sum(tensor.numel() for tensor in state.values()))
+    try:
+        _fill(model, state)
+    except ValueError as error:
+        raise ZpipeError(f"{weights}: not the weights of {described} ({error}); {remedy}") from error
     return model, preprocessing
 
 
-def maps_record(store: RelevanceMaps | None) -> dict[str, Any]:
-    """What run.json says about the maps that a run learns from: their fingerprint and the digest of their teacher."""
-    if store is None:
-        return {"maps_fingerprint": None, "maps_teacher": None}
-    provenance = store.manifest.provenance
-    return {"maps_fingerprint": provenance.fingerprint(), "maps_teacher": provenance.teacher_digest}
+def _remedy(run: Path, weights: Path) -> str:
+    """What to do about weights that can't be used."""
+    if weights.name != WEIGHTS_NAME:
+        return "restore the file, or take --weights final"
+    if (run / CHECKPOINT_NAME).is_file():
+        return f"restore the file, or delete {run / CONFIG_NAME} and run the training again, which writes them anew"
+    return "restore the file, or train again in another folder"
+
+
+def _preprocessing(path: Path, config: ModelConfig) -> Preprocessing:
+    given = config.pretrained_cfg
+    absent = [name for name in ("input_size", "mean", "std", "crop_pct") if getattr(given, name) is None]
+    if absent or given.input_size is None or given.mean is None or given.std is None or given.crop_pct is None:
+        raise ZpipeError(f"{path}: not a complete model description (no pretrained_cfg.{absent[0]}); restore the file")
+    channels, height, width = given.input_size
+    if channels != 3 or height != width:
+        raise ZpipeError(
+            f"{path}: the model is for images of {channels} x {height} x {width} (input_size); zpipe runs models of "
+            "square images of 3 channels"
+        )
+    return Preprocessing(image_size=height, mean=given.mean, std=given.std, crop_pct=given.crop_pct)
+
+
+class _Allowance(TorchDispatchMode):
+    """Refuses to make tensors of more numbers than a model of the given weights needs."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self._left = 2 * numbers + (1 << 22)  # a part for tables that are computed, and not saved
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], list | tuple) and all(isinstance(side, int) for side in args[0]):
+            self._left -= math.prod(args[0])
+            if self._left < 0:
+                raise ValueError("it is larger than the weights beside it")
+        return func(*args, **(kwargs or {}))
+
+
+def _build(path: Path, config: ModelConfig, numbers: int) -> nn.Module:
+    """The model that a description describes, which has at most as many weights as given."""
+    arguments = dict(config.model_args)
+    cfg = config.pretrained_cfg
+    try:
+        _check_arguments(arguments)
+        with _Allowance(numbers), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of models without weights, say: they don't fit the file
+            if config.architecture == ZOOMER:
+                return Zoomer(**arguments)
+            if not is_model(config.architecture):
+                raise ValueError(f"Unknown model {config.architecture!r}")
+            if config.class_count is not None:
+                arguments["num_classes"] = config.class_count
+            overlay = {"input_size": cfg.input_size, "mean": cfg.mean, "std": cfg.std, "crop_pct": cfg.crop_pct}
+            model = timm.create_model(config.architecture, pretrained_cfg_overlay=overlay, **arguments)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
+        raise ZpipeError(
+            f"{path}: describes no model that can be built ({first_line(error)}); restore the file"
+        ) from error
+    if config.num_classes not in (None, model.num_classes):
+        raise ZpipeError(
+            f"{path}: says {config.num_classes} classes, its model has {model.num_classes}; restore the file"
+        )
+    return model
+
+
+def _check_arguments(value: Any) -> None:
+    """Check that no argument, nor one of a backbone inside, leads to other weights.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    for name, inner in value.items():
+        if name in NOT_OF_THE_MODEL or (isinstance(inner, str) and ":" in inner):
+            raise ValueError(f"its argument {name} leads to other weights")
+        if isinstance(inner, dict):
+            _check_arguments(inner)
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy weights into a model, all of them.
+
+    Raises:
+        ValueError: The model has others, or a weight is NaN or infinite.
+    """
+    own = model.state_dict()
+    if odd := sorted(own.keys() ^ state.keys()):
+        raise ValueError(f"{odd[0]} is in the {'description' if odd[0] in own else 'weights'} only")
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"{name} is {list(tensor.shape)}, the description makes it {list(own[name].shape)}")
+        if not is_finite(tensor) and is_finite(own[name]):
+            raise ValueError(f"{name} is NaN or infinite")
+    model.load_state_dict(dict(state))

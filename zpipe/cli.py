@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from zpipe import __version__
+from zpipe.arguments import SecretlessGroup
 from zpipe.cli_data import extract_command, make_shards_command
 from zpipe.cli_maps import maps_app
 from zpipe.cli_options import Seed, moved
@@ -21,9 +22,10 @@ from zpipe.cli_results import (
     study_command,
 )
 from zpipe.cli_train import train_vit_command, train_zoomer_command
-from zpipe.console import fail, local_path, out, print_rows, reporting, tell, warn
+from zpipe.console import fail, local_path, open_streams, print_rows, print_table, printing, reporting, tell, warn
 
 app = typer.Typer(
+    cls=SecretlessGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -98,18 +100,25 @@ def demo_command(
 
 
 @app.command("doctor", short_help="Check whether this machine has what is needed.")
-def doctor_command() -> None:
-    """Check versions, PIL build, devices, Ray, shared memory and temporary folder.
+def doctor_command(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            parser=local_path, metavar="[FOLDER]", help="Where shards, stores or runs will go: check it too."
+        ),
+    ] = None,
+) -> None:
+    """Check versions, PIL build, devices, Ray, and limits: shared memory, descriptors, sockets, memory, clock, disk.
 
     The exit code is 1 if something would fail later.
     """
     from zpipe.doctor import examine
 
-    findings = examine()
+    findings = examine(folder)
     table = Table(show_header=False)
     for finding in findings:
         table.add_row("ok" if finding.ok else "PROBLEM", finding.name, finding.value)
-    out.print(table)
+    print_table(table)
     bad = [finding for finding in findings if not finding.ok]
     if bad:
         fail(f"{len(bad)} problems", tuple(f"{finding.name}: {finding.value}" for finding in bad), 1)
@@ -117,4 +126,11 @@ def doctor_command() -> None:
 
 def main() -> None:
     """Entry point of the `zpipe` command."""
-    app(prog_name="zpipe")
+    open_streams()
+    try:
+        app(prog_name="zpipe")
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        with printing():  # typer printed its help
+            raise

@@ -10,6 +10,7 @@ import typer
 from zpipe.cli_options import Address, Device, ModelArgs, Shards
 from zpipe.console import count_or_auto, local_path, parse_settings, path_or_url, reporting, tell, warn
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.names import printable
 
 
 def make_shards_command(
@@ -64,7 +65,8 @@ def make_shards_command(
 ) -> None:
     """Pack images into WebDataset tars: key.jpg (original bytes), key.cls, key.json, and a shards.json.
 
-    Images that can't be decoded are listed in quarantine.csv and left out; the exit code is then 1.
+    The content of a file decides whether it is an image, not its name. BMP, GIF, TIFF and PPM become PNG. Images that
+    can't be decoded are listed in quarantine.csv and left out; the exit code is then 1.
     """
     with reporting() as progress:
         from zpipe.pipeline.datasets import SourceConfig, open_source
@@ -72,7 +74,12 @@ def make_shards_command(
 
         if index_only:
             index = index_shards(path_or_url(source), progress=progress)
-            tell(f"{source}: {index.count} images in {len(index.shards)} shards indexed")
+            tell(f"{source}: {index.count} images in {_counted(len(index.shards), 'shard')} indexed; {index.account}")
+            if not index.account.is_whole:
+                raise ZpipeError(
+                    f"{source}: {index.account.images_left_out} images were left out, because a key ends at the first "
+                    "dot of a name; rename them KEY.jpg in new tars, or go on without them: shards.json is written"
+                )
             return
         if output is None:
             raise UsageError("give an output folder: zpipe make-shards SOURCE OUTPUT")
@@ -87,13 +94,21 @@ def make_shards_command(
             scene=parse_settings(settings, "--set"),
         )
         report = make_shards(open_source(source, config, warn), output, progress=progress)
-        tell(f"{output}: {report.count} images in {report.shards} shards ({report.written} written now)")
+        tell(
+            f"{output}: {report.count} images in {_counted(report.shards, 'shard')} ({report.written} written now), "
+            f"{_counted(report.classes, 'class')}; {report.account}"
+        )
         if report.quarantined:
             raise ZpipeError(
-                f"{output / 'quarantine.csv'}: {len(report.quarantined)} unreadable images were put aside; "
-                "mend or remove them, then make the shards in a new folder",
-                [f"{item.file}: {item.reason}" for item in report.quarantined[:20]],
+                f"{output / 'quarantine.csv'}: {_counted(len(report.quarantined), 'image')} put aside; "
+                "mend, move or remove them, then make the shards in a new folder",
+                [f"{printable(item.file)}: {printable(item.reason)}" for item in report.quarantined[:20]],
             )
+
+
+def _counted(count: int, what: str) -> str:
+    plural = "es" if what.endswith("s") else "s"
+    return f"{count} {what}{plural * (count != 1)}"
 
 
 def extract_command(
@@ -111,12 +126,37 @@ def extract_command(
         str | None, typer.Option(help="timm model; default deit_base_patch16_224, or what the weights folder says.")
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="Weights file, folder of a finished train-vit run, 'pretrained', or 'random'.")
+        str,
+        typer.Option(
+            help="Weights file, folder of a finished train-vit run (other weights of it: RUN:best, RUN:7), "
+            "'pretrained', or 'random'."
+        ),
     ] = "pretrained",
     num_classes: Annotated[
         int | None, typer.Option(help="Number of the teacher's classes, where neither weights nor model say it.")
     ] = None,
     model_arg: ModelArgs = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            metavar="R,G,B",
+            help="Mean of the teacher's images, of pixels in 0 to 1, where no config.json beside the weights says it.",
+        ),
+    ] = None,
+    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Standard deviation, likewise.")] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="How images are resized, likewise: bicubic, bilinear or lanczos.")
+    ] = None,
+    crop_pct: Annotated[
+        float | None, typer.Option(help="Fraction of the image that --frame center shows, likewise.")
+    ] = None,
+    classes: Annotated[
+        str,
+        typer.Option(
+            help="How labels find the teacher's classes: same (both name the same classes), by-name, or by-index (the "
+            "numbers, whatever the names)."
+        ),
+    ] = "same",
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     method: Annotated[
         str, typer.Option(help="transformer-attribution, gradient-attention, rollout or class-attention.")
@@ -169,6 +209,7 @@ def extract_command(
     with reporting() as progress:
         from zpipe.pipeline.explainer import ExplainConfig
         from zpipe.pipeline.extract import Executor, ExtractConfig, extract_teacher_maps
+        from zpipe.schemas.classes import Matching
 
         config = ExtractConfig(
             teacher=teacher,
@@ -176,6 +217,11 @@ def extract_command(
             num_classes=num_classes,
             teacher_args=parse_settings(model_arg, "--model-arg"),
             seed=seed,
+            mean=_channels(mean, "--mean"),
+            std=_channels(std, "--std"),
+            interpolation=interpolation,
+            crop_pct=crop_pct,
+            classes=cast(Matching, classes),
             explain=ExplainConfig(method=method, target=target, symmetrise=symmetrise, precision=precision),
             frame=frame,
             executor=cast(Executor, executor),
@@ -190,14 +236,35 @@ def extract_command(
         )
         if weights == "random":
             warn("warning: random weights were asked for: these maps mean nothing; the manifest says so")
-        report = extract_teacher_maps(shards, output, config, progress=progress)
+        told: set[str] = set()
+
+        def say(note: str) -> None:
+            told.add(note)
+            warn(f"note: {note}")
+
+        report = extract_teacher_maps(shards, output, config, progress=progress, say=say)
         top1 = "" if report.top1 is None else f"; the teacher names {100 * report.top1:.1f} % of these labels"
         made = f"{report.count} maps in {report.shards} shards ({report.extracted} extracted now)"
         tell(f"{output}: {made}{top1}; {report.account}")
         for note in report.notes:
-            warn(f"note: {note}")
+            if note not in told:
+                warn(f"note: {note}")
         if report.problems:
             raise ZpipeError(
                 f"{output}: {len(report.problems)} images have no usable map; the store is whole and says which",
                 report.problems[:20],
             )
+        if report.left_out:
+            raise ZpipeError(report.left_out)
+
+
+def _channels(text: str | None, option: str) -> tuple[float, float, float] | None:
+    """Three numbers, separated by commas, or one for all channels."""
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.strip("[]() ").split(",")]
+        red, green, blue = numbers * 3 if len(numbers) == 1 else numbers
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: write it as R,G,B, such as 0.5,0.5,0.5") from error
+    return red, green, blue

@@ -9,8 +9,9 @@ from typing import Annotated, cast
 import typer
 from rich.table import Table
 
-from zpipe.cli_options import BatchSize, Device, Store
-from zpipe.console import local_path, out, path_or_url, print_rows, reporting, tell
+from zpipe.cli_options import BatchSize, Classes, Damaged, Device, Store
+from zpipe.cli_results import conclude
+from zpipe.console import local_path, path_or_url, print_rows, print_table, reporting, tell
 from zpipe.schemas.errors import UsageError, ZpipeError
 
 maps_app = typer.Typer(
@@ -47,7 +48,7 @@ def maps_info(store: Store) -> None:
             histogram = statistics.histograms[name]
             table.add_row("", f"{histogram.low:.3g} {histogram.bars()} {histogram.high:.3g}")
         table.add_row("made from", statistics.manifest.source)
-        out.print(table)
+        print_table(table)
 
 
 @maps_app.command("verify", short_help="Read every byte of a store and check it.")
@@ -152,6 +153,8 @@ def maps_judge(
     steps: Annotated[int, typer.Option(min=1, help="Points per curve.")] = 10,
     baseline: Annotated[str, typer.Option(help="What replaces a removed cell: blur or mean.")] = "blur",
     limit: Annotated[int, typer.Option(min=1, help="Most images to use.")] = 5_000,
+    classes: Classes = None,
+    damaged: Damaged = "error",
     batch_size: BatchSize = 64,
     device: Device = "auto",
     json_path: Annotated[
@@ -164,13 +167,24 @@ def maps_judge(
     Prints deletion (lower is better) and insertion curves, the pointing game, and two controls.
     """
     with reporting() as progress:
-        from zpipe.train.evaluation.judge import Baseline, JudgeConfig, judge_maps
+        from zpipe.train.data.join import Damaged as DamagedChoice
+        from zpipe.train.evaluation.judge import Baseline, JudgeConfig, judge
+        from zpipe.train.evaluation.results import check_results_file
 
         config = JudgeConfig(
-            steps=steps, baseline=cast(Baseline, baseline), limit=limit, batch_size=batch_size, device=device
+            steps=steps,
+            baseline=cast(Baseline, baseline),
+            limit=limit,
+            classes=classes,
+            damaged=cast(DamagedChoice, damaged),
+            batch_size=batch_size,
+            device=device,
         )
-        rows = judge_maps(model, shards, store, config, out=json_path, progress=progress)
-    print_rows(rows, title=str(store))
+        if json_path is not None:
+            check_results_file(json_path)
+        content = judge(model, shards, store, config, progress=progress)
+    print_rows(content["rows"], title=str(store))
+    conclude(content, json_path)
 
 
 @maps_app.command("compare", short_help="Show how far the maps of two stores agree.")
@@ -198,6 +212,6 @@ def maps_compare(
         table.add_row("quantiles", "5 %, 25 %, 50 %, 75 %, 95 %")
         table.add_row("rank correlation", ", ".join(f"{value:.4f}" for value in comparison.rank_correlation))
         table.add_row(f"top {comparison.top} shared", ", ".join(f"{value:.2f}" for value in comparison.top_overlap))
-        out.print(table)
+        print_table(table)
         rows = [{"key": key, "rank_correlation": rank, "shared": shared} for key, rank, shared in comparison.worst]
         print_rows(rows, title="lowest agreement")

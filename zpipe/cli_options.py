@@ -77,6 +77,14 @@ NumWorkers = Annotated[
 ]
 Resume = Annotated[str, typer.Option(help="If the folder already holds a run: auto (resume it) or never (stop).")]
 Missing = Annotated[str, typer.Option(help="What to do with samples without a usable map: error, skip or uniform.")]
+Damaged = Annotated[
+    str,
+    typer.Option(
+        metavar="error|skip",
+        help="What to do with damaged tars, and with samples whose image, label or .json is broken: error, "
+        "or skip (leave them out and count them).",
+    ),
+]
 
 # For the verbs that measure.
 Alphas = Annotated[
@@ -105,9 +113,10 @@ AtOne = Annotated[
 Classes = Annotated[
     str | None,
     typer.Option(
-        metavar="by-name|FILE",
-        help="For shards with a part of the model's classes (ImageNet-A): which class each label is; "
-        "the others don't count as answers.",
+        metavar="by-name|by-index|FILE",
+        help="For shards whose classes are not those of the run: by-name matches their names, FILE has the run's class "
+        "of each label, one a line; the run's other classes then don't count as answers (ImageNet-A). by-index takes "
+        "the numbers as they are, whatever the names.",
     ),
 ]
 Labels = Annotated[

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperCommand
@@ -15,6 +17,7 @@ from zpipe.cli_options import (
     AtOne,
     BatchSize,
     Classes,
+    Damaged,
     Device,
     Exits,
     Labels,
@@ -29,6 +32,7 @@ from zpipe.cli_options import (
     Weights,
 )
 from zpipe.console import (
+    fail,
     local_path,
     parse_budget,
     parse_budgets,
@@ -41,6 +45,7 @@ from zpipe.console import (
     tell,
     warn,
 )
+from zpipe.schemas.account import Account
 
 # The columns of an evaluation that a table has room for; the file has all of them.
 _COLUMNS = [
@@ -128,6 +133,7 @@ def evaluate_command(
     scores: Scores = None,
     classes: Classes = None,
     labels: Labels = None,
+    damaged: Damaged = "error",
     weights: Weights = "final",
     precision: Precision = "float32",
     batch_size: BatchSize = 128,
@@ -139,19 +145,20 @@ def evaluate_command(
             "--json",
             parser=path_or_url,
             metavar="PATH|URL",
-            help="Results file; default evaluation.json in the run, "
-            "or evaluation-best.json and the like for other weights or precision.",
+            help="Results file; default evaluation.json in the run, or evaluation-best.json and the like "
+            "for other weights, precision, scores, labels, classes or images.",
         ),
     ] = None,
 ) -> None:
     """Measure top-1, mean tokens, GMACs and images/s of a ViT for each alpha, or a zoomer's distance to its teacher."""
     with reporting() as progress:
-        from zpipe.train.evaluation.evaluate import evaluate
+        from zpipe.train.data.join import Damaged as DamagedChoice
+        from zpipe.train.evaluation.evaluate import evaluate, evaluation_path
         from zpipe.train.evaluation.operating_points import EvalConfig
-        from zpipe.train.evaluation.results import results_path
+        from zpipe.train.evaluation.results import check_results_file
 
         config = EvalConfig(
-            alphas=EvalConfig.alphas if alphas is None else parse_numbers(alphas, float, "--alphas"),
+            alphas=None if alphas is None else parse_numbers(alphas, float, "--alphas"),
             budgets=parse_budgets(budgets),
             keeps=parse_numbers(keep, int, "--keep"),
             prune=prune,
@@ -164,16 +171,48 @@ def evaluate_command(
             scores=scores,
             classes=classes,
             labels=labels,
+            damaged=cast(DamagedChoice, damaged),
             weights=weights,
             precision=precision,
             batch_size=batch_size,
             data_workers=data_workers,
             device=device,
         )
-        target = json_path or results_path(run, "evaluation", weights=weights, precision=precision)
-        result = evaluate(run, shards, config, maps=maps, out=target, progress=progress)
+        if json_path is not None:
+            check_results_file(json_path)
+        result = evaluate(run, shards, config, maps=maps, progress=progress)
     print_rows([_main_columns(row) for row in result["rows"]], title=str(run))
-    tell(f"written to {target}")
+    with reporting():
+        target = json_path or evaluation_path(run, config, result)
+    conclude(result, target)
+
+
+def conclude(content: Mapping[str, Any], target: Path | None = None) -> None:
+    """The end of a measurement, behind its figures: write the results file, and account for what was left out.
+
+    The figures are printed first, so that they aren't lost if the file can't be written.
+
+    Args:
+        content: of the results file.
+        target: the file to write; None to write none.
+    """
+    if target is not None:
+        with reporting():
+            from zpipe.schemas.atomic import write_json
+
+            write_json(target, content)
+        tell(f"written to {target}")
+    account = Account(
+        seen=content["samples"], taken=content["samples"] - content["skipped"], left_out=Counter(content["skipped_by"])
+    )
+    if content["skipped"]:
+        tell(f"{content['shards']}: {account}")
+    problems = [content["left_out_of_tars"]] if content["left_out_of_tars"] else []
+    if damaged := account.left_out["damaged"]:
+        line = f"{content['shards']}: damaged and left out by --damaged skip: {damaged}; the figures are of the others"
+        problems = [line, *problems]
+    if problems:
+        fail(problems[0], (*problems[1:], *content["damaged"]), 1)
 
 
 class StudyCommand(TyperCommand):
@@ -216,6 +255,7 @@ def study_command(
     ] = None,
     classes: Classes = None,
     labels: Labels = None,
+    damaged: Damaged = "error",
     seeds: Annotated[
         str, typer.Option(help="Seeds of what it trains, comma-separated; default: that of the run.")
     ] = "",
@@ -235,11 +275,12 @@ def study_command(
     resumed. The results go to RUN/results/NAME.json and .parquet.
     """
     with reporting() as progress:
+        from zpipe.train.data.join import Damaged as DamagedChoice
         from zpipe.train.evaluation.operating_points import EvalConfig
-        from zpipe.train.evaluation.results import wide
+        from zpipe.train.evaluation.results import wide, write_study
         from zpipe.train.fit.distributed import Workers
         from zpipe.train.studies.bench import StudyConfig, StudyInputs
-        from zpipe.train.studies.registry import STUDIES, run_study
+        from zpipe.train.studies.registry import STUDIES, measure_study
 
         evaluation = EvalConfig(
             alphas=parse_numbers(alphas, float, "--alphas"),
@@ -249,6 +290,7 @@ def study_command(
             points=parse_points(at),
             classes=classes,
             labels=labels,
+            damaged=cast(DamagedChoice, damaged),
             precision=precision,
             batch_size=batch_size,
             data_workers=data_workers,
@@ -259,16 +301,19 @@ def study_command(
             evaluation=evaluation, seeds=parse_numbers(seeds, int, "--seeds"), epochs=epochs, workers=workers
         )
         inputs = StudyInputs(run=run, shards=shards, maps=maps, zoomer=zoomer)
-        path, results, notes = run_study(name, inputs, config, progress=progress, say=warn)
+        about, results, notes = measure_study(name, inputs, config, progress=progress, say=warn)
     for table in _tables(wide(results)):
         print_rows(table, title=STUDIES[name].title)
     for note in notes:
         tell(f"note: {note}")
+    with reporting():
+        path = write_study(run, about, results)
     tell(f"written to {path} and {path.with_suffix('.parquet').name}")
+    conclude(about)
 
 
 def predict_command(
-    images: Annotated[list[Path], typer.Argument(parser=local_path, metavar="IMAGES", help="JPEG, PNG or WEBP files.")],
+    images: Annotated[list[Path], typer.Argument(parser=local_path, metavar="IMAGES", help="Image files.")],
     checkpoint: Annotated[
         Path, typer.Option(parser=local_path, metavar="RUN", help="Finished train-vit run; its zoomer is in it.")
     ],
@@ -300,8 +345,8 @@ def predict_command(
 ) -> None:
     """Print the most probable classes of image files, and draw what a ZoomViT looked at."""
     with reporting() as progress:
-        from zpipe.schemas.atomic import write_json
-        from zpipe.train.evaluation.predict import PredictConfig, predict
+        from zpipe.schemas.atomic import check_out_file
+        from zpipe.train.evaluation.predict import MARK, PredictConfig, predict
 
         config = PredictConfig(
             alpha=alpha,
@@ -313,13 +358,24 @@ def predict_command(
             top=top,
             device=device,
         )
-        rows = predict(checkpoint, images, config, out=output, progress=progress)
         if json_path is not None:
-            write_json(json_path, rows)
+            check_out_file(json_path, (), MARK)
+        rows = predict(checkpoint, images, config, out=output, progress=progress)
+    unread = [row for row in rows if "error" in row]
     for row in rows:
+        if "error" in row:
+            continue
         classes = [f"{each['name'] or each['index']} {each['probability']:.1%}" for each in row["classes"]]
         tokens = "" if row["tokens"] is None else f" ({row['tokens']} tokens)"
         tell(f"{row['file']}: {', '.join(classes)}{tokens}")
+    if json_path is not None:
+        with reporting():
+            from zpipe.schemas.atomic import write_json
+
+            write_json(json_path, rows)
+    if unread:
+        tell(str(Account(seen=len(rows), taken=len(rows) - len(unread), quarantined=len(unread))))
+        fail(f"{len(unread)} of {len(rows)} files can't be read as images", tuple(row["error"] for row in unread), 1)
 
 
 def calibrate_command(
@@ -339,6 +395,8 @@ def calibrate_command(
         typer.Option(parser=path_or_url, metavar="PATH|URL", help="Relevance store, for --scores maps."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Most images to use.")] = 50_000,
+    classes: Classes = None,
+    damaged: Damaged = "error",
     batch_size: BatchSize = 128,
     data_workers: LoadingProcesses = 0,
     weights: Weights = "final",
@@ -352,26 +410,30 @@ def calibrate_command(
 ) -> None:
     """Find the threshold (alpha, or that of early exit) at which a model costs a given budget per image on average."""
     with reporting() as progress:
-        from zpipe.train.evaluation.calibrate import CalibrationConfig, calibrate
-        from zpipe.train.evaluation.results import results_path
+        from zpipe.train.data.join import Damaged as DamagedChoice
+        from zpipe.train.evaluation.calibrate import CalibrationConfig, calibration
+        from zpipe.train.evaluation.results import check_results_file, results_path
 
         config = CalibrationConfig(
             budget=budget,
             scores=scores,
             weights=weights,
             limit=limit,
+            classes=classes,
+            damaged=cast(DamagedChoice, damaged),
             batch_size=batch_size,
             data_workers=data_workers,
             device=device,
         )
         target = json_path or results_path(run, "calibration", weights=weights)
-        calibrated = calibrate(run, shards, config, maps=maps, out=target, progress=progress)
+        check_results_file(target)
+        calibrated = calibration(run, shards, config, maps=maps, progress=progress)
     name = next(name for name in ("alpha", "exit_threshold") if name in calibrated)
     tell(
         f"{name} {calibrated[name]!r}: {calibrated['mean']:.4g} {calibrated['unit']} per image, "
         f"standard deviation {calibrated['std']:.3g}, over {calibrated['images']:,} images"
     )
-    tell(f"written to {target}")
+    conclude(calibrated, target)
 
 
 def report_command(

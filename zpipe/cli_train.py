@@ -9,6 +9,7 @@ import typer
 
 from zpipe.cli_options import (
     Address,
+    Damaged,
     DataWorkers,
     Device,
     Missing,
@@ -29,6 +30,17 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
+def _warn_of_warmup(config: Any) -> None:
+    """Say that the warm-up is shorter than the settings want, which a few epochs would not outlast."""
+    from zpipe.train.fit.optim import warmup_epochs
+
+    if warmup_epochs(config) < config.warmup_epochs:
+        warn(
+            f"warning: a warm-up of {config.warmup_epochs:g} of {config.epochs:g} epochs is shortened to "
+            f"{warmup_epochs(config):g}, a quarter of the training; set train.warmup_epochs to choose it"
+        )
+
+
 def train_zoomer_command(
     shards: Shards,
     maps: Annotated[
@@ -46,6 +58,7 @@ def train_zoomer_command(
     address: Address = None,
     resume: Resume = "auto",
     missing: Missing = "error",
+    damaged: Damaged = "error",
     seed: Seed = 0,
     device: Device = "auto",
     settings: Sets = None,
@@ -57,12 +70,13 @@ def train_zoomer_command(
         from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
         from zpipe.train.settings import with_settings
 
-        flags = {"num_blocks": num_blocks, "image_size": image_size, "missing": missing}
+        flags = {"num_blocks": num_blocks, "image_size": image_size, "missing": missing, "damaged": damaged}
         flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
         config = with_settings(
             recipe(recipe_name, ZOOMER_RECIPES, ZoomerConfig()), flags | parse_settings(settings, "--set")
         )
+        _warn_of_warmup(config.train)
         arguments = {"shards": shards, "maps": maps, "out": output, "resume": resume}
         workers = Workers(count=num_workers, address=address)
         run_training(train_zoomer, arguments, config, workers, progress=progress, say=warn)
@@ -141,6 +155,7 @@ def train_vit_command(
     address: Address = None,
     resume: Resume = "auto",
     missing: Missing = "error",
+    damaged: Damaged = "error",
     seed: Seed = 0,
     device: Device = "auto",
     settings: Sets = None,
@@ -148,6 +163,7 @@ def train_vit_command(
     """Stage 2: train a ZoomViT under a frozen zoomer (or cached maps), or a plain timm ViT without zoom."""
     with reporting() as progress:
         from zpipe.train.fit.distributed import Workers, run_training
+        from zpipe.train.fit.initialise import assumed
         from zpipe.train.fit.recipes import VIT_RECIPES, recipe
         from zpipe.train.fit.train_vit import VitConfig, train_vit
         from zpipe.train.settings import with_settings
@@ -155,12 +171,17 @@ def train_vit_command(
         base = recipe(recipe_name, VIT_RECIPES, VitConfig())
         model_args = base.model_args | parse_settings(model_arg, "--model-arg")
         flags = {"model": model, "model_args": model_args, "num_classes": num_classes}
-        flags |= {"missing": missing, "init_from": init_from, "scores": scores}
+        flags |= {"missing": missing, "damaged": damaged, "init_from": init_from, "scores": scores}
         flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
         flags |= _given({"image_size": image_size})
         config = with_settings(base, flags | parse_settings(settings, "--set"))
+        _warn_of_warmup(config.train)
         paths = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
+        if config.init_from is not None and config.mean is None and zoomer is None:
+            note = assumed(config.init_from)
+            if note:
+                warn(f"note: {note}")
         workers = Workers(count=num_workers, address=address)
         run_training(train_vit, {**paths, "resume": resume}, config, workers, progress=progress, say=warn)
         tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")

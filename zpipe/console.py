@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
-import signal
 import sys
-import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,76 +16,123 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from zpipe.progress import ProgressBars, ProgressLines, progress_for
+from zpipe.interrupts import Terminated, stoppable
+from zpipe.progress import ProgressBars, ProgressLines, note, progress_for
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line, remedy_for
+from zpipe.schemas.names import printable
+from zpipe.schemas.secrets import redacted
 from zpipe.schemas.storage import as_local, as_path
 
+# What torch's RuntimeErrors say, and what to do. It raises them wherever the main thread happens to be.
+_TORCH_ERRORS = (
+    (
+        "DataLoader worker (pid",
+        "a data-loading process was killed, often because memory ran out; give fewer --data-workers",
+    ),
+    ("out of memory", "the accelerator's memory is too small; give a smaller --batch-size"),
+    ("allocate memory", "there is not enough memory; give a smaller --batch-size"),
+    ("Too many open files", "too many files are open; raise the limit (ulimit -n), or give fewer --data-workers"),
+)
+
+
+class PlainConsole(Console):
+    """A console that takes text for text: it obeys no markup, and shows control characters escaped."""
+
+    def __init__(self, *, stderr: bool = False, width: int | None = None) -> None:
+        super().__init__(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As in rich, after escaping; all strings in tables and lines come through here."""
+        return super().render_str(printable(text), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error, which rich would hide."""
+        raise
+
+
 # Off a terminal rich assumes 80 columns and cuts what is wider; a file has room.
-out = Console(width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True)
+out = PlainConsole(width=None if sys.stdout is not None and sys.stdout.isatty() else 160)
+err = PlainConsole(stderr=True)
 
 
-class Terminated(BaseException):
-    """SIGTERM was received; like Ctrl-C, it ends the command."""
+def open_streams() -> None:
+    """Prepare the standard streams of a process: closed ones lead nowhere, and what has no character is escaped."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number; or a file of ours would, and be printed into
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # or print() would take None for standard output  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Raise :class:`Terminated` on SIGTERM in the main thread; processes that are forked meanwhile just end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    ours = os.getpid()
-
-    def on_terminate(number: int, frame: object) -> None:
-        if os.getpid() != ours:
-            os._exit(128 + number)
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, on_terminate)
+def printing() -> Iterator[None]:
+    """Print results within: if standard output can't be written to, the program ends with one line and exit code 1."""
     try:
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "it is closed")
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        sys.stdout.flush()
+    except OSError as error:
+        reason = "its reader has ended" if isinstance(error, BrokenPipeError) else first_line(error)
+        note(f"error: standard output: the result could not be printed ({reason}); give another place for it")
+        if isinstance(sys.stdout, io.TextIOWrapper):  # what is left would fail again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from error
 
 
 @contextmanager
 def reporting() -> Iterator[ProgressBars | ProgressLines]:
     """Show progress while a verb runs; turn errors that users can act on into one line and an exit code."""
     try:
-        with terminable(), progress_for(err) as progress:
+        with stoppable(), _warnings_as_lines(), progress_for(err) as progress:
             yield progress
     except ZpipeError as error:
         fail(str(error), error.details, error.exit_code)
     except OSError as error:
         fail(f"{error.filename or 'system'}: {first_line(error)}; {remedy_for(error)}, then run again", (), 1)
-    except RuntimeError as error:
-        # torch raises this wherever the main thread happens to be when a worker dies.
-        if "DataLoader worker (pid" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        text = "allocate memory" if isinstance(error, MemoryError) else str(error)
+        line = next((line for part, line in _TORCH_ERRORS if part in text), None)
+        if line is None:
             raise
-        fail("a data-loading process was killed, often for want of memory; give fewer --data-workers, run again", (), 1)
+        fail(f"{line}, then run again", (), 1)
     except Terminated:
-        fail("terminated; run the same command again to go on", (), 1)
+        fail("terminated; run the same command again to resume", (), 1)
     except KeyboardInterrupt:
-        fail("interrupted; run the same command again to go on", (), 130)
+        fail("interrupted; run the same command again to resume", (), 130)
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Show the warnings of libraries and of ours as one line each, without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *place: warn(f"warning: {' '.join(str(message).split())}")
+        yield
 
 
 def tell(line: str) -> None:
     """Print a line of a result, unbroken however narrow the terminal is."""
-    out.print(line, highlight=False, soft_wrap=True, markup=False)
+    with printing():
+        out.print(line, soft_wrap=True)
 
 
 def warn(line: str) -> None:
     """Print a line that is not a result to standard error."""
-    print(line, file=sys.stderr, flush=True)
+    note(redacted(line))
 
 
 def fail(message: str, details: tuple[str, ...], code: int) -> NoReturn:
     """Print `error: message` and its details to standard error, and exit."""
-    print(f"error: {message}", file=sys.stderr)
+    # A library's message may quote a URL of the environment, such as AWS_ENDPOINT_URL.
+    note(f"error: {redacted(message)}")
     for line in details:
-        print(f"  {line}", file=sys.stderr)
+        note(f"  {redacted(line)}")
     raise typer.Exit(code)
 
 
@@ -106,7 +154,7 @@ def parse_settings(pairs: list[str] | None, option: str) -> dict[str, Any]:
             raise UsageError(f"{option} {pair}: write it as key=value")
         try:
             settings[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             settings[key] = value
     return settings
 
@@ -192,4 +240,10 @@ def print_rows(rows: list[dict[str, Any]], title: str) -> None:
         table.add_column(name, justify="left" if name in ("setting", "model") else "right")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
-    out.print(table)
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
+    """Print a table on standard output."""
+    with printing():
+        out.print(table)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from typing import Any
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.make_shards import SceneSource, make_shards
 from zpipe.pipeline.scenes import SceneConfig
-from zpipe.schemas.atomic import claim_folder, read_json, write_json
+from zpipe.schemas.atomic import claim_folder, write_json
 from zpipe.schemas.errors import UsageError
-from zpipe.schemas.formats import check_format, header
+from zpipe.schemas.formats import check_format, header, read_json
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.evaluation.evaluate import evaluate
@@ -100,6 +100,26 @@ QUICK = DemoSize(
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Marker:
+    """The content of `demo.json`."""
+
+    format: str | None = None
+    version: int | None = None
+    seed: int
+    quick: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What is shown of `report.json`."""
+
+    rows: list[dict[str, str | float | None]]
+    maps: dict[str, str | float | None]
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str]
+
+
 def run_demo(
     out: Path,
     *,
@@ -127,17 +147,19 @@ def run_demo(
     out = Path(out)
     claim_folder(out, MARKER, "demo")
     settings = {"seed": seed, "quick": quick}
+    remedy = "give another folder"
     if (out / MARKER).is_file():
-        marker = read_json(out / MARKER, "a demo's settings")
-        if "version" in marker:  # earlier demos don't state one
-            check_format(out / MARKER, marker, FORMAT, VERSION, remedy="give another folder")
-        if {name: marker.get(name) for name in settings} != settings:
+        marker = read_json(out / MARKER, "a demo's settings", type=Marker, remedy=remedy)
+        if marker.version is not None:  # earlier demos don't state one
+            check_format(out / MARKER, asdict(marker), FORMAT, VERSION, remedy=remedy)
+        if (marker.seed, marker.quick) != (seed, quick):
             raise UsageError(f"{out}: holds a demo with other settings; give another folder")
     else:
         write_json(out / MARKER, header(FORMAT, VERSION) | settings)
     if (out / REPORT).is_file() and (out / PAGE / "index.html").is_file():
+        report = read_json(out / REPORT, "a demo's report", type=Report, remedy="delete it to make it again")
         say(f"{out}: finished before; this is its report")
-        return read_json(out / REPORT, "a demo's report")
+        return asdict(report)
     demo = Demo(out, seed, QUICK if quick else FULL, progress, say)
     demo.run()
     about = settings | {"maps": demo.map_metrics(), "seconds": demo.seconds, "notes": demo.notes()}

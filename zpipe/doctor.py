@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-import shutil
-import tempfile
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from zpipe import limits
+from zpipe.limits import Finding
 
 REQUIRED = (
     "torch",
@@ -23,24 +23,16 @@ REQUIRED = (
     "typer",
     "matplotlib",
 )
-MIN_SHM_BYTES = 80 * 1024 * 1024
+MIN_SHM_BYTES = 80 * 1024 * 1024  # Ray's smallest object store
 MIN_TEMP_BYTES = 1024**3
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One line of the report."""
+def examine(folder: Path | None = None) -> list[Finding]:
+    """All findings, in the order in which they are printed.
 
-    name: str
-    """What was checked."""
-    value: str
-    """The result, with the remedy if there is a problem."""
-    ok: bool = True
-    """False if a command would fail later."""
-
-
-def examine() -> list[Finding]:
-    """All findings, in the order in which they are printed."""
+    Args:
+        folder: A folder for shards, stores or runs, to be checked too.
+    """
     findings = [
         Finding(name="zpipe", value=version("zpipe")),
         Finding(
@@ -53,10 +45,14 @@ def examine() -> list[Finding]:
         _pillow(),
         _torch(),
         _optional("scikit-learn", "only `zpipe demo` and scenes need it"),
-        _shm(),
-        _temp(),
+        limits.shared_memory(limits.SHARED_MEMORY, MIN_SHM_BYTES),
+        limits.descriptors(),
+        *limits.sockets(),
+        limits.temporary_folder(MIN_TEMP_BYTES),
+        limits.memory(),
+        limits.clock(),
     ]
-    return findings
+    return findings if folder is None else findings + limits.output_folder(folder)
 
 
 def _package(name: str) -> Finding:
@@ -109,40 +105,3 @@ def _torch() -> Finding:
     return Finding(
         name="torch devices", value=f"{', '.join(devices) or 'cpu'} (build: {build}, {torch.get_num_threads()} threads)"
     )
-
-
-def _shm() -> Finding:
-    path = Path("/dev/shm")
-    if not path.is_dir():
-        return Finding(name="/dev/shm", value="absent; Ray and data-loading workers use temporary files instead")
-    free = shutil.disk_usage(path).free
-    if free < MIN_SHM_BYTES:
-        return Finding(
-            name="/dev/shm",
-            value=f"{free >> 20} MiB free, Ray wants {MIN_SHM_BYTES >> 20}; docker: --shm-size=1g",
-            ok=False,
-        )
-    return Finding(name="/dev/shm", value=f"{free >> 20} MiB free")
-
-
-def _temp() -> Finding:
-    # Python ignores a TMPDIR that it cannot use, but Ray and C libraries do not.
-    tmpdir = os.environ.get("TMPDIR")
-    folder = Path(tmpdir or "/tmp")
-    try:
-        folder = Path(tmpdir or tempfile.gettempdir())
-        with tempfile.NamedTemporaryFile(dir=folder) as file:
-            file.write(b"x" * 4096)
-            file.flush()
-    except OSError as error:
-        return Finding(
-            name="temp", value=f"{folder}: not writable ({error.strerror}); set TMPDIR to a folder that is", ok=False
-        )
-    free = shutil.disk_usage(folder).free
-    if free < MIN_TEMP_BYTES:
-        return Finding(
-            name="temp",
-            value=f"{folder}: {free >> 20} MiB free, Ray wants {MIN_TEMP_BYTES >> 20}; set TMPDIR",
-            ok=False,
-        )
-    return Finding(name="temp", value=f"{folder}: writable, {free >> 30} GiB free")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import (
@@ -17,7 +18,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from zpipe.schemas.names import printable
+
 LINE_EVERY_S = 5.0
+
+
+def note(line: str) -> None:
+    """Print one line to standard error, names in it escaped. If that can't be written to, there is nobody to tell."""
+    with suppress(OSError):
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 class ProgressLines:
@@ -32,9 +41,7 @@ class ProgressLines:
         if done < total and now - self._last.get(stage, -LINE_EVERY_S) < LINE_EVERY_S:
             return
         self._last[stage] = now
-        print(
-            json.dumps({"stage": stage, "done": done, "total": total, **_rounded(facts)}), file=sys.stderr, flush=True
-        )
+        note(json.dumps({"stage": stage, "done": done, "total": total, **_rounded(facts)}))
 
     def __enter__(self) -> ProgressLines:
         return self
@@ -48,12 +55,12 @@ class ProgressBars:
 
     def __init__(self, console: Console) -> None:
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}", style="dim"),
+            TextColumn("{task.fields[facts]}", style="dim", markup=False),
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
@@ -61,8 +68,8 @@ class ProgressBars:
     def __call__(self, stage: str, done: int, total: int, **facts: object) -> None:
         """See `zpipe.schemas.progress.Progress`."""
         if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total, facts="")
-        text = "  ".join(f"{name} {value}" for name, value in _rounded(facts).items())
+            self._tasks[stage] = self._bars.add_task(printable(stage), total=total, facts="")
+        text = printable("  ".join(f"{name} {value}" for name, value in _rounded(facts).items()))
         self._bars.update(self._tasks[stage], completed=done, total=total, facts=text)
 
     def __enter__(self) -> ProgressBars:

@@ -16,6 +16,7 @@ from PIL import Image
 from scipy.io import savemat
 from tiny import header, write_tar
 
+from zpipe.pipeline import datasets
 from zpipe.pipeline.datasets import DATASETS
 from zpipe.pipeline.make_shards import make_shards
 from zpipe.pipeline.mat_file import read_numbers
@@ -100,7 +101,7 @@ def make(source, out, split, **changes):
 @pytest.mark.parametrize(("split", "names"), [("train", TRAIN), ("val", ("test_batch.bin",))])
 def test_cifar_keeps_every_pixel_and_label(cifar, batches, tmp_path, cli, split, names):
     done = cli("make-shards", f"cifar10:{cifar}", tmp_path / "out", "--split", split, "--no-shuffle")
-    assert done.code == 0 and f"{ROWS * len(names)} images in 1 shards" in done.stdout
+    assert done.code == 0 and f"{ROWS * len(names)} images in 1 shard " in done.stdout
     assert f"warning: {cifar}: {ROWS * len(names)} images; CIFAR-10's {split} split has {10_000 * len(names)}\n" in (
         done.stderr
     )
@@ -291,7 +292,7 @@ def test_flowers_that_cannot_be_decoded_are_put_aside(flowers, tmp_path, cli):
     images["image_00005.jpg"] = images["image_00005.jpg"][:300]
     pack(root / "102flowers.tgz", {f"jpg/{name}": data for name, data in images.items()})
     done = cli("make-shards", f"flowers102:{root}", tmp_path / "out")
-    assert done.code == 1 and "1 unreadable images were put aside" in done.error
+    assert done.code == 1 and "1 image put aside" in done.error
     with open(tmp_path / "out" / "quarantine.csv", newline="") as file:
         assert [row["file"] for row in csv.DictReader(file)] == ["jpg/image_00005.jpg"]
     assert sorted(sample.key for sample in samples_of(tmp_path / "out")) == ["image_00002", "image_00011"]
@@ -427,3 +428,24 @@ def test_the_recipe_trains_on_cifar_by_name(cifar, tmp_path, cli):
     assert done.code == 0, done.stderr
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert settings["image_size"] == 32 and settings["model_args"]["patch_size"] == 4
+
+
+def test_an_archive_that_unpacks_to_fill_the_memory_is_refused(tmp_path, cifar_files, monkeypatch):
+    monkeypatch.setattr(datasets, "MAX_UNPACKED_BYTES", 1 << 20)
+    path = pack(tmp_path / "x.tar.gz", cifar_files | {"zeros": bytes(1 << 20)})
+    with pytest.raises(ZpipeError, match="x.tar.gz: unpacks to more than 1048576 bytes; fetch it again"):
+        make(f"cifar10:{path}", tmp_path / "out", "train")
+
+
+def test_variables_together_are_bounded_and_have_few_dimensions(tmp_path):
+    savemat(tmp_path / "many.mat", {f"v{n}": np.zeros((1, 1 << 20)) for n in range(3)}, do_compression=True)
+    with pytest.raises(ZpipeError, match="all together are larger than 16777216 bytes"):
+        read_numbers(tmp_path / "many.mat")
+    savemat(tmp_path / "flat.mat", {"v": np.zeros((1,) * 33)})
+    with pytest.raises(ZpipeError, match="more than 32 dimensions"):
+        read_numbers(tmp_path / "flat.mat")
+
+
+def test_an_image_folder_has_no_splits(photos, tmp_path, cli):
+    done = cli("make-shards", photos, tmp_path / "out", "--split", "val")
+    assert done.code == 2 and "--split val: an image folder has no splits; give the folder of that split" in done.error

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import os
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import timm
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
@@ -135,6 +139,174 @@ def test_pretrained_weights_are_timms(teacher, tmp_path, monkeypatch):
     assert loaded.digest == teacher.digest and loaded.weights == "pretrained"
 
 
+# ------------------------------------------------------------------------------------------- beside the weights
+
+
+PREPARED = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear", "crop_pct": 0.75}
+
+
+def prepared(teacher):
+    return {name: getattr(teacher, name) for name in PREPARED}
+
+
+@pytest.fixture
+def run(teacher, tmp_path):
+    """A training run: finished weights, those of the best epoch, and those of epoch 7, with their description."""
+    folder = tmp_path / "run"
+    names = {"label_names": list("abcdefg")}
+    save_for_hf(teacher.model, folder, safe_serialization=True, data_config=PREPARED, model_config=names)
+    (folder / "epochs").mkdir()
+    for number, name in enumerate(("best.safetensors", "epochs/00007.safetensors", "other.pth"), start=1):
+        state = state_of(teacher) | {"head.bias": torch.full((7,), float(number))}
+        if name.endswith(".pth"):
+            torch.save({"model": state}, folder / name)
+        else:
+            save_file(state, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("weights", "bias"),
+    [
+        ("", 0.0),
+        (":final", 0.0),
+        ("/model.safetensors", 0.0),
+        (":best", 1.0),
+        ("/best.safetensors", 1.0),
+        (":7", 2.0),
+        ("/epochs/00007.safetensors", 2.0),
+        ("/other.pth", 3.0),
+    ],
+)
+@pytest.mark.parametrize("name", [None, NAME])
+def test_what_a_model_needs_is_read_from_beside_its_weights(run, name, weights, bias):
+    spec = TeacherSpec(name=name, weights=f"{run}{weights}")
+    loaded = load_teacher(spec)
+    assert prepared(loaded) == PREPARED and loaded.classes == tuple("abcdefg") and loaded.note == ""
+    assert bias == 0 or loaded.model.head.bias[0] == bias
+    assert load_teacher(spec.resolved()).digest == loaded.digest
+    assert (loaded.name, loaded.model_args["embed_dim"]) == (NAME, 24)
+
+
+def test_a_run_names_its_classes_in_its_settings(run):
+    config = json.loads((run / "config.json").read_text())
+    del config["label_names"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert load(None, str(run)).classes == ()
+    record = {"format": "zpipe-run", "version": 1, "kind": "vit", "settings": {"classes": list("ABCDEFG")}}
+    (run / "run.json").write_text(json.dumps(record))
+    assert load(None, f"{run}:best").classes == tuple("ABCDEFG")
+    (run / "run.json").write_text(json.dumps(record | {"settings": {"classes": list("ABCDEFGH")}}))
+    assert "names 8 classes, the model has 7" in failure(ZpipeError, None, str(run))
+
+
+def test_what_nothing_describes_is_assumed_and_told(teacher, run, tmp_path):
+    save_file(state_of(teacher), tmp_path / "w.safetensors")
+    loaded = load("vit_tiny_patch16_224", str(tmp_path / "w.safetensors"), model_args=ARGS)
+    assert loaded.mean == (0.5, 0.5, 0.5)
+    assert "no config.json is beside it: mean [0.5, 0.5, 0.5], std" in loaded.note and "--mean" in loaded.note
+    told = load("vit_tiny_patch16_224", str(tmp_path / "w.safetensors"), model_args=ARGS, **PREPARED)
+    assert prepared(told) == PREPARED and told.note == ""
+    half = load("vit_tiny_patch16_224", str(tmp_path / "w.safetensors"), model_args=ARGS, mean=(0.1, 0.2, 0.3))
+    assert half.mean == (0.1, 0.2, 0.3) and "std" in half.note and "mean [" not in half.note
+    # The description of another file.
+    other = load("vit_tiny_patch16_224", str(run / "other.pth"), model_args=ARGS)
+    assert "describes another model (architecture is deit_tiny" in other.note and other.classes == ()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))  # of the transformers library
+    assert "config.json is not timm's" in load(NAME, str(tmp_path / "w.safetensors"), model_args=ARGS).note
+    assert load(NAME, "random", model_args=ARGS).note == ""
+
+
+def test_options_take_precedence_over_the_description(run):
+    assert prepared(load(None, str(run), mean=(0.3, 0.2, 0.1), crop_pct=0.5)) == PREPARED | {
+        "mean": (0.3, 0.2, 0.1),
+        "crop_pct": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"mean": (0.1, 0.2)}, "--mean (0.1, 0.2): Expected array of length 3"),
+        ({"mean": (0.1, 0.2, float("nan"))}, "--mean"),
+        ({"mean": (123.7, 116.3, 103.5)}, "--mean (123.7, 116.3, 103.5): Expected float <= 10"),
+        ({"std": (0.1, 0.0, 0.1)}, "--std (0.1, 0.0, 0.1): Expected float >= 0.0001"),
+        ({"crop_pct": 0}, "--crop-pct 0"),
+        ({"interpolation": "nearest"}, "--interpolation nearest"),
+    ],
+)
+def test_wrong_options(option, said):
+    with pytest.raises(UsageError) as error:
+        TeacherSpec(name=NAME, **option)
+    assert said in str(error.value)
+
+
+def test_a_filter_that_images_are_not_resized_by(run):
+    config = json.loads((run / "config.json").read_text())
+    config["pretrained_cfg"]["interpolation"] = "random"
+    (run / "config.json").write_text(json.dumps(config))
+    assert "--interpolation" in failure(ZpipeError, None, str(run))
+    assert load(None, str(run), interpolation="lanczos").interpolation == "lanczos"
+
+
+def test_words_for_the_weights_of_a_run(run):
+    assert "give" in failure(UsageError, None, f"{run}:last") and ":best" in failure(UsageError, None, f"{run}:last")
+    assert "has no such weights" in failure(UsageError, None, f"{run}:8")
+    (run / "config.json").unlink()
+    (run / "run.json").write_text("{}")
+    assert "not finished" in failure(ZpipeError, None, f"{run}:7")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "backbone.", "encoder.", "model._orig_mod."])
+def test_prefixes_that_all_names_carry(teacher, tmp_path, prefix):
+    named = {prefix + name: value for name, value in state_of(teacher).items()}
+    torch.save({"state_dict": named, "best": np.float64(0.5)}, tmp_path / "last.ckpt")
+    assert_same(load(NAME, str(tmp_path / "last.ckpt"), model_args=ARGS), teacher)
+    torch.save(named | {"loss.weight": torch.ones(1)}, tmp_path / "last.ckpt")
+    if prefix.count(".") == 1:
+        assert f"names begin with '{prefix}'" in failure(ZpipeError, NAME, str(tmp_path / "last.ckpt"), model_args=ARGS)
+
+
+def test_another_image_size_names_the_remedy(teacher, tmp_path):
+    save_file(state_of(teacher), tmp_path / "w.safetensors")
+    message = failure(ZpipeError, NAME, str(tmp_path / "w.safetensors"), model_args=ARGS | {"img_size": 64})
+    assert "its images have 32 pixels: give model_args img_size=32" in message
+
+
+def test_a_description_of_any_size_takes_no_memory(run):
+    config = json.loads((run / "config.json").read_text())
+    config["model_args"] |= {"embed_dim": 60_000, "depth": 100, "img_size": 8192}
+    (run / "config.json").write_text(json.dumps(config))  # 17 TB of weights
+    assert "describes other weights" in failure(ZpipeError, None, str(run))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+PLACES = [("architecture",), ("num_classes",), ("label_names",), ("model_args",), ("pretrained_cfg",)]
+PLACES += [("model_args", name) for name in (*ARGS, "drop_rate", "qk_norm", "act_layer", "global_pool", "pretrained")]
+PLACES += [("pretrained_cfg", name) for name in (*PREPARED, "input_size", "num_classes", "label_names", "url")]
+
+
+@given(place=st.sampled_from(PLACES), value=JSON)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_json_in_a_description_is_one_line_or_the_right_teacher(teacher, run, place, value):
+    whole = (run / "config.json").read_text()
+    config = json.loads(whole)
+    (config if len(place) == 1 else config[place[0]])[place[-1]] = value
+    try:
+        (run / "config.json").write_text(json.dumps(config))
+        loaded = load(None, str(run))
+    except ZpipeError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+    else:
+        assert loaded.digest == teacher.digest and all(0 < each <= 10 for each in loaded.std)
+    finally:
+        (run / "config.json").write_text(whole)
+
+
 # --------------------------------------------------------------------------------------------------------- digest
 
 
@@ -194,8 +366,12 @@ def test_wrong_arguments():
 def test_weights_that_are_not_there(tmp_path):
     assert "pretrianed" in failure(UsageError, NAME, "pretrianed")
     assert "no such weights" in failure(UsageError, NAME, str(tmp_path / "none.pth"))
+    assert "copy the files" in failure(UsageError, NAME, "s3://bucket/weights.pth")
+    assert "hunter2" not in failure(UsageError, NAME, "https://user:hunter2@host/weights.pth")
     (tmp_path / "weights.onnx").write_bytes(b"x")
-    assert ".safetensors" in failure(UsageError, NAME, str(tmp_path / "weights.onnx"))
+    assert ".safetensors" in failure(ZpipeError, NAME, str(tmp_path / "weights.onnx"))
+    os.mkfifo(tmp_path / "fifo.pth")
+    assert "is a FIFO" in failure(ZpipeError, NAME, str(tmp_path / "fifo.pth"))
 
 
 class Pickled:
@@ -213,7 +389,7 @@ def test_a_damaged_file(teacher, tmp_path, suffix):
     for content in (whole[: len(whole) // 2], b"", b"not weights at all" * 50, b"\x80\x02."):
         file.write_bytes(content)
         message = failure(ZpipeError, NAME, str(file), model_args=ARGS)
-        assert str(file) in message and "damaged" in message
+        assert message.startswith(f"{file}: cannot be read as weights (")
 
 
 def test_a_file_that_is_no_state_dict(teacher, tmp_path):

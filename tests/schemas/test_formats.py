@@ -20,9 +20,11 @@ from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.formats import check_format
 from zpipe.schemas.manifest import read_extraction, read_manifest
 from zpipe.schemas.shard_index import check_listed, find_shards, read_index
-from zpipe.train.checkpoint import load_checkpoint, load_run, load_zoomer, read_record
+from zpipe.train.checkpoint import load_run, load_zoomer
 from zpipe.train.evaluation.results import Result, content_of, read_results, read_verdicts
 from zpipe.train.report.runs import gather
+from zpipe.train.resume_state import load_checkpoint
+from zpipe.train.run_files import read_record
 
 FORMATS = Path(__file__).parents[1] / "golden" / "formats"
 VERSIONS = sorted(path.name for path in FORMATS.glob("v*"))
@@ -230,8 +232,8 @@ def test_a_run_older_than_a_setting_goes_on_under_its_default(example):
     """Settings come without a new version of the format; before them, a run was as their default is now."""
     import dataclasses
 
-    from zpipe.train.checkpoint import begin_run
     from zpipe.train.fit.train_vit import VitConfig
+    from zpipe.train.run_files import begin_run
     from zpipe.train.settings import to_json
 
     record = read_record(example / "stopped")

@@ -141,16 +141,16 @@ def test_the_exif_orientation_is_told_and_not_applied():
 
 
 def test_a_webp_of_a_huge_canvas_is_refused_before_it_is_opened(monkeypatch):
-    """Pillow allocates the canvas, 16 bytes per pixel, when it opens the file."""
+    """Pillow allocates the canvas when it opens the file."""
     lossless = saved(Image.new("RGB", (300, 200)), "WEBP", lossless=True)
     lossy = saved(Image.new("RGB", (300, 200)), "WEBP")
     extended = saved(
         Image.new("RGBA", (300, 200), (1, 2, 3, 4)), "WEBP", save_all=True, append_images=[RGB.resize((300, 200))]
     )
-    monkeypatch.setattr(images, "MAX_PIXELS", 300 * 200)
+    monkeypatch.setattr(images, "MAX_WEBP_PIXELS", 300 * 200)
     for data in (lossless, lossy, extended):
         open_image(data).close()
-    monkeypatch.setattr(images, "MAX_PIXELS", 300 * 200 - 1)
+    monkeypatch.setattr(images, "MAX_WEBP_PIXELS", 300 * 200 - 1)
     monkeypatch.setattr(images.Image, "open", lambda *args, **options: pytest.fail("opened"))
     for data in (lossless, lossy, extended):
         with pytest.raises(ValueError, match="300 x 200 pixels are more than"):

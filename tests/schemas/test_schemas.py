@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -15,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 from any_json import any_json
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from zpipe.schemas import atomic, manifest, shard_index, storage
+from zpipe.schemas.account import Account
 from zpipe.schemas.errors import UsageError, ZpipeError, remedy_for
 from zpipe.schemas.geometry import Box, covered_share, crop_map, overlap_weights
 from zpipe.schemas.relevance_store import STATUSES
@@ -90,7 +92,17 @@ def test_members_of_other_kinds_are_not_looked_at(name):
         ([("k.jpg", b"A"), ("k.json", b'{"label": true}')], "label True, not a class index"),
         ([("k.jpg", b"A"), ("k.cls", b"1099511627776")], "label 1099511627776 is no class index, which has 32 bits"),
         ([("k.jpg", b"A"), ("k.json", b'{"label": -2147483649}')], "label -2147483649 is no class index"),
-        ([("k.jpg", b"A"), ("l.jpg", b"B"), ("k.cls", b"1")], "comes twice"),
+        ([("k.jpg", b"A"), ("l.jpg", b"B"), ("k.jpg", b"A")], "comes twice; rebuild this shard with unique keys"),
+        (
+            [("k.jpg", b"A"), ("l.jpg", b"B"), ("k.cls", b"1")],
+            "its members stand apart (.cls comes after other samples)",
+        ),
+        (
+            [("k.cls", b"1"), ("l.cls", b"1"), ("k.jpg", b"A")],
+            "found cls; where the image stands apart from it, unpack",
+        ),
+        ([("k.jpg", b"A"), ("k.json", b"[" + b" " * (1 << 24) + b"]")], "its .json has more than 16777216 bytes"),
+        ([("k.jpg", b"A"), ("k.cls", b"1" * 2000)], "its .cls has more than 1024 bytes"),
     ],
 )
 def test_a_broken_sample_is_named_in_one_line(members, told):
@@ -505,7 +517,7 @@ def test_the_shares_under_a_box_add_up_to_its_area(rows, columns, height, width,
 
 def entry(name="a.tar", **changes):
     return shard_index.ShardEntry(
-        **({"name": name, "count": 3, "bytes": 10, "sha256": "0" * 64, "keys_sha256": "1" * 64} | changes)
+        **({"name": name, "count": 3, "bytes": 2000, "sha256": "0" * 64, "keys_sha256": "1" * 64} | changes)
     )
 
 
@@ -521,9 +533,27 @@ def test_a_shard_index_comes_back_as_it_was_written(tmp_path):
     [
         ({"format": "other"}, "is 'other' version 1, expected 'zpipe-shards' version 1; run make-shards again"),
         ({"version": 2}, "version 2"),
-        ({"shards": [{"name": "a.tar"}]}, "not a complete shard index"),
-        ({"shards": [7]}, "not a complete shard index"),
-        ({"classes": None}, "not a complete shard index"),
+        ({"shards": [{"name": "a.tar"}]}, "not readable as a shard index .Object missing required field `count`"),
+        ({"shards": [7]}, r"Expected `object`, got `int` - at `\$.shards"),
+        ({"classes": None}, "Expected `array`, got `null`"),
+        ({"classes": "ant"}, "Expected `array`, got `str`"),
+        ({"count": 4}, "its count is 4, that of its shards together 3"),
+        *(
+            ({"shards": [vars(entry()) | change]}, told)
+            for change, told in [
+                ({"count": -3}, "Expected `int` >= 0"),
+                ({"count": 1.5}, "got `float`"),
+                ({"count": 10**30}, "`int`"),
+                ({"name": 7}, "got `int`"),
+                ({"name": "../a.tar"}, r"'../a.tar' is no file name of a tar - at `\$.shards"),
+                ({"name": "b/a.tar"}, "is no file name"),
+                ({"name": "a\n.tar"}, r"'a\\n.tar' has unprintable"),
+                ({"name": "a.zip"}, "is no file name"),
+                ({"sha256": 7}, "got `int`"),
+                ({"sha256": "a"}, "matching regex"),
+                ({"bytes": None}, "got `null`"),
+            ]
+        ),
     ],
 )
 def test_a_damaged_shard_index_is_refused(tmp_path, change, told):
@@ -543,15 +573,18 @@ def test_two_shards_of_one_name_are_refused(tmp_path):
 def test_folder_and_index_must_name_the_same_tars(tmp_path):
     index = shard_index.ShardIndex(shards=(entry("a.tar"), entry("b.tar")))
     for name in ("a.tar", "b.tar"):
-        (tmp_path / name).write_bytes(bytes(10))
+        (tmp_path / name).write_bytes(bytes(2000))
     folder, tars = shard_index.find_shards(tmp_path)
     assert folder == tmp_path and [tar.name for tar in tars] == ["a.tar", "b.tar"]
     assert shard_index.check_listed(tmp_path, tars, index, whole_folder=True) == list(index.shards)
     assert shard_index.check_listed(tmp_path, tars[:1], index, whole_folder=False) == [index.shards[0]]
+    too_many = shard_index.ShardIndex(shards=(entry("a.tar", count=4), entry("b.tar")))
+    with pytest.raises(ZpipeError, match="says that a.tar holds 4 samples, too many for its 2000 bytes"):
+        shard_index.check_listed(tmp_path, tars, too_many, whole_folder=True)
     with pytest.raises(ZpipeError, match="b.tar: listed in shards.json but not there"):
         shard_index.check_listed(tmp_path, tars[:1], index, whole_folder=True)
-    (tmp_path / "b.tar").write_bytes(bytes(9))
-    with pytest.raises(ZpipeError, match=r"b.tar: 9 bytes, but shards.json says 10: truncated or altered"):
+    (tmp_path / "b.tar").write_bytes(bytes(1999))
+    with pytest.raises(ZpipeError, match=r"b.tar: 1999 bytes, but shards.json says 2000: truncated or altered"):
         shard_index.check_listed(tmp_path, tars, index, whole_folder=True)
     (tmp_path / "b.tar").rename(tmp_path / "c.tar")
     with pytest.raises(ZpipeError, match="c.tar: not listed"):
@@ -785,3 +818,47 @@ def test_errors_say_how_the_command_ends():
     assert (ZpipeError("x").exit_code, UsageError("x").exit_code) == (1, 2)
     assert ZpipeError("x", ["a", "b"]).details == ("a", "b")
     assert os.linesep not in str(ZpipeError("x", ["a"]))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places_in(value, place=()):
+    """Where values stand in a JSON value: the keys and positions that lead there."""
+    yield place
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places_in(inner, (*place, key))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_anywhere_in_a_shard_index_is_read_or_refused(tmp_path, data):
+    account = Account(seen=8, taken=7, left_out=Counter({"hidden": 1}))
+    index = shard_index.ShardIndex(shards=(entry(), entry("b.tar", count=4)), classes=("ant",), account=account)
+    shard_index.write_index(tmp_path, index)
+    path = tmp_path / "shards.json"
+    content = json.loads(path.read_text())
+    place = data.draw(st.sampled_from(list(places_in(content))))
+    value = data.draw(JSON)
+    if place:
+        holder = content
+        for key in place[:-1]:
+            holder = holder[key]
+        holder[place[-1]] = value
+    else:
+        content = value
+    path.write_text(json.dumps(content))
+    for name in ("a.tar", "b.tar"):
+        (tmp_path / name).write_bytes(bytes(2000))
+    try:
+        folder, tars = shard_index.find_shards(tmp_path)
+        found = shard_index.read_index(tmp_path)
+        entries = shard_index.check_listed(folder, tars, found, whole_folder=True)
+    except ZpipeError as error:
+        assert len(str(error).splitlines()) == 1
+    else:
+        assert sum(each.count for each in entries) == found.count <= 7 and str(found.account)

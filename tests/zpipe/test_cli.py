@@ -63,7 +63,7 @@ def places(tmp_path_factory):
     """Folders by name: outputs of commands, and folders that are wrong in each possible way."""
     root = tmp_path_factory.mktemp("cli")
     names = "shards other_shards maps other_maps other_grid zoomer vit plain with_maps missing empty file foreign "
-    names += "tars_only cut_on cut_inside unfinished_store broken_store unfinished_run unfinished_zoomer odd_label"
+    names += "tars_only cut_on cut_inside unfinished_store broken_store unfinished_run unfinished_zoomer odd_label site"
     where = {name: root / name for name in names.split()}
     scenes(where["shards"])
     scenes(where["other_shards"], seed=5)
@@ -81,6 +81,8 @@ def places(tmp_path_factory):
     where["file"].write_text("text")
     where["foreign"].mkdir()
     (where["foreign"] / "thesis.txt").write_text("mine")
+    where["site"].mkdir()
+    (where["site"] / "index.html").write_text("<title>mine</title>")
     for name in ("tars_only", "cut_on", "cut_inside"):
         shutil.copytree(where["shards"], where[name])
         if name == "tars_only":
@@ -143,7 +145,7 @@ WRONG = {
     ),
     "zoomer: batch too large": (zoomer(more="--batch-size 64"), 2, "too few samples (40) for one batch of 64"),
     "zoomer: device": (zoomer(more="--device abacus"), 2, "device abacus"),
-    "zoomer: image size": (zoomer(more="--image-size 0"), 2, "image_size=0"),
+    "zoomer: image size": (zoomer(more="--image-size 0"), 2, "image_size 0: give"),
     # train-vit
     "vit: no such shards": (vit("{missing}"), 2, "missing: no such folder"),
     "vit: empty shards": (vit("{empty}"), 2, "empty: holds no .tar"),
@@ -173,7 +175,7 @@ WRONG = {
     # evaluate
     "evaluate: no such run": (evaluate("{missing}"), 2, "missing: not a training run"),
     "evaluate: empty run": (evaluate("{empty}"), 2, "empty: not a training run"),
-    "evaluate: unfinished run": (evaluate("{unfinished_run}"), 2, "run its command again to go on"),
+    "evaluate: unfinished run": (evaluate("{unfinished_run}"), 2, "run its command again to resume it"),
     "evaluate: no such shards": (evaluate(shards="{missing}"), 2, "missing: no such folder"),
     "evaluate: cut tar": (evaluate(shards="{cut_inside}"), 1, "cut_inside/shard-00002.tar: "),
     "evaluate: zoomer without maps": (evaluate("{zoomer}"), 2, "give --maps"),
@@ -204,7 +206,33 @@ WRONG = {
     ),
     "evaluate: no zoomer": (evaluate("{with_maps}"), 2, "needs a relevance store; give --maps"),
     "evaluate: label": (evaluate(shards="{odd_label}"), 1, "key odd: label 77 is outside the model's 10 classes"),
-    "evaluate: results below a file": ("evaluate {vit} {shards} --json {file}/x.json", 1, "file/x.json: could not be"),
+    "evaluate: results below a file": ("evaluate {vit} {shards} --json {file}/x.json", 2, "file/x.json: can't be"),
+    "evaluate: results over a text": ("evaluate {vit} {shards} --json {file}", 2, "file: exists, and zpipe did not"),
+    "evaluate: results over the run": ("evaluate {vit} {shards} --json {vit}/run.json", 2, "run.json: exists, and"),
+    "evaluate: results over a device": (
+        "evaluate {vit} {shards} --json /dev/null",
+        2,
+        "can't be replaced (is a device",
+    ),
+    "evaluate: alphas of a plain ViT": (evaluate("{plain}", more="--alphas 0.1"), 2, "--alphas: VisionTransformer has"),
+    "evaluate: scores of a plain ViT": (evaluate("{plain}", more="--scores random"), 2, "plain takes no scores"),
+    "evaluate: budget of a zoomer": (evaluate("{zoomer}", more="--maps {maps} --budgets 3"), 2, "--budgets: "),
+    "evaluate: setting of a zoomer": (evaluate("{zoomer}", more="--maps {maps} --at x=1"), 2, "is a zoomer, which has"),
+    "evaluate: large budget": (evaluate(more="--budgets 9999tokens"), 2, "is above the 64 tokens"),
+    "evaluate: large target": (
+        evaluate(more="--target-gmacs 99 --calibration {shards}"),
+        2,
+        "--target-gmacs 99 GMACs: above the",
+    ),
+    "evaluate: target and alphas": (evaluate(more="--target-gmacs 1 --alphas 0"), 2, "leave out --alphas"),
+    "evaluate: calibration alone": (evaluate(more="--calibration {shards}"), 2, "is for --target-gmacs"),
+    "evaluate: damaged": (evaluate(more="--damaged maybe"), 2, "--damaged maybe: choose error or skip"),
+    "calibrate: large budget": (
+        "calibrate {vit} {shards} --budget 9999tokens --device cpu",
+        2,
+        "above the 64 tokens of an image in which everything is zoomed",
+    ),
+    "report: another page": ("report {vit} --out {site}", 2, "index.html: exists, and zpipe did not write it"),
     "predict: scores maps": (
         "predict {file} --checkpoint {vit} --scores maps --device cpu",
         2,
@@ -652,7 +680,7 @@ def test_an_interrupt_is_one_line(places, tmp_path):
         stderr = process.communicate(timeout=60)[1].decode()
     finally:
         process.kill()
-    assert errors_of(stderr) == ["error: interrupted; run the same command again to go on"]
+    assert errors_of(stderr) == ["error: interrupted; run the same command again to resume"]
     assert process.returncode == 130
 
 
@@ -691,7 +719,35 @@ def test_odd_but_legal_images_go_all_the_way(tmp_path):
     )
     for line in lines:
         result = succeed(line, where)
-        noise = [line for line in result.stderr.splitlines() if not line.startswith(("{", "warning: random weights"))]
+        noise = [line for line in result.stderr.splitlines() if not line.startswith(("{", "warning: "))]
         assert not noise, noise
     assert len(open_maps(where["maps"])) == len(pictures)
     assert json.loads(where["out"].read_text())["rows"][0]["count"] == len(pictures)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--seed", 2**80], "train.seed"),
+        (["--epochs", "1e18"], "train.epochs 1e+18"),
+        (["--epochs", "nan"], "train.epochs"),
+        (["--lr", "inf"], "train.lr"),
+        (["--batch-size", 2**40], "train.batch_size"),
+        (["--set", "train.opt_args=" + "[" * 100_000], "train.opt_args"),
+        (["--set", 'train.opt_args={"betas": [0.9]}'], "train.opt_args"),
+    ],
+)
+def test_settings_that_no_training_could_use_are_one_line(shards, tmp_path, cli, flags, told):
+    model = ["--model", "deit_tiny_patch16_224", "--image-size", 32, "--device", "cpu", "--data-workers", 0]
+    done = cli("train-vit", shards, "--out", tmp_path / "run", *model, "--batch-size", 4, *flags)
+    assert done.code == 2 and told in done.error and len(done.error) < 300
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_warmup_that_is_shortened_is_told(shards, tmp_path, cli):
+    model = ["--model", "deit_tiny_patch16_224", "--image-size", 32, "--device", "cpu", "--data-workers", 0]
+    model += ["--model-arg", "depth=1", "--batch-size", 4]
+    done = cli("train-vit", shards, "--out", tmp_path / "run", *model, "--epochs", 1)
+    assert done.code == 0 and "a warm-up of 5 of 1 epochs is shortened to 0.25" in done.stderr
+    done = cli("train-vit", shards, "--out", tmp_path / "whole", *model, "--epochs", 20, "--set", "nothing=1")
+    assert done.code == 2 and "warm-up" not in done.stderr

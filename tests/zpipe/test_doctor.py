@@ -1,11 +1,13 @@
 """The doctor passes on a working machine, and names what would fail later."""
 
+import errno
+import shutil
 import tempfile
 
 import pytest
 from typer.testing import CliRunner
 
-from zpipe import doctor
+from zpipe import doctor, limits
 from zpipe.cli import app
 
 
@@ -52,3 +54,81 @@ def test_a_package_that_breaks_at_import_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "REQUIRED", ("broken_package",))
     broken = {finding.name: finding for finding in doctor.examine()}["broken_package"]
     assert not broken.ok and "libfoo.so: cannot open)" in broken.value and "pip install" in broken.value
+
+
+def test_shared_memory_is_measured_against_batches_too(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    assert limits.shared_memory(tmp_path, 1).ok
+    short = limits.shared_memory(tmp_path, 2 * free)
+    assert not short.ok and "docker: --shm-size=1g" in short.value
+    assert limits.shared_memory(tmp_path / "none", 1).value.startswith("absent")
+
+
+def test_small_shared_memory_says_that_batches_take_another_way(small_disk):
+    found = limits.shared_memory(small_disk.root, 1)
+    assert found.ok and found.value.startswith("1 MiB free")
+    assert "too small for batches of 128 images of 224 px, which go through slower pipes" in found.value
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "ok", "remedy"),
+    [(64, 4096, False, "ulimit -n 4096"), (64, 64, False, "nofile"), (1024, -1, True, "")],
+)
+def test_few_descriptors_are_named(monkeypatch, soft, hard, ok, remedy):
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda kind: (soft, hard))
+    found = limits.descriptors()
+    assert found.ok == ok and remedy in found.value and found.value.startswith(f"{soft} (at most ")
+
+
+def test_paths_too_long_for_sockets_are_named(monkeypatch, tmp_path):
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    ray, loaders = limits.sockets()
+    assert not ray.ok and ray.value.endswith("set RAY_TMPDIR to a short folder, such as /tmp")
+    assert loaders.ok and "slower pipes" in loaders.value
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    assert limits.sockets()[0] == limits.Finding(name="sockets of Ray", value="/tmp: 4 bytes of at most 39")
+
+
+@pytest.mark.parametrize("names", limits.CGROUP_FILES)
+def test_a_memory_limit_is_read(monkeypatch, tmp_path, names):
+    monkeypatch.setattr(limits, "_cgroup_folders", lambda: [tmp_path / "none", tmp_path])
+    assert limits.memory().value == "none"
+    for limit, used, ok in ((8 << 30, 1 << 30, True), (8 << 30, (8 << 30) - 5, False)):
+        for name, value in zip(names, (limit, used), strict=True):
+            (tmp_path / name).write_text(f"{value}\n")
+        assert limits.memory().ok == ok and " of 8192 MiB in use" in limits.memory().value
+    (tmp_path / names[0]).write_text("max\n" if "max" in names[0] else f"{2**63 - 4096}\n")
+    assert limits.memory().value == "none"
+
+
+def test_a_clock_behind_the_installation_is_named():
+    assert limits.clock().ok
+    found = limits.clock(now=0)
+    assert not found.ok and found.value.startswith("1970-01-01") and "set the clock" in found.value
+
+
+def test_the_folder_of_the_output_is_examined(tmp_path, monkeypatch):
+    result = CliRunner().invoke(app, ["doctor", str(tmp_path / "new" / "store")])
+    assert result.exit_code == 0, result.output
+    for name in ("space", "inodes", "hard links"):
+        assert f"│ ok │ {name} " in result.stdout
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+
+    def no_links(*paths):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(limits, "MIN_INODES", 2**62)
+    monkeypatch.setattr(limits, "MIN_FOLDER_BYTES", 2**62)
+    monkeypatch.setattr(limits.os, "link", no_links)
+    space, inodes, links = limits.output_folder(tmp_path)
+    assert not space.ok and "free some" in space.value and not inodes.ok and "remove files" in inodes.value
+    assert links.ok and links.value.startswith(f"{tmp_path}: none (Operation not permitted); have only one machine")
+
+
+def test_a_folder_that_cannot_hold_output_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    (found,) = limits.output_folder(tmp_path / "file" / "x")
+    assert not found.ok and found.value == f"{tmp_path / 'file'}: no folder; give another"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,15 +14,18 @@ import numpy as np
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.geometry import Box
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.schemas.relevance_store import OK
+from zpipe.schemas.relevance_store import OK, UNDECODABLE
 from zpipe.schemas.sample import Sample
 from zpipe.schemas.storage import map_files
+from zpipe.train.data.damage import SKIP, Damage, DamagedSample
 from zpipe.train.data.order import Plan
 from zpipe.train.data.stream import Shard, read_tar
 from zpipe.train.data.transforms import ViewConfig
 
 Missing = Literal["error", "skip", "uniform"]
 Damaged = Literal["error", "skip"]
+# Of this process, not of a tar: skipping would leave sound tars out.
+OWN_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 FRAME_COLUMNS = ("frame_x1", "frame_y1", "frame_x2", "frame_y2")
 
 
@@ -99,14 +103,21 @@ class ShardJoin:
     """Hands out the samples of a plan; reads the next shard of a lane in the background."""
 
     def __init__(
-        self, shards: Sequence[Shard], maps: RelevanceMaps | None, missing: Missing, *, skip_damaged: bool
+        self,
+        shards: Sequence[Shard],
+        maps: RelevanceMaps | None,
+        missing: Missing,
+        *,
+        skip_damaged: bool,
+        check: bool = True,
     ) -> None:
+        self._check = check
         self._shards, self._maps, self._missing, self._skip_damaged = shards, maps, missing, skip_damaged
         self._held: dict[int, _Held | None] = {}
         self._prefetched: dict[int, Future[_Held | None]] = {}
         self._left: dict[int, int] = {}  # shard -> how many of its samples are still to be taken
         self._prefetch_at: dict[int, tuple[int, int]] = {}  # shard -> (samples left at which to prefetch, next shard)
-        self._damaged: list[str] = []
+        self._damaged: list[Damage] = []
         self._pool = ThreadPoolExecutor(max_workers=1)
 
     def __enter__(self) -> Self:
@@ -136,9 +147,10 @@ class ShardJoin:
             last: Whether this is the sample's last use, after which it is freed.
 
         Returns:
-            The sample, or None if its tar is damaged and damaged tars are skipped.
+            The sample, or None if its tar is damaged and damaged data is skipped.
 
         Raises:
+            DamagedSample: If the sample has no map because it could not be decoded.
             ZpipeError: If a tar or the store is damaged, or the sample has no usable map and must have one.
         """
         if shard_number not in self._held:
@@ -153,10 +165,20 @@ class ShardJoin:
             del self._held[shard_number]
         return None if held is None else self._joined(shard_number, row, held, last)
 
-    def pop_damaged(self) -> list[str]:
-        """The messages about damaged tars since the last call."""
-        lines, self._damaged = self._damaged, []
-        return lines
+    def leave_out(self, shard_number: int, row: int, error: DamagedSample) -> None:
+        """Record a damaged sample, if damaged data is skipped.
+
+        Raises:
+            DamagedSample: If it is not.
+        """
+        if not self._skip_damaged:
+            raise DamagedSample(f"{error}, or {SKIP}") from error
+        self._damaged.append(Damage(shard_number, row, str(error)))
+
+    def pop_damaged(self) -> list[Damage]:
+        """What was left out since the last call."""
+        damaged, self._damaged = self._damaged, []
+        return damaged
 
     def _joined(self, shard_number: int, row: int, held: _Held, last: bool) -> Joined:
         shard, sample = self._shards[shard_number], held.samples[row]
@@ -169,9 +191,10 @@ class ShardJoin:
         status = "absent" if place is None else held.statuses[place]
         if status != OK or place is None:
             if self._missing != "uniform":
-                raise ZpipeError(
+                kind = DamagedSample if status == UNDECODABLE else ZpipeError
+                raise kind(
                     f"{self._maps.path}: shard {shard.entry.stem}: key {sample.key}: no usable map ({status}); "
-                    "train with --missing skip"
+                    "give --missing skip"
                 )
             ones = np.ones(self._maps.manifest.provenance.grid, np.float32)
             return Joined(shard, shard_number, row, sample, ones, None)
@@ -181,11 +204,13 @@ class ShardJoin:
     def _read(self, shard_number: int) -> _Held | None:
         shard = self._shards[shard_number]
         try:
-            samples: list[Sample | None] = list(read_tar(shard))
+            samples: list[Sample | None] = list(read_tar(shard, check=self._check))
         except ZpipeError as error:
-            if not self._skip_damaged:
+            if getattr(error.__cause__, "errno", None) in OWN_ERRORS:
                 raise
-            self._damaged.append(str(error))
+            if not self._skip_damaged:
+                raise ZpipeError(f"{error}, or {SKIP}") from error
+            self._damaged.append(Damage(shard_number, None, str(error)))
             return None
         if self._maps is None:
             return _Held(samples, None, [], {}, None)

@@ -7,7 +7,12 @@ from torch import Tensor
 from zpipe.schemas.errors import ZpipeError
 
 
-def check_labels(labels: Tensor, keys: list[str], num_classes: int) -> None:
+def check_labels(
+    labels: Tensor,
+    keys: list[str],
+    num_classes: int,
+    remedy: str = "correct the label or give --num-classes",
+) -> None:
     """Check the labels int64 [B] of a batch.
 
     Raises:
@@ -17,6 +22,5 @@ def check_labels(labels: Tensor, keys: list[str], num_classes: int) -> None:
     if outside.any():
         first = int(outside.nonzero()[0])
         raise ZpipeError(
-            f"key {keys[first]}: label {int(labels[first])} is outside the model's {num_classes} classes; "
-            "correct the label or give --num-classes"
+            f"key {keys[first]}: label {int(labels[first])} is outside the model's {num_classes} classes; {remedy}"
         )

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import signal
-import threading
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
+import msgspec
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
+from zpipe.schemas.account import Account
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.storage import as_path
+from zpipe.train.data.damage import DamageLog
 from zpipe.train.data.join import Damaged, Missing, check_store, usable_rows
 from zpipe.train.data.order import (
     Plan,
@@ -29,9 +29,39 @@ from zpipe.train.data.order import (
     shard_order,
     whole_batches,
 )
-from zpipe.train.data.stream import list_shards
+from zpipe.train.data.parcel import Part, part_bytes
+from zpipe.train.data.processes import check_limits, end_workers, start_workers, warn_of_pipes
+from zpipe.train.data.stream import digests_are_checked, list_shards
 from zpipe.train.data.transforms import Augment, ViewConfig
 from zpipe.train.data.worker import BatchParts, EpochSpec
+from zpipe.train.signals import deferred_signals
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderState:
+    """A position in a loader's epoch, and what identifies the data set; see `RelevanceLoader.state_dict`."""
+
+    epoch: Count
+    """Number of the epoch."""
+    batch: Count
+    """Batches of the epoch that were yielded."""
+    lanes: Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+    """Lanes of the epoch, see `order`."""
+    seed: int
+    """Seed of the loader."""
+    batch_size: Positive
+    """Samples of a rank in a batch."""
+    world_size: Positive
+    """Number of ranks."""
+    repeats: Positive
+    """How often a batch holds a sample."""
+    digest: str | None = None
+    """Digest of the shards; None in a state of an earlier version, and then not compared."""
+    samples: Count | None = None
+    """Number of samples, as `digest`."""
 
 
 class RelevanceLoader:
@@ -57,6 +87,9 @@ class RelevanceLoader:
     with the next batch. The batches are the same, also with another number of workers, and in training with another
     number of ranks if `batch_size * world_size` is unchanged.
 
+    The first epoch compares the digest of each tar with `shards.json`; ZPIPE_CHECK_DIGESTS=0 in the environment spares
+    that.
+
     Each of the 8 or so shards that an epoch is mixed from is held undecoded in one worker of all ranks: 110 MB each for
     ImageNet in tars of 1,000.
 
@@ -72,8 +105,9 @@ class RelevanceLoader:
         world_size: Number of training processes.
         missing: How to handle samples without a usable map: "error", "skip" (leave them out), "uniform" (a map of
             ones).
-        damaged: How to handle truncated or altered tars: "error", or "skip", which makes batches smaller by their
-            samples and lists the tars in `damaged_shards`.
+        damaged: How to handle damaged tars, and samples whose image, label or .json is broken: "error", or "skip",
+            which makes batches smaller and records what it left out in `damage`. In training a batch may then be
+            empty, so that all ranks take equally many steps.
         repeats: How often a training batch holds each of its samples, in different views (repeated augmentation, Hoffer
             et al. 2020). An epoch has as many batches as without repeats and sees a part of the samples, another one
             every time.
@@ -120,7 +154,7 @@ class RelevanceLoader:
         self.num_workers, self.rank, self.world_size = num_workers, rank, world_size
         self.missing: Missing = missing
         self.damaged: Damaged = damaged
-        self.damaged_shards: list[str] = []
+        self.damage = DamageLog()
         self.view = replace(view or ViewConfig(), augment=augment)
         self.train = augment == "train"
         self.repeats = repeats if self.train else 1
@@ -128,6 +162,7 @@ class RelevanceLoader:
         self._lanes = self._own_lanes()
         self._start = 0  # the batch that the next iteration begins with
         self._next = 0  # the batch after the last one yielded
+        self._verified = not digests_are_checked()  # whether an epoch has compared the digests of the tars
         self.maps: RelevanceMaps | None = None
         # Shards of one size share one array of rows: with a million shards, the arrays would cost more than their
         # contents.
@@ -144,6 +179,16 @@ class RelevanceLoader:
                 if missing == "skip":
                     pairs = zip(usable, self._rows, strict=True)
                     self._rows = [every if len(some) == len(every) else some for some, every in pairs]
+
+    @property
+    def damaged_shards(self) -> list[str]:
+        """The damaged tars that were left out, with the reason, one line each."""
+        return self.damage.shards
+
+    @property
+    def damaged_samples(self) -> list[str]:
+        """The first damaged samples that were left out, with the reason; `damage.places` has the places of all."""
+        return self.damage.samples
 
     @property
     def sample_count(self) -> int:
@@ -200,6 +245,16 @@ class RelevanceLoader:
             counts["skipped" if self.missing == "skip" else "uniform"] = self._unusable
         return counts
 
+    def account(self) -> Account:
+        """What became of the samples of this rank's evaluation, or of all epochs so far."""
+        left_out: Counter[str] = Counter()
+        if self.missing == "skip":
+            left_out["no usable map"] = self._unusable
+        left_out["in damaged tars"] = sum(len(self._rows[shard]) for shard in self.damage.shard_numbers)
+        left_out["damaged"] = len(self.damage.places)
+        seen = self.sample_count + left_out["no usable map"]
+        return Account(seen=seen, taken=seen - left_out.total(), left_out=+left_out)
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration. It begins at its start, unless it is the epoch of a loaded state."""
         if epoch != self.epoch:
@@ -236,35 +291,40 @@ class RelevanceLoader:
         A state of an earlier version may lack `digest` and `samples`; these are then not compared.
 
         Raises:
-            UsageError: If this loader has other samples, or another order.
+            UsageError: If this loader has other samples, or another order, or the state is none.
         """
-        own = self.state_dict()
+        try:
+            found = msgspec.convert(state, LoaderState)
+        except msgspec.ValidationError as error:
+            raise UsageError(
+                f"{self.path}: not a state of a RelevanceLoader ({error}); begin with the next epoch, or start over"
+            ) from error
         names = ["seed", "repeats"]
-        if not self.train or state["batch_size"] * state["world_size"] != self.global_batch:
+        if not self.train or found.batch_size * found.world_size != self.global_batch:
             names += ["batch_size", "world_size"]
         for name in names:
-            if state[name] != own[name]:
+            if getattr(found, name) != getattr(self, name):
                 raise UsageError(
-                    f"{self.path}: the state was taken with {name}={state[name]}, this loader has {own[name]}; "
-                    "use the same, or begin with the next epoch"
+                    f"{self.path}: the state was taken with {name}={getattr(found, name)}, this loader has "
+                    f"{getattr(self, name)}; use the same, or begin with the next epoch"
                 )
-        if state.get("digest", self.digest) != self.digest:
+        if found.digest is not None and found.digest != self.digest:
             raise UsageError(
-                f"{self.path}: the state was taken over other shards (digest={state['digest'][:12]}, here "
+                f"{self.path}: the state was taken over other shards (digest={found.digest[:12]}, here "
                 f"{self.digest[:12]}); use the same, or begin with the next epoch"
             )
-        if state.get("samples", self.sample_count) != self.sample_count:
+        if found.samples is not None and found.samples != self.sample_count:
             raise UsageError(
-                f"{self.path}: the state was taken over {state['samples']} samples, this loader has "
+                f"{self.path}: the state was taken over {found.samples} samples, this loader has "
                 f"{self.sample_count} of the same shards; give the same maps and missing=, or begin with the next epoch"
             )
-        if state["batch"] > len(self):
+        if found.batch > len(self):
             raise UsageError(
-                f"{self.path}: the state was taken behind batch {state['batch']}, an epoch here has {len(self)}; "
+                f"{self.path}: the state was taken behind batch {found.batch}, an epoch here has {len(self)}; "
                 "use the same data, or begin with the next epoch"
             )
-        self.epoch, self._lanes = state["epoch"], state["lanes"]
-        self._start = self._next = state["batch"]
+        self.epoch, self._lanes = found.epoch, found.lanes
+        self._start = self._next = found.batch
 
     def __len__(self) -> int:
         """Batches of a whole epoch; in training the same on all ranks."""
@@ -286,38 +346,47 @@ class RelevanceLoader:
         self._next = start % total if start == total else start
         if start == total:  # the state of a finished epoch
             return
-        dataset = BatchParts(self._epoch_spec(range(start, total)))
-        with _deferred_interrupts():
-            # A generator of its own: the loader does not draw from the user's.
-            parts = iter(
-                DataLoader(dataset, batch_size=None, num_workers=self.num_workers, generator=torch.Generator())
-            )
+        served = 0
+        parts = self._start_workers(range(start, total))
         try:
             for number in range(start, total):
-                # The check gets the part, not the iterator: the traceback of its error would keep the workers alive.
                 batch = _merge(
                     [self._checked(next(parts, None), number, total) for _ in range(max(1, self.num_workers))]
                 )
-                self.damaged_shards += [line for line in batch.pop("damaged") if line not in self.damaged_shards]
-                if not batch["key"]:
-                    raise ZpipeError(f"{self.path}: no sample is left of batch {number}: {self.damaged_shards[-1]}")
+                self.damage.add(batch.pop("damaged"))
+                for note in batch.pop("notes"):
+                    warn_of_pipes(note)
                 self._next = number + 1
-                yield batch
+                self._verified |= start == 0 and self._next == total
+                served += len(batch["key"])
+                # Evaluation needs no equal number of batches on all ranks.
+                if batch["key"] or self.train:
+                    yield batch
         finally:
-            with _deferred_interrupts():
+            with deferred_signals():
+                end_workers(parts)
                 del parts
+        if not served and not start and self.world_size == 1:
+            reason = (self.damaged_samples or self.damaged_shards)[0]
+            raise ZpipeError(f"{self.path}: no sample of the epoch can be used; the first one: {reason}")
 
-    def _checked(self, part: dict[str, Any] | ZpipeError | None, number: int, total: int) -> dict[str, Any]:
+    def _start_workers(self, batches: range) -> Iterator[Part | ZpipeError]:
+        """Begin the parts of these batches, one of each worker after the other."""
+        grid = None if self.maps is None else self.maps.manifest.provenance.grid
+        shared = check_limits(self.num_workers, part_bytes(self.batch_size, self.image_size, grid))
+        return start_workers(BatchParts(self._epoch_spec(batches, shared=shared)), self.num_workers)
+
+    def _checked(self, part: Part | ZpipeError | None, number: int, total: int) -> Part:
         if part is None:
             raise ZpipeError(
-                f"{self.path}: the epoch ended at batch {number} of {total}; "
+                f"{self.path}: a data-loading process ended at batch {number} of {total} without a word; "
                 "run the same command with --data-workers 0 to see why"
             )
         if isinstance(part, ZpipeError):
             raise part
         return part
 
-    def _epoch_spec(self, batches: range) -> EpochSpec:
+    def _epoch_spec(self, batches: range, *, shared: bool) -> EpochSpec:
         return EpochSpec(
             epoch=self.epoch,
             seed=self.seed,
@@ -329,8 +398,10 @@ class RelevanceLoader:
             maps=self.maps,
             missing=self.missing,
             damaged=self.damaged,
+            check=not self._verified,
             image_size=self.image_size,
             view=self.view,
+            shared=shared,
         )
 
     def _shards_to_evaluate(self) -> np.ndarray:
@@ -349,36 +420,14 @@ class RelevanceLoader:
         return plan[deal(plan, self.global_batch, self.world_size) == self.rank]
 
 
-@contextmanager
-def _deferred_interrupts() -> Iterator[None]:
-    """Deliver a Ctrl-C that comes during the block, which starts or ends processes, after it.
-
-    Python prints and drops a KeyboardInterrupt that is raised in a fork's hooks or in a finaliser. Processes that are
-    started in the block keep ignoring Ctrl-C: a terminal sends it to all of them, and the parent ends them.
-    """
-    # During the shutdown of Python there is no handler to restore.
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield
-        return
-    received: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if received:
-        signal.raise_signal(signal.SIGINT)
-
-
-def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
+def _merge(parts: list[Part]) -> Part:
     """Join the parts of one batch, its samples in the order of their slots."""
-    damaged = [line for part in parts for line in part["damaged"]]
     full = [part for part in parts if part["key"]] or parts[:1]
     order = torch.cat([part["slot"] for part in full]).argsort()
-    out: dict[str, Any] = {"damaged": damaged}
+    out: Part = {name: [each for part in parts for each in part.get(name, ())] for name in ("damaged", "notes")}
     keys = [key for part in full for key in part["key"]]
     for name in full[0]:
-        if name in ("slot", "damaged") or not all(name in part for part in full):
+        if name in ("slot", *out) or not all(name in part for part in full):
             continue
         if name == "key":
             out[name] = [keys[i] for i in order.tolist()]

@@ -48,17 +48,17 @@ class ViewConfig:
     def __post_init__(self) -> None:
         check_choices(self, "view.")
         low, high = self.crop_scale
-        if not 0.0 < low <= high <= 1.0:
-            raise UsageError(f"view.crop_scale {low:g}, {high:g}: give 0 < low <= high <= 1")
+        if not 1e-4 <= low <= high <= 1.0:
+            raise UsageError(f"view.crop_scale {low:g}, {high:g}: give 0.0001 <= low <= high <= 1")
         low, high = self.crop_ratio
-        if not 0.0 < low <= high:
-            raise UsageError(f"view.crop_ratio {low:g}, {high:g}: give 0 < low <= high")
+        if not 0.01 <= low <= high <= 100:
+            raise UsageError(f"view.crop_ratio {low:g}, {high:g}: give 0.01 <= low <= high <= 100")
         if not 0.0 <= self.flip <= 1.0:
             raise UsageError(f"view.flip {self.flip:g}: give a probability in [0, 1]")
         if not 0.0 <= self.erase <= 1.0:
             raise UsageError(f"view.erase {self.erase:g}: give a probability in [0, 1]")
-        if not 0.0 < self.crop_pct <= 1.0:
-            raise UsageError(f"view.crop_pct {self.crop_pct:g}: give a share in (0, 1]")
+        if not 0.01 <= self.crop_pct <= 1.0:
+            raise UsageError(f"view.crop_pct {self.crop_pct:g}: give a share in [0.01, 1]")
 
 
 @dataclass(frozen=True)

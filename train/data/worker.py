@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.queues import Queue
 from typing import Any
 
 import numpy as np
@@ -11,12 +16,14 @@ import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
-from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.errors import ZpipeError, last_line
 from zpipe.schemas.geometry import Box
 from zpipe.schemas.images import DECODE_ERRORS
 from zpipe.schemas.relevance_maps import RelevanceMaps
+from zpipe.train.data.damage import DamagedSample
 from zpipe.train.data.join import Damaged, Joined, Missing, ShardJoin
 from zpipe.train.data.order import Plan, last_uses
+from zpipe.train.data.parcel import Packer, Parcel, Part
 from zpipe.train.data.stream import Shard
 from zpipe.train.data.transforms import (
     ViewConfig,
@@ -29,6 +36,7 @@ from zpipe.train.data.transforms import (
     view_image,
     view_maps,
 )
+from zpipe.train.signals import STOP_SIGNALS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +71,19 @@ class EpochSpec:
     """How to handle samples without a usable map."""
 
     damaged: Damaged
-    """How to handle damaged tars."""
+    """How to handle damaged tars and samples."""
+
+    check: bool
+    """Whether to compare the digests of tars with their index."""
 
     image_size: int
     """Side of the images, in pixels."""
 
     view: ViewConfig
     """Crops, flips and colours."""
+
+    shared: bool = True
+    """Whether data-loading processes send their parts in shared memory."""
 
     def own(self, worker: int, workers: int) -> tuple[Plan, np.ndarray]:
         """The samples that one of the workers reads, those of its lanes.
@@ -91,29 +105,66 @@ class PartRequest:
     last: np.ndarray
 
 
-class BatchParts(IterableDataset[dict[str, Any] | ZpipeError]):
-    """The parts that one worker contributes: one of every batch, in order; a part may be empty."""
+class BatchParts(IterableDataset[Part | ZpipeError | Parcel]):
+    """The parts that one worker contributes: one of every batch, in order; a part may be empty.
+
+    A data-loading process packs them.
+    """
 
     def __init__(self, spec: EpochSpec) -> None:
         self.spec = spec
 
-    def __iter__(self) -> Iterator[dict[str, Any] | ZpipeError]:
+    def __iter__(self) -> Iterator[Part | ZpipeError | Parcel]:
+        if get_worker_info() is None:
+            return self._parts()
+        return map(Packer(shared=self.spec.shared).pack, self._parts())
+
+    def _parts(self) -> Iterator[Part | ZpipeError]:
         # A DataLoader wraps an exception of a worker process into a traceback; an object arrives as it is.
         try:
             yield from self._pipeline()
         except ZpipeError as error:
             yield error
 
-    def _pipeline(self) -> Iterable[dict[str, Any]]:
+    def _pipeline(self) -> Iterable[Part]:
         spec, info = self.spec, get_worker_info()
         plan, places = spec.own(info.id, info.num_workers) if info else spec.own(0, 1)
         batch, slots, last = places // spec.batch_size, places % spec.batch_size, last_uses(plan)
         edges = np.searchsorted(batch, np.arange(len(spec.batches) + 1)).tolist()
         spans = (slice(*edges[number : number + 2]) for number in range(len(spec.batches)))
         requests = (PartRequest(slots[span], plan[span], last[span]) for span in spans)
-        with ShardJoin(spec.shards, spec.maps, spec.missing, skip_damaged=spec.damaged == "skip") as join:
+        with ShardJoin(
+            spec.shards, spec.maps, spec.missing, skip_damaged=spec.damaged == "skip", check=spec.check
+        ) as join:
             join.expect(plan)
-            yield from wds.DataPipeline(lambda: requests, fetch(join), augment(spec), collate(spec, join))
+            yield from wds.DataPipeline(lambda: requests, fetch(join), augment(spec, join), collate(spec, join))
+
+
+def begin_worker(_: int) -> None:
+    """Set up a data-loading process: it outlives signals to its group, ends with its parent, and fails aloud.
+
+    A terminal, a scheduler or `timeout` sends SIGINT or SIGTERM to all processes. The parent then ends its step, saves,
+    and ends its workers itself.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    Queue._on_queue_feeder_error = _answer_failure  # type: ignore[attr-defined]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    # Without the clean-up, which would wait until somebody reads what is queued.
+    os._exit(1)
+
+
+def _answer_failure(queue: Any, error: Exception, item: tuple[int, Any]) -> None:
+    """Queue an error instead of what a queue's thread could not send; the parent would wait for it forever."""
+    if isinstance(item[1], ZpipeError):
+        os._exit(1)
+    queue.put((item[0], ZpipeError(f"a data-loading process could not send a batch ({last_line(error)})")))
 
 
 Fetched = list[tuple[int, int, Joined]]
@@ -121,7 +172,7 @@ Augmented = list[dict[str, Any]]
 
 
 def fetch(join: ShardJoin) -> Callable[[Iterable[PartRequest]], Iterator[Fetched]]:
-    """A stage: requests -> lists of (slot, repeat, sample with its map). Samples of skipped tars are left out."""
+    """A stage: requests -> lists of (slot, repeat, sample with its map). Skipped tars and samples are left out."""
 
     def stage(requests: Iterable[PartRequest]) -> Iterator[Fetched]:
         for request in requests:
@@ -129,7 +180,11 @@ def fetch(join: ShardJoin) -> Callable[[Iterable[PartRequest]], Iterator[Fetched
             columns = (request.slots, plan.copy, plan.shard, plan.row, request.last)
             part = []
             for slot, copy, shard, row, last in zip(*(column.tolist() for column in columns), strict=True):
-                item = join.take(shard, row, last=last)
+                try:
+                    item = join.take(shard, row, last=last)
+                except DamagedSample as error:
+                    join.leave_out(shard, row, error)
+                    continue
                 if item is not None:
                     part.append((slot, copy, item))
             yield part
@@ -137,12 +192,18 @@ def fetch(join: ShardJoin) -> Callable[[Iterable[PartRequest]], Iterator[Fetched
     return stage
 
 
-def augment(spec: EpochSpec) -> Callable[[Iterable[Fetched]], Iterator[Augmented]]:
-    """A stage: decode each image, draw one view, and apply it to image, map and box alike."""
+def augment(spec: EpochSpec, join: ShardJoin) -> Callable[[Iterable[Fetched]], Iterator[Augmented]]:
+    """A stage: decode each image, draw one view, and apply it to image, map and box. Damaged samples are left out."""
 
     def stage(parts: Iterable[Fetched]) -> Iterator[Augmented]:
         for part in parts:
-            yield [{"slot": slot} | _augment_sample(spec, copy, item) for slot, copy, item in part]
+            augmented = []
+            for slot, copy, item in part:
+                try:
+                    augmented.append({"slot": slot} | _augment_sample(spec, copy, item))
+                except DamagedSample as error:
+                    join.leave_out(item.shard_number, item.row, error)
+            yield augmented
 
     return stage
 
@@ -150,14 +211,16 @@ def augment(spec: EpochSpec) -> Callable[[Iterable[Fetched]], Iterator[Augmented
 def _augment_sample(spec: EpochSpec, copy: int, item: Joined) -> dict[str, Any]:
     sample = item.sample
     where = f"{item.shard.path}: key {sample.key}"
+    if sample.damage is not None:
+        raise DamagedSample(sample.damage)
     if sample.label is None:
-        raise ZpipeError(f"{where}: has no label (.cls, or label in .json); add one")
+        raise DamagedSample(f"{where}: has no label (.cls, or label in .json); add one")
     # A generator of the sample's own, so that its view does not depend on which worker draws it, and when.
     rng = np.random.default_rng([spec.seed, spec.epoch, item.shard_number, item.row, *([copy] if copy else [])])
     try:
         image, view, source = decode(sample.image, lambda size: draw_view(rng, *size, spec.view), spec.image_size)
     except DECODE_ERRORS as error:
-        raise ZpipeError(f"{where}: can't be decoded ({error}); make the shards again, which puts it aside") from error
+        raise DamagedSample(f"{where}: can't be decoded ({last_line(error)}); replace the tar") from error
     pixels = view_image(image, view, spec.image_size, source)
     erased = None
     if spec.view.augment == "train":
@@ -176,8 +239,8 @@ def _augment_sample(spec: EpochSpec, copy: int, item: Joined) -> dict[str, Any]:
         if not frame.contains(view.box):
             raise ZpipeError(f"{where}: its map covers {frame.as_tuple()} only; extract on the full frame")
         out |= {"relevance": item.relevance, "view": view, "frame": frame}
-    if "box" in sample.meta:
-        out["object_box"] = np.asarray(view_box(sample.meta["box"], view), np.float32)
+    if sample.box is not None:
+        out["object_box"] = np.asarray(view_box(sample.box, view), np.float32)
     return out
 
 

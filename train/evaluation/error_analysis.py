@@ -18,9 +18,8 @@ import torch
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.geometry import Box, covered_share
 from zpipe.schemas.progress import Progress, silent
-from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.evaluation.answers import Answers
-from zpipe.train.evaluation.inference import OpenRun
+from zpipe.train.evaluation.answers import Answers, class_names
+from zpipe.train.evaluation.inference import OpenRun, Tally
 from zpipe.train.evaluation.pictures import ErrorPicture, class_name, error_sheet
 from zpipe.train.evaluation.results import FOLDER, Result, share, write_verdicts
 from zpipe.train.models.operating_points import OperatingPoint
@@ -35,7 +34,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         key: the sample.
-        label: its class.
+        label: its class in the model's numbering; of several right ones the lowest.
         predicted: the class that the model answered.
         kind: `right`, or what caused the error: `zoomer` or `backbone`.
         seen: the fraction of the object in zoomed cells.
@@ -54,7 +53,7 @@ Pictures = dict[str, list[ErrorPicture]]  # by the kind of the error
 @torch.inference_mode()
 def analyse_errors(
     opened: OpenRun,
-    loader: RelevanceLoader,
+    samples: Tally,
     zoom: OperatingPoint,
     answers: Answers,
     progress: Progress = silent,
@@ -63,7 +62,7 @@ def analyse_errors(
 
     Args:
         opened: the run, with a source of scores.
-        loader: the samples, with boxes or the teacher's maps.
+        samples: the images, with boxes or the teacher's maps.
         zoom: the operating point.
         answers: which answers are right.
         progress: called once per batch.
@@ -77,17 +76,20 @@ def analyse_errors(
     model = opened.model
     if not hasattr(model, "tokenise"):
         raise UsageError(f"{opened.run.path}: only errors of zoomvit_* models can be told apart by their zoom")
-    names = opened.run.settings.get("classes") or []
+    names = class_names(opened.run).names
     verdicts: list[Verdict] = []
     pictures: Pictures = {"zoomer": [], "backbone": []}
-    side, batches = model.coarse_grid, len(loader)
-    for number, batch in enumerate(loader):
+    side, batches = model.coarse_grid, len(samples.loader)
+    for number, batch in enumerate(samples):
         if "object_box" not in batch and "relevance" not in batch:
-            raise UsageError(f"{loader.path}: samples have no box, so errors need the teacher's maps; give --maps")
+            raise UsageError(
+                f"{samples.loader.path}: not all samples have a box, so errors need the teacher's maps; give --maps"
+            )
         prepared = opened.prepare(batch)
         logits, scores, _ = opened.respond(prepared, zoom)
         assert scores is not None  # a ZoomViT with a source of scores
         ranks, predicted = answers.ranks(logits, batch), logits.argmax(1).tolist()
+        labels = answers.labels(batch).tolist()
         budget, alpha = zoom.arguments.get("budget"), zoom.arguments.get("alpha")
         zoomed = choose_cells(scores, len(logits), model.score_grid, alpha, budget, model.zoom_factor).cpu().numpy()
         patches = None
@@ -96,7 +98,7 @@ def analyse_errors(
                 continue
             seen = _seen(batch, row, zoomed[row].reshape(side, side))
             kind = "right" if rank == 0 else "backbone" if seen >= MIN_SEEN else "zoomer"
-            verdict = Verdict(batch["key"][row], int(batch["label"][row]), predicted[row], kind, seen)
+            verdict = Verdict(batch["key"][row], labels[row], predicted[row], kind, seen)
             verdicts.append(verdict)
             if kind != "right" and len(pictures[kind]) < MAX_PICTURES:
                 patches = patches or opened.token_boxes(prepared, scores, zoom) or []

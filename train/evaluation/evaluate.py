@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,12 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import Run, load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.device import autocast, keep_freed_memory, resolve_device
-from zpipe.train.evaluation.answers import Answers, read_classes, read_several
+from zpipe.train.evaluation.answers import BY_INDEX, BY_NAME, Answers, match_run, read_several
 from zpipe.train.evaluation.calibrate import CalibrationConfig, calibrate
 from zpipe.train.evaluation.costs import CostMeter
-from zpipe.train.evaluation.inference import Answer, OpenRun, choose_run_source, eval_loader
-from zpipe.train.evaluation.metrics import mae, mse, pointing_game, spearman, topk_overlap
-from zpipe.train.evaluation.operating_points import EvalConfig, operating_points
+from zpipe.train.evaluation.inference import Answer, OpenRun, Tally, choose_run_source, eval_loader
+from zpipe.train.evaluation.metrics import check_numbers, mae, mse, pointing_game, spearman, topk_overlap
+from zpipe.train.evaluation.operating_points import EvalConfig, operating_points, option_of
 from zpipe.train.evaluation.results import (
     EVALUATION,
     ZOOMER_EVALUATION,
@@ -32,7 +33,9 @@ from zpipe.train.evaluation.results import (
     Result,
     identity,
     metric_results,
+    read_results,
     results_of,
+    results_path,
     unusual,
     write_results,
 )
@@ -64,8 +67,8 @@ def evaluate(
 
     Returns:
         The content of the file, see `results`: {kind, run, model, seed, weights, precision, shards, maps, rows,
-        results}. The rows of a ViT are those of `EvalRow.flat`; a zoomer has one row, its distance to the teacher's
-        maps.
+        results}, and what `Tally.stated` says of the images. The rows of a ViT are those of `EvalRow.flat`; a zoomer
+        has one row, its distance to the teacher's maps.
 
     Raises:
         UsageError: the run is not finished, or a setting does not suit it.
@@ -79,41 +82,78 @@ def evaluate(
         batch_size=config.batch_size,
         data_workers=config.data_workers,
         missing="skip" if opened.kind == "zoomer" else "uniform",
+        damaged=config.damaged,
     )
+    batches = Tally(loader)
     about = identity(opened, EVALUATION if opened.kind == "vit" else ZOOMER_EVALUATION)
     about["setting"] = unusual({"weights": config.weights})
     for name, value in (("classes", config.classes), ("labels", config.labels)):
         about["setting"] |= {} if value is None else {name: Path(value).name}
     if opened.kind == "zoomer":
-        row = _evaluate_zoomer(opened, loader, config, progress)
+        row = _evaluate_zoomer(opened, batches, config, progress)
         rows, results = [row], zoomer_results(row, about)
     else:
-        measured = _evaluate_vit(opened, loader, config, progress)
+        measured = _evaluate_vit(opened, batches, config, progress)
         rows = [row.flat() for row in measured]
         results = [result for row in measured for result in results_of(row, about)]
     stated = {"kind": opened.kind, "run": str(run), "model": about["model"], "seed": about["seed"]}
     stated |= {"weights": config.weights, "precision": config.precision}
-    stated |= {"shards": str(shards), "maps": None if maps is None else str(maps)}
+    stated |= {"shards": str(shards), "maps": None if maps is None else str(maps)} | batches.stated()
     return write_results(out, "evaluation", stated, rows, results)
 
 
-def _evaluate_vit(opened: Run, loader: RelevanceLoader, config: EvalConfig, progress: Progress) -> list[EvalRow]:
+def evaluation_path(run: Path, config: EvalConfig, content: Mapping[str, Any]) -> Path:
+    """The file in a run's folder for the content of an evaluation.
+
+    It is `evaluation.json` for the run as it is, on the images that were first evaluated. What was asked for besides
+    (other scores, classes or labels, a cost) and other images are part of other names, so that one evaluation does not
+    take the place of another.
+
+    Raises:
+        ZpipeError: the file holds no results.
+    """
+    target = None if config.target_gmacs is None else f"{config.target_gmacs:g} GMACs"
+    asked = (config.scores, config.classes, None if config.labels is None else config.labels.name, target)
+    words = [re.sub(r"[^A-Za-z0-9.]+", "-", Path(word).name.removesuffix(".json")) for word in asked if word]
+    path = partial(results_path, run, "evaluation", weights=config.weights, precision=config.precision)
+    if not (first := path(more=words)).is_file():
+        return first
+    before, _ = read_results(first)
+    # Files of earlier versions have no digest.
+    name = "images_digest" if "images_digest" in before else "shards"
+    return first if before.get(name) == content[name] else path(more=[*words, content["images_digest"][:8]])
+
+
+def _evaluate_vit(opened: Run, batches: Tally, config: EvalConfig, progress: Progress) -> list[EvalRow]:
+    if config.target_gmacs is None:
+        if config.calibration is not None or config.calibration_maps is not None:
+            raise UsageError("--calibration: is for --target-gmacs; give that too, or leave it out")
+    elif config.alphas or config.budgets or config.exits:
+        raise UsageError("--target-gmacs: chooses the threshold itself; leave out --alphas, --budgets and --exits")
+    answers = answers_for(opened, batches.loader, config)
     if config.target_gmacs is not None:
         config = _calibrated(opened.path, config, progress)
-    source = choose_run_source(opened, config.scores, loader.maps)
+    source = choose_run_source(opened, config.scores, batches.loader.maps)
     points = operating_points(opened.model, source, config)
     ready = OpenRun(opened, source, device=config.device, precision=config.precision)
-    return measure(ready, loader, points, answers_for(opened, loader, config), progress)
+    return measure(ready, batches, points, answers, progress)
 
 
-def _evaluate_zoomer(opened: Run, loader: RelevanceLoader, config: EvalConfig, progress: Progress) -> dict[str, Any]:
-    if loader.maps is None:
+def _evaluate_zoomer(opened: Run, batches: Tally, config: EvalConfig, progress: Progress) -> dict[str, Any]:
+    given: dict[str, object] = {option_of(name): values for name, values in config.requested().items()}
+    given |= {"--target-gmacs": config.target_gmacs, "--calibration": config.calibration, "--scores": config.scores}
+    given |= {"--classes": config.classes, "--labels": config.labels}
+    for option, value in given.items():
+        if value is not None:
+            raise UsageError(f"{option}: {opened.path} is a zoomer, which has no use for it; leave it out")
+    maps = batches.loader.maps
+    if maps is None:
         raise UsageError(f"{opened.path}: a zoomer is measured against its teacher's maps; give --maps")
-    check_grid(loader.maps, cast(Zoomer, opened.model).grid)
+    check_grid(maps, cast(Zoomer, opened.model).grid)
     device = resolve_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    return measure_zoomer(opened, loader, device, progress, config.precision)
+    return measure_zoomer(opened, batches, device, progress, config.precision)
 
 
 def _calibrated(run: Path, config: EvalConfig, progress: Progress) -> EvalConfig:
@@ -123,12 +163,18 @@ def _calibrated(run: Path, config: EvalConfig, progress: Progress) -> EvalConfig
     calibration = CalibrationConfig(
         budget=f"{config.target_gmacs:g} GMACs",
         scores=config.scores,
+        # A file is about the labels of the other shards.
+        classes=config.classes if config.classes in (None, BY_NAME) and config.labels is None else BY_INDEX,
+        damaged=config.damaged,
         weights=config.weights,
         batch_size=config.batch_size,
         data_workers=config.data_workers,
         device=config.device,
     )
-    result = calibrate(run, config.calibration, calibration, maps=config.calibration_maps, progress=progress)
+    try:
+        result = calibrate(run, config.calibration, calibration, maps=config.calibration_maps, progress=progress)
+    except UsageError as error:  # in the words of this command
+        raise UsageError(str(error).replace("--budget", "--target-gmacs", 1)) from error
     if "exit_threshold" in result:
         return replace(config, exits=(result["exit_threshold"],))
     return replace(config, alphas=(result["alpha"],), budgets=())
@@ -139,22 +185,17 @@ def answers_for(opened: Run, loader: RelevanceLoader, config: EvalConfig) -> Ans
 
     Raises:
         UsageError: `classes` does not suit the model.
-        ZpipeError: the file of labels is broken, see `read_several`.
+        ZpipeError: the classes of run and shards differ, or the file of labels is broken, see `read_several`.
     """
     num_classes = cast(int, opened.model.num_classes)
-    classes = several = None
-    if config.classes is not None:
-        classes = read_classes(config.classes, opened.settings.get("classes") or [], loader.index.classes)
-        if max(classes) >= num_classes:
-            raise UsageError(f"--classes {config.classes}: class {max(classes)}; the model has {num_classes}")
-    if config.labels is not None:
-        several = read_several(config.labels, num_classes)
-    return Answers(num_classes, classes, several)
+    if config.labels is not None:  # instead of the labels of the shards, whatever these number
+        return Answers(num_classes, several=read_several(config.labels, num_classes))
+    return Answers(num_classes, match_run(opened, loader.index, loader.path, config.classes))
 
 
 def measure(
     opened: OpenRun,
-    loader: RelevanceLoader,
+    samples: Tally,
     points: Sequence[OperatingPoint],
     answers: Answers,
     progress: Progress = silent,
@@ -163,7 +204,7 @@ def measure(
 
     Args:
         opened: the run.
-        loader: the images.
+        samples: the images.
         points: the operating points.
         answers: which answers are right.
         progress: called once per batch.
@@ -174,9 +215,9 @@ def measure(
     Raises:
         ZpipeError: a label is outside the model's classes, or no sample has a label.
     """
-    tallies = [_Tally(point, CostMeter(opened.model, point)) for point in points]
-    batches = len(loader)
-    for number, batch in enumerate(loader):
+    tallies = [_Measured(point, CostMeter(opened.model, point)) for point in points]
+    batches = len(samples.loader)
+    for number, batch in enumerate(samples):
         prepared = opened.prepare(batch)
         for tally in tallies:
             respond = partial(opened.respond, prepared, tally.point)
@@ -194,7 +235,7 @@ def measure(
 
 
 @dataclass
-class _Tally:
+class _Measured:
     """What is collected at an operating point, batch by batch."""
 
     point: OperatingPoint
@@ -214,11 +255,13 @@ def _timed(function: Callable[[], Answer], device: torch.device) -> tuple[Answer
     return result, time.perf_counter() - begin
 
 
-def _row(opened: OpenRun, tally: _Tally, image: Tensor, score_macs: int) -> EvalRow:
+def _row(opened: OpenRun, tally: _Measured, image: Tensor, score_macs: int) -> EvalRow:
     ranks = torch.cat(tally.ranks)
     ranks = ranks[ranks >= 0]
     if not len(ranks):
-        raise ZpipeError("no image of these shards has a label to be judged by; check --labels")
+        raise ZpipeError(
+            f"{opened.run.path}: --labels has no class for any image of these shards; check that it is of these images"
+        )
     top1 = float((ranks == 0).double().mean())
     low, middle, high = np.quantile(tally.rates, (0.25, 0.5, 0.75)).tolist()
     return EvalRow(
@@ -245,7 +288,7 @@ def _row(opened: OpenRun, tally: _Tally, image: Tensor, score_macs: int) -> Eval
 @torch.inference_mode()
 def measure_zoomer(
     opened: Run,
-    loader: RelevanceLoader,
+    samples: Tally,
     device: torch.device,
     progress: Progress = silent,
     precision: str = "float32",
@@ -254,7 +297,7 @@ def measure_zoomer(
 
     Args:
         opened: the zoomer's run.
-        loader: the images with their maps.
+        samples: the images with their maps.
         device: where to run.
         progress: called once per batch.
         precision: of the zoomer: float32, or bf16 or fp16 under autocast.
@@ -271,10 +314,12 @@ def measure_zoomer(
     zoomer = cast(Zoomer, opened.model).to(device)
     sums: dict[str, float] = defaultdict(float)
     count = with_box = ranked = 0
-    batches = len(loader)
-    for number, batch in enumerate(loader):
+    batches = len(samples.loader)
+    where = str(opened.path) if precision == "float32" else f"{opened.path} in {precision}"
+    for number, batch in enumerate(samples):
         with autocasting():
             scores = zoomer(opened.preprocessing.normalise(batch["image"].to(device))).float().cpu()  # [B, g * g]
+        check_numbers(scores, batch["key"], "the zoomer's scores", where=where)
         target = batch["relevance"].flatten(1)  # [B, g * g]
         sums["mse"] += float(mse(scores, target).sum())
         sums["mae"] += float(mae(scores, target).sum())

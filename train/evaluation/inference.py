@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from zpipe.schemas.account import Account
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import Preprocessing, Run
-from zpipe.train.data.join import Missing
+from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import autocast, keep_freed_memory, resolve_device
+from zpipe.train.evaluation.metrics import LARGEST_LOGIT, check_numbers
 from zpipe.train.models.operating_points import OperatingPoint, logits_of
 from zpipe.train.models.zoom_tokens import token_boxes
 from zpipe.train.scoring import ScoreSource, choose_source, run_model, score_use
+
+MAX_REASONS = 20  # lines about damaged data in a results file
 
 
 class Answer(NamedTuple):
@@ -54,6 +63,9 @@ class OpenRun:
         if run.kind != "vit":
             raise UsageError(f"{run.path}: holds a {run.kind}, no classifier")
         self.run, self.source, self.precision = run, source, precision
+        # Checked before the model gets them, which may refuse them in words of its own.
+        self._checked = None if source is None else replace(source, score=partial(self._check_scores, source))
+        self._where = str(run.path) if precision == "float32" else f"{run.path} in {precision}"
         self.device = resolve_device(device)
         self._autocast = autocast(precision, self.device)
         if self.device.type == "cpu":
@@ -69,10 +81,26 @@ class OpenRun:
 
     @torch.inference_mode()
     def respond(self, prepared: dict[str, Any], point: OperatingPoint) -> Answer:
-        """Score and classify the images of a prepared batch at an operating point."""
+        """Score and classify the images of a prepared batch at an operating point.
+
+        Raises:
+            ZpipeError: scores or logits are no numbers, or logits are far too large; the message names run and key.
+        """
         with self._autocast():
-            output, scores = run_model(self.model, self.source, prepared, point)
+            output, scores = run_model(self.model, self._checked, prepared, point)
+        self.check_logits(logits_of(output), prepared)
         return Answer(logits_of(output), scores, output)
+
+    def check_logits(self, logits: Tensor, batch: dict[str, Any]) -> None:
+        """Check the logits [B, classes] of a batch; raises as `respond`."""
+        check_numbers(logits, batch["key"], "the model's logits", limit=LARGEST_LOGIT, where=self._where)
+
+    def _check_scores(self, source: ScoreSource, images: Tensor, batch: dict[str, Any]) -> Tensor | None:
+        """What a source returns for images and their batch, checked."""
+        scores = source.score(images, batch)
+        if scores is not None and "key" in batch:  # there is none where only the cost of scoring is counted
+            check_numbers(scores, batch["key"], f"the scores ({source.name})", where=self._where)
+        return scores
 
     def answer(self, batch: dict[str, Any], point: OperatingPoint) -> Answer:
         """Normalise, score and classify the images of a batch, uint8 [B, 3, S, S], at an operating point."""
@@ -80,9 +108,9 @@ class OpenRun:
 
     @torch.inference_mode()
     def scores(self, batch: dict[str, Any]) -> Tensor | None:
-        """The scores [B, s * s] that the model would get for a batch; None if it would get none."""
+        """The scores [B, s * s] that the model would get for a batch; None for none. Raises as `respond`."""
         with self._autocast():
-            return None if self.source is None else self.source.score(self.prepare(batch)["image"], batch)
+            return None if self._checked is None else self._checked.score(self.prepare(batch)["image"], batch)
 
     def token_boxes(
         self, prepared: dict[str, Any], scores: Tensor | None, point: OperatingPoint
@@ -130,9 +158,11 @@ def choose_run_source(run: Run, name: str | None, store: RelevanceMaps | None) -
         The source; None for a model that takes no scores.
 
     Raises:
-        UsageError: something that the source needs is missing.
+        UsageError: something that the source needs is missing, or a model that takes no scores is given a source.
     """
     if score_use(run.model) is None:
+        if name is not None:
+            raise UsageError(f"--scores {name}: the model of {run.path} takes no scores; leave it out")
         return None
     name = name or trained_with(run)
     if name == "zoomer" and run.zoomer is None:
@@ -148,6 +178,7 @@ def eval_loader(
     batch_size: int,
     data_workers: int = 0,
     missing: Missing = "uniform",
+    damaged: Damaged = "error",
 ) -> RelevanceLoader:
     """Load every sample of the shards once, in the view that a run was made for.
 
@@ -158,6 +189,7 @@ def eval_loader(
         batch_size: images per batch.
         data_workers: processes that load data; 0 to load in this one.
         missing: how to handle samples without a usable map, see `RelevanceLoader`.
+        damaged: how to handle damaged tars and samples, see `RelevanceLoader`.
     """
     return RelevanceLoader(
         shards,
@@ -167,5 +199,58 @@ def eval_loader(
         augment="eval",
         num_workers=data_workers,
         missing=missing,
+        damaged=damaged,
         view=ViewConfig(crop_pct=preprocessing.crop_pct),
     )
+
+
+class Tally:
+    """The batches of a loader, and the count of what they leave out, so that a figure can say so.
+
+    Args:
+        loader: the loader, of one process.
+        limit: the largest number of samples to take; None for all.
+    """
+
+    def __init__(self, loader: RelevanceLoader, limit: int | None = None) -> None:
+        self.loader = loader
+        self.most = loader.sample_count if limit is None else min(limit, loader.sample_count)
+        self.taken = 0
+        self._served = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.loader:
+            self._served += len(batch["key"])
+            left = self.most - self.taken
+            batch = batch if len(batch["key"]) <= left else {name: values[:left] for name, values in batch.items()}
+            self.taken += len(batch["key"])
+            yield batch
+            if self.taken >= self.most:
+                return
+
+    def account(self) -> Account:
+        """What became of the samples so far: taken, damaged, or without a usable map."""
+        come_by = min(self.loader.state_dict()["batch"] * self.loader.batch_size, self.loader.sample_count)
+        without_map = self.loader.epoch_counts().get("skipped", 0)
+        left_out = Counter({"damaged": come_by - self._served, "without a usable map": without_map})
+        return Account(seen=self.taken + left_out.total(), taken=self.taken, left_out=+left_out)
+
+    def stated(self) -> dict[str, Any]:
+        """What a results file says of the images: how many there are, which were skipped and why, and their digest."""
+        account = self.account()
+        return {
+            "samples": account.seen,
+            "skipped": account.left_out.total(),
+            "skipped_by": dict(account.left_out),
+            "damaged": [*self.loader.damaged_shards, *self.loader.damaged_samples][:MAX_REASONS],
+            # A line about images in tars without an index that belong to no sample; "" if there are none.
+            "left_out_of_tars": getattr(self.loader.index, "left_out", ""),
+            "images_digest": self.digest,
+        }
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what identifies the images, wherever they are: the keys and, if known, the tars."""
+        entries = (shard.entry for shard in self.loader.shards)
+        lines = "".join(f"{entry.count} {entry.keys_sha256} {entry.sha256 or entry.bytes}\n" for entry in entries)
+        return hashlib.sha256(lines.encode()).hexdigest()

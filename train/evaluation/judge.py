@@ -6,17 +6,19 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import load_run
-from zpipe.train.data.labels import check_labels
-from zpipe.train.evaluation.inference import OpenRun, eval_loader
+from zpipe.train.data.join import Damaged
+from zpipe.train.evaluation.answers import Answers, match_run
+from zpipe.train.evaluation.inference import OpenRun, Tally, eval_loader
 from zpipe.train.evaluation.metrics import pointing_game
 from zpipe.train.evaluation.results import identity, judge_results, write_results
 from zpipe.train.models.operating_points import OperatingPoint
@@ -37,6 +39,10 @@ class JudgeConfig:
     """What replaces a removed cell: the mean colour of the data set, or the image blurred until only colours remain."""
     limit: int = 5_000
     """The maximum number of images."""
+    classes: str | None = None
+    """How the labels of the shards become classes of the model, see `answers.match_run`; None if both are alike."""
+    damaged: Damaged = "error"
+    """How to handle damaged tars and samples: `error`, or `skip` to leave them out and count them."""
     batch_size: int = 64
     """Images per batch."""
     data_workers: int = 0
@@ -46,7 +52,9 @@ class JudgeConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.limit < 1:
-            raise UsageError(f"steps {self.steps}, limit {self.limit}: give numbers >= 1")
+            raise UsageError(f"--steps {self.steps}, --limit {self.limit}: give numbers >= 1")
+        if self.damaged not in get_args(Damaged):
+            raise UsageError(f"--damaged {self.damaged}: choose error or skip")
         if self.baseline not in ("mean", "blur"):
             raise UsageError(f"--baseline {self.baseline}: choose mean or blur")
 
@@ -125,42 +133,48 @@ def judge_maps(
 
     Raises:
         UsageError: the run is not a classifier, or the store has no map of these samples.
-        ZpipeError: a file is broken, or a label is outside the model's classes.
+        ZpipeError: a file is broken, the classes of run and shards differ, or a label is outside the model's classes.
     """
+    content = judge(run, shards, maps, config, progress=progress)
+    if out is not None:
+        write_json(out, content)
+    return list(content["rows"])
+
+
+def judge(run: Path, shards: Path, maps: Path, config: JudgeConfig, *, progress: Progress = silent) -> dict[str, Any]:
+    """As `judge_maps`, but return the content of the results file, and write none."""
     run_opened = load_run(run)
     opened = OpenRun(run_opened, None, device=config.device)
     sizes = {"batch_size": config.batch_size, "data_workers": config.data_workers}
-    loader = eval_loader(run_opened.preprocessing, shards, maps, **sizes, missing="skip")
+    loader = eval_loader(run_opened.preprocessing, shards, maps, **sizes, missing="skip", damaged=config.damaged)
+    if not loader.sample_count:
+        raise UsageError(f"{maps}: has no usable map of a sample in {shards}; give the shards that it was made from")
+    answers = Answers(opened.model.num_classes, match_run(run_opened, loader.index, loader.path, config.classes))
     chunks: dict[tuple[str, str], list[Tensor]] = defaultdict(list)  # by order and metric
-    count, limit = 0, config.limit
-    for batch in loader:
-        for order, metric, values in _judge_batch(opened, batch, config):
+    batches = Tally(loader, config.limit)
+    for batch in batches:
+        for order, metric, values in _judge_batch(opened, batch, answers, config):
             chunks[order, metric].append(values.cpu())
-        count += len(batch["key"])
-        progress("judge", min(count, limit), min(limit, loader.sample_count))
-        if count >= limit:
-            break
-    if not count:
-        raise UsageError(f"{maps}: has no usable map of a sample in {shards}")
+        progress("judge", batches.taken, batches.most)
     rows: dict[str, dict[str, Any]] = {}
     for (order, metric), parts in chunks.items():
-        values = torch.cat(parts)[:limit].double()
+        values = torch.cat(parts).double()
         row = rows.setdefault(order, {"setting": order, "count": len(values)})
         row[metric] = float(values.mean())
         row[f"{metric}_interval"] = 1.96 * float(values.std(correction=0)) / len(values) ** 0.5
     about = identity(run_opened, "judge")
     stated = {"run": str(run), "model": about["model"], "seed": about["seed"]}
-    stated |= {"shards": str(shards), "maps": str(maps)}
-    write_results(out, "judge", stated, list(rows.values()), judge_results(rows.values(), about))
-    return list(rows.values())
+    stated |= {"shards": str(shards), "maps": str(maps)} | batches.stated()
+    return write_results(None, "judge", stated, list(rows.values()), judge_results(rows.values(), about))
 
 
 @torch.inference_mode()
-def _judge_batch(opened: OpenRun, batch: dict[str, Any], config: JudgeConfig) -> Iterator[tuple[str, str, Tensor]]:
+def _judge_batch(
+    opened: OpenRun, batch: dict[str, Any], answers: Answers, config: JudgeConfig
+) -> Iterator[tuple[str, str, Tensor]]:
     """The order of the cells, the metric and its values [B], for each order and metric."""
-    check_labels(batch["label"], batch["key"], opened.model.num_classes)
     prepared = opened.prepare(batch)
-    images, targets = prepared["image"], batch["label"].to(opened.device)
+    images, targets = prepared["image"], answers.labels(batch).to(opened.device)
     relevance = batch["relevance"].to(opened.device)  # [B, gh, gw]
     height, width = relevance.shape[1:]
     orders = {"maps": relevance}

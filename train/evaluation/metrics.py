@@ -1,9 +1,47 @@
-"""Agreement of score maps with a teacher's maps or with the boxes of objects: one number per map, [B]."""
+"""Agreement of score maps with a teacher's maps or with the boxes of objects: one number per map, [B].
+
+Also the check of what models return, before anything is computed from it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from zpipe.schemas.errors import ZpipeError
+
+# Beyond it float32 does not tell whole numbers apart, so that a softmax is 0 or 1 by rounding.
+LARGEST_LOGIT = 2.0**24
+
+
+def check_numbers(values: Tensor, keys: Sequence[str], what: str, *, limit: float = torch.inf, where: str = "") -> None:
+    """Check that what a model returned for the samples of a batch are numbers to compute with.
+
+    Comparisons with NaN are false, and infinities of equal sign are ranked by their classes, so that an accuracy of
+    such logits would look like any other.
+
+    Args:
+        values: logits or scores [B, n].
+        keys: the key of each sample.
+        what: what they are, for messages: `the model's logits`.
+        limit: the largest magnitude that is accepted.
+        where: the run and its precision, for messages; empty if they are not known.
+
+    Raises:
+        ZpipeError: a value is NaN or infinite, or its magnitude is above the limit; the message names the key.
+    """
+    usable = values.isfinite() & (values.abs() <= limit)
+    if usable.all():
+        return
+    row, place = usable.logical_not().nonzero()[0].tolist()
+    remedy = "its weights have diverged or are damaged: choose other weights, or train again with a lower --lr"
+    if where.endswith((" in fp16", " in bf16")):
+        remedy = "give --precision float32 or, if that is no better, other weights"
+    raise ZpipeError(
+        f"{where}{': ' if where else ''}key {keys[row]}: {what} hold {float(values[row, place]):g}; {remedy}"
+    )
 
 
 def mse(maps: Tensor, target: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from zpipe.schemas.errors import UsageError
+from zpipe.train.data.join import Damaged
 from zpipe.train.device import autocast
 from zpipe.train.models import operating_points as of_model
 from zpipe.train.models.operating_points import OperatingPoint, SettingError, setting_names
@@ -29,6 +30,8 @@ OPTIONS = {
 }
 # The settings whose values are numbers; a model checks the values of its other settings by itself.
 NUMBERS: dict[str, type | tuple[type, ...]] = {"alpha": (int, float), "exit": (int, float), "keep": int, "merge": int}
+DEFAULT_ALPHAS = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""The thresholds of an evaluation."""
 DEFAULT_ALPHA = 0.1
 """The threshold of a model that zooms, if one point is wanted and no threshold or budget is given."""
 
@@ -37,8 +40,8 @@ DEFAULT_ALPHA = 0.1
 class EvalConfig:
     """Settings of an evaluation."""
 
-    alphas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
-    """Thresholds of a model that zooms; other models ignore them."""
+    alphas: tuple[float, ...] | None = None
+    """Thresholds of a model that zooms; None for `DEFAULT_ALPHAS` if the model has thresholds."""
     budgets: tuple[int | str, ...] = ()
     """Budgets beside or instead of thresholds: zoomed cells per image, or "300 tokens" or "2.3 GMACs"."""
     keeps: tuple[int, ...] = ()
@@ -61,9 +64,11 @@ class EvalConfig:
     scores: str | None = None
     """The source of the scores, one of `scoring.SOURCES`; None for the one that the run was trained with."""
     classes: str | None = None
-    """For data with fewer classes than the model: the model's class of each label, see `answers.read_classes`."""
+    """How the labels of the data become classes of the model, see `answers.match_run`; None if both are alike."""
     labels: Path | None = None
     """A file with several labels per image, used instead of the labels of the data; see `answers.read_several`."""
+    damaged: Damaged = "error"
+    """How to handle damaged tars and samples: `error`, or `skip` to leave them out and count them."""
     weights: str = "final"
     """The weights of the run to use, see `checkpoint.load_run`."""
     precision: str = "float32"
@@ -77,7 +82,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         autocast(self.precision, torch.device("cpu"))  # refuses an unknown precision
-        for name, values in (("alphas", self.alphas), ("exits", self.exits)):
+        for name, values in (("alphas", self.alphas or ()), ("exits", self.exits)):
             for value in values:
                 if not 0.0 <= value <= 1.0:
                     kind = "a threshold" if name == "alphas" else "a threshold of early exit"
@@ -93,15 +98,17 @@ class EvalConfig:
             raise UsageError("--classes, --labels: give one of them; the file of labels is in the model's numbering")
         if self.target_gmacs is not None and self.target_gmacs <= 0:
             raise UsageError(f"--target-gmacs {self.target_gmacs:g}: give a number above 0")
+        if self.damaged not in get_args(Damaged):
+            raise UsageError(f"--damaged {self.damaged}: choose error or skip")
         if self.batch_size < 1:
             raise UsageError(f"batch_size={self.batch_size}: give a number >= 1")
         if self.data_workers < 0:
             raise UsageError(f"data_workers={self.data_workers}: give a number >= 0")
 
     def requested(self) -> dict[str, tuple[Any, ...]]:
-        """The values of each setting that has some."""
+        """The values of each setting that was given some."""
         named = {
-            "alpha": self.alphas,
+            "alpha": self.alphas or (),
             "budget": self.budgets,
             "keep": self.keeps,
             "exit": self.exits,
@@ -117,8 +124,10 @@ def operating_points(model: nn.Module, source: ScoreSource | None, config: EvalC
     Raises:
         UsageError: the model lacks a setting, a value is out of range or given twice, or there is no point at all.
     """
-    requested = _without_foreign_zoom(model, config.requested())
-    if "prune" not in setting_names(model):
+    requested = config.requested()
+    if config.alphas is None and "alpha" in setting_names(model):
+        requested["alpha"] = DEFAULT_ALPHAS
+    if "prune" not in setting_names(model) and config.prune == EvalConfig.prune:
         requested.pop("prune", None)
     _check_names(model, requested, option_of)
     if zooms(model) and (source is None or source.name == "none"):
@@ -140,13 +149,12 @@ def operating_points(model: nn.Module, source: ScoreSource | None, config: EvalC
 def one_point(model: nn.Module, source: ScoreSource | None, settings: Mapping[str, Any]) -> OperatingPoint:
     """The operating point with the given settings, named as in `EvalRow.settings`.
 
-    Without settings, it is DEFAULT_ALPHA for a model that zooms, and the model as it was built for any other. A model
-    that does not zoom ignores a threshold and a budget.
+    Without settings, it is DEFAULT_ALPHA for a model that zooms, and the model as it was built for any other.
 
     Raises:
         UsageError: the model lacks a setting, a value is out of range, or there are both a threshold and a budget.
     """
-    settings = _without_foreign_zoom(model, settings)
+    settings = dict(settings)
     _check_names(model, settings, str)
     if {"alpha", "budget"} <= settings.keys():
         raise UsageError("give alpha or budget, not both")
@@ -165,12 +173,6 @@ def one_point(model: nn.Module, source: ScoreSource | None, settings: Mapping[st
         return of_model.operating_points(model, {name: (value,) for name, value in settings.items()})[-1]
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def _without_foreign_zoom(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without a zoom that the model lacks: one sweep may cover models that zoom and others."""
-    names = setting_names(model)
-    return {name: value for name, value in settings.items() if name in names or name not in ("alpha", "budget")}
 
 
 def _check_names(model: nn.Module, names: Iterable[str], spell: Callable[[str], str]) -> None:

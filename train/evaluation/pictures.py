@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from zpipe.schemas.atomic import commit
 from zpipe.schemas.errors import UsageError
+from zpipe.schemas.names import printable
 from zpipe.train.checkpoint import load_run
+from zpipe.train.evaluation.answers import match_run
 from zpipe.train.evaluation.inference import OpenRun, choose_run_source, eval_loader
 from zpipe.train.evaluation.operating_points import one_point
 
 COLUMNS = ("image", "teacher map", "zoomer map", "patch map")
+PICTURE_MARK = b"Software\0zpipe"  # in the first bytes of each PNG that is written here
 
 
 class ErrorPicture(NamedTuple):
@@ -69,6 +73,7 @@ def contact_sheet(run: Path, shards: Path, maps: Path, out: Path, *, budget: int
     logits, scores, _ = opened.respond(prepared, point)
     boxes = opened.token_boxes(prepared, scores, point)
     assert scores is not None and boxes is not None  # a ZoomViT with a zoomer has both
+    match_run(run_opened, loader.index, loader.path)
     names, side = loader.index.classes, run_opened.preprocessing.image_size
     count = len(batch["key"])
     figure, axes = plt.subplots(count, len(COLUMNS), figsize=(8, 2 * count + 0.4), squeeze=False)
@@ -79,7 +84,7 @@ def contact_sheet(run: Path, shards: Path, maps: Path, out: Path, *, budget: int
             _show(panel, batch["image"][row].permute(1, 2, 0).numpy())
         label, predicted = (class_name(names, int(n)) for n in (batch["label"][row], logits[row].argmax()))
         style: dict[str, Any] = {"fontsize": 7, "color": "white", "backgroundcolor": "#00000090", "va": "bottom"}
-        panels[0].text(1, side - 1, f"{label}, seen as {predicted}", **style)
+        panels[0].text(1, side - 1, _plain(f"{label}, seen as {predicted}", 24), **style)
         if "object_box" in batch:
             _outline(panels[0], batch["object_box"][row] * side, "lime", 1.2)
         overlay(panels[1], batch["relevance"][row].numpy(), side)
@@ -105,7 +110,7 @@ def picture(
     figure, axes = plt.subplots(1, panels, figsize=(3 * panels, 3.2), squeeze=False)
     for panel in axes[0]:
         _show(panel, image)
-    axes[0, 0].set_title(title, fontsize=10)
+    axes[0, 0].set_title(_plain(title, 36), fontsize=10)
     if scores is not None:
         axes[0, 1].set_title("scores", fontsize=10)
         overlay(axes[0, 1], scores, len(image))
@@ -126,7 +131,7 @@ def error_sheet(out: Path, rows: Sequence[Sequence[ErrorPicture]], columns: int)
             patches(panel, item.patches, item.cell)
             if item.target is not None:
                 _outline(panel, item.target, "lime", 1.2)
-            panel.set_title(item.title, fontsize=7)
+            panel.set_title(_plain(item.title, 28), fontsize=7)
     _save(figure, out)
 
 
@@ -153,6 +158,12 @@ def class_name(names: Sequence[str], index: int) -> str:
     return names[index] if index < len(names) and names[index] else str(index)
 
 
+def _plain(text: str, width: int) -> str:
+    """Text for matplotlib as it is, in at most three lines of `width` characters: a name may look like mathematics."""
+    lines = textwrap.wrap(printable(text), width, max_lines=3, placeholder=" ...")
+    return "\n".join(lines).replace("$", r"\$")
+
+
 def _show(axes: Axes, image: np.ndarray) -> None:
     side = len(image)
     axes.imshow(image, extent=(0, side, side, 0), interpolation="nearest")
@@ -167,5 +178,5 @@ def _outline(axes: Axes, box: Tensor, color: str, width: float) -> None:
 def _save(figure: Figure, out: Path) -> None:
     figure.tight_layout(pad=0.3)
     with commit(out) as tmp:
-        figure.savefig(tmp, format="png", dpi=130)
+        figure.savefig(tmp, format="png", dpi=130, metadata={"Software": "zpipe"})
     plt.close(figure)

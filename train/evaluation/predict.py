@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.atomic import check_out_file
+from zpipe.schemas.errors import UsageError, ZpipeError, first_line, remedy_for
 from zpipe.schemas.images import DECODE_ERRORS
+from zpipe.schemas.names import printable
 from zpipe.schemas.progress import Progress, silent
+from zpipe.schemas.storage import read_file
 from zpipe.train.checkpoint import Run, load_run
 from zpipe.train.data.transforms import ViewConfig, decode, draw_view, view_image
 from zpipe.train.device import autocast
+from zpipe.train.evaluation.answers import class_names
 from zpipe.train.evaluation.inference import OpenRun, choose_run_source, trained_with
 from zpipe.train.evaluation.operating_points import one_point
-from zpipe.train.evaluation.pictures import picture
+from zpipe.train.evaluation.pictures import PICTURE_MARK, picture
+
+MAX_IMAGE_BYTES = 1 << 28
+MARK = b'[\n  {\n    "file": '  # what a file of predictions begins with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,50 +138,84 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Find the most probable classes of image files, each in the view of evaluation.
 
+    A file that can't be read as an image does not stop the others.
+
     Args:
         run: the folder of a finished vit run.
-        files: JPEG, PNG or WEBP images.
+        files: images of the formats that `zpipe.schemas.images` reads.
         config: settings.
         out: a folder for one PNG per image, with the image, its score map and its patches; None to draw nothing.
         progress: called once per image.
 
     Returns:
-        [{file, classes: [{index, name, probability}], tokens}], the most probable class first.
+        [{file, classes: [{index, name, probability}], tokens}], the most probable class first; and {file, error} for
+        a file that can't be read as an image.
 
     Raises:
-        UsageError: the run or a setting does not suit, or two pictures would have the same name.
-        ZpipeError: a file can't be read.
+        UsageError: the run or a setting does not suit, two pictures would have the same name, or one would replace a
+            file that is not such a picture.
+        ZpipeError: the model's answer is none, or a picture can't be written.
     """
     opened = load_run(run, config.weights)
     classifier = Classifier(opened, config)
-    names = opened.settings.get("classes") or []
+    names = class_names(opened).names
     view = ViewConfig(augment="eval", crop_pct=opened.preprocessing.crop_pct)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        if len({file.stem for file in files}) < len(files):
-            raise UsageError("--out: two images have the same name, and so would their pictures")
+        _check_pictures(out, files)
     rows = []
     for number, file in enumerate(files):
-        images = torch.from_numpy(read_image(file, opened.preprocessing.image_size, view))[None]
-        logits, scores = classifier.look(images, [file.stem])
-        probabilities = logits[0].float().softmax(dim=0)
-        best = probabilities.topk(min(config.top, len(probabilities)))
-        classes = [
-            {"index": index, "name": names[index] if index < len(names) else None, "probability": value}
-            for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
-        batch_boxes = classifier.token_boxes(images, scores)
-        boxes = None if batch_boxes is None else batch_boxes[0]
-        rows.append({"file": str(file), "classes": classes, "tokens": None if boxes is None else len(boxes)})
-        if out is not None:
-            side = 0 if scores is None else math.isqrt(scores.shape[1])  # may differ from the model's own grid
-            score_map = None if scores is None else scores[0].view(side, side).float().cpu().numpy()
-            cell = 0 if boxes is None else opened.preprocessing.image_size // classifier.model.coarse_grid
-            first = classes[0]
-            title = f"{first['name'] or first['index']}, {first['probability']:.0%}"
-            picture(out / f"{file.stem}.png", images[0].permute(1, 2, 0).numpy(), score_map, boxes, cell, title)
+        try:
+            pixels = read_image(file, opened.preprocessing.image_size, view)
+        except ZpipeError as error:
+            rows.append({"file": str(file), "error": str(error)})
+        else:
+            rows.append(_predict(classifier, file, torch.from_numpy(pixels)[None], names, config.top, out))
         progress("predict", number + 1, len(files))
     return rows
+
+
+def _predict(
+    classifier: Classifier, file: Path, images: Tensor, names: Sequence[str], top: int, out: Path | None
+) -> dict[str, Any]:
+    """The row of one file, of the image uint8 [1, 3, S, S]; its picture is drawn into `out`."""
+    logits, scores = classifier.look(images, [printable(file.stem)])
+    probabilities = logits[0].float().softmax(dim=0)
+    best = probabilities.topk(min(top, len(probabilities)))
+    classes: list[dict[str, Any]] = [
+        {"index": index, "name": names[index] if index < len(names) else None, "probability": value}
+        for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+    batch_boxes = classifier.token_boxes(images, scores)
+    boxes = None if batch_boxes is None else batch_boxes[0]
+    if out is not None:
+        side = 0 if scores is None else math.isqrt(scores.shape[1])  # may differ from the model's own grid
+        score_map = None if scores is None else scores[0].view(side, side).float().cpu().numpy()
+        cell = 0 if boxes is None else classifier.run.preprocessing.image_size // classifier.model.coarse_grid
+        title = f"{classes[0]['name'] or classes[0]['index']}, {classes[0]['probability']:.0%}"
+        picture(_picture_path(out, file), images[0].permute(1, 2, 0).numpy(), score_map, boxes, cell, title)
+    return {"file": str(file), "classes": classes, "tokens": None if boxes is None else len(boxes)}
+
+
+def _picture_path(out: Path, file: Path) -> Path:
+    return out / f"{file.stem}.png"
+
+
+def _check_pictures(out: Path, files: Sequence[Path]) -> None:
+    """Make the folder of pictures, and check that none of them would replace another file or another picture."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out}: can't be used ({first_line(error)}); {remedy_for(error)}") from error
+    inputs = {file.resolve() for file in files}
+    drawn: dict[str, Path] = {}
+    for file in files:
+        path = _picture_path(out, file)
+        if other := drawn.get(path.name):
+            raise UsageError(f"--out {out}: {other} and {file} would have the same picture; give them one by one")
+        if path.resolve() in inputs:
+            raise UsageError(f"--out {out}: the picture of {file} would replace an image; give another folder")
+        check_out_file(path, (), PICTURE_MARK)
+        drawn[path.name] = file
 
 
 def read_image(file: Path, size: int, view: ViewConfig) -> np.ndarray:
@@ -183,8 +225,12 @@ def read_image(file: Path, size: int, view: ViewConfig) -> np.ndarray:
         ZpipeError: the file can't be read as an image.
     """
     try:
-        data = Path(file).read_bytes()
+        data = read_file(file, MAX_IMAGE_BYTES)
         image, chosen, source = decode(data, lambda shape: draw_view(np.random.default_rng(0), *shape, view), size)
         return np.ascontiguousarray(view_image(image, chosen, size, source))
     except DECODE_ERRORS as error:
-        raise ZpipeError(f"{file}: can't be read as an image ({error}); give an image file") from error
+        # Errors of PIL have no number; those of another kind of file are about this one.
+        number = error.errno if isinstance(error, OSError) else None
+        is_other = number in (None, errno.EINVAL, errno.EISDIR, errno.EFBIG)
+        remedy = "give an image file" if is_other else remedy_for(error)
+        raise ZpipeError(f"{file}: can't be read as an image ({first_line(error)}); {remedy}") from error

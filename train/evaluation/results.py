@@ -14,34 +14,44 @@ reads them too. A study also leaves its results as Parquet, and `results/errors_
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from zpipe.schemas.atomic import commit, read_json, write_json
+from zpipe.schemas import formats
+from zpipe.schemas.atomic import check_out_file, commit, refuse_links, write_json
 from zpipe.schemas.errors import ZpipeError
-from zpipe.schemas.formats import check_format, header
+from zpipe.schemas.formats import Count, check_format, header
 from zpipe.train.checkpoint import Run
+from zpipe.train.run_files import RESULTS
 
 FORMAT = "zpipe-results"
 VERSION = 2
 VERDICTS_FORMAT = "zpipe-verdicts"
 VERDICTS_VERSION = 1
-FOLDER = "results"  # within a run: its studies
+FOLDER = RESULTS  # within a run: its studies
 EVALUATION, ZOOMER_EVALUATION = "evaluation", "zoomer evaluation"  # the `study` of results that belong to none
 HISTOGRAM = "images_with_tokens"
 DEFAULTS = {"weights": "final", "precision": "float32"}  # a setting or a file name states only other values
 # What an evaluation's results have in their settings besides the settings of the model.
 EVALUATION_SETTINGS = ("scores", "classes", "labels", *DEFAULTS)
 
-Value = str | int | float | None
+REMEDY = "restore the file, or measure again"
+
+# Types of fields, with bounds that nothing measured comes near, so that what is computed from them stays finite.
+Name = Annotated[str, msgspec.Meta(max_length=4096)]
+Whole = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
+Finite = Annotated[float, msgspec.Meta(ge=-1e100, le=1e100)]
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+T = TypeVar("T")
+Value = Name | Whole | Finite | None
 Content = Literal["evaluation", "study", "calibration", "judge", "demo"]
 
 
@@ -49,24 +59,24 @@ Content = Literal["evaluation", "study", "calibration", "judge", "demo"]
 class Result:
     """One value of one metric."""
 
-    study: str
+    study: Name
     """The study that it belongs to; `evaluation` or `zoomer evaluation` for a plain evaluation."""
-    run: str
+    run: Name
     """The name of the run's folder."""
-    model: str
+    model: Name
     """The model's name in timm."""
     setting: dict[str, Value] = field(default_factory=dict)
     """What was varied, such as {"alpha": 0.1, "scores": "zoomer"}."""
-    seed: int | None = None
+    seed: Seed | None = None
     """The seed of the training; None if it is not known."""
-    metric: str
+    metric: Name
     """`top1`, `gmacs`, ..."""
-    n: int
+    n: Count
     """The number of images, or of other items, that the value is computed from."""
-    value: float
-    low: float | None = None
+    value: Finite
+    low: Finite | None = None
     """The lower end of the 95 % interval (of images_per_s: the lower quartile); None if there is no interval."""
-    high: float | None = None
+    high: Finite | None = None
     """The upper end of the same interval."""
 
 
@@ -160,7 +170,7 @@ def metric_results(row: Mapping[str, Any], about: Mapping[str, Any]) -> list[Res
         results.append(Result(**about, metric=metric, n=n, value=float(value), low=low, high=high))
     histogram = row.get("token_histogram") or {}
     images = sum(histogram.values())
-    for tokens, count in histogram.items():
+    for tokens, count in histogram.items() if images else ():
         setting = {**about.get("setting", {}), "tokens": int(tokens)}
         results.append(Result(**{**about, "setting": setting}, metric=HISTOGRAM, n=images, value=count / images))
     return results
@@ -225,11 +235,26 @@ def wide(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def results_path(
-    run: Path, content: Content, *, study: str | None = None, weights: str = "final", precision: str = "float32"
+    run: Path,
+    content: Content,
+    *,
+    study: str | None = None,
+    weights: str = "final",
+    precision: str = "float32",
+    more: Sequence[str] = (),
 ) -> Path:
-    """The default place of results: a file for each content, study, weights and precision."""
-    stem = "-".join([study or content, *unusual({"weights": weights, "precision": precision}).values()])
+    """The default place of results: a file for each content, study, weights and precision, and for `more` words."""
+    stem = "-".join([study or content, *unusual({"weights": weights, "precision": precision}).values(), *more])
     return Path(run) / FOLDER / f"{stem}.json" if content == "study" else Path(run) / f"{stem}.json"
+
+
+def check_results_file(path: Path) -> None:
+    """Check, before any work, that results may be written to `path`: that nothing but results lies there.
+
+    Raises:
+        UsageError: something else does.
+    """
+    check_out_file(path, (), f'"format": "{FORMAT}"'.encode())
 
 
 def write_results(
@@ -266,6 +291,7 @@ def write_study(run: Path, about: Mapping[str, Any], results: Sequence[Result]) 
     Returns:
         The JSON file.
     """
+    refuse_links(Path(run), (FOLDER,), "training run")
     path = results_path(run, "study", study=about["study"], precision=about.get("precision", "float32"))
     flat = []
     for result in results:
@@ -290,23 +316,63 @@ def _column(values: list[Value]) -> pa.Array:
     return pa.array([float(value) if types == {int, float} and value is not None else value for value in values])
 
 
+@dataclass(frozen=True, kw_only=True)
+class _About:
+    """What readers take from the fields beside the results."""
+
+    run: Name | None = None
+    model: Name | None = None
+    seed: Seed | None = None
+    study: Name | None = None
+    title: Name | None = None
+    shards: Name | None = None
+    kind: Name | None = None
+    weights: Name = DEFAULTS["weights"]
+    precision: Name = DEFAULTS["precision"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ResultsFile(_About):
+    content: Content
+    results: list[Result]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StudyFileV1(_About):
+    rows: list[Result]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _UnversionedFile(_About):
+    rows: list[dict[str, Value | bool | dict[str, Count]]] = field(default_factory=list)
+    # A calibration is a single row.
+    alpha: Finite | None = None
+    exit_threshold: Finite | None = None
+    budget: Finite | None = None
+    unit: Name | None = None
+    mean: Finite | None = None
+    std: Finite | None = None
+    images: Count | None = None
+
+
 def content_of(path: Path) -> Content | Literal["verdicts"] | None:
     """What a JSON file holds, by its header or, for files of before the header, by its fields; None for other files.
 
     Raises:
-        ZpipeError: the file is not JSON.
+        ZpipeError: the file is not JSON, or states a content that this zpipe does not know.
     """
-    try:
-        file = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ZpipeError(f"{path}: not readable as JSON ({error}); restore or delete the file") from error
+    file = formats.read_json(path, "JSON", type=Any, remedy="restore or delete the file")
     if not isinstance(file, dict):
         return None
     if file.get("format") == VERDICTS_FORMAT or ("format" not in file and "samples" in file):
         return "verdicts"
     if file.get("format") != FORMAT:
         return _unversioned_content(file)
-    return file.get("content", "study")
+    content = file.get("content", "study")
+    if content not in get_args(Content):
+        raise ZpipeError(f"{path}: its content is {str(content)[:40]!r}, none that this zpipe reads; {REMEDY}")
+    return content
 
 
 def read_results(path: Path) -> tuple[dict[str, Any], list[Result]]:
@@ -316,24 +382,45 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Result]]:
         The other fields of the file, including `content` and `rows`, and its results.
 
     Raises:
-        ZpipeError: the file holds no results, or is of a later version.
+        ZpipeError: the file holds no results, is of a later version, or a value has another type or is out of bounds.
     """
-    file = read_json(path, "a results file")
-    if (content := _unversioned_content(file)) is not None:
-        try:
-            results = _unversioned_results(file, content, path)
-            return {"rows": [dict(file)]} | file | {"content": content}, results  # a calibration was a single row
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            what = {"evaluation": "an evaluation", "judge": "a test of maps"}.get(content, f"a {content}")
-            raise ZpipeError(f"{path}: not {what} that this zpipe reads ({error}); make it again") from error
-    number = check_format(path, file, FORMAT, VERSION, remedy="evaluate again")
-    try:
+    file = formats.read_json(path, "a results file", type=dict[str, Any], remedy=REMEDY)
+    content = _unversioned_content(file)
+    if content is None:
+        number = check_format(path, file, FORMAT, VERSION, remedy=REMEDY)
         if number == 1:
-            file |= {"content": "study", "results": file.pop("rows")}
-        results = [Result(**row) for row in file.pop("results")]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ZpipeError(f"{path}: not a complete results file ({error}); evaluate again") from error
-    return file | {"rows": file.get("rows") or wide(results)}, results
+            results = _typed(file, _StudyFileV1, path, "a complete results file").rows
+            file = {name: file[name] for name in file if name != "rows"} | {"content": "study"}
+        else:
+            results = _typed(file, _ResultsFile, path, "a complete results file").results
+            del file["results"]
+        _check_histograms(results, path)
+        return file | {"rows": file.get("rows") or wide(results)}, results
+    what = {"evaluation": "an evaluation", "judge": "a test of maps"}.get(content, f"a {content}")
+    _typed(file, _UnversionedFile, path, f"{what} that this zpipe reads")
+    try:
+        results = _unversioned_results(file, content, path)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # fields that are absent, or do not go together
+        raise ZpipeError(f"{path}: not {what} that this zpipe reads ({error}); {REMEDY}") from error
+    return {"rows": [dict(file)]} | file | {"content": content}, results
+
+
+def _typed(file: dict[str, Any], kind: type[T], path: Path, what: str) -> T:
+    """Check the types of what was read."""
+    try:
+        return msgspec.convert(file, kind)
+    except msgspec.ValidationError as error:
+        raise ZpipeError(f"{path}: not {what} ({error}); {REMEDY}") from error
+
+
+def _check_histograms(results: Sequence[Result], path: Path) -> None:
+    for row in results:
+        if row.metric.startswith(HISTOGRAM) and not (row.metric == HISTOGRAM and _is_count(row.setting.get("tokens"))):
+            raise ZpipeError(f"{path}: not a complete results file ({row.metric} without a number of tokens); {REMEDY}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def write_verdicts(path: Path, verdicts: Sequence[Mapping[str, Any]]) -> None:
@@ -347,15 +434,26 @@ def read_verdicts(path: Path) -> list[dict[str, Any]]:
     Raises:
         ZpipeError: the file is no error analysis, or is of a later version.
     """
-    file = read_json(path, "an error analysis")
+    remedy = "restore the file, or analyse again"
+    file = formats.read_json(path, "an error analysis", type=dict[str, Any], remedy=remedy)
     if "format" in file:  # earlier files have no header
-        check_format(path, file, VERDICTS_FORMAT, VERDICTS_VERSION, remedy="analyse again")
-    samples = file.get("samples")
-    if not isinstance(samples, list) or not all(
-        isinstance(each, dict) and {"key", "kind"} <= set(each) for each in samples
-    ):
-        raise ZpipeError(f"{path}: not an error analysis that this zpipe reads; analyse again")
-    return samples
+        check_format(path, file, VERDICTS_FORMAT, VERDICTS_VERSION, remedy=remedy)
+    try:
+        msgspec.convert(file, _Verdicts)
+    except msgspec.ValidationError as error:
+        raise ZpipeError(f"{path}: not an error analysis that this zpipe reads ({error}); {remedy}") from error
+    return file["samples"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Verdict:
+    key: Name
+    kind: Name
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Verdicts:
+    samples: list[_Verdict]
 
 
 # -- files without a header --------------------------------------------------------------------------------------------
@@ -376,13 +474,13 @@ def _unversioned_content(file: Mapping[str, Any]) -> Content | None:
 
 def _unversioned_results(file: Mapping[str, Any], content: Content, path: Path) -> list[Result]:
     """The results of such a file. It names its run by a path, or not at all if it lies in the run's folder."""
-    run = Path(file["run"]).name if "run" in file else path.resolve().parent.name
-    about: dict[str, Any] = {"study": content, "run": run, "model": str(file.get("model", ""))}
+    run = Path(file["run"]).name if file.get("run") else path.resolve().parent.name
+    about: dict[str, Any] = {"study": content, "run": run, "model": file.get("model") or ""}
     about |= {"seed": file.get("seed")}
     if content == "calibration":
         return calibration_results(file, about)
     rows = file["rows"]
-    if not isinstance(rows, list) or not rows:
+    if not rows:
         raise ValueError("no rows")
     if content == "demo":
         return []  # its table does not say how many images it is of

@@ -6,7 +6,28 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from zpipe.schemas.errors import UsageError
-from zpipe.train.settings import check_choices
+from zpipe.train.settings import check_bounds, check_choices, shown
+
+# Beyond these a training would never end, or would not even start.
+BOUNDS = {
+    "epochs": (1e-6, 1e6),
+    "batch_size": (1, 2**20),
+    "repeats": (1, 1000),
+    "lr": (0, 1e30),
+    "min_lr": (0, 1e30),
+    "warmup_epochs": (0, 1e6),
+    "weight_decay": (0, 1e6),
+    "decay_epochs": (1e-6, 1e6),
+    "decay_rate": (0, 1e6),
+    "layer_decay": (1e-6, 1),
+    "accumulate": (1, 2**20),
+    "clip_grad": (0, 1e30),
+    "keep": (0, 10**6),
+    "seed": (0, 2**63 - 1),
+    "data_workers": (0, 1024),
+    "log_every": (1, 10**9),
+    "checkpoint_s": (0, 1e9),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +53,7 @@ class TrainConfig:
     """Learning rate that the schedule ends at."""
 
     warmup_epochs: float = 0.0
-    """Duration of the linear warmup from 0 to `lr`."""
+    """Duration of the linear warmup from 0 to `lr`; at most a quarter of the training is warmup."""
 
     weight_decay: float = 0.05
     """Weight decay of the optimizer."""
@@ -96,17 +117,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "train.")
-        for name in ("epochs", "decay_epochs"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"train.{name} {getattr(self, name):g}: give a number above 0")
-        not_negative = ("lr", "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "decay_rate")
-        for name in (*not_negative, "seed", "data_workers", "checkpoint_s", "keep"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"train.{name} {getattr(self, name):g}: give a number >= 0")
-        for name in ("batch_size", "repeats", "log_every", "accumulate"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"train.{name} {getattr(self, name)}: give a number >= 1")
+        check_bounds(self, BOUNDS, "train.")
         if not 0 <= self.ema < 1:
             raise UsageError(f"train.ema {self.ema:g}: give a decay in [0, 1)")
-        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
-            raise UsageError(f"train.layer_decay {self.layer_decay:g}: give a factor in (0, 1]")
+        if self.wandb is not None and not 0 < len(self.wandb) <= 128:
+            raise UsageError(f"train.wandb {shown(self.wandb)}: give the name of a project, of 1 to 128 characters")

@@ -7,39 +7,35 @@ through Ray.
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-from zpipe.schemas.errors import UsageError, ZpipeError, last_line
+from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
+from zpipe.schemas.ray_session import RaySession, cause_of, ray_session
 from zpipe.train.fit.loop import Stopped
 from zpipe.train.fit.mailbox import Mailbox
 from zpipe.train.fit.train_vit import VitConfig
 from zpipe.train.fit.train_zoomer import ZoomerConfig
 from zpipe.train.ranks import check_batch
 
-# The smallest object store Ray accepts is 75 MiB; we put nothing in it.
-OBJECT_STORE_BYTES = 80 * 1024 * 1024
-CONNECT_TIMEOUT_S = 10.0
 POLL_S = 0.5
 RESTARTS = 3
 # How long an interrupted run may take to finish its step and write a checkpoint.
 SAVE_TIMEOUT_S = 600.0
 # Settings of Ray itself; the values of the user's environment take precedence.
 RAY_SETTINGS = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # otherwise Ray announces a change of its GPU defaults on every start
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_METRICS_ENABLED": "0",
@@ -111,19 +107,24 @@ def run_training(
             "CUDA_VISIBLE_DEVICES"
         )
     with (
-        _session(workers.address or os.environ.get("RAY_ADDRESS"), count) as ray,
+        ray_session(
+            _import_ray, workers.address, count, instead="leave out --num-workers", settings=RAY_SETTINGS
+        ) as session,
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch,
     ):
-        use_gpu = _choose_resource(ray.cluster_resources(), device, count) == "GPU"
-        job = _Job(function, {**arguments, "config": config}, _start_mailbox(ray))
+        use_gpu = _choose_resource(session.ray.cluster_resources(), device, count) == "GPU"
+        job = _Job(function, {**arguments, "config": config}, _start_mailbox(session.ray))
         for restart in range(RESTARTS + 1):
-            failure = _run_once(ray, _Group(job, count, use_gpu, scratch), job.mailbox, progress, say)
+            rendezvous = f"{scratch}/rendezvous-{restart}" if session.local else None
+            group = _Group(session, _trainer(job, count, use_gpu, scratch, rendezvous))
+            failure = _run_once(session, group, job.mailbox, progress, say)
             if failure is None:
                 return
-            reason = last_line(failure.error)
+            reason = cause_of(failure.error)
             if restart == RESTARTS or not failure.may_restart:
                 raise ZpipeError(
-                    f"the training processes failed, {restart} restarts included: {reason}"
+                    f"the training processes failed, {restart} restarts included: {reason}; "
+                    "run the same command again to resume"
                 ) from failure.error
             say(f"warning: a training process died; all begin again from the last checkpoint ({reason})")
             job.arguments["resume"] = "auto"
@@ -152,39 +153,48 @@ class _Failure:
     may_restart: bool  # processes were lost, so that another attempt may succeed
 
 
-def _run_once(ray: Any, group: _Group, mailbox: Any, progress: Progress, say: Say) -> _Failure | None:
+def _run_once(session: RaySession, group: _Group, mailbox: Any, progress: Progress, say: Say) -> _Failure | None:
     """Show the progress of a group of processes until it ends, and return its failure if a restart may help.
 
     Raises:
         Exception: The error that a process reported.
+        ZpipeError: Ray was lost.
     """
     try:
         ended = False
         while not ended:
             ended = group.wait(POLL_S)
-            for stage, done, total, metrics in ray.get(mailbox.take_reports.remote()):
+            for stage, done, total, metrics in session.get(mailbox.take_reports.remote()):
                 progress(stage, done, total, **metrics)
     except BaseException:  # Ctrl-C, SIGTERM
-        _stop_group(ray, mailbox, group, say)
+        session.check()
+        _stop_group(session, mailbox, group, say)
         raise
     if group.failure is None:
         return None
-    error = ray.get(mailbox.error.remote())
+    session.check()
+    error = session.get(mailbox.error.remote())
     if error is not None:
         raise error from group.failure.error  # whose traceback shows where an error that is not ours comes from
     return group.failure
 
 
-def _stop_group(ray: Any, mailbox: Any, group: _Group, say: Say) -> None:
+def _stop_group(session: RaySession, mailbox: Any, group: _Group, say: Say) -> None:
     """Let the processes save their state, if they have any. Another interrupt ends them at once."""
-    if not ray.get(mailbox.request_stop.remote()):
+    if not session.get(mailbox.request_stop.remote()):
         return
     say("stopping: the training processes save their state; interrupt again to end them at once")
     ended = group.wait(SAVE_TIMEOUT_S)
-    error = ray.get(mailbox.error.remote()) or (group.failure.error if group.failure is not None else None)
+    error = session.get(mailbox.error.remote()) or (group.failure.error if group.failure is not None else None)
     if not ended or (error is not None and not isinstance(error, Stopped)):
-        reason = f"not done after {SAVE_TIMEOUT_S:.0f} s" if error is None else last_line(error)
+        reason = f"not done after {SAVE_TIMEOUT_S:.0f} s" if error is None else cause_of(error)
         say(f"warning: their state was not saved ({reason}); the last checkpoint stands")
+
+
+def _import_ray() -> Any:
+    import ray
+
+    return ray
 
 
 class _Job:
@@ -197,30 +207,75 @@ class _Job:
         self.threads = int(threads) if threads.isdecimal() else 0  # 0: share the machine's cores
 
 
+def _trainer(job: _Job, count: int, use_gpu: bool, scratch: str, rendezvous: str | None) -> Any:
+    """Ray Train's trainer of a group of processes.
+
+    Args:
+        job: What each process does.
+        count: Number of processes.
+        use_gpu: Whether each takes a GPU.
+        scratch: Folder for Ray Train's own files.
+        rendezvous: File through which the processes find each other, if all are on this machine.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    return TorchTrainer(
+        # Not as train_loop_config: Ray's controller would load the job too, and all that it imports.
+        partial(_work, job),
+        torch_config=None if rendezvous is None else _file_rendezvous(rendezvous),
+        scaling_config=ScalingConfig(num_workers=count, use_gpu=use_gpu),
+        run_config=RunConfig(
+            name="run",
+            storage_path=scratch,
+            failure_config=FailureConfig(
+                max_failures=0,
+                controller_failure_limit=0,  # type: ignore[call-arg]  # of the class under RAY_TRAIN_V2_ENABLED=1
+            ),
+        ),
+    )
+
+
+def _file_rendezvous(path: str) -> Any:
+    """A TorchConfig whose processes find each other through a new file, which only this user may open.
+
+    Ray's own uses torch's TCPStore, which listens on all addresses and lets everyone read and write.
+    """
+    from ray.train.torch import TorchConfig
+    from ray.train.torch.config import _TorchBackend
+
+    # Classes of this function are sent to Ray's controller by value, so that it does not import this module.
+    class FileBackend(_TorchBackend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            import ray
+
+            backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
+            count, timeout = len(worker_group), timedelta(seconds=backend_config.timeout_s)
+
+            def join(number: int) -> None:
+                dist.init_process_group(
+                    backend, init_method=f"file://{path}", timeout=timeout, world_size=count, rank=number
+                )
+
+            ray.get([worker_group.execute_single_async(number, join, number) for number in range(count)])
+
+    class FileConfig(TorchConfig):
+        @property
+        def backend_cls(self) -> type[FileBackend]:
+            return FileBackend
+
+    return FileConfig()
+
+
 class _Group:
     """The training processes from their start to their end.
 
     Ray Train runs in a thread of its own, where it does not handle Ctrl-C.
     """
 
-    def __init__(self, job: _Job, count: int, use_gpu: bool, scratch: str) -> None:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-
+    def __init__(self, session: RaySession, trainer: Any) -> None:
         self.failure: _Failure | None = None
-        self._trainer = TorchTrainer(
-            # Not as train_loop_config: Ray's controller would load the job too, and all that it imports.
-            partial(_work, job),
-            scaling_config=ScalingConfig(num_workers=count, use_gpu=use_gpu),
-            run_config=RunConfig(
-                name="run",
-                storage_path=scratch,
-                failure_config=FailureConfig(
-                    max_failures=0,
-                    controller_failure_limit=0,  # type: ignore[call-arg]  # of the class under RAY_TRAIN_V2_ENABLED=1
-                ),
-            ),
-        )
+        self._session, self._trainer = session, trainer
         self._ended = threading.Event()
         threading.Thread(target=self._fit, daemon=True).start()
 
@@ -236,9 +291,17 @@ class _Group:
             self._ended.set()
 
     def wait(self, seconds: float) -> bool:
-        """Whether the processes end, successfully or not, within that time."""
-        # Not by Thread.join: before Python 3.13, a join that a signal's exception interrupts marks the thread as ended.
-        return self._ended.wait(seconds)
+        """Whether the processes end, successfully or not, within that time.
+
+        Raises:
+            ZpipeError: Ray was lost.
+        """
+        end = time.monotonic() + seconds
+        while True:
+            self._session.check()
+            # Not by Thread.join: before Python 3.13, a join that a signal's exception interrupts marks it as ended.
+            if self._ended.wait(min(POLL_S, seconds)) or time.monotonic() >= end:
+                return self._ended.is_set()
 
 
 def _start_mailbox(ray: Any) -> Any:
@@ -293,53 +356,3 @@ def _is_a_lost_process(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(
         sign in message for sign in ("gloo", "Gloo", "DataLoader worker (pid", "CUDA error")
     )
-
-
-@contextmanager
-def _session(address: str | None, count: int) -> Iterator[Any]:
-    """Connect to Ray at `address`, or start it on this machine with room for `count` processes."""
-    for name, value in RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)  # Ray reads them when it is imported
-    import ray
-    from ray.exceptions import RayError
-
-    where = f"Ray at {address}" if address else "Ray on this machine"
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    sigterm_handler = signal.getsignal(signal.SIGTERM)
-    try:
-        if address:
-            _check_reachable(address)
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=max(os.cpu_count() or 1, count),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **quiet,
-            )
-    except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
-        token = " (and RAY_AUTH_TOKEN, when it asks for one)" if address else ""
-        raise ZpipeError(
-            f"{where} could not be reached or started ({last_line(error)}); check it{token}, or leave out --num-workers"
-        ) from error
-    try:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, sigterm_handler)  # Ray has installed its own
-        yield ray
-    except RayError as error:
-        raise ZpipeError(f"{where} was lost ({last_line(error)}); run the same command again to go on") from error
-    finally:
-        ray.shutdown()
-
-
-def _check_reachable(address: str) -> None:
-    """Check that something listens at the address: Ray itself would try for many minutes.
-
-    Raises:
-        OSError: If nothing does.
-    """
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if port.isdecimal():  # `auto` and `local`, which Ray also accepts, have no port
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from zpipe.schemas.atomic import read_json
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.train.checkpoint import CONFIG_NAME, load_run
+from zpipe.schemas.model_config import CONFIG_NAME, config_beside, is_model_config, read_model_config, split_choice
+from zpipe.schemas.storage import as_local
+from zpipe.schemas.weights import fit_names, no_floats, not_finite, prefix_note, read_weights
+from zpipe.train.checkpoint import load_run
 from zpipe.train.models.warm_start import load_weights
 
 
@@ -40,6 +39,12 @@ def build_vit(name: str, num_classes: int, image_size: int, model_args: Mapping[
         raise UsageError(f"model {name}: {reason}; check --model and --model-arg") from error
 
 
+def check_source(source: str) -> None:
+    """Raise UsageError for a source that `start_from` does not take: a URL, which might carry a secret."""
+    if not source.startswith("timm:"):
+        as_local(source)
+
+
 def start_from(model: nn.Module, source: str) -> None:
     """Fill a model with other weights, in place.
 
@@ -48,40 +53,40 @@ def start_from(model: nn.Module, source: str) -> None:
 
     Args:
         model: The model.
-        source: A finished run, a checkpoint file (.pth or .safetensors, read without unpickling code), or `timm:NAME`
-            for a pretrained timm model.
+        source: A finished run, also as RUN:best, RUN:final or RUN:7 (an epoch that was kept); a weights file, see
+            `zpipe.schemas.weights.read_weights`; or `timm:NAME` for a pretrained timm model.
 
     Raises:
-        ZpipeError: If the two are not built alike, or the weights can't be read or downloaded.
+        UsageError: If there is no such source.
+        ZpipeError: If the two are not built alike, or the weights can't be read or downloaded, or are not finite.
     """
-    state = _weights(source)
+    own = model.state_dict()
+    state = fit_names(_weights(source), own.keys())
+    if odd := no_floats(state, own):
+        raise ZpipeError(f"{source}: {odd} is {state[odd].dtype}; give weights of floating-point numbers")
     try:
         load_weights(model, state)
     except (RuntimeError, ValueError) as error:
-        raise ZpipeError(f"{source}: can't start from it: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ZpipeError(f"{source}: can't start from it: {reason}{prefix_note(state)}") from error
+    if bad := not_finite(model.state_dict()):
+        raise ZpipeError(f"{source}: {bad} holds NaN or infinity; give weights that did not diverge")
 
 
-def _weights(source: str) -> dict[str, Tensor]:
+def _weights(source: str) -> Mapping[str, Tensor]:
     """The state dict that `start_from` takes."""
     if source.startswith("timm:"):
         try:
             return timm.create_model(source.removeprefix("timm:"), pretrained=True).state_dict()
         except (RuntimeError, OSError, ValueError) as error:
             raise _not_from_timm(source, error) from error
-    path = Path(source)
+    check_source(source)
+    path, choice = split_choice(source)
     if path.is_dir():
-        return load_run(path).model.state_dict()
-    if not path.is_file():
+        return load_run(path, choice or "final").model.state_dict()
+    if not path.exists():
         raise UsageError(f"{source}: no run, no checkpoint file; for pretrained weights give timm:NAME")
-    try:
-        state = timm.models.load_state_dict(str(path), device="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, UnpicklingError, SafetensorError) as error:
-        raise ZpipeError(f"{path}: not a readable checkpoint ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ZpipeError(
-            f"{path}: holds no state dict; expected tensors by name, perhaps under 'model' or 'state_dict'"
-        )
-    return state
+    return read_weights(path)
 
 
 def _not_from_timm(source: str, error: Exception) -> ZpipeError:
@@ -89,13 +94,26 @@ def _not_from_timm(source: str, error: Exception) -> ZpipeError:
 
 
 def described(source: str) -> Mapping[str, Any]:
-    """The `pretrained_cfg` of weights to start from, such as mean and std; empty if they have none."""
+    """`mean` and `std` of the images that weights to start from were trained with, as far as they are known."""
     if source.startswith("timm:"):
         try:
             found = timm.models.get_pretrained_cfg(source.removeprefix("timm:"))
         except RuntimeError as error:
             raise _not_from_timm(source, error) from error
-        return {} if found is None else found.to_dict()
-    path = Path(source)
-    path = (path if path.is_dir() else path.parent) / CONFIG_NAME  # beside the weights of a run
-    return read_json(path, "a model description").get("pretrained_cfg", {}) if path.is_file() else {}
+        return {} if found is None else {"mean": found.mean, "std": found.std}
+    path, _ = split_choice(source)
+    path = path / CONFIG_NAME if path.is_dir() else config_beside(path)
+    if not path.is_file() or not is_model_config(path):
+        return {}
+    config = read_model_config(path).pretrained_cfg
+    return {name: value for name, value in (("mean", config.mean), ("std", config.std)) if value is not None}
+
+
+def assumed(source: str) -> str:
+    """A note where nothing says how the images of weights to start from were normalised; empty where something does."""
+    if len(described(source)) == 2:
+        return ""
+    return (
+        f"--init-from {source}: no config.json beside it says how its images were normalised; assumed: ImageNet's mean "
+        "and std; if it was trained otherwise, give --set mean=[R,G,B] --set std=[R,G,B]"
+    )

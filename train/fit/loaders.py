@@ -26,7 +26,7 @@ class DataConfig(Protocol):
 
     @property
     def damaged(self) -> Damaged:
-        """How to handle damaged tars."""
+        """How to handle damaged tars and samples."""
 
     @property
     def view(self) -> ViewConfig:
@@ -78,5 +78,6 @@ def validation_loader(shards: Path, maps: Path | None, config: DataConfig) -> Re
         rank=group.rank,
         world_size=group.size,
         missing="uniform",
+        damaged=config.damaged,
         view=config.view,
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -16,16 +15,19 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.errors import UsageError, ZpipeError, last_line
 from zpipe.schemas.progress import Progress, silent
-from zpipe.train.checkpoint import CHECKPOINT_NAME, forget_attempt, keep_epoch, load_checkpoint, save_checkpoint
+from zpipe.train.checkpoint import keep_epoch
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.device import autocast, keep_freed_memory, resolve_device
+from zpipe.train.fit.clock import Clock
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.metric_log import Log, metric_log, trim_log
-from zpipe.train.fit.optim import make_optimizer, make_scheduler, update_weights
-from zpipe.train.fit.signals import keyboard_interrupt_guard, sigterm_flag
+from zpipe.train.fit.optim import make_optimizer, make_scheduler, restore_optimizer, update_weights
 from zpipe.train.ranks import Ranks, ranks
+from zpipe.train.resume_state import check_weights, load_checkpoint, save_checkpoint
+from zpipe.train.run_files import CHECKPOINT_NAME, damaged_remedy, forget_attempt
+from zpipe.train.signals import stop_flag
 
 Batch = dict[str, Any]
 
@@ -106,6 +108,7 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._stop_requested = never
         self._stopping, self._save_due = False, False
+        self._usable = True  # whether the epoch had a sample that is not damaged
 
     def train(self, stage: str, progress: Progress = silent, stop: Callable[[], bool] = never) -> dict[str, float]:
         """Train to the end, from the run's checkpoint if there is one.
@@ -122,7 +125,9 @@ class Trainer:
             The metrics of the last validation.
 
         Raises:
-            Stopped: If `stop` or SIGTERM asked for it.
+            Stopped: If `stop` asked for it.
+            KeyboardInterrupt: If Ctrl-C was pressed; the state is saved first. So it is on SIGTERM, which then ends the
+                process or does what its handler does.
             ZpipeError: If the loss is not finite, the device has too little memory, or a file can't be read or written.
         """
         self._resume()
@@ -130,17 +135,15 @@ class Trainer:
         metrics: dict[str, float] = {}
         begun = time.monotonic()
         with (
-            keyboard_interrupt_guard() as check_interrupt,
-            sigterm_flag() as terminated,
+            stop_flag() as signalled,
             self._open_log() as log,
             explain_out_of_memory(self.run, self.device),
         ):
-            self._stop_requested = lambda: terminated() or stop()
+            self._stop_requested = lambda: signalled() or stop()
             while self._unfinished():
                 self._begin_epoch()
                 for batches in self._step_batches():
                     step_metrics = self.train_step(batches)
-                    check_interrupt()
                     if self.step % self.config.log_every == 0 or self.step == self.total_steps:
                         step_metrics["lr"] = max(group["lr"] for group in self.optimizer.param_groups)  # the head's
                         step_metrics["images_per_s"] = self._images / (time.monotonic() - begun)
@@ -152,6 +155,8 @@ class Trainer:
                         self.ranks.total([0.0])  # a barrier: when the first rank ends, Ray ends those that still save
                         break
                 if not self._stopping:
+                    if self.loader.damaged == "skip" and not self._usable:
+                        raise ZpipeError(f"{self.loader.path}: no sample of the epoch can be used; give sound shards")
                     self.epoch, self._in_epoch = self.epoch + 1, False
                     if data_notes := self._data_notes():
                         progress(stage, self.step, self.total_steps, **data_notes)
@@ -161,7 +166,7 @@ class Trainer:
                     self.save()  # last: a run that is killed before this repeats the end of the epoch
         if self._stopping:
             raise Stopped(
-                f"{self.run}: stopped in step {self.step} of {self.total_steps}; run the same command again to go on"
+                f"{self.run}: stopped in step {self.step} of {self.total_steps}; run the same command again to resume"
             )
         self._finish()
         return metrics
@@ -226,11 +231,17 @@ class Trainer:
         position = state["position"]
         if position is not None and not {"loader", "draws", "ranks"} <= position.keys():
             raise KeyError("position")
+        # An epoch has at least one step.
+        if state["step"] > self.total_steps or state["epoch"] > state["step"]:
+            place = f"step {state['step']} and epoch {state['epoch']}"
+            raise ValueError(f"it is in {place}, the run has {self.total_steps} steps")
+        check_weights(state["model"], self.task.model)
         self.task.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.step, self.epoch = state["step"], state["epoch"]
         self._position, self._in_epoch = position, False
         if self.average is not None:
+            check_weights(state["average"], self.average.module)
             self.average.module.load_state_dict(state["average"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
@@ -258,9 +269,10 @@ class Trainer:
         if state is not None:
             try:
                 self.load_state_dict(state)
-            except (KeyError, RuntimeError, ValueError) as error:
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                reason = "no " + str(error) if isinstance(error, KeyError) else last_line(error)
                 raise ZpipeError(
-                    f"{self.run / CHECKPOINT_NAME}: not this run's checkpoint; delete it to start over"
+                    f"{self.run / CHECKPOINT_NAME}: not this run's checkpoint ({reason}); {damaged_remedy(self.run)}"
                 ) from error
         model: Any = torch.compile(self.task.model) if self.config.compile else self.task.model
         self.task.call = self.ranks.share(model)
@@ -287,11 +299,28 @@ class Trainer:
         torch.manual_seed(_epoch_seed(self.config.seed, self.epoch, self.ranks.rank))
         self.task.draws.manual_seed(_epoch_seed(self.config.seed, self.epoch))
         self.loader.set_epoch(self.epoch)
+        resumed = self._position is not None
         if self._position is not None:
-            _restore_position(self._position, self.loader, self.task.draws, self.ranks, self.device)
+            self._restore_position(self._position)
             self._position = None
-        self._in_epoch = True
+        self._in_epoch, self._usable = True, resumed
         self._saved_at = time.monotonic()
+
+    def _restore_position(self, position: dict[str, Any]) -> None:
+        path = self.run / CHECKPOINT_NAME
+        try:
+            _restore_position(position, self.loader, self.task.draws, self.ranks, self.device)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ZpipeError(
+                f"{path}: its position in the epoch can't be restored ({last_line(error)}); {damaged_remedy(self.run)}"
+            ) from error
+        if self.loader.epoch != self.epoch:
+            raise ZpipeError(
+                f"{path}: in epoch {self.epoch}, but its data is in epoch {self.loader.epoch}; "
+                + damaged_remedy(self.run)
+            )
 
     def _step_batches(self) -> Iterator[list[Batch]]:
         """The rest of the epoch: the batches of each step."""
@@ -305,9 +334,13 @@ class Trainer:
         call: Any = self.task.call  # a DistributedDataParallel if there are several ranks
         for number, batch in enumerate(batches):
             last = number + 1 == len(batches)
+            weight = self._weight(batch)
+            if not batch["key"]:
+                batch = self._stand_in()
             with nullcontext() if last or self.ranks.alone else call.no_sync():
                 with self._clock("forward"), self._autocast():
                     loss, metrics = self.task.loss(batch)
+                    loss, metrics = loss * weight, {name: value * weight for name, value in metrics.items()}
                 flags = self._poll()
                 with self._clock("backward"):
                     scaled = loss / len(batches)
@@ -324,18 +357,44 @@ class Trainer:
                 break
         return means
 
+    def _weight(self, batch: Batch) -> float:
+        """The weight of this rank's batch in the mean over the ranks, in proportion to its samples.
+
+        Only damaged samples that were left out make batches unequal.
+        """
+        if self.loader.damaged == "error":
+            return 1.0
+        count = len(batch["key"])
+        (total,) = self.ranks.total([count])
+        self._usable |= total > 0
+        return count * self.ranks.size / total if total else 0.0
+
+    def _stand_in(self) -> Batch:
+        """A sample of weight 0, for a rank whose batch is empty: all ranks must take part in every step."""
+        side = self.loader.image_size
+        batch: Batch = {"image": torch.zeros(1, 3, side, side, dtype=torch.uint8), "key": [""]}
+        batch["label"] = torch.zeros(1, dtype=torch.int64)
+        if self.loader.maps is not None:
+            batch["relevance"] = torch.ones(1, *self.loader.maps.manifest.provenance.grid)
+        return batch
+
     def _poll(self) -> tuple[bool, bool]:
         """Whether this rank wants to stop, and whether a checkpoint is due, by the clock of the first rank alone."""
         due = self.ranks.first and time.monotonic() - self._saved_at >= self.config.checkpoint_s
         return self._stop_requested(), due
 
-    def _data_notes(self) -> dict[str, int]:
-        """How many samples had no usable map and how many shards were damaged; empty if all data was in order."""
-        counts = self.loader.epoch_counts()
-        damaged = {line for lines in self.ranks.gather(self.loader.damaged_shards) for line in lines}
-        if len(counts) <= 2 and not damaged:
+    def _data_notes(self) -> dict[str, Any]:
+        """How many samples had no usable map, and what was damaged so far; empty if all data was in order."""
+        counts, damage = self.loader.epoch_counts(), self.loader.damage
+        every = self.ranks.gather((damage.shards, damage.places, damage.samples[:1]))
+        shards = {line for lines, _, _ in every for line in lines}
+        samples = {place for _, places, _ in every for place in places}
+        if len(counts) <= 2 and not shards and not samples:
             return {}
-        return {"epoch": self.epoch, **counts, "damaged_shards": len(damaged)}
+        notes: dict[str, Any] = {"epoch": self.epoch, **counts, "damaged_shards": len(shards)}
+        notes |= {"damaged_samples": len(samples)}
+        first = [*sorted(shards), *(line for _, _, lines in every for line in lines)][:1]
+        return notes | ({"first_damage": first[0]} if first else {})
 
     def _finish(self) -> None:
         """Leave the finished weights in the model, in eval mode and without the trainer's wrapper."""
@@ -344,43 +403,6 @@ class Trainer:
             model.load_state_dict(self.average.module.state_dict())
         self.task.call = model
         model.eval()
-
-
-class Clock:
-    """Measures where the time goes: data, forward, backward (with the optimizer's step), save.
-
-    An accelerator works asynchronously. The loop waits for it after the backward pass, so the wait counts as backward,
-    and forward is the time that it takes to launch the work.
-    """
-
-    def __init__(self) -> None:
-        self._spent: defaultdict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Count the time of a `with` block."""
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._spent[name] += time.perf_counter() - begun
-
-    def of(self, name: str, items: Iterable[Any]) -> Iterator[Any]:
-        """Iterate over the items, and count the time that each takes to arrive."""
-        iterator = iter(items)
-        while True:
-            with self(name):
-                item = next(iterator, None)
-            if item is None:
-                return
-            yield item
-
-    def shares(self) -> dict[str, float]:
-        """Fractions of the time counted since the last call, as `share_data` and so on; counting starts again at 0."""
-        total = sum(self._spent.values())
-        shares = {f"share_{name}": self._spent[name] / total for name in ("data", "forward", "backward", "save")}
-        self._spent.clear()
-        return shares
 
 
 @contextmanager

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from zpipe.schemas.atomic import write_bytes
-from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.train.checkpoint import METRICS_NAME, WANDB_ID_NAME
+from zpipe.schemas.errors import UsageError, ZpipeError, first_line, remedy_for
+from zpipe.schemas.storage import read_file, storage_errors
+from zpipe.train.run_files import METRICS_NAME, TENSORBOARD, WANDB_ID_NAME, read_metrics
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -52,22 +55,30 @@ def trim_log(run: Path, step: int, *, epoch_ended: bool) -> None:
 
     These are the lines of the steps after the checkpoint's `step`. If the checkpoint was taken before the end of its
     epoch (`epoch_ended` is False), the line of that epoch's validation, which has the same step, is dropped too.
+
+    Raises:
+        ZpipeError: If a line is broken, see `read_metrics`, or the file can't be written.
     """
     path = run / METRICS_NAME
     if path.is_file():
-        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
         kept = [
-            line for line in lines if line["step"] < step or (line["step"] == step and ("loss" in line or epoch_ended))
+            line
+            for line in read_metrics(path)
+            if line["step"] < step or (line["step"] == step and ("loss" in line or epoch_ended))
         ]
         write_bytes(path, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
+    # JSON has no NaN and no infinity.
+    line = {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in line.items()}
     try:
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
     except OSError as error:
-        raise ZpipeError(f"{path}: could not be written ({error.strerror}); free space, then run again") from error
+        raise ZpipeError(
+            f"{path}: could not be written ({first_line(error)}); {remedy_for(error)}, then run again to resume"
+        ) from error
 
 
 def _to_tensorboard(run: Path, completed_steps: int, stack: ExitStack) -> Log:
@@ -75,7 +86,7 @@ def _to_tensorboard(run: Path, completed_steps: int, stack: ExitStack) -> Log:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError("train.tensorboard: needs the package tensorboard; pip install tensorboard") from error
-    writer = stack.enter_context(SummaryWriter(run / "tensorboard", purge_step=completed_steps + 1))
+    writer = stack.enter_context(SummaryWriter(run / TENSORBOARD, purge_step=completed_steps + 1))
 
     def log(line: dict[str, Any]) -> None:
         for name, value in line.items():
@@ -103,6 +114,12 @@ def _to_wandb(run: Path, project: str, stack: ExitStack) -> Log:
 def _wandb_id(run: Path) -> str:
     """The id of the run, drawn once and kept in its folder, because the name of a folder is not unique in a project."""
     path = run / WANDB_ID_NAME
-    if not path.is_file():
+    if not path.exists():
         write_bytes(path, f"{secrets.token_hex(8)}\n".encode())
-    return path.read_text(encoding="utf-8").strip()
+    try:
+        found = read_file(path, 1000).decode().strip()
+    except storage_errors(ValueError) as error:
+        raise ZpipeError(f"{path}: can't be read ({first_line(error)}); restore or delete the file") from error
+    if not re.fullmatch(r"[\w.-]{1,128}", found):
+        raise ZpipeError(f"{path}: holds no id of Weights & Biases; restore or delete the file")
+    return found

@@ -10,8 +10,10 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from zpipe.schemas.errors import UsageError
-from zpipe.train.checkpoint import CHECKPOINT_NAME, CONFIG_NAME, Preprocessing, read_record
+from zpipe.schemas.model_config import CONFIG_NAME
+from zpipe.train.checkpoint import Preprocessing
 from zpipe.train.fit.initialise import described
+from zpipe.train.run_files import CHECKPOINT_NAME, read_record
 
 Channels = tuple[float, float, float]
 
@@ -51,7 +53,9 @@ def choose_normalisation(
         return zoomer.mean, zoomer.std
     elif init_from is not None:
         recorded = described(init_from)
-    return _channels(recorded.get("mean", IMAGENET_DEFAULT_MEAN)), _channels(recorded.get("std", IMAGENET_DEFAULT_STD))
+    return _channels(recorded.get("mean") or IMAGENET_DEFAULT_MEAN), _channels(
+        recorded.get("std") or IMAGENET_DEFAULT_STD
+    )
 
 
 def check_normalisation(zoomer: Preprocessing | None, mean: Sequence[float], std: Sequence[float]) -> None:

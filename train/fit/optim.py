@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad
-from torch import nn
+from torch import Tensor, nn
 
-from zpipe.schemas.errors import UsageError
+from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.fit.config import TrainConfig
+
+# Options of a group of weights that the schedule or the machine sets, not the settings of the run.
+OF_THE_MACHINE = ("foreach", "fused", "capturable", "differentiable")
+CHANGING = ("lr", "step", *OF_THE_MACHINE)
+MAX_WARMUP = 0.25  # of the training
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -20,13 +27,99 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         UsageError: If timm knows no such optimizer, or the optimizer rejects one of its arguments.
     """
     options = config.opt_args if config.layer_decay is None else config.opt_args | {"layer_decay": config.layer_decay}
+    _try_step(config)
+    return _create(model, config, options)
+
+
+def _create(model: nn.Module, config: TrainConfig, options: dict[str, Any]) -> torch.optim.Optimizer:
     try:
         return create_optimizer_v2(model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, **options)
-    except (AssertionError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"optimizer {config.opt}: {' '.join(str(error).split())[:200]}; check train.opt, train.opt_args and "
-            "train.layer_decay"
-        ) from error
+    except _REJECTIONS as error:
+        raise _rejected(config, error) from error
+
+
+def _try_step(config: TrainConfig) -> None:
+    """Take a step with two small weights: many optimizers look at their arguments only then."""
+    with torch.random.fork_rng(devices=[]):  # the numbers that the model draws later stay the same
+        layer = nn.Linear(4, 4)
+    optimizer = _create(layer, config, config.opt_args)
+    for weight in layer.parameters():
+        weight.grad = torch.zeros_like(weight)
+    try:
+        optimizer.step()
+    except _REJECTIONS as error:
+        raise _rejected(config, error) from error
+
+
+_REJECTIONS = (AssertionError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError, RuntimeError)
+
+
+def _rejected(config: TrainConfig, error: Exception) -> UsageError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UsageError(f"optimizer {config.opt}: {reason}; check train.opt, train.opt_args and train.layer_decay")
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load the state of an optimizer, after checking that it is of these settings and these weights.
+
+    Raises:
+        ValueError, KeyError: Saying what differs.
+    """
+    numbered = optimizer.state_dict()["param_groups"]
+    for number, (own, other) in enumerate(zip(numbered, state["param_groups"], strict=False)):
+        for name in own.keys() - set(CHANGING):
+            if name in other and own[name] != other[name]:
+                raise ValueError(
+                    f"group {number} of its optimizer has {name} = {str(other[name])[:80]}, this run has "
+                    f"{str(own[name])[:80]}"
+                )
+    machine = [{name: group[name] for name in OF_THE_MACHINE if name in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    if any(len({isinstance(value, Tensor) for value in values}) > 1 for values in _by_name(optimizer).values()):
+        raise ValueError("its optimizer holds numbers where it holds tensors for other weights")
+    for group, options in zip(optimizer.param_groups, machine, strict=True):
+        group |= options
+        kinds: dict[torch.Size, dict[str, Any]] = {}  # some optimizers treat matrices, or large weights, in another way
+        for weight in group["params"]:
+            held = optimizer.state.get(weight, {})  # empty for a weight that had no gradient so far
+            if held:
+                alike = kinds.setdefault(weight.shape, {name: _kind(value) for name, value in held.items()})
+                _check_held(weight, held, alike)
+
+
+def _check_held(weight: Tensor, held: dict[str, Any], alike: dict[str, Any]) -> None:
+    """Check what an optimizer holds for a weight: `alike` are the kinds of what it holds for one of the same shape."""
+    if {name: _kind(value) for name, value in held.items()} != alike:
+        raise ValueError("its optimizer holds something else for one weight than for another")
+    for name, value in held.items():
+        if isinstance(value, Tensor) and (value.is_complex() or not _fits(value, weight)):
+            raise ValueError(f"{name} of its optimizer is {list(value.shape)}, its weight {list(weight.shape)}")
+    if float(held.get("step", 0)) < 0:
+        raise ValueError(f"its optimizer is in step {float(held['step']):g}")
+
+
+def _kind(value: Any) -> Any:
+    return (value.dtype, value.ndim) if isinstance(value, Tensor) else type(value)
+
+
+def _by_name(optimizer: torch.optim.Optimizer) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for held in optimizer.state.values():
+        for name, value in held.items():
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def _fits(value: Tensor, weight: Tensor) -> bool:
+    """Whether a value of the optimizer may have the shape of a weight, or that of its means over dimensions."""
+    if value.ndim == weight.ndim:
+        return all(side in (1, whole) for side, whole in zip(value.shape, weight.shape, strict=True))
+    return value.numel() == 1 or (value.ndim < weight.ndim and set(value.shape) <= {1, *weight.shape})
+
+
+def warmup_epochs(config: TrainConfig) -> float:
+    """Duration of the warm-up: that of the settings, but at most a quarter of the training."""
+    return min(config.warmup_epochs, MAX_WARMUP * config.epochs)
 
 
 def make_scheduler(
@@ -43,7 +136,7 @@ def make_scheduler(
         optimizer,
         sched=kind,
         num_epochs=total_steps,
-        warmup_epochs=round(config.warmup_epochs * steps_per_epoch),
+        warmup_epochs=round(warmup_epochs(config) * steps_per_epoch),
         warmup_lr=0.0,
         min_lr=config.min_lr,
         decay_epochs=max(round(config.decay_epochs * steps_per_epoch), 1),
@@ -63,11 +156,17 @@ def update_weights(
         excluded = _classifier_parameters(model) if config.clip_mode == "agc" else set()
         clipped = [parameter for parameter in model.parameters() if parameter not in excluded]
         dispatch_clip_grad(clipped, config.clip_grad, mode=config.clip_mode)
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
-        scaler.update()
+    try:
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+    except KeyError as error:  # only a checkpoint can leave such a state
+        raise ZpipeError(
+            f"the state of the optimizer, from the checkpoint, has no {error}; restore an earlier checkpoint, or "
+            "delete the run's folder to start over"
+        ) from error
 
 
 def _classifier_parameters(model: nn.Module) -> set[nn.Parameter]:

@@ -74,8 +74,10 @@ _SMALL = {"epochs": 2.0, "batch_size": 32, "warmup_epochs": 0.2, "lr": 1e-3}
 
 
 def _small(config: Any) -> Any:
-    ema = {"ema": 0.99} if config.train.ema else {}
-    return replace(config, train=replace(config.train, **_SMALL, **ema))
+    # A trained model would lose what it knows at the learning rate of training from scratch.
+    own = {"ema": 0.99} if config.train.ema else {}
+    own |= {"lr": config.train.lr} if config is _FINETUNE else {}
+    return replace(config, train=replace(config.train, **_SMALL | own))
 
 
 VIT_RECIPES: Mapping[str, VitConfig] = {

@@ -14,28 +14,22 @@ import torch.nn.functional as F
 from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 
-from zpipe.schemas.errors import UsageError
+from zpipe.schemas.classes import ClassNames, match_classes
+from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.model_config import CONFIG_NAME, MAX_CLASSES, MAX_SIDE, read_class_names, read_model_config
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.train.checkpoint import (
-    CHECKPOINT_NAME,
-    Preprocessing,
-    Resume,
-    begin_run,
-    digest_zoomer,
-    load_zoomer,
-    maps_record,
-    save_model,
-    save_zoomer,
-)
+from zpipe.schemas.storage import as_path
+from zpipe.train.checkpoint import Preprocessing, digest_zoomer, load_zoomer, save_model, save_zoomer
 from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.labels import check_labels
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import MixConfig, mix_batch
+from zpipe.train.data.stream import read_tar
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import resolve_device, to_device
 from zpipe.train.fit.config import TrainConfig
-from zpipe.train.fit.initialise import build_vit, start_from
+from zpipe.train.fit.initialise import build_vit, check_source, start_from
 from zpipe.train.fit.loaders import training_loader, validation_loader
 from zpipe.train.fit.loop import Trainer, never
 from zpipe.train.fit.normalisation import choose_normalisation
@@ -43,6 +37,7 @@ from zpipe.train.losses import CoarseToFineLoss, TokenLabelLoss, relevance_token
 from zpipe.train.models.operating_points import OperatingPoint, logits_of
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.ranks import ranks
+from zpipe.train.run_files import CHECKPOINT_NAME, WEIGHTS_NAME, Resume, begin_run, maps_record, run_lease
 from zpipe.train.scoring import (
     SOURCES,
     ScoreSource,
@@ -53,9 +48,22 @@ from zpipe.train.scoring import (
     score_use,
     zooms,
 )
-from zpipe.train.settings import check_choices, to_json
+from zpipe.train.settings import check_bounds, check_choices, to_json
 
 ZoomDraw = Literal["alpha", "budget"]
+BOUNDS = {
+    "num_classes": (1, MAX_CLASSES),
+    "image_size": (1, MAX_SIDE),
+    "max_zoomed": (0, 2**26),
+    "full_split": (0, 1),
+    "token_label_weight": (0, 1e6),
+    "label_smoothing": (0, 1),
+    "mixup": (0, 1000),
+    "cutmix": (0, 1000),
+    "mix_switch": (0, 1),
+    "mix_prob": (0, 1),
+    "val_alpha": (0, 1),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +83,7 @@ class VitConfig:
     """Side of the images, in pixels."""
 
     init_from: str | None = None
-    """Weights to start from: a finished run, a checkpoint file or timm:NAME, see `start_from`."""
+    """Weights to start from: a finished run (RUN, RUN:best, RUN:7), a weights file or timm:NAME, see `start_from`."""
 
     mean: tuple[float, float, float] | None = None
     """Mean of the channels, to normalise images by. None for that of the frozen zoomer, else that of the weights to
@@ -130,7 +138,7 @@ class VitConfig:
     """How to handle samples without a usable map, see `RelevanceLoader`."""
 
     damaged: Damaged = "error"
-    """How to handle damaged tars, see `RelevanceLoader`."""
+    """How to handle damaged tars and samples, see `RelevanceLoader`."""
 
     view: ViewConfig = field(default_factory=ViewConfig)
     """Crops, flips and colours of the images."""
@@ -142,22 +150,17 @@ class VitConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.init_from is not None:
+            check_source(self.init_from)
         if self.scores is not None and self.scores not in SOURCES:
             raise UsageError(f"--scores {self.scores}: choose one of {', '.join(SOURCES)}")
-        if self.std is not None and min(self.std) <= 0:
-            raise UsageError(f"std {list(self.std)}: give numbers above 0")
-        if self.num_classes is not None and self.num_classes < 1:
-            raise UsageError(f"num_classes {self.num_classes}: give a number >= 1")
-        if not 0.0 <= self.label_smoothing <= 1.0:
-            raise UsageError(f"label_smoothing {self.label_smoothing:g}: give a share in [0, 1]")
-        if not 0.0 <= self.full_split <= 1.0:
-            raise UsageError(f"full_split {self.full_split:g}: give a share in [0, 1]")
-        if self.token_label_weight < 0:
-            raise UsageError(f"token_label_weight {self.token_label_weight:g}: give a number >= 0")
-        if self.fixed_zoom is not None and not 0 <= self.fixed_zoom <= (1 if self.zoom_draw == "alpha" else math.inf):
+        check_bounds(self, BOUNDS)
+        for name, low in (("mean", -10.0), ("std", 1e-4)):
+            channels = getattr(self, name)
+            if channels is not None and not all(low <= value <= 10 for value in channels):
+                raise UsageError(f"{name} {list(channels)}: give numbers from {low:g} to 10")
+        if self.fixed_zoom is not None and not 0 <= self.fixed_zoom <= (1 if self.zoom_draw == "alpha" else 2**26):
             raise UsageError(f"fixed_zoom {self.fixed_zoom:g}: give an alpha in [0, 1], or a number of cells >= 0")
-        if not 0.0 <= self.val_alpha <= 1.0:
-            raise UsageError(f"val_alpha {self.val_alpha:g}: a threshold lies in [0, 1]")
         if self.token_label_weight and (self.loss != "ce" or self.mixup or self.cutmix or self.label_smoothing):
             raise UsageError("token_label_weight: goes with loss ce, without mixup, cutmix and label_smoothing")
         self.mix()
@@ -278,12 +281,25 @@ class ClassifyTask:
             point = OperatingPoint(name="validation", arguments=zoom)
         correct = count = 0
         for batch in self._val:
+            check_labels(batch["label"], batch["key"], self.model.num_classes)
             batch = self._to_device(batch)
             logits = logits_of(run_model(model, self._source, batch, point)[0])
+            if not logits.isfinite().all():
+                first = int((~logits.isfinite()).any(dim=1).nonzero()[0])
+                raise ZpipeError(
+                    f"{self._val.path}: key {batch['key'][first]}: the model's answer is NaN or infinite, which is no "
+                    "accuracy to choose the best epoch by; lower --lr"
+                )
             correct += int((logits.argmax(dim=1) == batch["label"]).sum())
             count += len(logits)
-        all_correct, all_count = ranks().total([correct, count])  # each rank has a part of the shards
-        return {"val_top1": all_correct / all_count}
+        damage = self._val.damage
+        # Each rank has a part of the shards.
+        sums = ranks().total([correct, count, len(damage.shards), len(damage.places)])
+        all_correct, all_count, shards, samples = sums
+        if not all_count:
+            raise ZpipeError(f"{self._val.path}: no validation sample can be used; give sound shards")
+        damaged = {"val_damaged_shards": shards, "val_damaged_samples": samples}
+        return {"val_top1": all_correct / all_count} | {name: value for name, value in damaged.items() if value}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,30 +355,55 @@ def train_vit(
         UsageError: If a setting is wrong, or does not fit model and data.
         ZpipeError: If data or run can't be used, or the training fails, see `Trainer`.
     """
-    out, inputs = Path(out), VitInputs(shards=shards, zoomer=zoomer, maps=maps, val=val, val_maps=val_maps)
+    out = Path(out)
+    paths = {"zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
+    inputs = VitInputs(
+        shards=as_path(shards), **{name: as_path(path) for name, path in paths.items() if path is not None}
+    )
     device = resolve_device(config.train.device)
-    store = RelevanceMaps(maps) if maps is not None else None
-    loader = training_loader(shards, store, config)
+    store = RelevanceMaps(inputs.maps) if inputs.maps is not None else None
+    loader = training_loader(inputs.shards, store, config)
     model = _build_model(config, loader).to(device)
-    source = _source(model, config, zoomer, store)
-    frozen = _frozen_zoomer(source, zoomer, device)
+    source = _source(model, config, inputs.zoomer, store)
+    frozen = _frozen_zoomer(source, inputs.zoomer, device)
     mean, std = choose_normalisation(
         out, config.mean, config.std, zoomer=frozen[1] if frozen is not None else None, init_from=config.init_from
     )
     preprocessing = Preprocessing(image_size=config.image_size, mean=mean, std=std, crop_pct=config.view.crop_pct)
-    val_loader = _val_loader(inputs, config, source)
+    val_loader = _val_loader(inputs, config, source, loader, model.num_classes)
     settings = _recorded_settings(inputs, config, loader, store, preprocessing)
-    if begin_run(out, "vit", settings, resume, defaults=to_json(asdict(VitConfig()))):
-        return {}
-    if config.init_from is not None and not (out / CHECKPOINT_NAME).is_file():  # the checkpoint has weights of its own
-        start_from(model, config.init_from)
-    task = ClassifyTask(model, source, config, preprocessing, device, val_loader)
-    metrics = Trainer(task, loader, config.train, out).train("train-vit", progress, stop)
-    if ranks().first:
-        if frozen is not None:
-            save_zoomer(out / "zoomer", frozen[0].cpu(), frozen[1])
-        save_model(out, model.cpu(), preprocessing)
+    with run_lease(out) as check_lease:
+        if begin_run(out, "vit", settings, resume, defaults=to_json(asdict(VitConfig()))):
+            return {}
+        if config.init_from is not None and not (out / CHECKPOINT_NAME).is_file():  # the checkpoint has its own weights
+            _start(model, config.init_from, loader)
+        task = ClassifyTask(model, source, config, preprocessing, device, val_loader)
+        trainer = Trainer(task, loader, config.train, out)
+        metrics = trainer.train("train-vit", progress, lambda: check_lease() or stop())
+        if ranks().first:
+            if frozen is not None:
+                save_zoomer(out / "zoomer", frozen[0].cpu(), frozen[1])
+            save_model(out, model.cpu(), preprocessing)
     return metrics
+
+
+def _start(model: nn.Module, source: str, loader: RelevanceLoader) -> None:
+    """Start the model from other weights; its head stays as it was drawn if these are of other classes."""
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier") or "head"
+    heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    drawn = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(heads)}
+    start_from(model, source)
+    theirs = _class_names(source)
+    if theirs and loader.index.classes and theirs != tuple(loader.index.classes):
+        model.load_state_dict(drawn, strict=False)
+
+
+def _class_names(source: str) -> tuple[str, ...]:
+    """The names of the classes of weights to start from; empty if they are not known."""
+    for folder in (Path(source), Path(source.rpartition(":")[0]), Path(source).parent):
+        if (folder / CONFIG_NAME).is_file() and (folder / WEIGHTS_NAME).is_file():
+            return read_class_names(folder, read_model_config(folder / CONFIG_NAME))
+    return ()
 
 
 def _build_model(config: VitConfig, loader: RelevanceLoader) -> nn.Module:
@@ -393,13 +434,41 @@ def _frozen_zoomer(
     return source.zoomer.to(device), load_zoomer(path)[1]
 
 
-def _val_loader(inputs: VitInputs, config: VitConfig, source: ScoreSource | None) -> RelevanceLoader | None:
+def _val_loader(
+    inputs: VitInputs, config: VitConfig, source: ScoreSource | None, training: RelevanceLoader, num_classes: int
+) -> RelevanceLoader | None:
+    """The validation batches, after checks of the set that will choose the best epoch."""
     if inputs.val is None:
         return None
     loader = validation_loader(inputs.val, inputs.val_maps, config)
     if source is not None and source.name == "maps" and loader.maps is None:
         raise UsageError("--val: the scores are maps; give --val-maps, those of the validation shards")
+    match_classes(
+        ClassNames(names=loader.index.classes, where=f"--val {inputs.val}"),
+        ClassNames(names=training.index.classes, where=str(training.path)),
+        remedy="make both sets with the same classes",
+    )
+    if not loader.index.count:
+        raise UsageError(f"--val {inputs.val}: holds no samples; give shards with some")
+    ranks().from_first(lambda: _check_first_labels(loader, num_classes))
     return loader
+
+
+def _check_first_labels(loader: RelevanceLoader, num_classes: int) -> None:
+    """Check the labels of the first tar before a training of hours; those of the others are checked when they are read.
+
+    Raises:
+        ZpipeError: A sample has no label, or one outside the model's classes.
+    """
+    if loader.damaged == "skip":
+        return  # a damaged tar is left out, and counted, in the validation
+    first = loader.shards[0]
+    for sample in read_tar(first):
+        if sample.label is None:
+            raise ZpipeError(
+                f"{first.path}: key {sample.key}: has no label (.cls, or label in .json); add one, or leave out --val"
+            )
+        check_labels(torch.tensor([sample.label]), [sample.key], num_classes)
 
 
 def _recorded_settings(

@@ -12,9 +12,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from zpipe.schemas.errors import UsageError
+from zpipe.schemas.model_config import MAX_SIDE
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.train.checkpoint import Preprocessing, Resume, begin_run, maps_record, save_zoomer
+from zpipe.schemas.storage import as_path
+from zpipe.train.checkpoint import Preprocessing, save_zoomer
 from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import resolve_device, to_device
@@ -24,7 +26,10 @@ from zpipe.train.fit.loop import Trainer, never
 from zpipe.train.losses import KlDirection, Normalisation, ZoomerLoss
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.ranks import ranks
-from zpipe.train.settings import check_choices, to_json
+from zpipe.train.run_files import Resume, begin_run, maps_record, run_lease
+from zpipe.train.settings import check_bounds, check_choices, to_json
+
+BOUNDS = {"num_blocks": (1, 64), "width": (1, 4096), "image_size": (1, MAX_SIDE), "w_kl": (0, 1e6), "w_dice": (0, 1e6)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +64,7 @@ class ZoomerConfig:
     """How to handle samples without a usable map, see `RelevanceLoader`."""
 
     damaged: Damaged = "error"
-    """How to handle damaged tars, see `RelevanceLoader`."""
+    """How to handle damaged tars and samples, see `RelevanceLoader`."""
 
     view: ViewConfig = field(default_factory=ViewConfig)
     """Crops, flips and colours of the training images."""
@@ -70,6 +75,7 @@ class ZoomerConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         self.loss()
+        check_bounds(self, BOUNDS)
 
     def loss(self) -> ZoomerLoss:
         """The loss with these weights.
@@ -133,7 +139,7 @@ def train_zoomer(
         UsageError: If a setting is wrong, or does not fit the data.
         ZpipeError: If data or run can't be used, or the training fails, see `Trainer`.
     """
-    out = Path(out)
+    out, shards, maps = Path(out), as_path(shards), as_path(maps)
     store = RelevanceMaps(maps)
     grid = store.manifest.provenance.grid
     if grid[0] != grid[1]:
@@ -146,19 +152,21 @@ def train_zoomer(
         "shards_digest": loader.digest,
         **maps_record(store),
     }
-    if begin_run(out, "zoomer", to_json(settings), resume, defaults=to_json(asdict(ZoomerConfig()))):
-        return {}
-    torch.manual_seed(config.train.seed)
     preprocessing = Preprocessing(
         image_size=config.image_size,
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
         crop_pct=config.view.crop_pct,
     )
-    task = ZoomerTask(_zoomer(config, grid[0]).to(device), config.loss(), preprocessing, device)
-    metrics = Trainer(task, loader, config.train, out).train("train-zoomer", progress, stop)
-    if ranks().first:
-        save_zoomer(out, task.model.cpu(), preprocessing)
+    with run_lease(out) as check_lease:
+        if begin_run(out, "zoomer", to_json(settings), resume, defaults=to_json(asdict(ZoomerConfig()))):
+            return {}
+        torch.manual_seed(config.train.seed)
+        task = ZoomerTask(_zoomer(config, grid[0]).to(device), config.loss(), preprocessing, device)
+        trainer = Trainer(task, loader, config.train, out)
+        metrics = trainer.train("train-zoomer", progress, lambda: check_lease() or stop())
+        if ranks().first:
+            save_zoomer(out, task.model.cpu(), preprocessing)
     return metrics
 
 

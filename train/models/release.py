@@ -21,8 +21,8 @@ def load_release(source: str | Path | Mapping[str, Any], model: str = "zoomvit",
     """Open a checkpoint that the authors of a model published.
 
     Args:
-        source: a file that torch.save wrote, read without unpickling code, or a state dict. Either may be wrapped as
-            {"model": state dict}, the names in it prefixed with "module.".
+        source: a weights file, read without unpickling code, or a state dict. Either may be wrapped as {"model": state
+            dict}; prefixes that all names in it carry, such as "module.", are removed.
         model: the model of the checkpoint: "zoomvit", "cfvit", "lfvit" or "sparseformer" (v1).
         config: what does not follow from the shapes of the weights. For zoomvit: num_heads, zoom_factor (2.0 or 0.5),
             alpha; for cfvit: num_heads; for lfvit: num_heads, region_size; for sparseformer: num_heads and

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.weights import fit_names, is_state_dict, not_finite, read_weights
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,13 @@ class ReleasedWeights:
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any], model: str) -> ReleasedWeights:
-        """Read a file that torch.save wrote, without unpickling code, or take a state dict.
+        """Read a weights file as `zpipe.schemas.weights.read_weights` does, or take a state dict.
 
-        Either may be wrapped as {"model": state dict} or {"state_dict": state dict}.
+        A state dict may be wrapped as {"model": state dict} or {"state_dict": state dict}. The usual prefixes are
+        removed where all names carry them.
 
         Raises:
-            ValueError: a file that is no checkpoint of plain tensors.
+            ValueError: a file that is no checkpoint of plain tensors, or tensors that hold NaN or infinity.
             OSError: the file can't be read.
         """
         name: str = "state dict"
@@ -46,20 +49,19 @@ class ReleasedWeights:
         if not isinstance(source, Mapping):
             name = str(source)
             try:
-                state = torch.load(source, map_location="cpu", weights_only=True)
-            except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-                raise ValueError(f"{name}: not a checkpoint of plain tensors ({reason})") from error
+                state = read_weights(source)
+            except ZpipeError as error:
+                if isinstance(error.__cause__, OSError):
+                    raise error.__cause__ from None
+                raise ValueError(str(error)) from error
         for wrapper in ("model", "state_dict"):
             if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
                 state = state[wrapper]
-        if (
-            not isinstance(state, Mapping)
-            or not state
-            or not all(isinstance(value, Tensor) for value in state.values())
-        ):
+        if not is_state_dict(state):
             raise ValueError(f"{name}: holds no state dict; expected tensors by name, perhaps under 'model'")
-        return cls(name, model, {key.removeprefix("module."): value for key, value in state.items()})
+        if bad := not_finite(state):
+            raise ValueError(f"{name}: {bad} holds NaN or infinity; give weights that did not diverge")
+        return cls(name, model, fit_names(state, ()))
 
     def shape(self, key: str) -> torch.Size:
         """The shape of a tensor.

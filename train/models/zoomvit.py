@@ -349,7 +349,7 @@ class ZoomViT(StandaloneModel):
 
         Raises:
             ValueError: a number of cells outside 0 .. C, a text of another form, or a budget below the cost of an image
-                with nothing zoomed.
+                with nothing zoomed or above that of one with everything zoomed.
         """
         cells = self.coarse_grid**2
         if not isinstance(budget, str):
@@ -366,6 +366,8 @@ class ZoomViT(StandaloneModel):
         fitting = bisect_right(costs, value)
         if not fitting:
             raise ValueError(f"budget {budget!r} is below the {costs[0]:g} {unit} of an image with nothing zoomed")
+        if value >= 2 * costs[-1] - costs[-2]:  # a whole cell more would fit, if there were one
+            raise ValueError(f"budget {budget!r} is above the {costs[-1]:g} {unit} of an image with everything zoomed")
         return fitting - 1
 
     # Tokens

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from zpipe.schemas.classes import ClassNames, match_classes
+from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.progress import Progress
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.shard_index import INDEX_NAME, find_shards, read_index
@@ -111,11 +113,11 @@ class _Samples:
     """The samples in the gallery and where they come from."""
 
     shards: str
-    classes: tuple[str, ...]
     total: int
     """The number of samples in the shards."""
     shards_read: int
     shard_count: int
+    classes: tuple[str, ...] = ()
     keys: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
 
@@ -147,7 +149,7 @@ def build_gallery(
         ZpipeError: shards or store are broken, or a label is outside the classes of a model.
     """
     store = None if maps is None else RelevanceMaps(maps, normalise="minmax")
-    candidates, notes = _of_these_classes(records, shards)
+    candidates, classes, notes = _of_these_classes(records, shards)
     shown, more_notes = _open(candidates, store, config)
     notes += more_notes
     views: list[_View] = []
@@ -174,7 +176,7 @@ def build_gallery(
         samples = _run_group(models, views[models[0].view], loader, config, partial(report, group))
     if samples is None:
         return None, notes
-    return _assemble(shown, views, samples, store, config), notes
+    return _assemble(shown, views, replace(samples, classes=tuple(classes)), store, config), notes
 
 
 def _run_group(
@@ -186,7 +188,7 @@ def _run_group(
 ) -> _Samples:
     """Run models that see the same view on the samples; `report` takes the number of samples done and their total."""
     read = loader.draw(config.count, shards=MAX_SHARDS_READ, seed=config.seed)
-    samples = _Samples(str(loader.path), loader.index.classes, loader.sample_count, read, len(loader.shards))
+    samples = _Samples(str(loader.path), loader.sample_count, read, len(loader.shards))
     side = models[0].preprocessing.image_size
     larger = side > view.side
     if larger:  # the pictures are made from the largest images that a model sees in this crop
@@ -202,22 +204,30 @@ def _run_group(
     return samples
 
 
-def _of_these_classes(records: Sequence[RunRecord], shards: Path) -> tuple[list[RunRecord], list[str]]:
-    """The records with the classes of the shards, or if either names no classes; and a line for each other record."""
+def _of_these_classes(records: Sequence[RunRecord], shards: Path) -> tuple[list[RunRecord], Sequence[str], list[str]]:
+    """The records that number their classes as the shards do, the names of the classes, and a line for each other one.
+
+    If the shards name no classes, those of the first record that does are the ones to compare with.
+    """
     folder, _ = find_shards(as_path(shards))
     # Tars without an index name no classes. Listing them takes long, and the loader does it later.
-    classes = read_index(folder).classes if (folder / INDEX_NAME).is_file() else ()
+    names = read_index(folder).classes if (folder / INDEX_NAME).is_file() else ()
+    known = ClassNames(names=names, where=str(shards))
     fitting, notes = [], []
     for record in records:
-        own = tuple(record.settings.get("classes") or ())
-        if own and classes and own != classes:
+        own = ClassNames(names=record.settings.get("classes") or (), where=record.name)
+        try:
+            match_classes(known, own, remedy="their numbers mean other things")
+        except ZpipeError as error:
             notes.append(
-                f"{record.name}: not in the gallery, its {len(own)} classes are not the {len(classes)} of {shards}; "
-                "report it separately"
+                f"{record.name}: not in the gallery, its {len(own.names)} classes are not the {len(known.names)} of "
+                f"{known.where}; report it separately ({error})"
             )
-        else:
-            fitting.append(record)
-    return fitting, notes
+            continue
+        fitting.append(record)
+        if len(own.names) > len(known.names):
+            known = own if not known.names else replace(known, names=own.names)
+    return fitting, known.names, notes
 
 
 def _open(
@@ -249,7 +259,9 @@ def _open(
 
 def _run(model: _Shown, batch: dict[str, Any]) -> None:
     """Run one model on one batch, and add its answers to those of earlier batches."""
-    check_labels(batch["label"], batch["key"], model.opened.model.num_classes)
+    num_classes = model.opened.model.num_classes
+    remedy = f"correct the label, or leave {model.record.name} out of this report"
+    check_labels(batch["label"], batch["key"], num_classes, remedy)
     logits, scores, _ = model.opened.answer(batch, model.point)
     probabilities = logits.float().softmax(dim=1).cpu()
     best = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)
@@ -336,7 +348,7 @@ def _made_for(store: RelevanceMaps | None) -> str:
         "predicted": "made for the class that the teacher predicts",
         "none": "made for no class in particular",
     }
-    return words.get(target, f"made for {target.replace(':', ' ')}")
+    return words.get(target.partition(" ")[0], f"made for {target.replace(':', ' ')}")
 
 
 def _model(model: _Shown, scores: int | None, store: RelevanceMaps | None) -> dict[str, Any]:
@@ -407,7 +419,7 @@ def _distinct_scores(shown: list[_Shown]) -> tuple[list[_Shown], list[int | None
 
 def _difficulty(shown: list[_Shown], keys: list[str], store: RelevanceMaps | None) -> tuple[str, list[float | None]]:
     """What tells how easy a sample is, in words, and its value in [0, 1] for each sample."""
-    if store is not None and store.manifest.provenance.target == "ground-truth":
+    if store is not None and store.manifest.provenance.target.startswith("ground-truth"):
         table = store.table(["key", "target_probability"])
         # A store may hold millions of rows; only the few that are shown become Python objects.
         table = table.filter(pc.is_in(table["key"], value_set=pa.array(keys, table["key"].type)))

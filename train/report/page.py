@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
-from zpipe.schemas.atomic import write_bytes
+from zpipe.schemas.atomic import check_out_file, write_bytes
 from zpipe.schemas.errors import UsageError
+from zpipe.schemas.names import printable
 from zpipe.schemas.progress import Progress, silent
+from zpipe.schemas.storage import as_local
 from zpipe.train.device import autocast
 from zpipe.train.report.figures import curves, histograms, training_figures
 from zpipe.train.report.points import points
@@ -25,6 +27,7 @@ from zpipe.train.report.runs import Gathered, RunRecord, gather
 from zpipe.train.report.tables import headline, tables, token_table, training_table
 
 PAGE_NAME = "index.html"
+PAGE_MARK = b"<title>zpipe report</title>"  # in the first bytes of each page
 SCRIPTS = ("patches.js", "figures.js", "gallery.js", "main.js")
 
 
@@ -69,13 +72,14 @@ def report(runs: Sequence[Path], out: Path, config: ReportConfig | None = None, 
         The page, OUT/index.html. If results are missing, it names the command that makes them.
 
     Raises:
-        UsageError: a path holds neither a run nor results.
+        UsageError: a path holds neither a run nor results, or is a URL; or OUT/index.html is another page.
         ZpipeError: a file is broken.
     """
     config = config or ReportConfig()
-    gathered = gather(runs)
+    path = as_local(out) / PAGE_NAME
+    check_out_file(path, (), PAGE_MARK)
+    gathered = gather([as_local(run) for run in runs])
     gallery, notes = _gallery(gathered.runs, config, progress)
-    path = Path(out) / PAGE_NAME
     write_bytes(path, render(describe(gathered, notes), gallery).encode())
     return path
 
@@ -94,7 +98,7 @@ def _gallery(
         if named is None:
             return None, ["No gallery: no run was evaluated, so no shards are known. Give --shards VAL_SHARDS."]
         shards = Path(named)
-        if "://" not in named and not shards.exists():
+        if not shards.exists():  # a URL neither: what a results file names is not fetched unasked
             return None, [
                 f"No gallery: the evaluation was on {named}, which does not exist here. Give --shards VAL_SHARDS."
             ]
@@ -131,6 +135,7 @@ def describe(gathered: Gathered, gallery_notes: Sequence[str] = ()) -> dict[str,
         notes.append(
             "The evaluations hold no token histograms. To get them, evaluate again: zpipe evaluate RUN VAL_SHARDS"
         )
+    notes += _about_images(runs)
     unfinished = [run.name for run in runs if run.kind == "vit" and not run.finished]
     notes += [f"{name} is not finished. To continue it, run its command again." for name in unfinished]
     if runs and not any(run.curve for run in runs):
@@ -138,7 +143,7 @@ def describe(gathered: Gathered, gallery_notes: Sequence[str] = ()) -> dict[str,
     return {
         "zpipe": version("zpipe"),
         "runs": [run.name for run in runs],
-        "headline": headline(known),
+        "headline": headline(known, comparable=len(_image_sets(runs)) < 2),
         "notes": [*notes, *gallery_notes],
         "figures": {
             "accuracy": curves(known, titles, runs) + histograms(known),
@@ -149,6 +154,33 @@ def describe(gathered: Gathered, gallery_notes: Sequence[str] = ()) -> dict[str,
             "training": training_table(runs),
         },
     }
+
+
+def _image_sets(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
+    """The first run that was evaluated on each set of images, by the digest of the set."""
+    evaluated = [run for run in runs if run.kind == "vit" and run.measured]
+    # Files of earlier versions have no digest.
+    name = "images_digest" if all("images_digest" in run.measured[0] for run in evaluated) else "shards"
+    sets: dict[str, RunRecord] = {}
+    for run in evaluated:
+        sets.setdefault(str(run.measured[0].get(name)), run)
+    return sets
+
+
+def _about_images(runs: Sequence[RunRecord]) -> list[str]:
+    """What to know about the images of the evaluations: that they differ, or that some were left out."""
+    notes = []
+    if len(sets := _image_sets(runs)) > 1:
+        named = "; ".join(f"{run.name} on {run.shards}" for run in sets.values())
+        notes.append(f"Comparisons: the runs were evaluated on different images ({named}); accuracies do not compare.")
+    for run in runs:
+        for content in run.measured:
+            skipped, samples = content.get("skipped"), content.get("samples")
+            if isinstance(skipped, int) and skipped > 0:
+                why = content.get("skipped_by")
+                reasons = ", ".join(map(str, why)) if isinstance(why, dict) else "left out"
+                notes.append(f"{skipped} of {samples} images in an evaluation of {run.name}: {reasons}.")
+    return notes
 
 
 def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
@@ -170,8 +202,8 @@ def render(about: dict[str, Any], gallery: dict[str, Any] | None) -> str:
     parts = {
         "policy": policy,
         "style": source.joinpath("page.css").read_text(encoding="utf-8"),
-        "about": embedded_json(about),
-        "gallery": embedded_json(gallery),
+        "about": embedded_json(_shown(about)),
+        "gallery": embedded_json(_shown(gallery)),
         "plotly": plotly,
         "script": ours,
     }
@@ -185,6 +217,15 @@ def embedded_json(value: Any) -> str:
     """JSON for a <script> element, without `<`, which could end the element or begin a comment."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
+
+
+def _shown(value: Any) -> Any:
+    """A JSON value in whose texts characters that are not seen, or reorder what is around them, are escapes."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {printable(name): _shown(item) for name, item in value.items()}
+    return [_shown(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _digest(script: str) -> str:

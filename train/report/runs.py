@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.train.checkpoint import CONFIG_NAME, METRICS_NAME, RUN_NAME, read_record
+from zpipe.schemas.errors import UsageError
+from zpipe.schemas.model_config import CONFIG_NAME
 from zpipe.train.evaluation.results import (
     EVALUATION_SETTINGS,
     FOLDER,
@@ -21,6 +20,7 @@ from zpipe.train.evaluation.results import (
     read_results,
     read_verdicts,
 )
+from zpipe.train.run_files import METRICS_NAME, RUN_NAME, read_metrics, read_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class RunRecord:
     """The shards of its first evaluation."""
     points: list[dict[str, Value]] = field(default_factory=list)
     """The operating points of its first evaluation by their settings, such as {"alpha": 0.1} or {"exit": 0.5}."""
+    measured: list[dict[str, Any]] = field(default_factory=list)
+    """What its evaluations say of themselves, such as `samples`, `skipped` and `images_digest`; the first one first."""
     error_kinds: dict[str, str] = field(default_factory=dict)
     """The kind of each sample's answer by key, from the error analysis."""
 
@@ -84,9 +86,11 @@ def gather(paths: Sequence[Path]) -> Gathered:
             about, rows = read_results(file)
             if about["content"] != "study":
                 continue  # the report shows neither calibrations nor tests of maps
-            titles.setdefault(str(about["study"]), str(about.get("title") or about["study"]))
+            titles.setdefault(
+                str(about.get("study") or file.stem), str(about.get("title") or about.get("study") or file.stem)
+            )
             # A run's own results name it by its folder at that time; here it may have a longer or another name.
-            own = (folder.name, Path(about.get("run", folder)).name)
+            own = (folder.name, Path(about.get("run") or folder).name)
             rows = [replace(row, run=names[folder]) if folder in names and row.run in own else row for row in rows]
             _add(known, rows, folder.name)
     for run in runs:
@@ -180,8 +184,9 @@ def _read_run(folder: Path, name: str) -> RunRecord:
         about, rows = read_results(path)
         # The folder may have been renamed since, and older files state neither model nor seed.
         rows = [_owned(row, run) for row in rows]
+        run.measured.append({name: value for name, value in about.items() if name not in ("rows", "results")})
         if run.shards is None:
-            run = replace(run, shards=str(about.get("shards", "")), points=_points(rows))
+            run = replace(run, shards=str(about.get("shards") or ""), points=_points(rows))
         _add(known, rows, path.stem)
     return replace(run, results=list(known.values()))
 
@@ -203,17 +208,10 @@ def _points(rows: Sequence[Result]) -> list[dict[str, Value]]:
 
 
 def _read_curve(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
     lines: dict[tuple[int, bool], dict[str, Any]] = {}
-    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            line = json.loads(text)
-            step = int(line["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ZpipeError(f"{path}: line {number} is not a line of metrics; remove it") from error
+    for line in read_metrics(path):
         # A resumed run logs the steps since its last checkpoint again; the weights are those of the later line.
-        key = (step, "loss" in line)
+        key = (line["step"], "loss" in line)
         lines.pop(key, None)
         lines[key] = line
     return sorted(lines.values(), key=lambda line: line["step"])

@@ -121,10 +121,11 @@ def _middle(run: RunRecord, metric: str) -> str:
 MAX_TILES = 6
 
 
-def headline(points: Sequence[Point]) -> dict[str, Any]:
+def headline(points: Sequence[Point], *, comparable: bool = True) -> dict[str, Any]:
     """The best setting of every series, the best series first, and comparisons of zooming with plain models.
 
-    Series with the teacher's maps as scores are left out, because these maps know the label.
+    Series with the teacher's maps as scores are left out, because these maps know the label. If the points are not
+    `comparable`, because they were measured on different images, there are no comparisons.
     """
     known = [point for point in points if "top1" in point.measures and point.series.count("scores maps") == 0]
     if any(point.study == EVALUATION for point in known):
@@ -152,8 +153,9 @@ def headline(points: Sequence[Point]) -> dict[str, Any]:
                 "rank": top1.value,
             }
         )
+    comparisons = _comparisons(series) if comparable else []
     tiles.sort(key=lambda tile: -tile.pop("rank"))
-    return {"tiles": tiles[:MAX_TILES], "left_out": max(0, len(tiles) - MAX_TILES), "comparisons": _comparisons(series)}
+    return {"tiles": tiles[:MAX_TILES], "left_out": max(0, len(tiles) - MAX_TILES), "comparisons": comparisons}
 
 
 def _comparisons(series: dict[tuple[str, str], list[Point]]) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from zpipe.schemas.atomic import refuse_links
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.storage import as_path
@@ -20,12 +21,13 @@ from zpipe.train.data.join import Missing
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.device import resolve_device
 from zpipe.train.evaluation.evaluate import answers_for, measure
-from zpipe.train.evaluation.inference import OpenRun, choose_run_source, eval_loader
+from zpipe.train.evaluation.inference import OpenRun, Tally, choose_run_source, eval_loader
 from zpipe.train.evaluation.operating_points import EvalConfig, operating_points
 from zpipe.train.evaluation.results import Result, identity, results_of
 from zpipe.train.fit.distributed import Workers, run_training
 from zpipe.train.fit.train_vit import VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
+from zpipe.train.models.operating_points import setting_names
 from zpipe.train.models.zoomer import Zoomer
 from zpipe.train.scoring import ScoreSource, choose_source
 from zpipe.train.settings import rebuild, with_settings
@@ -88,6 +90,7 @@ class Bench:
         opened: the finished run.
         seeds: the seeds to train with.
         notes: lines for the user about what the study left out and why.
+        tallies: the passes over the images so far.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Bench:
         self.device = resolve_device(config.evaluation.device)
         self.seeds: list[int | None] = list(config.seeds) or [identity(self.opened, study)["seed"]]
         self.notes: list[str] = []
+        self.tallies: list[Tally] = []
 
     # -- settings
 
@@ -131,9 +135,11 @@ class Bench:
         """
         evaluation = self.config.evaluation
         if evaluation.alphas or evaluation.budgets:
-            return {"alphas": evaluation.alphas, "budgets": evaluation.budgets}
+            return {"alphas": evaluation.alphas or (), "budgets": evaluation.budgets}
         config = self.vit_config()
         model: Any = self.opened.model
+        if "alpha" not in setting_names(model):
+            return {"alphas": (), "budgets": ()}
         if config.zoom_draw == "alpha" or not hasattr(model, "tokenise"):
             return {"alphas": PAPER_ALPHAS, "budgets": ()}
         max_zoomed = model.coarse_grid**2 if config.max_zoomed is None else config.max_zoomed
@@ -142,6 +148,8 @@ class Bench:
 
     def one_zoom(self) -> dict[str, Any]:
         """A single alpha or budget to measure the run at."""
+        if "alpha" not in setting_names(self.opened.model):
+            return {"alphas": (), "budgets": ()}
         sweep = self.sweep()
         if budgets := sweep["budgets"]:
             return {"alphas": (), "budgets": (budgets[len(budgets) // 2],)}
@@ -201,6 +209,7 @@ class Bench:
         return changes if self.config.epochs is None else changes | {"train.epochs": self.config.epochs}
 
     def _folder(self, label: str, seed: int) -> Path:
+        refuse_links(self.opened.path, ("studies", f"studies/{self.study}"), "training run")
         return self.opened.path / "studies" / self.study / f"{label}-seed-{seed}"
 
     def train_shards(self, opened: Run) -> Path:
@@ -234,7 +243,13 @@ class Bench:
             batch_size=config.batch_size,
             data_workers=config.data_workers,
             missing=missing,
+            damaged=config.damaged,
         )
+
+    def images(self, loader: RelevanceLoader) -> Tally:
+        """The batches of a loader; what they leave out is added to the account of the study."""
+        self.tallies.append(Tally(loader))
+        return self.tallies[-1]
 
     def ready(
         self, opened: Run, loader: RelevanceLoader, *, scores: str | None = None, zoomer: Zoomer | None = None
@@ -278,7 +293,7 @@ class Bench:
         config = self.config.evaluation
         each = (operating_points(opened.model, ready.source, replace(config, **zooming)) for zooming in zoomings)
         points = list({point.name: point for point in itertools.chain.from_iterable(each)}.values())
-        rows = measure(ready, loader, points, answers_for(opened, loader, config), self._evaluating)
+        rows = measure(ready, self.images(loader), points, answers_for(opened, loader, config), self._evaluating)
         about = self.about(opened) | {"setting": setting}
         return [result for row in rows for result in results_of(row, about)]
 

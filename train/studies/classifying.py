@@ -13,7 +13,6 @@ from zpipe.train.evaluation.error_analysis import analyse_errors, error_results,
 from zpipe.train.evaluation.evaluate import answers_for
 from zpipe.train.evaluation.operating_points import operating_points
 from zpipe.train.evaluation.results import Result, share
-from zpipe.train.scoring import zooms
 from zpipe.train.studies.bench import Bench
 
 
@@ -54,7 +53,7 @@ def nine_crops(bench: Bench) -> list[Result]:
     answers = answers_for(opened, loader, config)
     places = [round((large - side) * step / 2) for step in range(3)]
     ranks: dict[str, list[torch.Tensor]] = {"any of 9": [], "centre of 9": [], "mean of 9": []}
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(bench.images(loader)):
         prepared = ready.prepare(batch)
         each, logits = [], []
         for top, left in itertools.product(places, places):
@@ -66,7 +65,7 @@ def nine_crops(bench: Bench) -> list[Result]:
         ranks["centre of 9"].append(each[4])
         ranks["mean of 9"].append(answers.ranks(torch.stack(logits).mean(0), batch))
         bench.progress("nine-crops", number + 1, len(loader))
-    rows = bench.measured(opened, {"view": "whole image"}, bench.one_zoom() if zooms(opened.model) else {"alphas": ()})
+    rows = bench.measured(opened, {"view": "whole image"}, bench.one_zoom())
     for name, parts in ranks.items():
         judged = torch.cat(parts)
         judged = judged[judged >= 0]
@@ -86,6 +85,7 @@ def errors(bench: Bench) -> list[Result]:
         raise UsageError("study errors: nothing is zoomed")
     config = replace(bench.config.evaluation, **bench.one_zoom())
     zoom = operating_points(opened.model, ready.source, config)[0]
-    verdicts, pictures = analyse_errors(ready, loader, zoom, answers_for(opened, loader, config), bench.progress)
+    answers = answers_for(opened, loader, config)
+    verdicts, pictures = analyse_errors(ready, bench.images(loader), zoom, answers, bench.progress)
     write_errors(opened.path, verdicts, pictures)
     return error_results(verdicts, bench.about(opened), zoom)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
@@ -38,7 +39,24 @@ def run_study(
     progress: Progress = silent,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Path, list[Result], list[str]]:
-    """Run a study and write its results into the run's folder.
+    """Run a study and write its results into the run's folder, as `measure_study` and `write_study`.
+
+    Returns:
+        The results file, the results, and notes about what was left out and why.
+    """
+    about, results, notes = measure_study(name, inputs, config, progress=progress, say=say)
+    return write_study(inputs.run, about, results), results, notes
+
+
+def measure_study(
+    name: str,
+    inputs: StudyInputs,
+    config: StudyConfig,
+    *,
+    progress: Progress = silent,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[dict[str, Any], list[Result], list[str]]:
+    """Run a study; what it trains is written into the run's folder, its results are not.
 
     Args:
         name: one of `STUDIES`.
@@ -48,7 +66,7 @@ def run_study(
         say: called with lines about training processes, see `run_training`.
 
     Returns:
-        The results file, the results, and notes about what was left out and why.
+        What the results file says beside the results, the results, and notes about what was left out and why.
 
     Raises:
         UsageError: the name is unknown, the study does not use a setting that was given, or it does not suit the run.
@@ -72,7 +90,7 @@ def run_study(
     if bench.device.type == "cpu":
         keep_freed_memory()
     results = STUDIES[name].run(bench)
-    about: dict[str, str | None] = {"study": name, "title": STUDIES[name].title, "run": str(inputs.run)}
+    about: dict[str, Any] = {"study": name, "title": STUDIES[name].title, "run": str(inputs.run)}
     about |= {"precision": evaluation.precision, "shards": str(inputs.shards)}
-    about |= {"maps": None if inputs.maps is None else str(inputs.maps)}
-    return write_study(bench.opened.path, about, results), results, bench.notes
+    about |= {"maps": None if inputs.maps is None else str(inputs.maps)} | bench.tallies[-1].stated()
+    return about, results, bench.notes

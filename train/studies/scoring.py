@@ -58,7 +58,9 @@ def zoomer_depth(bench: Bench) -> list[Result]:
             opened = bench.zoomer_variant(f"blocks-{blocks}", seed, base, num_blocks=blocks)
             size = opened.preprocessing.image_size
             loader = bench.loader(opened, missing="skip")
-            row = measure_zoomer(opened, loader, bench.device, precision=bench.config.evaluation.precision)
+            row = measure_zoomer(
+                opened, bench.images(loader), bench.device, precision=bench.config.evaluation.precision
+            )
             about = bench.about(opened) | {"setting": {"blocks": blocks}}
             rows += zoomer_results(row, about)
             image = torch.zeros(1, 3, size, size, device=bench.device)

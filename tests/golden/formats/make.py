@@ -20,7 +20,7 @@ import zpipe
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.make_shards import SceneSource, make_shards
 from zpipe.pipeline.scenes import SceneConfig
-from zpipe.train.checkpoint import load_checkpoint, load_run
+from zpipe.train.checkpoint import load_run
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.evaluation.calibrate import CalibrationConfig, calibrate
 from zpipe.train.evaluation.evaluate import evaluate
@@ -30,6 +30,7 @@ from zpipe.train.evaluation.results import Result, write_results, write_study, w
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.train_vit import VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
+from zpipe.train.resume_state import load_checkpoint
 
 SIDE = 16
 BODY = {"patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 3}

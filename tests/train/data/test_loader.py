@@ -389,3 +389,49 @@ def test_folders_that_hold_no_shards(data, tmp_path, kind):
     with pytest.raises(ZpipeError, match=str(tmp_path)) as error:
         RelevanceLoader(folder, batch_size=1)
     assert isinstance(error.value, UsageError) == (kind not in ("not indexed", "gone"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_flipped_bit_in_a_tar_is_noticed_in_the_first_epoch(data, tmp_path, num_workers):
+    shards = copy_shards(data, tmp_path / "s")
+    tar = shards / "shard-00002.tar"
+    altered = bytearray(tar.read_bytes())
+    altered[512 + 60] ^= 1  # among the pixels of the first image
+    arguments = {"batch_size": 1, "image_size": 8, "num_workers": num_workers}
+    loader = RelevanceLoader(shards, **arguments)
+    list(loader)
+    tar.write_bytes(altered)
+    with pytest.raises(
+        ZpipeError, match="shard-00002.tar: its SHA-256 is .*, shards.json says .*: altered; restore it"
+    ):
+        list(RelevanceLoader(shards, **arguments))
+    skipping = RelevanceLoader(shards, damaged="skip", **arguments | {"batch_size": len(KEYS) - 1})
+    assert list(skipping) and "shard-00002.tar" in skipping.damaged_shards[0]
+
+
+def test_digests_are_compared_once_and_not_if_that_is_switched_off(data, tmp_path, monkeypatch):
+    shards = copy_shards(data, tmp_path / "s")
+    index = json.loads((shards / "shards.json").read_text())
+    loader = RelevanceLoader(shards, batch_size=1, image_size=8)
+    list(loader)
+    index["shards"][2]["sha256"] = "0" * 64
+    (shards / "shards.json").write_text(json.dumps(index))
+    loader.set_epoch(1)
+    assert len(list(loader)) == len(KEYS)  # the loader has read the index, and compared the digests, before
+    with pytest.raises(ZpipeError, match="altered"):
+        list(RelevanceLoader(shards, batch_size=1, image_size=8))
+    monkeypatch.setenv("ZPIPE_CHECK_DIGESTS", "0")
+    assert len(list(RelevanceLoader(shards, batch_size=1, image_size=8))) == len(KEYS)
+
+
+@pytest.mark.parametrize(
+    "box", [[1, 2], {"x": 1}, "1,2,3,4", [1, 2, 3, None], [1, 2, 1e400, 4], [5, 6, 2, 3], 7, None, [[1, 2, 3, 4]]]
+)
+def test_a_box_of_another_form_is_none(tmp_path, box):
+    members = {}
+    for key, value in (("a", [0, 0, 4, 4]), ("b", box)):
+        members |= {f"{key}.png": encode(np.zeros((8, 8, 3), np.uint8)), f"{key}.cls": b"0"}
+        members[f"{key}.json"] = json.dumps({"box": value}).replace("Infinity", "1e400").encode()
+    shards = write_shards(tmp_path / "s", [members])
+    batches = list(RelevanceLoader(shards, batch_size=1, image_size=8, augment="eval"))
+    assert ["object_box" in batch for batch in batches] == [True, False]

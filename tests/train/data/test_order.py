@@ -374,6 +374,39 @@ def test_killed_at_twenty_points(data, tmp_path):
 # ---------------------------------------------------------------------------------------- counts, damage, public tars
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("epoch", value) for value in (-1, "0", None, 0.5, float("nan"), True, 10**30)),
+        *(("batch", value) for value in (-1, "x", float("inf"), 1.5, [])),
+        *(("lanes", value) for value in (0, -8, 10**12, "8")),
+        *(("batch_size", value) for value in (0, None, "4")),
+        *(("world_size", value) for value in (0, 1.5)),
+        *(("repeats", value) for value in (0, "1")),
+        *(("seed", value) for value in ("0", None, [])),
+        *(("digest", value) for value in (5, b"x")),
+        *(("samples", value) for value in (-1, "24")),
+    ],
+)
+def test_a_state_of_other_values_is_one_line(data, name, value):
+    loader = loader_of(data)
+    with pytest.raises(UsageError, match=f"not a state of a RelevanceLoader .*{name}") as error:
+        loader.load_state_dict(loader.state_dict() | {name: value})
+    assert "\n" not in str(error.value) and loader.state_dict() == loader_of(data).state_dict()
+
+
+@pytest.mark.parametrize("state", [{}, None, 5, "state", [], {"epoch": 0}])
+def test_what_is_no_state_is_one_line(data, state):
+    with pytest.raises(UsageError, match="not a state of a RelevanceLoader"):
+        loader_of(data).load_state_dict(state)
+
+
+def test_a_position_behind_the_end_is_one_line(data):
+    loader = loader_of(data)
+    with pytest.raises(UsageError, match="behind batch 99, an epoch here has 6"):
+        loader.load_state_dict(loader.state_dict() | {"batch": 99})
+
+
 def test_what_became_of_the_samples_is_told(data, holes):
     assert loader_of(data, batch_size=5).epoch_counts() == {"served": 20, "dropped": 4}
     assert loader_of(data, batch_size=5, augment="eval").epoch_counts() == {"served": 24, "dropped": 0}

@@ -15,7 +15,14 @@ from zpipe.train.data.worker import EpochSpec
 def spec(lane_stride=1, **changes):
     plan = plan_epoch(range(6), [np.arange(4)] * 6, 6, seed=0, epoch=0, shuffle=True)
     fields = {"epoch": 0, "seed": 0, "batches": range(1, 5), "batch_size": 4, "plan": lambda: plan}
-    fields |= {"lane_stride": lane_stride, "shards": [], "maps": None, "missing": "error", "damaged": "error"}
+    fields |= {
+        "lane_stride": lane_stride,
+        "shards": [],
+        "maps": None,
+        "missing": "error",
+        "damaged": "error",
+        "check": True,
+    }
     return EpochSpec(**fields | {"image_size": 8, "view": ViewConfig()} | changes)
 
 

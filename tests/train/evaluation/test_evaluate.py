@@ -1,7 +1,9 @@
 """Evaluation: every metric of a row equals its value computed by hand."""
 
+import errno
 import io
 import json
+import shutil
 import tarfile
 from dataclasses import replace
 
@@ -11,21 +13,34 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import BODY, GRID, SIDE, encode, rewrite_store, scenes, store, write_shards
+from typer.testing import CliRunner
 
 from zpipe import open_maps
+from zpipe.cli import app
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.shard_index import read_index as read_shard_index
+from zpipe.schemas.shard_index import write_index as write_shard_index
 from zpipe.train.checkpoint import load_run
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.evaluation.evaluate import evaluate
+from zpipe.train.data.transforms import ViewConfig
+from zpipe.train.evaluation.calibrate import CalibrationConfig, calibrate
+from zpipe.train.evaluation.evaluate import evaluate, evaluation_path
+from zpipe.train.evaluation.inference import OpenRun, choose_run_source
 from zpipe.train.evaluation.operating_points import EvalConfig
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.train_vit import VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
+from zpipe.train.models.operating_points import OperatingPoint
+from zpipe.train.studies.bench import StudyConfig, StudyInputs
+from zpipe.train.studies.registry import run_study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 COUNT, CELLS, WIDTH, CLASSES = 50, GRID * GRID, BODY["embed_dim"], 10
 CONFIG = EvalConfig(alphas=(0.0, 1.0), budgets=(0, 3, CELLS), batch_size=16, device="cpu")
+VIEW = ViewConfig(crop_pct=0.875)
+SQUARE = encode(np.zeros((SIDE, SIDE, 3), np.uint8))
+NO_ZOOM = replace(CONFIG, alphas=None, budgets=())  # for runs without thresholds
 LOOP = TrainConfig(epochs=3, batch_size=8, data_workers=0, device="cpu", lr=3e-3)
 
 
@@ -75,7 +90,8 @@ def by_hand(data):
     return list(keys), torch.stack([centre_crop(image) for image in images]), torch.tensor(labels)
 
 
-def rows_of(data, run, config=CONFIG, **options):
+def rows_of(data, run, config=None, **options):
+    config = config or (NO_ZOOM if run in ("plain", "zoomer") else CONFIG)
     rows = evaluate(data / run, data / "shards", config, **options)["rows"]
     return {row["setting"]: row for row in rows}
 
@@ -170,7 +186,7 @@ def test_a_model_without_patches(data, tmp_path):
     config = VitConfig(model="test_resnet", image_size=SIDE, train=replace(LOOP, epochs=1))
     train_vit(data / "shards", tmp_path / "run", config)
     out = tmp_path / "rows.json"
-    row = evaluate(tmp_path / "run", data / "shards", CONFIG, out=out)["rows"][0]
+    row = evaluate(tmp_path / "run", data / "shards", NO_ZOOM, out=out)["rows"][0]
     assert row["tokens"] is None and row["gmacs"] > 0
     assert json.loads(out.read_text())["rows"][0]["tokens"] is None
 
@@ -193,7 +209,7 @@ def test_mean_tokens_between_the_extremes(data, by_hand):
 
 @pytest.mark.parametrize("run", ["zoom", "plain", "half"])
 def test_batch_size_and_workers_change_nothing(data, run):
-    config = replace(CONFIG, alphas=(0.0, 0.4, 0.5, 1.0), budgets=(2,))
+    config = NO_ZOOM if run == "plain" else replace(CONFIG, alphas=(0.0, 0.4, 0.5, 1.0), budgets=(2,))
 
     def metrics(**options):
         rows = rows_of(data, run, replace(config, **options)).values()
@@ -255,7 +271,7 @@ def test_json_is_what_was_returned(data, tmp_path):
 def test_progress_names_each_batch(data):
     seen = []
     evaluate(
-        data / "plain", data / "shards", CONFIG, progress=lambda *position, **facts: seen.append((*position, *facts))
+        data / "plain", data / "shards", NO_ZOOM, progress=lambda *position, **facts: seen.append((*position, *facts))
     )
     assert seen == [("evaluate", number, 4, "top1") for number in range(1, 5)]
 
@@ -263,7 +279,7 @@ def test_progress_names_each_batch(data):
 @pytest.mark.parametrize(
     ("run", "options", "message"),
     [
-        ("zoomer", {}, "give --maps"),
+        ("zoomer", {"alphas": None, "budgets": ()}, "give --maps"),
         ("zoom", {"alphas": (1.5,)}, "--alphas 1.5"),
         ("zoom", {"alphas": (-0.1,)}, "--alphas -0.1"),
         ("zoom", {"alphas": (float("nan"),)}, "--alphas nan"),
@@ -287,17 +303,17 @@ def test_wrong_usage(data, tmp_path, run, options, message):
     assert message in str(error.value) and "\n" not in str(error.value) and not out.exists()
 
 
-@pytest.mark.parametrize(("run", "scores"), [("zoomer", "zoomer"), ("with-maps", "maps")])
+@pytest.mark.parametrize(("run", "scores"), [("zoomer", None), ("with-maps", "maps")])
 def test_maps_of_another_grid(data, tmp_path, run, scores):
     other = store(data / "shards", tmp_path / "maps", patch_size=4)
     with pytest.raises(UsageError, match="maps of 8 x 8, the model wants 4 x 4"):
-        rows_of(data, run, replace(CONFIG, scores=scores), maps=other)
+        rows_of(data, run, NO_ZOOM if run == "zoomer" else replace(CONFIG, scores=scores), maps=other)
 
 
 def test_maps_of_other_shards(data, tmp_path):
     other = scenes(tmp_path / "shards", COUNT, shard_size=12, seed=1)
     with pytest.raises(ZpipeError, match="SHA-256"):
-        evaluate(data / "zoomer", other, CONFIG, maps=data / "maps")
+        evaluate(data / "zoomer", other, NO_ZOOM, maps=data / "maps")
 
 
 def test_an_unfinished_run(data, tmp_path):
@@ -314,7 +330,110 @@ def test_labels_beyond_the_models_classes(data, tmp_path):
     image = encode(np.zeros((SIDE, SIDE, 3), np.uint8))
     shards = write_shards(tmp_path / "s", [{"odd.png": image, "odd.cls": b"10"}])
     with pytest.raises(ZpipeError, match="key odd: label 10 is outside the model's 10 classes"):
-        evaluate(tmp_path / "run", shards, CONFIG)
+        evaluate(tmp_path / "run", shards, NO_ZOOM)
+
+
+# -------------------------------------------------------------------------------------------------- names and accounts
+
+
+def renamed(shards, out, names):
+    """A copy of shards whose classes have other names."""
+    shutil.copytree(shards, out)
+    write_shard_index(out, replace(read_shard_index(out), classes=tuple(names)))
+    return out
+
+
+def test_classes_of_other_names(data, tmp_path):
+    """Shards whose ten digits are named in another order: by number, another digit is right."""
+    names = load_run(data / "plain").settings["classes"]
+    other = renamed(data / "shards", tmp_path / "other", [*names[1:], names[0]])
+    message = f"its class 0 is '{names[1]}', that of .*plain is '{names[0]}'; give --classes by-name"
+    calibration = CalibrationConfig(budget="20 tokens", device="cpu")
+    for refused in (
+        lambda: evaluate(data / "plain", other, NO_ZOOM),
+        lambda: run_study("nine-crops", StudyInputs(run=data / "plain", shards=other), StudyConfig()),
+        lambda: calibrate(data / "plain", other, replace(calibration, classes="by-name")),
+    ):
+        with pytest.raises(ZpipeError, match=f"{message}|only zoomvit"):
+            refused()
+    with pytest.raises(ZpipeError, match=message.replace("plain", "zoom")):
+        calibrate(data / "zoom", other, calibration)
+    by_name, by_index = (
+        evaluate(data / "plain", other, replace(NO_ZOOM, classes=how))["rows"][0]["top1"]
+        for how in ("by-name", "by-index")
+    )
+    loader = RelevanceLoader(data / "shards", batch_size=COUNT, image_size=SIDE, augment="eval", view=VIEW)
+    (batch,) = list(loader)
+    opened = load_run(data / "plain")
+    with torch.no_grad():
+        answers = opened.model(opened.preprocessing.normalise(batch["image"])).argmax(1)
+    assert by_name == pytest.approx(float((answers == (batch["label"] + 1) % 10).float().mean()))
+    assert by_index == pytest.approx(float((answers == batch["label"]).float().mean()))
+
+
+def test_damaged_images_are_left_out_and_counted(data, tmp_path):
+    shards = write_shards(tmp_path / "shards", [{"a.png": SQUARE, "a.cls": b"1", "b.png": b"\x89PNG", "b.cls": b"1"}])
+    with pytest.raises(ZpipeError, match="key b: "):
+        evaluate(data / "plain", shards, NO_ZOOM)
+    content = evaluate(data / "plain", shards, replace(NO_ZOOM, damaged="skip"))
+    assert (content["samples"], content["skipped"], content["skipped_by"]) == (2, 1, {"damaged": 1})
+    assert content["rows"][0]["count"] == 1 and "key b: " in content["damaged"][0]
+    result = CliRunner().invoke(
+        app, ["evaluate", str(data / "plain"), str(shards), "--damaged", "skip", "--json", str(tmp_path / "x.json")]
+    )
+    assert result.exit_code == 1 and "seen 2, taken 1, left out 1 (damaged 1)" in result.stdout
+    assert "left out by --damaged skip: 1" in result.stderr and "key b: " in result.stderr
+    found = calibrate(data / "zoom", shards, CalibrationConfig(budget="20 tokens", damaged="skip", device="cpu"))
+    assert (found["images"], found["skipped"]) == (1, 1)
+
+
+def test_one_evaluation_does_not_replace_another(data, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(data / "plain", run)
+    first = evaluate(run, data / "shards", NO_ZOOM)
+    name = lambda config, content: evaluation_path(run, config, content).name  # noqa: E731
+    assert name(NO_ZOOM, first) == "evaluation.json"
+    assert name(replace(NO_ZOOM, scores="random", weights="best"), first) == "evaluation-best-random.json"
+    assert name(replace(NO_ZOOM, target_gmacs=2.3), first) == "evaluation-2.3-GMACs.json"
+    assert name(replace(NO_ZOOM, labels=tmp_path / "real.json"), first) == "evaluation-real.json"
+    (run / "evaluation.json").write_text(json.dumps(first))
+    assert name(NO_ZOOM, first) == "evaluation.json"  # the same images again, wherever they are
+    assert name(NO_ZOOM, first | {"shards": "elsewhere"}) == "evaluation.json"
+    other = evaluate(run, scenes(tmp_path / "other", 10, seed=3), NO_ZOOM)
+    assert name(NO_ZOOM, other) == f"evaluation-{other['images_digest'][:8]}.json"
+
+
+def test_the_figures_come_before_a_file_that_cannot_be_written(data, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("zpipe.schemas.atomic.write_json", full)
+    result = CliRunner().invoke(app, ["evaluate", str(data / "plain"), str(data / "shards"), "--device", "cpu"])
+    assert result.exit_code == 1 and "top1" in result.stdout
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("{")]
+    assert len(errors) == 1 and "evaluation.json: No space left on device; free space" in errors[0]
+
+
+@pytest.mark.parametrize(("value", "shown"), [(float("nan"), "nan"), (-torch.inf, "-inf"), (1e38, "1e[+]38")])
+def test_logits_that_are_no_numbers(data, tmp_path, value, shown):
+    opened = replace(load_run(data / "zoom"), path=tmp_path / "run")
+    with torch.no_grad():
+        opened.model.head.bias[0] = value
+    ready = OpenRun(opened, None, device="cpu")
+    batch = {"image": torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8), "key": ["k"]}
+    with pytest.raises(ZpipeError, match=f"run: key k: the model's logits hold {shown}; its weights have diverged"):
+        ready.answer(batch, OperatingPoint(name="plain"))
+
+
+def test_scores_that_are_no_numbers(data):
+    opened = load_run(data / "zoom")
+    for weight in opened.zoomer.parameters():
+        weight.data.fill_(float("nan"))
+    ready = OpenRun(opened, choose_run_source(opened, None, None), device="cpu")
+    batch = {"image": torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8), "key": ["k"]}
+    for refused in (ready.scores, lambda batch: ready.answer(batch, OperatingPoint(name="", arguments={"alpha": 0.1}))):
+        with pytest.raises(ZpipeError, match=r"zoom: key k: the scores \(zoomer\) hold nan"):
+            refused(batch)
 
 
 # ------------------------------------------------------------------------------------------------ weights and precision
@@ -325,7 +444,7 @@ def test_the_weights_of_the_best_epoch_and_of_a_kept_one(data, tmp_path):
     config = VitConfig(model="deit_tiny_patch16_224", model_args=BODY, image_size=SIDE, train=loop)
     train_vit(data / "shards", run, config, val=data / "shards")
     best = json.loads((run / "best.json").read_text())
-    found = evaluate(run, data / "shards", replace(CONFIG, weights="best"))
+    found = evaluate(run, data / "shards", replace(NO_ZOOM, weights="best"))
     assert found["weights"] == "best"
     assert found["rows"][0]["top1"] == pytest.approx(best["val_top1"])
     kept = sorted(path.stem for path in (run / "epochs").iterdir())

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 
@@ -15,13 +19,13 @@ from tiny import BODY, GRID, SIDE, encode, late_profile, scenes, store
 from typer.testing import CliRunner
 
 from zpipe.cli import app
-from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.errors import UsageError
 from zpipe.train.checkpoint import load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.evaluation.evaluate import evaluate
 from zpipe.train.evaluation.inference import OpenRun, choose_run_source
 from zpipe.train.evaluation.operating_points import EvalConfig, operating_points
-from zpipe.train.evaluation.pictures import patches
+from zpipe.train.evaluation.pictures import ErrorPicture, error_sheet, patches, picture
 from zpipe.train.evaluation.predict import Classifier, PredictConfig, predict
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.train_vit import VitConfig, train_vit
@@ -53,7 +57,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("run", ["zoom", "plain"])
 def test_the_same_answer_as_in_evaluation(data, run):
-    config = replace(CPU, alpha=0.45)
+    config = replace(CPU, alpha=0.45) if run == "zoom" else CPU
     files = sorted((data / "images").iterdir())
     rows = {row["file"]: row for row in predict(data / run, files, config)}
     classifier = Classifier(load_run(data / run), config)
@@ -211,11 +215,76 @@ def test_what_is_no_image(data, tmp_path):
     cut.write_bytes(whole.read_bytes()[:300])
     profile = tmp_path / "profile.png"
     profile.write_bytes(late_profile(encode(np.zeros((8, 8, 3), np.uint8))))
-    for file in (text, cut, profile, tmp_path / "missing.jpg"):
-        with pytest.raises(ZpipeError, match=f"{file.name}: can't be read as a JPEG, PNG or WEBP image"):
-            predict(data / "zoom", [file], CPU)
-    with pytest.raises(UsageError, match="two images have the same name"):
-        predict(data / "zoom", [whole, tmp_path / whole.name], CPU, out=tmp_path / "pictures")
+    os.mkfifo(tmp_path / "fifo.png")
+    bad = [text, cut, profile, tmp_path / "missing.jpg", tmp_path / "fifo.png", tmp_path]
+    rows = predict(data / "zoom", [*bad[:3], whole, *bad[3:]], CPU, out=tmp_path / "pictures")
+    assert [row["file"] for row in rows if "error" in row] == [str(file) for file in bad]
+    assert all(row["error"].startswith(f"{row['file']}: can't be read as an image (") for row in rows if "error" in row)
+    assert "missing.jpg" in rows[4]["error"] and rows[4]["error"].endswith("; check the path")
+    assert len(rows[3]["classes"]) == 5 and [path.stem for path in (tmp_path / "pictures").iterdir()] == [whole.stem]
+
+
+def test_a_picture_replaces_nothing_but_its_like(data, tmp_path):
+    image = tmp_path / "a.png"
+    Image.open(sorted((data / "images").iterdir())[0]).save(image)
+    before = image.read_bytes()
+    with pytest.raises(UsageError, match="a.png would replace an image; give another folder"):
+        predict(data / "plain", [image], CPU, out=tmp_path)
+    other = tmp_path / "others"
+    other.mkdir()
+    (other / "a.png").write_bytes(before)
+    with pytest.raises(UsageError, match="a.png: exists, and zpipe did not write it"):
+        predict(data / "plain", [image], CPU, out=other)
+    with pytest.raises(UsageError, match="would have the same picture"):
+        predict(data / "plain", [image, other / "a.png"], CPU, out=tmp_path / "pictures")
+    assert image.read_bytes() == (other / "a.png").read_bytes() == before
+    for _ in range(2):  # our own may be drawn again
+        predict(data / "plain", [image], CPU, out=tmp_path / "pictures")
+    with pytest.raises(UsageError, match="would replace an image"):
+        predict(data / "plain", [tmp_path / "pictures" / "a.png"], CPU, out=tmp_path / "pictures")
+
+
+@pytest.mark.parametrize("name", [r"$\frac{$", r"\$x$", "$" * 3, "a\x1b[31m", "long " * 60, "[/bold]"])
+def test_any_name_is_a_title(tmp_path, name):
+    picture(tmp_path / "p.png", np.zeros((8, 8, 3), np.uint8), None, None, 0, name)
+    error_sheet(tmp_path / "e.png", [[ErrorPicture(np.zeros((8, 8, 3), np.uint8), [], 4, None, name)]], columns=1)
+    assert (tmp_path / "p.png").is_file() and (tmp_path / "e.png").is_file()
+
+
+def test_names_and_files_on_the_terminal(data, tmp_path):
+    """Names with escape sequences, markup and no UTF-8, in a process whose standard output is ASCII."""
+    run = shutil.copytree(data / "plain", tmp_path / "run")
+    record = json.loads((run / "run.json").read_text())
+    record["settings"]["classes"] = ["\x1b[31mred", "[/bold]", "[bold]", "\u202eback", "ü", *"abcde"]
+    (run / "run.json").write_text(json.dumps(record))
+    whole = sorted((data / "images").iterdir())[0]
+    files = [tmp_path / name for name in ("ünï.jpg", "e\x1b[2J.jpg", os.fsdecode(b"bad\xff.jpg"))]
+    for file in files:
+        shutil.copy(whole, file)
+    line = [sys.executable, "-c", "from zpipe.cli import main; main()", "predict", *map(str, files), "--top", "10"]
+    line += ["--checkpoint", str(run), "--device", "cpu", "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(line, capture_output=True, timeout=120, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.decode("ascii")
+    for shown in (r"\xfcn\xef.jpg", r"e\x1b[2J.jpg", r"bad\udcff.jpg", r"\x1b[31mred", "[/bold]", r"\u202eback"):
+        assert shown in printed
+    assert "\x1b" not in printed and len(printed.splitlines()) == 3
+    assert [row["file"] for row in json.loads((tmp_path / "rows.json").read_text())] == [str(file) for file in files]
+
+
+@pytest.mark.parametrize(
+    ("redirect", "reason"), [(">/dev/full", "No space left"), (">&-", "closed"), ("| :", "reader")]
+)
+def test_a_result_that_cannot_be_printed(data, redirect, reason):
+    line = (
+        f'"{sys.executable}" -c "from zpipe.cli import main; main()" predict "{sorted((data / "images").iterdir())[0]}"'
+    )
+    line += f' --checkpoint "{data / "plain"}" --device cpu {redirect}'
+    line += "; exit ${PIPESTATUS[0]}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    errors = [text for text in done.stderr.splitlines() if not text.startswith("{")]
+    assert len(errors) == 1 and errors[0].startswith("error: standard output: ") and reason in errors[0]
+    assert done.returncode == 1
 
 
 def test_images_of_another_size_are_refused(data):

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import tarfile
 import time
 import traceback
 from dataclasses import replace
@@ -21,10 +22,11 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tiny import BODY, SIDE, scenes, store
+from listening import addresses, reachable
+from tiny import BODY, SIDE, scenes, store, write_tar
 
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.train.checkpoint import load_checkpoint, load_run
+from zpipe.train.checkpoint import load_run
 from zpipe.train.evaluation.evaluate import evaluate
 from zpipe.train.evaluation.operating_points import EvalConfig
 from zpipe.train.fit.config import TrainConfig
@@ -32,6 +34,7 @@ from zpipe.train.fit.distributed import Workers, _is_a_lost_process, run_trainin
 from zpipe.train.fit.train_vit import VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
 from zpipe.train.ranks import Ranks, check_batch
+from zpipe.train.resume_state import load_checkpoint
 
 torch.set_num_threads(1)
 LOOP = TrainConfig(epochs=4, batch_size=8, data_workers=0, log_every=1, device="cpu", lr=1e-3)
@@ -41,6 +44,7 @@ DROP = replace(PLAIN, model_args=BODY | {"drop_path_rate": 0.3}, mixup=0.8)
 LONG = replace(DROP, train=replace(LOOP, epochs=16, checkpoint_s=0.0))
 # 57 million parameters, 690 MB with the optimizer's: it takes a while to save.
 LARGE_BODY = {"embed_dim": 768, "depth": 8, "num_heads": 12}
+BROKEN = replace(PLAIN, num_classes=10, damaged="skip", train=replace(LOOP, batch_size=4))
 LARGE = replace(DROP, model_args=DROP.model_args | LARGE_BODY, train=replace(LOOP, epochs=400, checkpoint_s=600.0))
 STEPS = 20  # of four epochs
 
@@ -78,7 +82,19 @@ def data(tmp_path_factory):
     scenes(root / "shards")
     scenes(root / "val", 20, split="val", shard_size=20)  # one shard: a second rank has none
     store(root / "shards", root / "maps")
+    break_images(scenes(root / "broken", 16, shard_size=8))
     return root
+
+
+def break_images(shards):
+    """Leave three images of the first of two shards; a rank has one of the two, so some of its batches are empty."""
+    (shards / "shards.json").unlink()
+    path = min(shards.glob("*.tar"))
+    with tarfile.open(path) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    kept = sorted({name.partition(".")[0] for name, _ in members})[:3]
+    broken = {name for name, _ in members if name.endswith(".jpg") and not name.startswith(tuple(kept))}
+    write_tar(path, [(name, b"?" if name in broken else data) for name, data in members])
 
 
 # ------------------------------------------------------------------------------------ two processes, joined by gloo
@@ -113,6 +129,7 @@ def jobs(data, out):
         "long": vit("long", LONG),
         "zoomer": (train_zoomer, (shards, data / "maps", out / "zoomer", zoomer_config()), {}, 0),
         "repeated": vit("repeated", with_loop(ZOOM, repeats=3)),
+        "broken": (train_vit, (data / "broken", out / "broken", BROKEN), {}, 0),
         "not finite": vit("not finite", with_loop(PLAIN, lr=1e30, warmup_epochs=0.0)),
         "other settings": vit("zoom", with_loop(ZOOM, lr=0.5)),
         "wrong": vit("wrong", replace(ZOOM, scores=None)),
@@ -178,6 +195,18 @@ def test_and_with_accumulated_gradients_averages_and_repeats(data, pair, tmp_pat
     assert len(losses(pair[0] / name)) == STEPS
 
 
+def test_a_rank_whose_batch_is_all_damaged_takes_part_in_the_step(data, pair, tmp_path):
+    """Every sample counts alike, whichever rank has it."""
+    told = []
+    train_vit(data / "broken", tmp_path / "one", BROKEN, progress=lambda *stage, **facts: told.append(facts))
+    one, two = losses(tmp_path / "one"), losses(pair[0] / "broken")
+    assert len(one) == 16 and two == pytest.approx(one, abs=LOSS_TOLERANCE)
+    assert furthest(tmp_path / "one", pair[0] / "broken") < WEIGHT_TOLERANCE
+    (notes,) = [facts for facts in told if facts.get("epoch") == 4 and "damaged_samples" in facts]
+    assert notes["damaged_samples"] == 5 and notes["damaged_shards"] == 0
+    assert "can't be decoded" in notes["first_damage"] and ": key " in notes["first_damage"]
+
+
 def test_ranks_validate_every_sample_once(data, pair):
     run = pair[0] / "validated"
     row = evaluate(run, data / "val", EvalConfig(alphas=(ZOOM.val_alpha,), device="cpu"))["rows"][0]
@@ -189,7 +218,7 @@ def test_a_stop_that_one_rank_hears_of_ends_all_and_is_gone_on_with(pair):
     """Drop-path and mixing draw on each rank for itself; all of their generators come back."""
     out, errors = pair
     for rank in range(2):
-        told = f"{out / 'again'}: stopped in step 7 of 20; run the same command again to go on"
+        told = f"{out / 'again'}: stopped in step 7 of 20; run the same command again to resume"
         assert errors["drop stopped", rank] == ("Stopped", told)
     assert same_weights(out / "again", out / "drop")
     assert [line["step"] for line in lines(out / "again")] == list(range(1, STEPS + 1))
@@ -327,12 +356,12 @@ class Running:
             self.below |= {pid: now[pid][1] for pid in more}
         return {pid: now[pid][1] for pid in self.below if pid in now}
 
-    def until(self, found, limit=240):
+    def until(self, found, limit=240, every=0.02):
         end = time.monotonic() + limit
         while not (value := found(self.look())):
             assert self.process.poll() is None, self.said()
             assert time.monotonic() < end, self.said()
-            time.sleep(0.02)
+            time.sleep(every)
         return value
 
     def wait(self, limit=240):
@@ -384,9 +413,10 @@ def test_a_killed_worker_changes_nothing(pair, on_ray, tmp_path):
     running = on_ray(run, LONG, "--data-workers", 0)
 
     def worker(below):
+        assert reachable([running.process.pid, *below]) == set()  # from other machines
         return steps_done(run) >= 8 and [pid for pid, name in below.items() if "RayTrainWorker" in name]
 
-    victims = running.until(worker)
+    victims = running.until(worker, every=0.2)
     os.kill(victims[-1], signal.SIGKILL)
     killed_at = steps_done(run)
     assert killed_at < 60
@@ -399,6 +429,22 @@ def test_a_killed_worker_changes_nothing(pair, on_ray, tmp_path):
     assert "Traceback" not in said and "model ready" in said
     progress = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert progress[-1]["done"] == progress[-1]["total"] == 80
+
+
+@pytest.mark.slow
+def test_training_on_one_machine_listens_on_the_loopback_interface_alone(on_ray, tmp_path):
+    """Ray, its workers, and what joins the ranks, so says the operating system. When it is killed, nobody is left."""
+    running = on_ray(tmp_path / "run", LONG, "--data-workers", 1)
+
+    def training(below):
+        assert reachable([running.process.pid, *below]) == set()
+        return steps_done(tmp_path / "run") >= 3
+
+    running.until(training, every=0.2)
+    ranks = [pid for pid, name in running.look().items() if "RayTrainWorker" in name]
+    assert len(ranks) >= 2 and addresses(ranks)
+    running.process.kill()
+    assert running.wait() == -signal.SIGKILL, running.said()
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import BODY, GRID, SIDE, scenes, store
 
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.train.checkpoint import Preprocessing, load_checkpoint, load_run
+from zpipe.train.checkpoint import Preprocessing, load_run
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.mix import mix_batch
 from zpipe.train.evaluation.evaluate import evaluate
@@ -37,6 +37,8 @@ from zpipe.train.fit.recipes import VIT_RECIPES, ZOOMER_RECIPES, recipe
 from zpipe.train.fit.train_vit import ClassifyTask, VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import train_zoomer
 from zpipe.train.models import ZoomViT
+from zpipe.train.resume_state import load_checkpoint
+from zpipe.train.run_files import BEST, RUN
 
 torch.set_num_threads(1)
 LOOP = TrainConfig(epochs=2, batch_size=4, data_workers=0, log_every=3, device="cpu", lr=1e-3)
@@ -176,10 +178,11 @@ def test_the_last_and_the_best_epochs_are_kept(data, tmp_path):
         name = f"epochs/{best['epoch']:05d}.safetensors"
         assert (run / "best.safetensors").read_bytes() == (run / name).read_bytes()
     assert load_run(run).model.num_classes == 10
-    # Begun anew, nothing of this attempt passes for the next one's.
-    for name in ("checkpoint.pt", "config.json"):
+    # An attempt that died before its first checkpoint: nothing of it passes for the next one's.
+    for name in ("checkpoint.pt", "config.json", "metrics.jsonl", "run.json"):
         (run / name).unlink(missing_ok=True)
-    (run / "best.json").write_text(json.dumps({"epoch": 5, "val_top1": 1.0}))
+    (run / "run.json").write_text(json.dumps(RUN.header | {"kind": "vit", "settings": {}}))
+    (run / "best.json").write_text(json.dumps(BEST.header | {"epoch": 5, "val_top1": 1.0}))
     (run / "epochs" / "00099.safetensors").write_bytes(b"")
     train_vit(data / "shards", run, with_loop(config, epochs=1), val=data / "val")
     assert [path.name for path in (run / "epochs").iterdir()] == ["00001.safetensors"]
@@ -398,8 +401,8 @@ def test_wrong_settings(data, tmp_path, change, told):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"mixup": -1.0}, "mix.mixup -1"),
-        ({"mix_prob": 2.0}, "mix.prob 2"),
+        ({"mixup": -1.0}, "mixup -1"),
+        ({"mix_prob": 2.0}, "mix_prob 2"),
         ({"val_alpha": 2.0}, "val_alpha 2"),
         ({"token_label_weight": 1.0, "mixup": 0.5}, "without mixup"),
     ],
@@ -557,17 +560,34 @@ def test_a_kill_in_an_epochs_end_has_it_done_again(data, whole, tmp_path, monkey
 # -- stopped from outside ----------------------------------------------------------------------------------------------
 
 
-def test_sigterm_saves_and_ends_and_the_run_goes_on(data, tmp_path):
-    """In a process of its own, with data processes; the checkpoint is written in mid-epoch, long before one is due."""
+@pytest.fixture(scope="module")
+def fifteen(data, tmp_path_factory):
+    """The weights after an undisturbed run of 15 epochs."""
+    run = tmp_path_factory.mktemp("fifteen") / "run"
+    train_vit(data / "shards", run, replace(PLAIN, train=replace(LOOP, epochs=15.0, log_every=1, warmup_epochs=5.0)))
+    return (run / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("number", "to", "workers"),
+    [
+        (signal.SIGTERM, "process", 1),
+        (signal.SIGTERM, "both", 2),  # as from `timeout` and schedulers
+        (signal.SIGINT, "group", 2),  # as from a terminal
+    ],
+)
+def test_a_signal_saves_and_ends_and_the_run_resumes(data, fifteen, tmp_path, number, to, workers):
+    """In a session of its own, with data processes; the checkpoint is written in mid-epoch, long before one is due."""
     sets = {"train.log_every": 1, "model_args": BODY, "train.batch_size": 4}
     options = [f"--set={name}={json.dumps(value)}" for name, value in sets.items()]
-    options += ["--model", "deit_tiny_patch16_224", "--image-size", str(SIDE), "--epochs", "30", "--device", "cpu"]
+    options += ["--model", "deit_tiny_patch16_224", "--image-size", str(SIDE), "--epochs", "15", "--device", "cpu"]
+    options += ["--data-workers", str(workers)]
 
     def start(out):
         command = [sys.executable, "-c", "from zpipe.cli import main; main()", "train-vit", str(data / "shards")]
-        command += ["--out", str(out), *options]
+        streams = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True, "start_new_session": True}
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        return subprocess.Popen([*command, "--out", str(out), *options], env=environment, **streams)
 
     out = tmp_path / "run"
     process = start(out)
@@ -576,19 +596,64 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on(data, tmp_path):
         while not (out / "metrics.jsonl").is_file() or len((out / "metrics.jsonl").read_bytes()) < 1000:
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        if to != "group":
+            process.send_signal(number)
+        if to != "process":
+            os.killpg(process.pid, number)
         _, told = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 1 and "terminated; run the same command again to go on" in told
+    ends = {signal.SIGTERM: (1, "error: terminated"), signal.SIGINT: (130, "error: interrupted")}
+    assert process.returncode == ends[number][0] and "Traceback" not in told
+    assert told.splitlines()[-1].startswith(f"{ends[number][1]}; run the same command again to ")
     state = load_checkpoint(out)
     assert state["step"] == lines(out)[-1]["step"]
     process = start(out)
-    assert process.wait(timeout=120) == 0, process.communicate()[1]
-    process.communicate()
-    config = replace(PLAIN, train=replace(LOOP, epochs=30.0, log_every=1, warmup_epochs=5.0, data_workers=1))
-    train_vit(data / "shards", tmp_path / "whole", config)
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert (out / "model.safetensors").read_bytes() == fifteen
+
+
+def test_a_second_signal_ends_training_that_does_not_come_to_its_next_step(data, tmp_path):
+    """Without the command line: the first is held back, the second is as without training."""
+    sent = []
+
+    def hang(stage, done, total, **facts):
+        for _ in range(2):
+            sent.append(done)
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.3)
+        raise AssertionError("not ended")
+
+    with pytest.raises(KeyboardInterrupt):
+        train_vit(data / "shards", tmp_path / "run", PLAIN, progress=hang)
+    assert sent == [3, 3] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"loader": {"batch": -1}}, "not a state of a RelevanceLoader .*batch"),
+        ({"loader": {"epoch": 1}}, "in epoch 0, but its data is in epoch 1; delete it"),
+        ({"loader": {"seed": 5}}, "the state was taken with seed=5"),
+        ({"draws": "x"}, "its position in the epoch can't be restored .*; delete it to start over"),
+        ({"ranks": [{"cpu": 3, "cuda": None}]}, "its position in the epoch can't be restored"),
+        ({"ranks": 5}, "its position in the epoch can't be restored"),
+    ],
+)
+def test_a_position_that_cannot_be_is_one_line(data, tmp_path, change, told):
+    run = tmp_path / "run"
+    asked = iter(range(1, 4))
+    with pytest.raises(Stopped):
+        train_vit(data / "shards", run, PLAIN, stop=lambda: next(asked) == 3)
+    state = load_checkpoint(run)
+    for name, value in change.items():
+        old = state["position"][name]
+        state["position"][name] = old | value if isinstance(value, dict) else value
+    loop.save_checkpoint(run, state)
+    with pytest.raises(ZpipeError, match=f"checkpoint.pt: .*{told}") as error:
+        train_vit(data / "shards", run, PLAIN)
+    assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_of_other_features_is_refused(data, tmp_path):

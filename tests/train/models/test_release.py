@@ -152,14 +152,27 @@ def test_files_that_are_no_checkpoints(tmp_path, capsys):
     path = tmp_path / "checkpoint.pth"
     for content in (b"", b"not a checkpoint", pickle.dumps({"model": _Evil()})):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="checkpoint.pth: not a checkpoint of plain tensors"):
+        with pytest.raises(ValueError, match="checkpoint.pth: cannot be read as weights"):
             load_release(path, **config)
     torch.save({"model": _Evil()}, path)
-    with pytest.raises(ValueError, match="not a checkpoint of plain tensors"):
+    with pytest.raises(ValueError, match="a pickled object of builtins.print"):
         load_release(path, **config)
     assert "code ran" not in capsys.readouterr().out
     torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="holds no state dict"):
+    with pytest.raises(ValueError, match="no state dict"):
         load_release(path, **config)
     with pytest.raises(FileNotFoundError):
         load_release(tmp_path / "nowhere.pth", **config)
+    torch.save({"head.weight": torch.tensor([torch.nan])}, path)
+    with pytest.raises(ValueError, match="head.weight holds NaN or infinity"):
+        load_release(path, **config)
+
+
+@torch.no_grad()
+def test_prefixes_and_settings_beside_the_weights(tmp_path):
+    values, images, state, config = opened("release_eta2")
+    path = tmp_path / "last.ckpt"
+    named = {f"model.module.{key}": value for key, value in state.items()}
+    torch.save({"state_dict": named, "best": np.float64(0.9)}, path)
+    vit, zoomer = load_release(path, **config)
+    np.testing.assert_allclose(vit(images[:1], zoomer(images[:1])).numpy(), values["logits"][:1], atol=1e-4)

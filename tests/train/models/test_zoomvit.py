@@ -265,6 +265,8 @@ def test_budgets_in_tokens_and_multiply_adds(factor):
     for budget, message in (
         (f"{cells - 1} tokens", f"below the {cells} tokens of an image with nothing zoomed"),
         ("0.0000001 GMACs", "below the .* GMACs"),
+        (f"{4 * cells + 3} tokens", f"above the {4 * cells} tokens of an image with everything zoomed"),
+        (f"{3 * model.macs(cells) / 1e9:.6f} G", "above the .* GMACs"),
         ("1000 cells", "budget must lie between 0 and"),
         ("much", "is none"),
     ):

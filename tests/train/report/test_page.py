@@ -79,6 +79,12 @@ def test_embedded_json_ends_no_script():
     text.encode("ascii")
 
 
+def test_names_are_shown_with_what_would_not_be_seen():
+    about = {"runs": ["a\u202eb", "c\x1b[31m"], "n": 1.5, "notes": []}
+    shown = json.loads(re.search(r'id="about-data">(.*?)</script>', render(about, None))[1])
+    assert shown == about | {"runs": [r"a\u202eb", r"c\x1b[31m"]}
+
+
 def test_the_same_inputs_give_the_same_bytes(data, page_file, tmp_path):
     again = report([data], tmp_path, replace(CONFIG, maps=data / "maps"))
     assert again.read_bytes() == page_file.read_bytes()

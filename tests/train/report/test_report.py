@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from report_page import CONFIG, COUNT, embedded, result
@@ -16,7 +17,7 @@ from zpipe.train.report import report
 from zpipe.train.report.figures import curves, histograms
 from zpipe.train.report.page import describe
 from zpipe.train.report.points import base_name, points
-from zpipe.train.report.runs import gather
+from zpipe.train.report.runs import Gathered, RunRecord, gather
 from zpipe.train.report.tables import headline, tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -236,10 +237,10 @@ def test_a_range_over_seeds_is_not_called_an_interval(zoom, plain, tile, ending)
     [
         ("run.json", "{", "run.json: not readable as"),
         ("run.json", "{}", "run.json: is None version None, expected 'zpipe-run' version 1"),
-        ("run.json", '{"format": "zpipe-run", "version": 1}', "run.json: not the settings of a run"),
+        ("run.json", '{"format": "zpipe-run", "version": 1}', "run.json: not readable as the settings of a run"),
         ("evaluation.json", '{"rows": 3}', "evaluation.json: not an evaluation"),
         ("evaluation.json", '{"rows": [{"setting": "alpha=x", "count": 3}]}', "evaluation.json: not an evaluation"),
-        ("metrics.jsonl", '{"step": 1}\n{"st', "metrics.jsonl: line 2 is not a line of metrics"),
+        ("metrics.jsonl", '{"step": 1}\n{"st\n', "metrics.jsonl: line 2 is not a line of metrics"),
         ("results/study.json", "{}", "study.json: is None version None"),
         ("results/errors_samples.json", '{"samples": [1]}', "errors_samples.json: not an error analysis"),
     ],
@@ -276,3 +277,32 @@ def test_a_run_that_was_never_evaluated_has_its_curves(data, tmp_path):
         "train-speed",
     ]
     assert about["figures"]["accuracy"] == [] and any("zpipe evaluate" in note for note in about["notes"])
+
+
+def evaluated(name, digest, **stated):
+    """A run that was evaluated on the images of a digest."""
+    content = {"shards": f"shards/{name}", "samples": 10, "skipped": 0, "images_digest": digest} | stated
+    return RunRecord(
+        path=Path(name),
+        name=name,
+        kind="vit",
+        model="m",
+        settings={},
+        finished=True,
+        curve=[{"step": 1}],
+        shards=content["shards"],
+        measured=[content],
+    )
+
+
+def test_the_page_says_which_images_the_evaluations_are_of():
+    left_out = evaluated("b", "1", skipped=3, skipped_by={"damaged": 3})
+    same = describe(Gathered(runs=[evaluated("a", "1"), left_out], results=[], titles={}))["notes"]
+    assert "3 of 10 images in an evaluation of b: damaged." in same and not any("different images" in n for n in same)
+    notes = describe(Gathered(runs=[evaluated("a", "1"), evaluated("c", "2")], results=[], titles={}))["notes"]
+    assert any("different images (a on shards/a; c on shards/c); accuracies do not compare" in note for note in notes)
+    older = [evaluated("a", "1"), evaluated("d", "2", shards="shards/a")]
+    del older[0].measured[0]["images_digest"]
+    assert not any(
+        "different images" in note for note in describe(Gathered(runs=older, results=[], titles={}))["notes"]
+    )
