@@ -247,7 +247,7 @@ class IndexFile:
     def _about(self) -> pq.FileMetaData:
         try:
             return pq.read_metadata(pa.BufferReader(self._data))
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
             raise self._damage(first_line(error)) from error
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
@@ -333,7 +333,7 @@ class IndexFile:
             raise self._damage("a key comes twice")
 
     def _damage(self, reason: str) -> DamageError:
-        return DamageError(f"{self.path}: map index can't be read ({reason}); delete it and extract again")
+        return DamageError(f"{self.path}: map index can't be read ({printable(reason)}); delete it and extract again")
 
 
 def read_stored(root: Path, stem: str) -> np.ndarray:
@@ -349,7 +349,7 @@ def read_stored(root: Path, stem: str) -> np.ndarray:
         stored, is_there = read_array(path)
     except storage_errors(ValueError) as error:
         if isinstance(error, (ValueError, FileNotFoundError)) or getattr(error, "errno", None) in _NOT_OURS:
-            raise DamageError(f"{path}: maps can't be read ({first_line(error)}); {remedy}") from error
+            raise DamageError(f"{path}: maps can't be read ({printable(first_line(error))}); {remedy}") from error
         raise ZpipeError(
             f"{path}: maps can't be read ({first_line(error)}); {remedy_for(error)}, then run again"
         ) from error
