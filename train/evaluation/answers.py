@@ -14,12 +14,13 @@ from torch import Tensor
 from zpipe.schemas.classes import ClassNames, match_classes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import read_json
+from zpipe.schemas.model_config import CONFIG_NAME
 from zpipe.schemas.shard_index import ShardIndex
 from zpipe.schemas.storage import read_file
 from zpipe.train.checkpoint import Run
 from zpipe.train.data.labels import check_labels
 from zpipe.train.evaluation.metrics import LARGEST_LOGIT, check_numbers
-from zpipe.train.run_files import CONFIG_NAME, RUN_NAME
+from zpipe.train.run_files import RUN_NAME
 
 REAL_KEY = "ILSVRC2012_val_{:08d}"  # of the n-th entry of ReaL's real.json, counted from 1
 MAX_CLASSES_BYTES = 16 << 20  # of a file of classes
