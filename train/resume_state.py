@@ -155,6 +155,8 @@ def _check_state(state: dict[str, Any]) -> None:
     for place, tensor in _tensors({name: state.get(name) for name in ("model", "average", "optimizer")}):
         if not is_finite(tensor):
             raise ValueError(f"{place} is NaN or infinite")
+        if tensor.is_complex() and place.startswith("optimizer."):  # PyTorch would drop its imaginary part
+            raise ValueError(f"{place} is complex")
     if typed.position is None:
         return
     generators = {"position.draws": typed.position.draws}

@@ -285,9 +285,13 @@ WRONG = {
     "verify: broken": ("maps verify {broken_store}", 1, "broken_store: 1 problems"),
     "verify: other tars": ("maps verify {maps} --shards {other_shards}", 1, "maps: "),
     "verify: no such shards": ("maps verify {maps} --shards {missing}", 2, "missing: no such folder"),
-    "show: unknown key": ("maps show {maps} nobody --out {out}", 2, "no map for key 'nobody'"),
-    "show: nothing": ("maps show {missing} train_0000000 --out {out}", 1, "missing: not a relevance store"),
-    "show: no such shards": ("maps show {maps} train_0000000 --shards {empty} --out {out}", 2, "empty: holds no .tar"),
+    "show: unknown key": ("maps show {maps} nobody --out {out}.png", 2, "no map for key 'nobody'"),
+    "show: nothing": ("maps show {missing} train_0000000 --out {out}.png", 1, "missing: not a relevance store"),
+    "show: no such shards": (
+        "maps show {maps} train_0000000 --shards {empty} --out {out}.png",
+        2,
+        "empty: holds no .tar",
+    ),
 }
 
 

@@ -75,7 +75,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
                 )
     machine = [{name: group[name] for name in OF_THE_MACHINE if name in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    if any(len({isinstance(value, Tensor) for value in values}) > 1 for values in _by_name(optimizer).values()):
+    if any(len(set(kinds)) > 1 for kinds in _forms(optimizer).values()):
         raise ValueError("its optimizer holds numbers where it holds tensors for other weights")
     for group, options in zip(optimizer.param_groups, machine, strict=True):
         group |= options
@@ -92,7 +92,7 @@ def _check_held(weight: Tensor, held: dict[str, Any], alike: dict[str, Any]) -> 
     if {name: _kind(value) for name, value in held.items()} != alike:
         raise ValueError("its optimizer holds something else for one weight than for another")
     for name, value in held.items():
-        if isinstance(value, Tensor) and (value.is_complex() or not _fits(value, weight)):
+        if isinstance(value, Tensor) and not _fits(value, weight):
             raise ValueError(f"{name} of its optimizer is {list(value.shape)}, its weight {list(weight.shape)}")
     if float(held.get("step", 0)) < 0:
         raise ValueError(f"its optimizer is in step {float(held['step']):g}")
@@ -102,11 +102,12 @@ def _kind(value: Any) -> Any:
     return (value.dtype, value.ndim) if isinstance(value, Tensor) else type(value)
 
 
-def _by_name(optimizer: torch.optim.Optimizer) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    for held in optimizer.state.values():
-        for name, value in held.items():
-            found.setdefault(name, []).append(value)
+def _forms(optimizer: torch.optim.Optimizer) -> dict[str, list[bool]]:
+    """Whether what an optimizer holds for each weight, by name, is a tensor with more than a number."""
+    found: dict[str, list[bool]] = {}
+    for weight, held in optimizer.state.items():
+        for name, value in held.items() if weight.ndim else ():
+            found.setdefault(name, []).append(isinstance(value, Tensor) and value.ndim > 0)
     return found
 
 
