@@ -43,6 +43,7 @@ def stoppable() -> Iterator[None]:
         if len(received) == 1:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
+    handle.ends_at_second = True  # type: ignore[attr-defined]  # what stacks a handler on this one leaves that to it
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     handlers = {number: signal.signal(number, handle) for number in STOP_SIGNALS}

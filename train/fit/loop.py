@@ -312,10 +312,6 @@ class Trainer:
             _restore_position(position, self.loader, self.task.draws, self.ranks, self.device)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ZpipeError(
-                f"{path}: its position in the epoch can't be restored ({last_line(error)}); {damaged_remedy(self.run)}"
-            ) from error
         if self.loader.epoch != self.epoch:
             raise ZpipeError(
                 f"{path}: in epoch {self.epoch}, but its data is in epoch {self.loader.epoch}; "

@@ -90,10 +90,10 @@ def test_one_that_hangs_is_ended_with_its_loader(data, tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "fifo")
     read_tar = join.read_tar
 
-    def blocked(shard):
+    def blocked(shard, **options):
         if shard.path.name != "shard-00000.tar":
             open(tmp_path / "fifo").close()
-        return read_tar(shard)
+        return read_tar(shard, **options)
 
     monkeypatch.setattr(join, "read_tar", blocked)
     monkeypatch.setattr(_utils, "MP_STATUS_CHECK_INTERVAL", 0.2)

@@ -633,12 +633,9 @@ def test_a_second_signal_ends_training_that_does_not_come_to_its_next_step(data,
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"loader": {"batch": -1}}, "not a state of a RelevanceLoader .*batch"),
-        ({"loader": {"epoch": 1}}, "in epoch 0, but its data is in epoch 1; delete it"),
-        ({"loader": {"seed": 5}}, "the state was taken with seed=5"),
-        ({"draws": "x"}, "its position in the epoch can't be restored .*; delete it to start over"),
-        ({"ranks": [{"cpu": 3, "cuda": None}]}, "its position in the epoch can't be restored"),
-        ({"ranks": 5}, "its position in the epoch can't be restored"),
+        ({"epoch": 1}, "in epoch 0, but its data is in epoch 1; restore the file, or delete"),
+        ({"seed": 5}, "the state was taken with seed=5"),
+        ({"batch": 99}, "the state was taken behind batch 99"),
     ],
 )
 def test_a_position_that_cannot_be_is_one_line(data, tmp_path, change, told):
@@ -647,9 +644,7 @@ def test_a_position_that_cannot_be_is_one_line(data, tmp_path, change, told):
     with pytest.raises(Stopped):
         train_vit(data / "shards", run, PLAIN, stop=lambda: next(asked) == 3)
     state = load_checkpoint(run)
-    for name, value in change.items():
-        old = state["position"][name]
-        state["position"][name] = old | value if isinstance(value, dict) else value
+    state["position"]["loader"] |= change
     loop.save_checkpoint(run, state)
     with pytest.raises(ZpipeError, match=f"checkpoint.pt: .*{told}") as error:
         train_vit(data / "shards", run, PLAIN)
