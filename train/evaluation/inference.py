@@ -244,7 +244,7 @@ class Tally:
             "skipped_by": dict(account.left_out),
             "damaged": [*self.loader.damaged_shards, *self.loader.damaged_samples][:MAX_REASONS],
             # A line about images in tars without an index that belong to no sample; "" if there are none.
-            "left_out_of_tars": getattr(self.loader.index, "left_out", ""),
+            "left_out_of_tars": self.loader.index.left_out,
             "images_digest": self.digest,
         }
 
