@@ -97,7 +97,7 @@ def statuses(explained):
     columns = {name: [] for name in INDEX_SCHEMA.names}
     for relevance, logit, target in zip(*explained, strict=True):
         item = FramedImage(key="k", label=0, pixels=logit, width=SIDE, height=SIDE, frame=Box(0, 0, SIDE, SIDE))
-        _append_row(columns, item, logit, int(target), _status(item, relevance))
+        _append_row(columns, item, logit, int(target), _status(item, relevance, logit))
     _, scale = encode_maps(explained.maps)
     entropy, top_mass = concentration(explained.maps)
     index = pa.table(columns | {"scale": scale, "entropy": entropy, "top10_mass": top_mass}).cast(INDEX_SCHEMA)
@@ -132,5 +132,5 @@ def test_the_smallest_deviation_that_a_description_may_have(method):
 
 
 def test_a_precision_that_the_device_lacks():
-    with pytest.raises(UsageError, match="--precision float32\\+tf32: only CUDA has it, this is cpu"):
+    with pytest.raises(UsageError, match="--precision float32\\+tf32: only CUDA devices have it, this is cpu"):
         Explainer(teacher_of("usual"), ExplainConfig(precision="float32+tf32"), batch_size=1, device="cpu")
