@@ -109,7 +109,7 @@ def test_a_full_disk_ends_an_export_with_one_line(store, small_disk):
     maps = zpipe.open_maps(store)
     small_disk.fill(1000)
     for export in (export_numpy, export_parquet):
-        with pytest.raises(ZpipeError, match="could not be written .No space left on device.; free space on that disk"):
+        with pytest.raises(ZpipeError, match="could not be written .*No space left on device.; free space"):
             export(maps, small_disk.root / "out")
     assert [path.name for path in small_disk.root.iterdir()] == ["filler"]
 

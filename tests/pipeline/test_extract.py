@@ -634,7 +634,10 @@ def test_the_command_as_a_process(shards, store, tmp_path, process, teacher_flag
     done = process("extract-teacher-maps", shards, "--out", out, *flags)
     table = RelevanceMaps(store).table()
     share = 100 * np.mean(table["label"].to_numpy() == table["predicted"].to_numpy())
-    told = f"18 maps in 4 shards (4 extracted now); the teacher names {share:.1f} % of these labels"
+    told = (
+        f"18 maps in 4 shards (4 extracted now); the teacher names {share:.1f} % of these labels; seen 18, taken 18, "
+    )
+    told += "left out 0, quarantined 0"
     assert (done.code, done.stdout) == (0, f"{out}: {told}\n")
     first, *lines = done.stderr.splitlines()
     assert first.startswith("warning: random weights") and json.loads(lines[-1])["done"] == 18

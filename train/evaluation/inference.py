@@ -88,8 +88,10 @@ class OpenRun:
         """
         with self._autocast():
             output, scores = run_model(self.model, self._checked, prepared, point)
-        self.check_logits(logits_of(output), prepared)
-        return Answer(logits_of(output), scores, output)
+        answered: Any = logits_of(output)
+        for logits in answered if isinstance(answered, tuple) else (answered,):  # those of both stages, for calibration
+            self.check_logits(logits, prepared)
+        return Answer(answered, scores, output)
 
     def check_logits(self, logits: Tensor, batch: dict[str, Any]) -> None:
         """Check the logits [B, classes] of a batch; raises as `respond`."""
