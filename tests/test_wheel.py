@@ -99,7 +99,7 @@ def test_the_command_starts(python, tmp_path):
     assert "extract-teacher-maps" in run(command, "--help", cwd=tmp_path)
     code = "import zpipe.pipeline.verify as verify; print(verify.__file__)"
     assert Path(run(python, "-c", code, cwd=tmp_path).strip()).is_relative_to(python.parents[1])
-    assert "whole" in run(command, "maps", "verify", store, cwd=tmp_path)
+    assert "intact" in run(command, "maps", "verify", store, cwd=tmp_path)
 
 
 def test_all_of_it_compiles_on_this_python(tmp_path):
