@@ -23,14 +23,11 @@ from zpipe.schemas.storage import (
     is_remote,
     names_in,
     open_file,
-    read_file,
     remove,
     storage_errors,
     temporary_sibling,
     upload,
 )
-
-MAX_JSON_BYTES = 256 << 20  # a shard index has 250 bytes per shard
 
 
 def _fsync_path(path: Path) -> None:
@@ -109,27 +106,6 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     # File names that are not UTF-8 hold lone surrogates; escaped as \udcXX they are JSON.
     write_bytes(path, text.encode(errors="backslashreplace"))
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: The file, a path or a URL.
-        what: What messages call its content: `a shard index`.
-
-    Raises:
-        ZpipeError: The file is absent, unreadable or no JSON object.
-    """
-    try:
-        value = json.loads(read_file(path, MAX_JSON_BYTES))
-    except FileNotFoundError as error:
-        raise ZpipeError(f"{path}: no such file; expected {what}") from error
-    except storage_errors(ValueError, RecursionError) as error:
-        raise ZpipeError(f"{path}: not readable as {what} ({error}); restore or delete the file") from error
-    if not isinstance(value, dict):
-        raise ZpipeError(f"{path}: not readable as {what} (not a JSON object); restore or delete the file")
-    return value
 
 
 def claim_folder(path: Path, marker: str, what: str, *, lease: str | None = None) -> None:

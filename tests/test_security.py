@@ -31,8 +31,8 @@ from zpipe.pipeline.make_shards import index_shards
 from zpipe.pipeline.shard_reader import Frame, frame_image, open_shards, read_samples
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher
 from zpipe.schemas import images, relevance_store
-from zpipe.schemas.atomic import read_json
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.formats import read_json
 from zpipe.schemas.relevance_store import IndexFile, maps_path, read_stored
 from zpipe.schemas.sample import Sample
 from zpipe.schemas.storage import as_path
@@ -272,7 +272,14 @@ def test_an_index_of_too_many_rows_is_not_read(tmp_path, monkeypatch):
 
 def test_json_nested_without_end_is_one_line(tmp_path, members):
     (tmp_path / "deep.json").write_text("[" * 200_000)
-    refused(read_json, tmp_path / "deep.json", "a manifest", match="deep.json: not readable as a manifest")
+    refused(
+        read_json,
+        tmp_path / "deep.json",
+        "a manifest",
+        type=dict,
+        remedy="restore it",
+        match="deep.json: not readable as a manifest",
+    )
     tiny.write_tar(tmp_path / "one.tar", members | {"a.json": b"[" * 200_000})
     refused(lambda: list(read_samples(tmp_path / "one.tar")), match="key a: its .json can't be read")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 from report_page import CONFIG, COUNT, HOSTILE, LOOP
 from tiny import BODY, SIDE, scenes, store
 
-from zpipe.schemas.atomic import read_json, write_json
+from zpipe.schemas.atomic import write_json
 from zpipe.schemas.shard_index import INDEX_NAME
 from zpipe.train.evaluation.evaluate import evaluate
 from zpipe.train.evaluation.operating_points import EvalConfig
@@ -23,7 +24,7 @@ def data(tmp_path_factory):
     """Shards with a hostile class name, a store, and evaluated runs: both zoom factors and a plain model."""
     root = tmp_path_factory.mktemp("report")
     shards = scenes(root / "shards", COUNT, shard_size=6)
-    index = read_json(shards / INDEX_NAME, "a shard index")
+    index = json.loads((shards / INDEX_NAME).read_bytes())
     index["classes"][3] = HOSTILE
     write_json(shards / INDEX_NAME, index)
     maps = store(shards, root / "maps")

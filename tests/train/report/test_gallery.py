@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import base64
+import json
 import shutil
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from report_page import CONFIG, COUNT, LOOP, embedded, status
 from tiny import BODY, GRID, SIDE
 
-from zpipe.schemas.atomic import read_json, write_json
+from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.manifest import read_manifest, write_manifest
-from zpipe.schemas.shard_index import INDEX_NAME
+from zpipe.schemas.relevance_store import index_path
+from zpipe.schemas.shard_index import INDEX_NAME, digest_file
 from zpipe.train.checkpoint import load_run, save_model
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.evaluation.evaluate import evaluate
@@ -115,11 +118,11 @@ def test_runs_of_another_data_set_are_left_out_with_a_note(data, tmp_path):
     """With as many classes as the gallery's labels, more and fewer; fewer would fail the whole report."""
     for name, classes in (("as-many", 10), ("more", 12), ("fewer", 2)):
         other = shutil.copytree(data / "shards", tmp_path / f"{name}-shards")
-        index = read_json(other / INDEX_NAME, "a shard index")
+        index = json.loads((other / INDEX_NAME).read_bytes())
         index["classes"] = [f"{name} {n}" for n in range(classes)]
         write_json(other / INDEX_NAME, index)
         run = shutil.copytree(data / "plain", tmp_path / name)
-        record = read_json(run / "run.json", "a run")
+        record = json.loads((run / "run.json").read_bytes())
         record["settings"]["classes"] = index["classes"]
         write_json(run / "run.json", record)
     few = VitConfig(model="deit_tiny_patch16_224", model_args=BODY, image_size=SIDE, num_classes=2)
@@ -262,7 +265,7 @@ def test_the_panel_of_the_scores_says_what_they_know(data, open_page, tmp_path):
     assert captions.keys() | {"own", "none"} == SOURCES.keys()
     for source in captions:
         run = shutil.copytree(data / "double", tmp_path / source)
-        record = read_json(run / "run.json", "a run")
+        record = json.loads((run / "run.json").read_bytes())
         record["settings"]["scores"] = source
         write_json(run / "run.json", record)
     runs = [tmp_path / source for source in captions]
@@ -285,7 +288,15 @@ def test_the_panel_of_the_scores_says_what_they_know(data, open_page, tmp_path):
 def test_maps_that_do_not_know_the_true_class_are_not_said_to(data, tmp_path, target, words):
     maps = shutil.copytree(data / "maps", tmp_path / "maps")
     manifest = read_manifest(maps)
-    write_manifest(maps, replace(manifest, provenance=replace(manifest.provenance, target=target)))
+    provenance = replace(manifest.provenance, target=target)
+    shards = []
+    for shard in manifest.shards:
+        path = index_path(maps, shard.stem)
+        table = pq.read_table(path)
+        seal = table.schema.metadata | {b"fingerprint": provenance.fingerprint().encode()}
+        pq.write_table(table.replace_schema_metadata(seal), path)
+        shards.append(replace(shard, index_sha256=digest_file(path)))
+    write_manifest(maps, replace(manifest, provenance=provenance, shards=tuple(shards)))
     html = report([data / "plain"], tmp_path / "out", replace(CONFIG, gallery=2, maps=maps)).read_text()
     assert embedded(html, "gallery-data")["map_caption"] == f"The teacher's map, {words}."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from report_page import CONFIG, COUNT, embedded, result
 
-from zpipe.schemas.atomic import read_json, write_json
+from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.evaluation.results import EVALUATION, write_results, write_study
 from zpipe.train.report import report
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def without_header(path):
     """An evaluation as in files of before the header."""
-    found = read_json(path, "an evaluation")
+    found = json.loads(path.read_bytes())
     return {name: found[name] for name in ("kind", "run", "model", "seed", "shards", "maps", "rows")}
 
 
@@ -42,7 +43,7 @@ def test_runs_of_a_folder_with_their_results(data):
     ]
     assert found.runs[0].zooms == [{"alpha": 0.4}, {"alpha": 0.5}, {"alpha": 0.6}]
     assert found.runs[1].zooms == [{"budget": 0}, {"budget": 1}, {"budget": 4}]
-    evaluation = read_json(data / "half" / "evaluation.json", "an evaluation")["rows"][2]
+    evaluation = json.loads((data / "half" / "evaluation.json").read_bytes())["rows"][2]
     rows = {row.metric: row for row in found.results if row.run == "half" and row.setting.get("budget") == 4}
     assert rows["top1"].value == evaluation["top1"] and rows["top1"].n == COUNT
     assert rows["top1"].low <= rows["top1"].value <= rows["top1"].high
