@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
+
+from zpipe import interrupts
 
 os.environ.setdefault("PYTHONFAULTHANDLER", "1")  # subprocesses that crash print their stacks
 
@@ -23,6 +26,18 @@ TEACHER = {
     "teacher_args": {"img_size": [64, 96], "depth": 2, "embed_dim": 48},
     "threads": 1,
 }
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A command that a signal ended keeps its handlers until its process ends; here the process goes on."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    if any(signal.getsignal(number) is not handler for number, handler in handlers.items()):
+        signal.set_wakeup_fd(-1)
+        interrupts._watched_by = None
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
