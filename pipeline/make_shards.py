@@ -35,6 +35,7 @@ from zpipe.schemas.shard_index import (
     digest_file,
     digest_keys,
     find_shards,
+    has_index,
     read_index,
     write_index,
 )
@@ -131,7 +132,7 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
             "check the source folder"
         )
     index = ShardIndex(shards=entries, classes=source.classes, source=str(first["source"]), account=account)
-    if not (out / INDEX_NAME).is_file() or read_index(out) != index:
+    if not has_index(out) or read_index(out) != index:
         _write_quarantine(out, rejected)
         write_index(out, index)
     return MakeShardsReport(
@@ -156,7 +157,7 @@ def index_shards(folder: Path, *, progress: Progress = silent) -> ShardIndex:
         ZpipeError: A tar is broken, or two tars hold the same key; nothing is written then.
     """
     folder, tars = find_shards(folder)
-    if (folder / INDEX_NAME).is_file():
+    if has_index(folder):
         raise UsageError(f"{folder / INDEX_NAME}: is there already; delete it to index the folder again")
     index = scan_shards(tars, progress=progress)
     write_index(folder, index)
@@ -247,7 +248,7 @@ def _changed_files(out: Path, name: str, parts: list[_Part], source: Source) -> 
             packed |= {str(sample.meta.get("source")) for sample in read_samples(out / part.entry.name)}
     now = set(source.files())
     gone = sorted(packed - now)
-    came = sorted(now - packed) if (out / INDEX_NAME).is_file() else []  # else they may be in parts that are not made
+    came = sorted(now - packed) if has_index(out) else []  # else they may be in parts that are not made
     found = [
         f"{len(files)} {verb}, {printable(files[0])} the first"
         for files, verb in ((gone, "are gone"), (came, "are new"))

@@ -26,6 +26,7 @@ from zpipe.schemas.shard_index import (
     check_listed,
     digest_keys,
     find_shards,
+    has_index,
     read_index,
     rows_with_repeated_hashes,
 )
@@ -117,7 +118,7 @@ def open_shards(path: Path, *, progress: Progress = silent) -> tuple[list[tuple[
     """
     path = as_path(path)
     folder, tars = find_shards(path)
-    if (folder / INDEX_NAME).is_file():
+    if has_index(folder):
         index = read_index(folder)
         entries = check_listed(folder, tars, index, whole_folder=path.is_dir())
         return list(zip(tars, entries, strict=True)), index

@@ -6,6 +6,7 @@ A tar that was truncated between two samples can be read without an error; only 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import Count, Digest, Format, Text
 from zpipe.schemas.names import printable
 from zpipe.schemas.sample import shard_stem
-from zpipe.schemas.storage import as_path, check_reachable, file_sizes, names_in, open_file, storage_errors
+from zpipe.schemas.storage import as_path, check_reachable, file_sizes, is_remote, names_in, open_file, storage_errors
 from zpipe.schemas.tar_file import TAR_BLOCK
 
 INDEX_NAME = "shards.json"
@@ -170,6 +171,12 @@ def read_index(folder: Path) -> ShardIndex:
             f"{path}: its count is {read.count}, that of its shards together {index.count}; {FORMAT.remedy}"
         )
     return index
+
+
+def has_index(folder: Path) -> bool:
+    """Whether something lies at `shards.json` of a folder, be it readable or not; it must not be passed by."""
+    path = as_path(folder) / INDEX_NAME
+    return path.is_file() if is_remote(path) else os.path.lexists(path)
 
 
 def find_shards(path: Path) -> tuple[Path, list[Path]]:

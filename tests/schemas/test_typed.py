@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zpipe.pipeline.shard_reader import open_shards
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.formats import Count, Digest, Format, decode_json, read_json
 from zpipe.schemas.storage import open_file, read_file
+from zpipe.train.data.stream import list_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,3 +123,13 @@ def test_only_regular_files_are_opened(tmp_path):
     assert read_file(tmp_path / "file", 5) == b"12345"
     with pytest.raises(OSError, match="has more than 4 bytes"):
         read_file(tmp_path / "file", 4)
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "nowhere"])
+def test_what_lies_in_place_of_a_shard_index_is_not_passed_by(tmp_path, target):
+    """Without an index the tars would be read as public ones, and nothing would be compared."""
+    (tmp_path / "a.tar").write_bytes(bytes(1024))
+    (tmp_path / "shards.json").symlink_to(target)
+    for opened in (open_shards, list_shards):
+        with pytest.raises(ZpipeError, match="shards.json: (not readable as|no such file)"):
+            opened(tmp_path)

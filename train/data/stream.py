@@ -22,6 +22,7 @@ from zpipe.schemas.shard_index import (
     check_listed,
     digest_keys,
     find_shards,
+    has_index,
     read_index,
 )
 from zpipe.schemas.storage import as_path, is_remote, open_file, read_file, storage_errors
@@ -49,7 +50,7 @@ def list_shards(path: Path) -> tuple[list[Shard], ShardIndex]:
     """
     path = as_path(path)
     folder, tars = find_shards(path)
-    if (folder / INDEX_NAME).is_file():
+    if has_index(folder):
         index = read_index(folder)
         entries = check_listed(folder, tars, index, whole_folder=path.is_dir())
         return [Shard(path=tar, entry=entry) for tar, entry in zip(tars, entries, strict=True)], index

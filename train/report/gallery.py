@@ -25,7 +25,7 @@ from zpipe.schemas.classes import ClassNames, match_classes
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.progress import Progress
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.schemas.shard_index import INDEX_NAME, find_shards, read_index
+from zpipe.schemas.shard_index import find_shards, has_index, read_index
 from zpipe.schemas.storage import as_path
 from zpipe.train.checkpoint import Preprocessing, load_run
 from zpipe.train.data.labels import check_labels
@@ -211,7 +211,7 @@ def _of_these_classes(records: Sequence[RunRecord], shards: Path) -> tuple[list[
     """
     folder, _ = find_shards(as_path(shards))
     # Tars without an index name no classes. Listing them takes long, and the loader does it later.
-    names = read_index(folder).classes if (folder / INDEX_NAME).is_file() else ()
+    names = read_index(folder).classes if has_index(folder) else ()
     known = ClassNames(names=names, where=str(shards))
     fitting, notes = [], []
     for record in records:
