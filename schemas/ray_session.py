@@ -146,7 +146,7 @@ def ray_session(
             f"{where} could not be reached or started ({reason}); {_remedy(reason, local)}, or {instead}"
         ) from error
     session = RaySession(ray, where, local)
-    with _reaper(session):
+    with _reaper(session), signals_as_raised():
         try:
             yield session
         except ray.exceptions.RayError as error:
@@ -191,6 +191,21 @@ def _reaper(session: RaySession) -> Iterator[None]:
     # In a session of its own, because signals to the process group are not for it.
     with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True):
         yield
+
+
+@contextmanager
+def signals_as_raised() -> Iterator[None]:
+    """Raise what a signal handler raised, where a compiled function had a result already.
+
+    Python then reports a SystemError about the function, whose cause is the handler's exception.
+    """
+    try:
+        yield
+    except SystemError as error:
+        cause = error.__cause__
+        if cause is None or isinstance(cause, Exception):
+            raise
+        raise cause from None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -89,4 +90,12 @@ def _leave_signals_to_parent() -> None:
         signal.set_wakeup_fd(-1)
 
 
+def _ignore_late_signals() -> None:
+    """While Python ends, it gives handled signals back to the system, which would replace the command's exit code."""
+    if _watched_by == os.getpid():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+
 os.register_at_fork(after_in_child=_leave_signals_to_parent)
+atexit.register(_ignore_late_signals)  # early, so that it runs after the clean-up of libraries, which may hang

@@ -13,7 +13,7 @@ import pytest
 from zpipe.schemas import ray_session as module
 from zpipe.schemas import reaper
 from zpipe.schemas.errors import ZpipeError
-from zpipe.schemas.ray_session import cause_of, ray_session, socket_path_problem
+from zpipe.schemas.ray_session import cause_of, ray_session, signals_as_raised, socket_path_problem
 
 
 def never():
@@ -76,6 +76,16 @@ def test_the_innermost_exception_is_the_cause():
             raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379") from error
     except ConnectionError as error:
         assert cause_of(error) == "ValueError: the digest differs"
+
+
+def test_a_signal_in_compiled_code_that_had_a_result_is_no_error_of_it():
+    """Cython's words for a handler that raises just before a function returns."""
+    told = SystemError("<cyfunction CoreWorker.wait> returned a result with an exception set")
+    with pytest.raises(KeyboardInterrupt), signals_as_raised():
+        raise told from KeyboardInterrupt()
+    for cause in (None, ValueError("a fault")):
+        with pytest.raises(SystemError), signals_as_raised():
+            raise told from cause
 
 
 def test_sigterm_is_handled_as_before_while_ray_starts():
