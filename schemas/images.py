@@ -64,7 +64,7 @@ def open_image(data: bytes) -> Image.Image:
     tags = getattr(image, "tag_v2", {}) if kind == "TIFF" else {}
     if all(isinstance(tags.get(tag), int) for tag in TIFF_TILE_SIDES):
         _check_pixels(tags[TIFF_TILE_SIDES[0]], tags[TIFF_TILE_SIDES[1]])
-    if kind == "JPEG" or tags.get(TIFF_COMPRESSION) in TIFF_JPEG:
+    if (kind == "JPEG" and not _has_one_scan(image, data)) or tags.get(TIFF_COMPRESSION) in TIFF_JPEG:
         scans = data.count(b"\xff\xda")  # the marker that begins a scan; compressed pixels do not hold it
         if scans * image.width * image.height > MAX_SCANNED_PIXELS:
             raise ValueError(f"{scans} scans of {image.width} x {image.height} pixels would take too long to decode")
@@ -111,6 +111,16 @@ def orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
+def _has_one_scan(image: Image.Image, data: bytes) -> bool:
+    """Whether a JPEG that was just opened is sequential, with all colours in one scan: libjpeg decodes no second one."""
+    if image.info.get("progressive") or image.fp is None:
+        return False
+    colours = len(image.getbands())
+    # Pillow stops after the header of the first scan: marker, length, number of colours, and more.
+    header = b"\xff\xda" + struct.pack(">HB", 6 + 2 * colours, colours)
+    return data.startswith(header, image.fp.tell() - (8 + 2 * colours))
+
+
 def _check_pixels(width: int, height: int, most: int | None = None) -> None:
     most = MAX_PIXELS if most is None else most
     if width * height > most:
@@ -120,8 +130,10 @@ def _check_pixels(width: int, height: int, most: int | None = None) -> None:
 def pixel_notes(image: Image.Image) -> tuple[str, ...]:
     """What the rules of this module make of an opened image beyond plain decoding, as phrases for an account."""
     notes = []
-    # Without EXIF data there is nothing to parse; TIFF has the orientation among its own tags.
-    if ("exif" in image.info or image.format == "TIFF") and orientation(image) != 1:
+    # TIFF has the orientation among its own tags.
+    exif = image.info.get("exif", b"")
+    has_tag = b"\x01\x12" in exif or b"\x12\x01" in exif  # looked for first, because parsing takes its time
+    if (has_tag or image.format == "TIFF") and orientation(image) != 1:
         notes.append("with an EXIF orientation (not applied)")
     if image.has_transparency_data:
         notes.append("transparent (on white)")

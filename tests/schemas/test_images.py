@@ -168,6 +168,22 @@ def test_a_jpeg_of_many_scans_is_refused(monkeypatch):
         open_image(data)
 
 
+def test_scans_are_counted_unless_there_can_be_only_one(monkeypatch):
+    """A sequential JPEG of one scan, which most photos are, isn't searched; what follows its scan is never decoded."""
+    noise = Image.effect_noise((64, 64), 50)
+    sequential = saved(noise, "JPEG")
+    repeated = sequential[:-2] + sequential[sequential.index(b"\xff\xda") :]
+    monkeypatch.setattr(images, "MAX_SCANNED_PIXELS", 0)
+    for data in (sequential, repeated):
+        open_image(data).close()
+    with open_image(repeated) as image, pytest.raises(OSError, match="broken data stream"):
+        to_rgb(image)
+    for mode in ("L", "RGB", "CMYK"):
+        open_image(saved(noise.convert(mode), "JPEG")).close()
+        with pytest.raises(ValueError, match="would take too long"):
+            open_image(saved(noise.convert(mode), "JPEG", progressive=True))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("format", IMAGE_FORMATS)
 def test_damaged_files_raise_what_is_promised(format):
