@@ -17,7 +17,7 @@ import io
 import struct
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from zpipe.schemas.image_formats import HEAD_BYTES, IMAGE_FORMATS, sniff_format
 
@@ -112,8 +112,8 @@ def orientation(image: Image.Image) -> int:
 
 
 def _has_one_scan(image: Image.Image, data: bytes) -> bool:
-    """Whether a JPEG that was just opened is sequential, with all colours in one scan: libjpeg decodes no second one."""
-    if image.info.get("progressive") or image.fp is None:
+    """Whether an opened JPEG is sequential, with all colours in its first scan: libjpeg decodes no second one."""
+    if image.info.get("progressive") or not isinstance(image, ImageFile.ImageFile) or image.fp is None:
         return False
     colours = len(image.getbands())
     # Pillow stops after the header of the first scan: marker, length, number of colours, and more.
