@@ -1,4 +1,4 @@
-"""CIFAR-10 and Oxford Flowers-102 from the files that their authors publish, and sources of `make_shards` by name.
+"""CIFAR-10 and Oxford Flowers-102 from the files that their authors publish.
 
 Archives are read into memory: names in them never become paths, and links in them are not followed. Nothing is
 unpickled.
@@ -11,74 +11,24 @@ import hashlib
 import io
 import os
 import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
-from zpipe.pipeline.image_folder import FolderSource
 from zpipe.pipeline.mat_file import read_numbers
-from zpipe.pipeline.sources import (
-    Record,
-    Rejected,
-    SceneSource,
-    Source,
-    check_seed,
-    read_record,
-    record_of,
-    scene_config,
-)
-from zpipe.schemas.choices import check_choice
+from zpipe.pipeline.sources import NumberedSource, Record, Rejected, choose_split, read_record, record_of
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.sample import KEY_RULES
 from zpipe.schemas.shard_index import digest_keys
-from zpipe.schemas.storage import as_local, open_file, read_file
+from zpipe.schemas.storage import open_file, read_file
 from zpipe.schemas.tar_file import read_members
 
 MAX_UNPACKED_BYTES = 1 << 31  # the published archives unpack to 186 and 349 MB
 
 
-class _Numbered(ABC):
-    """Images that are numbered from 0, in this order or in one drawn from a seed, in parts of `shard_size`."""
-
-    name: str
-    classes: tuple[str, ...]
-    warning = ""  # shown to the user
-
-    def __init__(self, path: Path, split: str, count: int, shard_size: int, shuffle_seed: int | None) -> None:
-        self._settings = {"split": split, "shard_size": shard_size, "shuffle_seed": shuffle_seed}
-        self._source = f"{self.name}:{path}"
-        self._shard_size = shard_size
-        self._order = np.arange(count)
-        if shuffle_seed is not None:
-            check_seed(shuffle_seed)
-            self._order = np.random.default_rng(shuffle_seed).permutation(count)
-
-    def describe(self) -> dict[str, Any]:
-        return {"source": self._source} | self._settings | {"content_sha256": self._digest()}
-
-    def parts(self) -> int:
-        return -(-len(self._order) // self._shard_size)
-
-    def records(self, part: int) -> Iterator[Record | Rejected]:
-        numbers = self._order[part * self._shard_size : (part + 1) * self._shard_size].tolist()
-        # PIL releases the interpreter lock.
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            yield from pool.map(self._record, numbers)
-
-    @abstractmethod
-    def _digest(self) -> str: ...
-
-    @abstractmethod
-    def _record(self, number: int) -> Record | Rejected: ...
-
-
-class Cifar10Source(_Numbered):
+class Cifar10Source(NumberedSource):
     """CIFAR-10's binary version: `cifar-10-binary.tar.gz`, or the folder that it unpacks to. Labels are 0 to 9.
 
     Each batch is a sequence of records: a label of one byte, then 3,072 bytes of a 32 x 32 image, channel by channel.
@@ -105,7 +55,8 @@ class Cifar10Source(_Numbered):
     RECORD = 1 + 3 * SIDE * SIDE  # bytes
 
     def __init__(self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None) -> None:
-        names = _choose(self.name, split, self.SPLITS)
+        choose_split(self.name, split, self.SPLITS)
+        names = self.SPLITS[split]
         where, files = self._read(path, (*names, self.NAMES))
         self.classes = tuple(files[self.NAMES].decode("ascii", "replace").split())
         if len(self.classes) != self.NUM_CLASSES:
@@ -154,13 +105,15 @@ class Cifar10Source(_Numbered):
             )
         return records
 
-    def _digest(self) -> str:
+    def digest(self) -> str:
+        """See `NumberedSource`."""
         digest = hashlib.sha256()
         for records in self._batches.values():
             digest.update(records.data)
         return digest.hexdigest()
 
-    def _record(self, number: int) -> Record:
+    def record(self, number: int) -> Record:
+        """See `NumberedSource`."""
         name, row = self._places[number]
         record = self._batches[name][row]
         pixels = record[1:].reshape(3, self.SIDE, self.SIDE).transpose(1, 2, 0)  # [H, W, 3]
@@ -171,7 +124,7 @@ class Cifar10Source(_Numbered):
         return Record(key=key, suffix="png", image=buffer.getvalue(), label=int(record[0]), meta=meta)
 
 
-class Flowers102Source(_Numbered):
+class Flowers102Source(NumberedSource):
     """Oxford Flowers-102: a folder with `imagelabels.mat`, `setid.mat`, and `102flowers.tgz` or its folder `jpg/`.
 
     The splits are those of `setid.mat`: train (trnid), val (valid), test (tstid), trainval (trnid, then valid). The
@@ -197,7 +150,8 @@ class Flowers102Source(_Numbered):
     LARGEST = 16 << 20  # bytes of an image; the official ones are far smaller
 
     def __init__(self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None) -> None:
-        lists = _choose(self.name, split, self.SPLITS)
+        choose_split(self.name, split, self.SPLITS)
+        lists = self.SPLITS[split]
         _check_there(path, f"give the folder that holds {self.ARCHIVE}, {self.LABELS} and {self.SPLIT_FILE}")
         root = path.parent if path.is_file() else path
         labels = _read_lists(root / self.LABELS, ("labels",), len(self.classes))["labels"]
@@ -227,91 +181,18 @@ class Flowers102Source(_Numbered):
             )
         return where, archived
 
-    def _digest(self) -> str:
+    def digest(self) -> str:
+        """See `NumberedSource`."""
         # Like a folder source, it is identified by its files and their labels.
         return digest_keys(f"{file}\t{label}" for file, label in zip(self._files, self._labels, strict=True))
 
-    def _record(self, number: int) -> Record | Rejected:
+    def record(self, number: int) -> Record | Rejected:
+        """See `NumberedSource`."""
         name = self._files[number]
         file, key, label = f"{self.FOLDER}/{name}", name.removesuffix(".jpg"), self._labels[number]
         if self._archived:
             return record_of(self._archived[name], file, key=key, label=label)
         return read_record(self._folder / name, file, key=key, label=label)
-
-
-DATASETS: Mapping[str, type[Cifar10Source] | type[Flowers102Source]] = {
-    source.name: source for source in (Cifar10Source, Flowers102Source)
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Settings of a source that is opened by name."""
-
-    shard_size: int = 1000
-    """Most images in one tar."""
-    keys: str = "stem"
-    """Key of an image of a folder, a name of `zpipe.schemas.sample.KEY_RULES`; other sources have their own keys."""
-    seed: int = 0
-    """Seed of the order of images, or of the embedded scenes."""
-    shuffle: bool = True
-    """Whether the images are shuffled; scenes always are."""
-    count: int = 10_000
-    """Number of embedded scenes."""
-    split: str = "train"
-    """Split of the embedded scenes or of a published data set."""
-    image_size: int | None = None
-    """Width and height of an embedded scene in pixels; None for the default."""
-    scene: Mapping[str, Any] = field(default_factory=dict)
-    """Other fields of `zpipe.pipeline.scenes.SceneConfig`."""
-
-    def __post_init__(self) -> None:
-        check_choice("--keys", self.keys, KEY_RULES)
-
-
-def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = print) -> Source:
-    """Open the images that `zpipe make-shards` names.
-
-    Args:
-        text: `scenes`, `NAME:PATH` of one of `DATASETS`, or a folder of images.
-        config: Its settings.
-        warn: Called with a line if the data set does not look complete.
-
-    Raises:
-        UsageError: There is no such source, or it does not have a setting that was given.
-        ZpipeError: A file of the source is broken.
-    """
-    if text == "scenes":
-        scene = scene_config(config.image_size, dict(config.scene))
-        return SceneSource(
-            count=config.count, split=config.split, seed=config.seed, config=scene, shard_size=config.shard_size
-        )
-    if config.scene or config.image_size:
-        raise UsageError("--image-size and --set belong to the embedded scenes; other sources have neither")
-    seed = config.seed if config.shuffle else None
-    name, colon, path = text.partition(":")
-    if not colon or name not in DATASETS:
-        if config.split != SourceConfig.split:
-            raise UsageError(f"--split {config.split}: an image folder has no splits; give the folder of that split")
-        folder = FolderSource(as_local(text), shard_size=config.shard_size, shuffle_seed=seed, key_rule=config.keys)
-        for line in folder.warnings:
-            warn(f"warning: {line}")
-        return folder
-    if config.keys != "stem":
-        raise UsageError(f"--keys belongs to image folders; {name} has keys of its own")
-    # Shells do not expand a ~ after a colon.
-    source = DATASETS[name](
-        as_local(path).expanduser(), split=config.split, shard_size=config.shard_size, shuffle_seed=seed
-    )
-    if source.warning:
-        warn(f"warning: {source.warning}")
-    return source
-
-
-def _choose(name: str, split: str, splits: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    if split not in splits:
-        raise UsageError(f"--split {split}: {name} has {', '.join(splits)}")
-    return splits[split]
 
 
 def _read(path: Path, largest: int) -> bytes:

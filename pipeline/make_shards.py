@@ -178,14 +178,10 @@ def _write_shard(source: Source, part: int, parts: int, out: Path) -> _Part:
                     continue
                 keys.append(record.key)
                 noted.update(record.notes)
-                tar.write(
-                    {
-                        "__key__": record.key,
-                        record.suffix: record.image,
-                        "cls": str(record.label).encode(),
-                        "json": json.dumps(record.meta).encode(),
-                    }
-                )
+                members = {"__key__": record.key, record.suffix: record.image}
+                if record.label is not None:
+                    members["cls"] = str(record.label).encode()
+                tar.write(members | {"json": json.dumps(record.meta).encode()})
         file.flush()
         size, digest = os.path.getsize(tmp), digest_file(tmp)
     entry = ShardEntry(name=path.name, count=len(keys), bytes=size, sha256=digest, keys_sha256=digest_keys(keys))

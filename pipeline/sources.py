@@ -1,6 +1,7 @@
 """What a source of images is to `zpipe.pipeline.make_shards`, and the embedded scenes.
 
-Image folders are in `zpipe.pipeline.image_folder`, published data sets in `zpipe.pipeline.datasets`.
+`zpipe.pipeline.open_source` opens all sources by name; image folders are in `zpipe.pipeline.image_folder`, small
+published data sets in `zpipe.pipeline.datasets`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 import errno
 import io
 import json
-from collections.abc import Iterator
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -36,8 +40,8 @@ class Record:
     """Suffix of the image file, by its format."""
     image: bytes
     """The image file."""
-    label: int
-    """Class index."""
+    label: int | None
+    """Class index; None for images without a class of their own, as those of detection data sets."""
     meta: dict[str, Any]
     """Content of `key.json`: width, height, source, ..."""
     notes: tuple[str, ...] = ()
@@ -125,6 +129,63 @@ class SceneSource:
                 number += 1
 
 
+class NumberedSource(ABC):
+    """A source whose images are numbered from 0, in this order or in one drawn from a seed, in parts of `shard_size`.
+
+    Args:
+        path: What the user named, without the name of the source.
+        split: The split.
+        count: Number of images.
+        shard_size: Images per part.
+        shuffle_seed: Seed of the order of images; None keeps the order of the source.
+    """
+
+    name: str
+    """Name of the source on the command line."""
+    classes: tuple[str, ...]
+    """Class names."""
+    warning = ""
+    """What the user should know, one line."""
+
+    def __init__(self, path: Path, split: str, count: int, shard_size: int, shuffle_seed: int | None) -> None:
+        self._settings = {"split": split, "shard_size": shard_size, "shuffle_seed": shuffle_seed}
+        self._source = f"{self.name}:{path}"
+        self._shard_size = shard_size
+        self._order = np.arange(count)
+        if shuffle_seed is not None:
+            check_seed(shuffle_seed)
+            self._order = np.random.default_rng(shuffle_seed).permutation(count)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source`."""
+        return {"source": self._source} | self._settings | {"content_sha256": self.digest()}
+
+    def parts(self) -> int:
+        """See `Source`."""
+        return -(-len(self._order) // self._shard_size)
+
+    def records(self, part: int) -> Iterator[Record | Rejected]:
+        """See `Source`."""
+        numbers = self._order[part * self._shard_size : (part + 1) * self._shard_size].tolist()
+        # PIL releases the interpreter lock.
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            yield from pool.map(self.record, numbers)
+
+    @abstractmethod
+    def digest(self) -> str:
+        """SHA-256 (hex) of what determines the images and labels."""
+
+    @abstractmethod
+    def record(self, number: int) -> Record | Rejected:
+        """The image of a number."""
+
+
+def choose_split(name: str, split: str, splits: Collection[str]) -> None:
+    """Raise :class:`UsageError` unless the source `name` has that split."""
+    if split not in splits:
+        raise UsageError(f"--split {split}: {name} has {', '.join(splits)}")
+
+
 def check_seed(seed: int) -> None:
     """Raise :class:`UsageError` for a seed below 0."""
     if seed < 0:
@@ -171,7 +232,7 @@ def inspect_image(data: bytes) -> InspectedImage:
         raise ValueError(f"broken image: {error}") from error
 
 
-def read_record(path: Path, file: str, *, key: str, label: int) -> Record | Rejected:
+def read_record(path: Path, file: str, *, key: str, label: int | None) -> Record | Rejected:
     """Read an image file into a record.
 
     Args:
@@ -192,7 +253,7 @@ def read_record(path: Path, file: str, *, key: str, label: int) -> Record | Reje
     return record_of(data, file, key=key, label=label)
 
 
-def record_of(data: bytes, file: str, *, key: str, label: int) -> Record | Rejected:
+def record_of(data: bytes, file: str, *, key: str, label: int | None) -> Record | Rejected:
     """The same for an image file that is in memory."""
     try:
         found = inspect_image(data)

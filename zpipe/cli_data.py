@@ -69,8 +69,8 @@ def make_shards_command(
     can't be decoded are listed in quarantine.csv and left out; the exit code is then 1.
     """
     with reporting() as progress:
-        from zpipe.pipeline.datasets import SourceConfig, open_source
         from zpipe.pipeline.make_shards import index_shards, make_shards
+        from zpipe.pipeline.open_source import SourceConfig, open_source
 
         if index_only:
             index = index_shards(path_or_url(source), progress=progress)

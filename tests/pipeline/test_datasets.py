@@ -17,7 +17,7 @@ from scipy.io import savemat
 from tiny import header, write_tar
 
 from zpipe.pipeline import datasets
-from zpipe.pipeline.datasets import DATASETS
+from zpipe.pipeline.datasets import Cifar10Source, Flowers102Source
 from zpipe.pipeline.make_shards import make_shards
 from zpipe.pipeline.mat_file import read_numbers
 from zpipe.pipeline.shard_reader import open_shards, read_samples
@@ -89,10 +89,13 @@ def unpack(root):
     (root / "102flowers.tgz").unlink()
 
 
+SOURCES = {"cifar10": Cifar10Source, "flowers102": Flowers102Source}
+
+
 def make(source, out, split, **changes):
     name, _, path = str(source).partition(":")
     settings = {"shard_size": 5, "shuffle_seed": None} | changes
-    return make_shards(DATASETS[name](Path(path), split=split, **settings), out)
+    return make_shards(SOURCES[name](Path(path), split=split, **settings), out)
 
 
 # ---------------------------------------------------------------------------------------------------------- CIFAR-10
@@ -358,7 +361,7 @@ def test_no_damage_to_a_mat_file_is_more_than_a_line(flowers, tmp_path, compress
         data = damaged(good, rng) if number % 3 else good[: rng.integers(0, len(good))]
         (root / "setid.mat").write_bytes(data)
         try:
-            DATASETS["flowers102"](root, split="trainval", shard_size=5, shuffle_seed=None)
+            Flowers102Source(root, split="trainval", shard_size=5, shuffle_seed=None)
         except ZpipeError as error:
             assert "\n" not in str(error)
             refused += 1

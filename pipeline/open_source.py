@@ -1,0 +1,102 @@
+"""Sources of `zpipe make-shards` by name: a folder, `scenes`, or NAME:PATH."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zpipe.pipeline.datasets import Cifar10Source, Flowers102Source
+from zpipe.pipeline.image_folder import FolderSource
+from zpipe.pipeline.sources import NumberedSource, SceneSource, Source, scene_config
+from zpipe.schemas.choices import check_choice
+from zpipe.schemas.errors import UsageError
+from zpipe.schemas.sample import KEY_RULES
+from zpipe.schemas.storage import as_local
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Settings of a source that is opened by name."""
+
+    shard_size: int = 1000
+    """Most images in one tar."""
+    keys: str = "stem"
+    """Key of an image of a folder, a name of `zpipe.schemas.sample.KEY_RULES`; other sources have their own keys."""
+    seed: int = 0
+    """Seed of the order of images, or of the embedded scenes."""
+    shuffle: bool = True
+    """Whether the images are shuffled; scenes always are."""
+    count: int = 10_000
+    """Number of embedded scenes."""
+    split: str = "train"
+    """Split of the embedded scenes or of a published data set."""
+    image_size: int | None = None
+    """Width and height of an embedded scene in pixels; None for the default."""
+    scene: Mapping[str, Any] = field(default_factory=dict)
+    """Other fields of `zpipe.pipeline.scenes.SceneConfig`."""
+
+    def __post_init__(self) -> None:
+        check_choice("--keys", self.keys, KEY_RULES)
+
+    @property
+    def order_seed(self) -> int | None:
+        """Seed of the order of images; None to keep that of the source."""
+        return self.seed if self.shuffle else None
+
+
+def _published(source: type[Cifar10Source] | type[Flowers102Source]) -> Callable[[str, SourceConfig], NumberedSource]:
+    def opened(path: str, config: SourceConfig) -> NumberedSource:
+        return source(_local(path), split=config.split, shard_size=config.shard_size, shuffle_seed=config.order_seed)
+
+    return opened
+
+
+# What follows a colon: PATH or URL, and the settings -> a source. Its `warning`, if any, is shown.
+NAMED: Mapping[str, Callable[[str, SourceConfig], Any]] = {
+    "cifar10": _published(Cifar10Source),
+    "flowers102": _published(Flowers102Source),
+}
+
+
+def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = print) -> Source:
+    """Open the images that `zpipe make-shards` names.
+
+    Args:
+        text: `scenes`, `NAME:PATH` of one of `NAMED`, or a folder of images.
+        config: Its settings.
+        warn: Called with a line if the data set does not look complete.
+
+    Raises:
+        UsageError: There is no such source, or it does not have a setting that was given.
+        ZpipeError: A file of the source is broken.
+    """
+    if text == "scenes":
+        scene = scene_config(config.image_size, dict(config.scene))
+        return SceneSource(
+            count=config.count, split=config.split, seed=config.seed, config=scene, shard_size=config.shard_size
+        )
+    if config.scene or config.image_size:
+        raise UsageError("--image-size and --set belong to the embedded scenes; other sources have neither")
+    name, colon, path = text.partition(":")
+    if not colon or name not in NAMED:
+        if config.split != SourceConfig.split:
+            raise UsageError(f"--split {config.split}: an image folder has no splits; give the folder of that split")
+        folder = FolderSource(
+            as_local(text), shard_size=config.shard_size, shuffle_seed=config.order_seed, key_rule=config.keys
+        )
+        for line in folder.warnings:
+            warn(f"warning: {line}")
+        return folder
+    if config.keys != SourceConfig.keys:
+        raise UsageError(f"--keys belongs to image folders; {name} has keys of its own")
+    source: Source = NAMED[name](path, config)
+    if warning := getattr(source, "warning", ""):
+        warn(f"warning: {warning}")
+    return source
+
+
+def _local(path: str) -> Path:
+    # Shells do not expand a ~ after a colon.
+    return as_local(path).expanduser()
