@@ -104,7 +104,7 @@ def compare_stores(
 
 def _check_comparable(a: RelevanceMaps, b: RelevanceMaps) -> None:
     first, second = a.manifest.provenance, b.manifest.provenance
-    for name in ("grid", "frame"):
+    for name in ("kind", "grid", "frame"):
         if getattr(first, name) != getattr(second, name):
             raise ZpipeError(
                 f"{a.path} has {name} {getattr(first, name)}, {b.path} has {getattr(second, name)}: "
@@ -114,7 +114,9 @@ def _check_comparable(a: RelevanceMaps, b: RelevanceMaps) -> None:
 
 def _differing(a: RelevanceMaps, b: RelevanceMaps) -> tuple[tuple[str, object, object], ...]:
     first, second = a.manifest.provenance.compared(), b.manifest.provenance.compared()
-    return tuple((name, first[name], second[name]) for name in first if first[name] != second[name])
+    return tuple(
+        (name, first.get(name), second.get(name)) for name in first | second if first.get(name) != second.get(name)
+    )
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -44,7 +44,8 @@ class ExplainConfig:
     method: str = DEFAULT_METHOD
     """Attribution method: a name of `zpipe.pipeline.methods.METHODS`."""
     target: str = "ground-truth"
-    """Class that a map explains: ``ground-truth``, ``predicted`` (the teacher's best class) or ``class:K``."""
+    """Class that a map explains: ``ground-truth``, ``predicted`` (the teacher's best class) or ``class:K``; ``top:K``:
+    one map for each of the teacher's K best classes."""
     symmetrise: bool = False
     """Average each map with that of the mirrored image, mirrored back: then mirroring an image mirrors its map. Takes
     twice the time."""
@@ -57,8 +58,12 @@ class ExplainConfig:
         if "+" in self.precision and self.method != DEFAULT_METHOD:
             raise UsageError(f"--precision {self.precision}: {self.method} has float32 and float64 only")
         kind, colon, number = self.target.partition(":")
-        if not (self.target in ("ground-truth", "predicted") or (kind == "class" and colon and number.isdecimal())):
-            raise UsageError(f"--target {self.target}: choose ground-truth, predicted or class:K")
+        numbered = kind in ("class", "top") and colon and number.isascii() and number.isdecimal() and len(number) < 10
+        if not (self.target in ("ground-truth", "predicted") or numbered):
+            raise UsageError(f"--target {self.target}: choose ground-truth, predicted, class:K or top:K")
+        if self.top_classes == 0 or (self.top_classes and self.method in CLASS_BLIND):
+            reason = "gives the same map for every class" if self.top_classes else "has no map"
+            raise UsageError(f"--target {self.target}: {self.method} {reason}; choose another target")
 
     @property
     def needs_label(self) -> bool:
@@ -71,6 +76,15 @@ class ExplainConfig:
         return int(self.target.removeprefix("class:")) if self.target.startswith("class:") else None
 
     @property
+    def top_classes(self) -> int | None:
+        """The K of ``top:K``; None for other targets."""
+        return int(self.target.removeprefix("top:")) if self.target.startswith("top:") else None
+
+    def shape(self, grid: tuple[int, int]) -> tuple[int, ...]:
+        """Shape of what is computed for an image: the grid (gh, gw), or (K, gh, gw)."""
+        return grid if self.top_classes is None else (self.top_classes, *grid)
+
+    @property
     def recorded_target(self) -> str:
         """The target that the manifest records: ``none`` for methods that depend on no class."""
         return "none" if self.method in CLASS_BLIND else self.target
@@ -80,11 +94,13 @@ class Explained(NamedTuple):
     """The maps of a batch, with what they explain."""
 
     maps: np.ndarray
-    """float32 [n, gh, gw], raw; NaN where the logits are not finite."""
+    """float32 [n, gh, gw], or [n, K, gh, gw] for the target ``top:K``; raw; NaN where the logits are not finite."""
     logits: np.ndarray
     """float32 [n, classes]."""
     targets: np.ndarray
-    """int64 [n], the classes that the maps explain; `NO_CLASS` for methods without one."""
+    """int64 [n] or [n, K], the classes that the maps explain; `NO_CLASS` for methods without one."""
+    features: np.ndarray
+    """float32 [n, gh, gw, D], the patch tokens that the teacher's head reads; D = 0 if they are not saved."""
 
 
 class Explainer:
@@ -97,14 +113,19 @@ class Explainer:
         config: Method, target class, symmetrisation and precision.
         batch_size: Most images at once.
         device: Device to compute on.
+        features: Whether to compute the teacher's features, too, by a forward pass of their own.
 
     Raises:
         UsageError: The teacher does not have the class of the target, or the device not the precision.
         ZpipeError: Not even one image fits the memory; raised by the call.
     """
 
-    def __init__(self, teacher: Teacher, config: ExplainConfig, *, batch_size: int, device: str) -> None:
+    def __init__(
+        self, teacher: Teacher, config: ExplainConfig, *, batch_size: int, device: str, features: bool = False
+    ) -> None:
         fixed = config.fixed_class
+        if (config.top_classes or 0) > teacher.num_classes:
+            raise UsageError(f"--target {config.target}: teacher {teacher.name} has {teacher.num_classes} classes")
         if fixed is not None and fixed >= teacher.num_classes:
             raise UsageError(f"--target {config.target}: teacher {teacher.name} has {teacher.num_classes} classes")
         if config.precision.endswith("+tf32") and not device.startswith("cuda"):
@@ -113,6 +134,7 @@ class Explainer:
             )
         self.config, self.batch_size, self.device, self.name = config, batch_size, device, teacher.name
         self.notes: list[str] = []
+        self._with_features = features
         dtype, self._sweep = PRECISIONS[config.precision]
         self._dtype = dtype
         self._model = teacher.model.to(device=device, dtype=dtype)
@@ -165,8 +187,18 @@ class Explainer:
             maps = (maps + mirrored) / 2
         # What leads to no class explains none: for methods that depend on the attention alone, the map may be finite.
         logits = attribution.logits.float()
-        maps = maps.float().masked_fill(~logits.isfinite().all(dim=1)[:, None, None], torch.nan)
-        return Explained(maps.cpu().numpy(), logits.cpu().numpy(), targets.cpu().numpy().astype(np.int64))
+        broken = ~logits.isfinite().all(dim=1).view(-1, *[1] * (maps.ndim - 1))
+        maps = maps.float().masked_fill(broken, torch.nan)
+        results = (maps, logits, targets.to(torch.int64), self._features(images))
+        return Explained(*(result.cpu().numpy() for result in results))
+
+    @torch.no_grad()
+    def _features(self, images: Tensor) -> Tensor:
+        grid = self._model.patch_embed.grid_size
+        if not self._with_features:
+            return images.new_zeros(len(images), *grid, 0, dtype=torch.float32)
+        tokens = self._model.forward_features(images)[:, self._model.num_prefix_tokens :]  # [n, gh * gw, D]
+        return tokens.unflatten(1, grid).float()
 
     def _attribute(self, images: Tensor, targets: Targets) -> Attribution:
         if self._sweep == "model":
@@ -176,6 +208,9 @@ class Explainer:
     def _targets(self, labels: np.ndarray) -> Targets:
         if self.config.target == "predicted":
             return lambda logits: logits.argmax(dim=1)
+        if self.config.top_classes is not None:
+            count = self.config.top_classes
+            return lambda logits: logits.topk(count, dim=1).indices
         if self.config.needs_label:
             return torch.from_numpy(labels).to(self.device)
         return torch.full((len(labels),), self.config.fixed_class or 0, device=self.device)

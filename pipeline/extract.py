@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -26,7 +26,7 @@ from zpipe.pipeline.store_plan import (
     prepare,
 )
 from zpipe.pipeline.teacher import Teacher, TeacherSpec, load_teacher
-from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec, frame_of
+from zpipe.pipeline.worker import MAPS, SAVED, ShardReport, ShardTask, WorkerSpec, frame_of
 from zpipe.schemas.account import Account
 from zpipe.schemas.atomic import clear_temporaries
 from zpipe.schemas.choices import check_choice
@@ -76,6 +76,9 @@ class ExtractConfig:
     ``by-name``, the class of the same name; ``by-index``, the number, whatever the names."""
     explain: ExplainConfig = field(default_factory=ExplainConfig)
     """Method, target class, symmetrisation and precision of the maps."""
+    save: tuple[str, ...] = ()
+    """What else to store in the same pass, in stores of their own inside the output folder: ``logits`` [classes],
+    ``features`` [gh, gw, D]."""
     frame: str = "full"
     """``full``: the teacher sees the whole image, so that the map can serve any crop; ``center``: its evaluation
     view."""
@@ -103,6 +106,8 @@ class ExtractConfig:
         check_choice("--executor", self.executor, get_args(Executor))
         check_choice("--frame", self.frame, FRAMES)
         check_choice("--classes", self.classes, get_args(Matching))
+        for name in self.save:
+            check_choice("--save", name, SAVED)
         if self.crop_pct is not None and self.frame != "center":
             raise UsageError(f"--crop-pct {self.crop_pct}: --frame {self.frame} shows the whole image; leave it out")
         for name in ("batch_size", "actors", "threads", "gpus_per_actor"):
@@ -191,8 +196,11 @@ def extract_teacher_maps(
     matched = match_labels(teacher, classes, config)
     provenance = provenance_of(teacher, config, matched.numbers)
     store = WantedStore(root=out, source=shards, tars=tars, provenance=provenance, classes=tuple(teacher.classes))
-    store.check_sizes()
-    spec = _worker_spec(store, teacher, config, device, matched.numbers)
+    stores = _stores(store, teacher, config)
+    for each in stores.values():
+        each.check_sizes()
+    saved = {name: each.provenance.fingerprint() for name, each in stores.items() if name != MAPS}
+    spec = replace(_worker_spec(store, teacher, config, device, matched.numbers), saved=saved)
     notes = tuple(note for note in (teacher.note, matched.note) if note)
     if say is not None:
         for note in notes:
@@ -201,20 +209,47 @@ def extract_teacher_maps(
     claim_store(out)
     with held_lease(out) as lease:
         clear_temporaries(out)
-        report = _extract(store, spec, config, lease, progress)
+        report = _extract(stores, spec, config, lease, progress)
     top1 = None if matched.note else report.top1
     return replace(report, notes=notes + report.notes, top1=top1, left_out=index.left_out)
 
 
+def _stores(store: WantedStore, teacher: Teacher, config: ExtractConfig) -> dict[str, WantedStore]:
+    """The stores to fill, by name; that of the maps, whose shards are committed last, is the last one."""
+    shapes = {"logits": (teacher.num_classes,), "features": (*teacher.grid, teacher.model.embed_dim)}
+    stores = {}
+    for name in SAVED:
+        if name in config.save:
+            origin = replace(
+                store.provenance, method=name, target="none", symmetrised=False, kind=SAVED[name], shape=shapes[name]
+            )
+            stores[name] = replace(store, root=store.root / name, provenance=origin)
+    return stores | {MAPS: store}
+
+
 def _extract(
-    store: WantedStore, spec: WorkerSpec, config: ExtractConfig, lease: Lease, progress: Progress
+    stores: Mapping[str, WantedStore], spec: WorkerSpec, config: ExtractConfig, lease: Lease, progress: Progress
 ) -> ExtractReport:
-    plan = prepare(store, replace=config.replace, progress=progress)
-    tally = _Tally(store.count - plan.count, store.count, len(plan.todo), progress)
-    tasks = [ShardTask(path=str(path if is_remote(path) else path.resolve()), entry=entry) for path, entry in plan.todo]
+    store = stores[MAPS]
+    plans = {}
+    for name, each in stores.items():
+        if name != MAPS:
+            claim_store(each.root)
+        plans[name] = prepare(each, replace=config.replace, progress=progress)
+    lacking = {
+        entry.stem: tuple(name for name in stores if entry.stem not in plans[name].kept) for entry in store.entries
+    }
+    tasks = [
+        ShardTask(path=str(path if is_remote(path) else path.resolve()), entry=entry, stores=lacking[entry.stem])
+        for path, entry in store.tars
+        if lacking[entry.stem]
+    ]
+    done = store.count - sum(task.entry.count for task in tasks)
+    tally = _Tally(done, store.count, len(tasks), progress)
     _run_workers(spec, tasks, config, lease.check, tally)
     lease.check()
-    clear_unfinished(store.root)  # of workers that died in this run
+    for each in stores.values():
+        clear_unfinished(each.root)  # of workers that died in this run
     failed = [report.error for report in tally.reports if report.error]
     if failed:
         raise ZpipeError(
@@ -222,18 +257,19 @@ def _extract(
             "correct their causes and run again to resume",
             failed,
         )
-    audited = audit(store, plan, progress)
-    lease.check()  # the audit of a million shards takes longer than a lease
-    commit_manifest(store, audited)
+    for name, each in stores.items():
+        audited = audit(each, plans[name], progress)
+        lease.check()  # the audit of a million shards takes longer than a lease
+        commit_manifest(each, audited)
     return ExtractReport(
         count=audited.manifest.count,
         shards=len(audited.manifest.shards),
-        extracted=len(plan.todo),
+        extracted=len(tasks),
         statuses=audited.manifest.statuses,
         provenance=store.provenance,
         problems=_problems(audited, tally.reports),
         top1=audited.top1,
-        notes=_notes(audited, plan, tally.reports, config),
+        notes=_notes(audited, plans[MAPS], tally.reports, config),
     )
 
 
@@ -294,6 +330,8 @@ def provenance_of(teacher: Teacher, config: ExtractConfig, numbers: tuple[int, .
         target=target,
         frame=config.frame,
         grid=teacher.grid,
+        kind="map" if config.explain.top_classes is None else "class-maps",
+        shape=() if config.explain.top_classes is None else config.explain.shape(teacher.grid),
         image_size=teacher.image_size,
         mean=teacher.mean,
         std=teacher.std,

@@ -12,7 +12,7 @@ import io
 import json
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,10 +28,12 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import Count, Text, check_format, decode_json, header
 from zpipe.schemas.names import printable
 from zpipe.schemas.progress import Progress, silent
+from zpipe.schemas.shard_images import Images, digest_images, image_row, images_path, write_images
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
     ShardIndex,
+    check_listed,
     digest_file,
     digest_keys,
     find_shards,
@@ -146,7 +148,9 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
 
 
 def index_shards(folder: Path, *, progress: Progress = silent) -> ShardIndex:
-    """Write `shards.json` for existing tars, by reading each of them once.
+    """Write `shards.json` for existing tars, by reading each of them once, and the digests of their images.
+
+    An index that was written without these digests gets them; what else it says stays.
 
     Args:
         folder: Folder or URL of the tars.
@@ -154,19 +158,38 @@ def index_shards(folder: Path, *, progress: Progress = silent) -> ShardIndex:
 
     Raises:
         UsageError: There are no tars, or the index exists already.
-        ZpipeError: A tar is broken, or two tars hold the same key; nothing is written then.
+        ZpipeError: A tar is broken, is not what the index says, or two tars hold the same key; `shards.json` is not
+            written then.
     """
     folder, tars = find_shards(folder)
-    if has_index(folder):
-        raise UsageError(f"{folder / INDEX_NAME}: is there already; delete it to index the folder again")
-    index = scan_shards(tars, progress=progress)
+    earlier = read_index(folder) if has_index(folder) else None
+    if earlier is not None:
+        if all(entry.images_sha256 for entry in earlier.shards):
+            raise UsageError(f"{folder / INDEX_NAME}: is there already; delete it to index the folder again")
+        check_listed(folder, tars, earlier, whole_folder=True)
+    index = scan_shards(tars, images_to=folder, progress=progress)
+    if earlier is not None:
+        index = _with_digests(folder, earlier, index)
     write_index(folder, index)
     return index
 
 
+def _with_digests(folder: Path, earlier: ShardIndex, scanned: ShardIndex) -> ShardIndex:
+    """An earlier index with the digests of the images."""
+    found = {entry.name: entry for entry in scanned.shards}
+    for entry in earlier.shards:
+        if entry.sha256 and entry.sha256 != found[entry.name].sha256:
+            raise ZpipeError(
+                f"{folder / entry.name}: its SHA-256 is {found[entry.name].sha256[:12]}, {INDEX_NAME} says "
+                f"{entry.sha256[:12]}: altered; restore it or make the shards again"
+            )
+    shards = tuple(replace(entry, images_sha256=found[entry.name].images_sha256) for entry in earlier.shards)
+    return replace(earlier, shards=shards)
+
+
 def _write_shard(source: Source, part: int, parts: int, out: Path) -> _Part:
     path = out / _tar_name(part, parts)
-    keys: list[str] = []
+    images: Images = []
     rejected: list[Rejected] = []
     noted: Counter[str] = Counter()
     with commit(path) as tmp, open(tmp, "wb") as file:
@@ -176,7 +199,7 @@ def _write_shard(source: Source, part: int, parts: int, out: Path) -> _Part:
                 if isinstance(record, Rejected):
                     rejected.append(record)
                     continue
-                keys.append(record.key)
+                images.append(image_row(record.key, record.label, record.image))
                 noted.update(record.notes)
                 members = {"__key__": record.key, record.suffix: record.image}
                 if record.label is not None:
@@ -184,10 +207,20 @@ def _write_shard(source: Source, part: int, parts: int, out: Path) -> _Part:
                 tar.write(members | {"json": json.dumps(record.meta).encode()})
         file.flush()
         size, digest = os.path.getsize(tmp), digest_file(tmp)
-    entry = ShardEntry(name=path.name, count=len(keys), bytes=size, sha256=digest, keys_sha256=digest_keys(keys))
-    if not keys:
+    entry: ShardEntry | None = None
+    if images:
+        entry = ShardEntry(
+            name=path.name,
+            count=len(images),
+            bytes=size,
+            sha256=digest,
+            keys_sha256=digest_keys(key for key, _, _ in images),
+            images_sha256=digest_images(images),
+        )
+        write_images(out, entry.stem, images)
+    else:
         path.unlink()
-    return _Part(part=part, entry=entry if keys else None, rejected=tuple(rejected), noted=dict(noted))
+    return _Part(part=part, entry=entry, rejected=tuple(rejected), noted=dict(noted))
 
 
 def _tar_name(part: int, parts: int) -> str:
@@ -198,7 +231,8 @@ def _is_whole(out: Path, part: _Part) -> bool:
     if part.entry is None:
         return True
     path = out / part.entry.name
-    return path.is_file() and path.stat().st_size == part.entry.bytes
+    has_images = not part.entry.images_sha256 or images_path(out, part.entry.stem).is_file()
+    return path.is_file() and path.stat().st_size == part.entry.bytes and has_images
 
 
 def _read_progress(out: Path, first: dict[str, Any], source: Source) -> dict[int, _Part]:

@@ -16,9 +16,11 @@ from zpipe.schemas.account import Account
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.geometry import Box
+from zpipe.schemas.image_digest import image_digest
 from zpipe.schemas.images import DECODE_ERRORS, open_image, to_rgb
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.sample import Sample, group_samples, member_bytes, no_samples
+from zpipe.schemas.shard_images import Images, digest_images, image_row, write_images
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -57,6 +59,8 @@ class FramedImage:
     """Height of the source image in pixels."""
     frame: Box
     """The part of the source image that the pixels show."""
+    digest: bytes
+    """Digest of the image file, see `zpipe.schemas.image_digest`."""
     problem: str = ""
     """Why the image could not be decoded."""
 
@@ -126,11 +130,14 @@ def open_shards(path: Path, *, progress: Progress = silent) -> tuple[list[tuple[
     return list(zip(tars, index.shards, strict=True)), index
 
 
-def scan_shards(tars: Sequence[Path], *, progress: Progress = silent, remedy: str = "") -> ShardIndex:
+def scan_shards(
+    tars: Sequence[Path], *, images_to: Path | None = None, progress: Progress = silent, remedy: str = ""
+) -> ShardIndex:
     """Make the index of tars by reading them, several at a time. Memory grows by 8 bytes per sample.
 
     Args:
         tars: The tars.
+        images_to: Folder, a path or a URL, in which to write the index of each tar's images.
         progress: Reports the tars that have been read.
         remedy: How to avoid this work, shown with the progress.
 
@@ -143,8 +150,18 @@ def scan_shards(tars: Sequence[Path], *, progress: Progress = silent, remedy: st
     facts = {"hint": remedy} if remedy else {}
 
     def scan(tar: Path) -> tuple[ShardEntry, np.ndarray, Account]:
-        keys, size, digest, read = _read_keys(tar)
-        entry = ShardEntry(name=tar.name, count=len(keys), bytes=size, sha256=digest, keys_sha256=digest_keys(keys))
+        images, size, digest, read = _read_images(tar)
+        keys = [key for key, _, _ in images]
+        entry = ShardEntry(
+            name=tar.name,
+            count=len(keys),
+            bytes=size,
+            sha256=digest,
+            keys_sha256=digest_keys(keys),
+            images_sha256=digest_images(images),
+        )
+        if images_to is not None:
+            write_images(images_to, entry.stem, images)
         return entry, np.fromiter(map(hash, keys), np.int64, len(keys)), read
 
     # Reading and hashing release the interpreter lock, and a remote store answers several requests at once.
@@ -166,8 +183,8 @@ def _check_unique(tars: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:
     owner: dict[str, Path] = {}
     for number, rows in rows_with_repeated_hashes(hashes):
         tar = tars[number]
-        keys = _read_keys(tar)[0]
-        for key in (keys[row] for row in rows):
+        images = _read_images(tar)[0]
+        for key in (images[row][0] for row in rows):
             if key in owner:
                 raise ZpipeError(
                     f"{tar}: key {key}: is in {owner[key].name} too, and maps are found by key; "
@@ -176,16 +193,17 @@ def _check_unique(tars: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:
             owner[key] = tar
 
 
-def _read_keys(path: Path) -> tuple[list[str], int, str, Account]:
-    """The keys of a tar, its size in bytes, its SHA-256 (hex), and the account of its members."""
+def _read_images(path: Path) -> tuple[Images, int, str, Account]:
+    """The images of a tar, its size in bytes, its SHA-256 (hex), and the account of its members."""
     account = Account()
     with _open_tar(path) as file:
         members = read_members(file, path, member_bytes)
-        keys = [sample.key for sample in group_samples(members, str(path), account)]
+        samples = group_samples(members, str(path), account)
+        images = [image_row(sample.key, sample.label, sample.image) for sample in samples]
         digest = file.hexdigest()
-    if not keys:
+    if not images:
         raise no_samples(path, account)
-    return keys, file.count, digest, account
+    return images, file.count, digest, account
 
 
 FRAMES = ("full", "center")
@@ -230,19 +248,28 @@ def frame_image(sample: Sample, frame: Frame) -> FramedImage:
     The EXIF orientation is ignored, as it is by the usual ImageNet loaders, so that boxes refer to the pixels as
     stored. If the image cannot be decoded, `pixels` is None and `problem` says why.
     """
+    digest = image_digest(sample.image)
     try:
         with open_image(sample.image) as image:
             width, height = image.size
             rgb = to_rgb(image)
     except DECODE_ERRORS as error:
         problem = str(error).split("\n")[0] or type(error).__name__
-        unit = Box(0.0, 0.0, 1.0, 1.0)
         return FramedImage(
-            key=sample.key, label=sample.label, pixels=None, width=0, height=0, frame=unit, problem=problem
+            key=sample.key,
+            label=sample.label,
+            pixels=None,
+            width=0,
+            height=0,
+            frame=Box(0.0, 0.0, 1.0, 1.0),
+            digest=digest,
+            problem=problem,
         )
     box, (out_h, out_w) = frame.box(width, height), frame.size
     pixels = np.asarray(rgb.resize((out_w, out_h), PIL_FILTERS[frame.interpolation], box=box.as_tuple()))  # [H, W, 3]
-    return FramedImage(key=sample.key, label=sample.label, pixels=pixels, width=width, height=height, frame=box)
+    return FramedImage(
+        key=sample.key, label=sample.label, pixels=pixels, width=width, height=height, frame=box, digest=digest
+    )
 
 
 def framed_batches(

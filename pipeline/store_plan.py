@@ -49,6 +49,7 @@ from zpipe.schemas.relevance_store import (
 )
 from zpipe.schemas.shard_index import ShardEntry
 from zpipe.schemas.storage import check_reachable, map_files, names_in, remove
+from zpipe.schemas.tensor_kinds import KINDS
 
 T = TypeVar("T")
 
@@ -101,13 +102,13 @@ class WantedStore:
 
     def check_sizes(self) -> None:
         """Raise :class:`ZpipeError` naming the first tar whose maps would make a shard that is too large to be read."""
-        gh, gw = self.provenance.grid
-        most = max_rows((gh, gw))
+        shape, dtype = self.provenance.sample_shape, KINDS[self.provenance.kind].dtype
+        most = max_rows(shape, dtype)
         for path, entry in self.tars:
             if entry.count > most:
                 raise ZpipeError(
-                    f"{path}: {entry.count} samples, a map shard holds {most} maps of {gh} x {gw}; make smaller tars "
-                    f"(zpipe make-shards --shard-size {most} at most)"
+                    f"{path}: {entry.count} samples, a map shard holds {most} maps of {' x '.join(map(str, shape))}; "
+                    f"make smaller tars (zpipe make-shards --shard-size {most} at most)"
                 )
 
 
@@ -289,7 +290,7 @@ def _inspected(
 def _check_content(store: WantedStore, entry: ShardEntry, file: IndexFile) -> None:
     """Check the rows and the maps of a shard against its own seal. Raises :class:`DamageError`."""
     rows, stored = len(file.table()), read_stored(store.root, entry.stem)
-    if rows != entry.count or stored.shape != (entry.count, *store.provenance.grid):
+    if rows != entry.count or stored.shape != (entry.count, *store.provenance.sample_shape):
         raise DamageError(f"{file.path}: {rows} rows and maps {stored.shape} for {entry.count} samples")
     if digest_maps(stored) != file.seal.maps_sha256:
         raise DamageError(f"{maps_path(store.root, entry.stem)}: its maps are not those that were written")

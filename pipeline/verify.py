@@ -27,6 +27,7 @@ from zpipe.schemas.relevance_store import (
 )
 from zpipe.schemas.shard_index import digest_keys, rows_with_repeated_hashes
 from zpipe.schemas.storage import as_path, map_files, names_in
+from zpipe.schemas.tensor_kinds import KINDS
 
 # Maps are stored in float16, and measured before that.
 ENTROPY_SLACK = 0.01  # nats
@@ -113,7 +114,7 @@ def _check_shard(
         problems.append(f"{path}: made by another teacher or from another tar; delete it and extract again")
     stored = read_stored(root, shard.stem)
     table = index.table()
-    expected = (shard.count, *manifest.provenance.grid)
+    expected = (shard.count, *manifest.provenance.sample_shape)
     if stored.shape != expected or len(table) != shard.count:
         raise ZpipeError(
             f"{maps_path(root, shard.stem)}: shape {stored.shape}, {len(table)} rows, expected {expected}; {again}"
@@ -133,14 +134,18 @@ def _contradictions(table: pa.Table, stored: np.ndarray, origin: Provenance) -> 
 
     Args:
         table: All columns of the index.
-        stored: Its maps as they are stored, float16 [n, gh, gw].
+        stored: Its maps as they are stored, float16 [n, gh, gw], or other tensors [n, ...].
         origin: The provenance of the store.
     """
     values = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     status, scale = values["status"], values["scale"]
-    peak = np.abs(stored.astype(np.float32)).max(axis=(1, 2))  # [n], NaN where a map has one
+    kind, axes = KINDS[origin.kind], tuple(range(1, stored.ndim))
+    peak = np.abs(stored.astype(np.float32)).max(axis=axes)  # [n], NaN where a map has one
     finite, usable, seen = np.isfinite(peak) & np.isfinite(scale), status == OK, status != UNDECODABLE
-    fits = np.where(usable, finite & (peak == 1) & (scale > 0), ~finite)
+    whole = (peak == 1) & (scale > 0)
+    if not kind.is_relevance:  # logits may be zeros, and whole numbers are stored as they are
+        whole |= (scale == 1) if kind.dtype.kind == "i" else (peak == 0) & (scale == 0)
+    fits = np.where(usable, finite & whole, ~finite | (kind.dtype.kind == "i"))
     fits = np.where(status == ZERO, finite & (peak == 0) & (scale == 0), fits)
     probable = values["predicted_probability"], values["target_probability"]
     classes = np.stack([values["predicted"], values["target"]])  # [2, n]
@@ -149,12 +154,14 @@ def _contradictions(table: pa.Table, stored: np.ndarray, origin: Provenance) -> 
     left, top, right, bottom = (values[f"frame_{edge}"] for edge in ("x1", "y1", "x2", "y2"))
     inside = (left >= 0) & (top >= 0) & (left < right) & (top < bottom)
     inside &= (right <= sizes[0] + FRAME_SLACK) & (bottom <= sizes[1] + FRAME_SLACK)
-    entropy, mass = concentration(decode_maps(stored, np.ones_like(scale)))
+    entropy, mass = concentration(decode_maps(stored, np.ones_like(scale)), kind)
+    first = stored[:, 0] if kind.axes == "khw" else stored
     # Where nearly all of a map is negative, float16 has lost the rest, which these two measure.
-    measured = usable & (stored.max(axis=(1, 2)) > MEASURABLE)
+    measured = usable & (first.reshape(len(first), -1).max(axis=1) > MEASURABLE)
+    is_answered = usable & bool(origin.teacher)  # a store of other tensors knows no classes
     wrong = {
         "status {status} does not fit its map, of scale {scale:g}": ~fits,
-        "predicted class {predicted} is none of the teacher's": ~known[0] & ((classes[0] != -1) | usable),
+        "predicted class {predicted} is none of the teacher's": ~known[0] & ((classes[0] != -1) | is_answered),
         "target class {target} is none of the teacher's": ~known[1] & (classes[1] != -1),
         "predicted probability {predicted_probability:g} is impossible": _impossible(probable[0], known[0]),
         "target probability {target_probability:g} is impossible": _impossible(probable[1], known[0] & known[1]),

@@ -1,9 +1,12 @@
-"""One shard from tar to committed map shard, with a small report. A worker knows nothing of a cluster."""
+"""One shard from tar to committed shards of maps and what is saved beside them, with a small report.
+
+A worker knows nothing of a cluster.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +29,18 @@ from zpipe.pipeline.shard_reader import Frame, FramedImage, framed_batches, read
 from zpipe.pipeline.teacher import Teacher, TeacherSpec, load_teacher
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.relevance_store import (
-    INDEX_SCHEMA,
+    MORE_COLUMNS,
     NONFINITE,
     OK,
     UNDECODABLE,
     ZERO,
     concentration,
-    encode_maps,
+    index_schema,
     write_shard,
 )
 from zpipe.schemas.shard_index import ShardEntry
 from zpipe.schemas.storage import as_path
+from zpipe.schemas.tensor_kinds import KINDS, Kind, TensorKind, encode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +70,24 @@ class WorkerSpec:
     """Device of the teacher; `auto` until an executor has resolved it."""
     classes: tuple[int, ...] | None = None
     """The teacher's class for each label, -1 for none; None if labels are its numbers."""
+    saved: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints of the stores that are filled beside the maps, by their names in `SAVED`."""
+
+
+MAPS = ""  # name of the store of maps among those that are filled in one pass
+SAVED: dict[str, Kind] = {"logits": "vector", "features": "features"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """One tar to be turned into a map shard."""
+    """One tar to be turned into a shard of each store."""
 
     path: str
     """Path or URL of the tar."""
     entry: ShardEntry
     """What the index of its folder says about it."""
+    stores: tuple[str, ...] = (MAPS,)
+    """Names of the stores that lack it: `MAPS` or names in `SAVED`. The last one is committed last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +127,13 @@ class ShardWorker:
         # A reduced precision is only used when `explain` names it, whatever the settings of the process are.
         torch.set_float32_matmul_precision("highest")
         batch_size, note = _batch_size(spec, self.teacher)
-        self._explainer = Explainer(self.teacher, spec.explain, batch_size=batch_size, device=spec.device)
+        self._explainer = Explainer(
+            self.teacher,
+            spec.explain,
+            batch_size=batch_size,
+            device=spec.device,
+            features="features" in spec.saved,
+        )
         self._notes = [note] if note else []
         self._frame = frame_of(self.teacher, spec.frame)
 
@@ -134,48 +152,56 @@ class ShardWorker:
             return ShardReport(stem=task.entry.stem, error=str(error))
 
     def _process(self, task: ShardTask) -> ShardReport:
-        path = as_path(task.path)
-        gh, gw = self.teacher.grid
-        count = task.entry.count
-        raw = np.full((count, gh, gw), np.nan, np.float32)
-        columns: dict[str, list[Any]] = {name: [] for name in INDEX_SCHEMA.names}
+        path, count = as_path(task.path), task.entry.count
+        columns: dict[str, list[Any]] = {name: [] for name in index_schema(MORE_COLUMNS.names).names}
+        tensors = {name: _Tensors(self._kind(name)) for name in task.stores}
         problems: dict[str, str] = {}
         first_notes, self._notes = self._notes, []
         explainer_notes = len(self._explainer.notes)
-        row = 0
         for batch in self._batches(path, task.entry):
-            maps, logits, targets = self._explain(batch, path)
-            for item, relevance, logit, target in zip(batch, maps, logits, targets, strict=True):
-                if row == count:
-                    raise ZpipeError(
-                        f"{path}: more than the {count} samples its index names: altered; make the shards again"
-                    )
-                status = _status(item, relevance, logit)
-                # An answer that is no number has no map, even if the sweep made one of it.
-                raw[row] = np.nan if status == NONFINITE else relevance
+            explained = self._explain(batch, path)
+            if len(columns["key"]) + len(batch) > count:
+                raise ZpipeError(
+                    f"{path}: more than the {count} samples its index names: altered; make the shards again"
+                )
+            for item, logit, target in zip(batch, explained.logits, explained.targets, strict=True):
                 if item.problem:
                     problems[item.key] = item.problem
-                _append_row(columns, item, logit, int(target), status)
-                row += 1
-        if row != count:
+                _append_row(columns, item, logit, np.atleast_1d(target))
+            for name, part in tensors.items():
+                part.add(batch, explained.logits, getattr(explained, name or "maps"))
+        if len(columns["key"]) != count:
             raise ZpipeError(
-                f"{path}: {row} samples, its index names {count}: truncated or altered; "
+                f"{path}: {len(columns['key'])} samples, its index names {count}: truncated or altered; "
                 "restore it or make the shards again"
             )
-        stored, scale = encode_maps(raw)
-        entropy, top_mass = concentration(raw)
-        index = pa.table(columns | {"scale": scale, "entropy": entropy, "top10_mass": top_mass}).cast(INDEX_SCHEMA)
-        write_shard(
-            as_path(self.spec.out),
-            task.entry.stem,
-            stored,
-            index,
-            input_sha256=task.entry.sha256,
-            fingerprint=self.spec.fingerprint,
-        )
-        statuses = dict(Counter(columns["status"]))
+        for name in task.stores:
+            self._write(task.entry, name, columns, tensors[name])
+        statuses = dict(Counter(tensors[task.stores[-1]].statuses))
         notes = (*first_notes, *self._explainer.notes[explainer_notes:])
         return ShardReport(stem=task.entry.stem, count=count, statuses=statuses, problems=problems, notes=notes)
+
+    def _kind(self, name: str) -> TensorKind:
+        if name != MAPS:
+            return KINDS[SAVED[name]]
+        return KINDS["map" if self.spec.explain.top_classes is None else "class-maps"]
+
+    def _write(self, entry: ShardEntry, name: str, columns: Mapping[str, list[Any]], tensors: _Tensors) -> None:
+        """Commit the shard of one store."""
+        values: dict[str, Any] = {**columns, **tensors.columns()}
+        if name != MAPS:  # logits and features explain no class
+            values |= {"target": [NO_CLASS] * entry.count, "target_probability": [np.nan] * entry.count}
+        if tensors.kind.axes != "khw":
+            del values["targets"]
+        index = pa.table({each.name: pa.array(values[each.name], each.type) for each in index_schema(values)})
+        write_shard(
+            as_path(self.spec.out) / name if name else as_path(self.spec.out),
+            entry.stem,
+            np.concatenate(tensors.stored),
+            index,
+            input_sha256=entry.sha256,
+            fingerprint=self.spec.saved[name] if name else self.spec.fingerprint,
+        )
 
     def _batches(self, path: Path, entry: ShardEntry) -> Iterator[list[FramedImage]]:
         samples = read_samples(path, entry)
@@ -189,16 +215,18 @@ class ShardWorker:
     def _explain(self, batch: list[FramedImage], path: Path) -> Explained:
         """Explain a batch; images that could not be decoded get NaN maps and logits, and no class."""
         truth = [self._class_of(item, path) for item in batch]
-        gh, gw = self.teacher.grid
-        maps = np.full((len(batch), gh, gw), np.nan, np.float32)
+        shape, grid = self.spec.explain.shape(self.teacher.grid), self.teacher.grid
+        width = self.teacher.model.embed_dim if "features" in self.spec.saved else 0
+        maps = np.full((len(batch), *shape), np.nan, np.float32)
         logits = np.full((len(batch), self.teacher.num_classes), np.nan, np.float32)
-        targets = np.full(len(batch), NO_CLASS, np.int64)
+        targets = np.full((len(batch), *shape[:-2]), NO_CLASS, np.int64)
+        features = np.full((len(batch), *grid, width), np.nan, np.float32)
         decoded = {i: item.pixels for i, item in enumerate(batch) if item.pixels is not None}
         if decoded:
             rows, pixels = list(decoded), np.stack(list(decoded.values()))  # uint8 [n, H, W, 3]
             labels = np.array([truth[i] for i in rows], np.int64)
-            maps[rows], logits[rows], targets[rows] = self._explainer(pixels, labels)
-        return Explained(maps, logits, targets)
+            maps[rows], logits[rows], targets[rows], features[rows] = self._explainer(pixels, labels)
+        return Explained(maps, logits, targets, features)
 
     def _class_of(self, item: FramedImage, path: Path) -> int:
         """The teacher's class of an image's label; `NO_CLASS` where maps do not explain the label."""
@@ -240,12 +268,39 @@ def _batch_size(spec: WorkerSpec, teacher: Teacher) -> tuple[int, str]:
     return fits, f"a batch of {requested} would take {gib:.1f} GiB in {spec.sharing} workers: lowered to {fits}"
 
 
-def _status(item: FramedImage, relevance: np.ndarray, logit: np.ndarray) -> str:
-    if item.pixels is None:
-        return UNDECODABLE
-    if not (np.isfinite(relevance).all() and np.isfinite(logit).all()):
-        return NONFINITE
-    return OK if relevance.any() else ZERO
+class _Tensors:
+    """What one store gets of a shard, encoded batch by batch, and what its index says of it."""
+
+    def __init__(self, kind: TensorKind) -> None:
+        self.kind = kind
+        self.stored: list[np.ndarray] = []
+        self.statuses: list[str] = []
+        self._scales: list[np.ndarray] = []
+        self._measures: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, batch: list[FramedImage], logits: np.ndarray, raw: np.ndarray) -> None:
+        """Add the tensors [n, ...] of a batch."""
+        statuses = [self._status(item, one, logit) for item, one, logit in zip(batch, raw, logits, strict=True)]
+        # An answer that is no number has no map, even if the sweep made one of it.
+        raw[[status == NONFINITE for status in statuses]] = np.nan
+        stored, scale = encode(self.kind, raw)
+        self.stored.append(stored)
+        self.statuses += statuses
+        self._scales.append(scale)
+        self._measures.append(concentration(raw, self.kind))
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of the index that depend on the tensors."""
+        entropy, top_mass = (np.concatenate(parts) for parts in zip(*self._measures, strict=True))
+        scale = np.concatenate(self._scales)
+        return {"scale": scale, "entropy": entropy, "top10_mass": top_mass, "status": self.statuses}
+
+    def _status(self, item: FramedImage, tensor: np.ndarray, logit: np.ndarray) -> str:
+        if item.pixels is None:
+            return UNDECODABLE
+        if not (np.isfinite(tensor).all() and np.isfinite(logit).all()):
+            return NONFINITE
+        return OK if tensor.any() or not self.kind.is_relevance else ZERO
 
 
 def frame_of(teacher: Teacher, kind: str) -> Frame:
@@ -254,7 +309,9 @@ def frame_of(teacher: Teacher, kind: str) -> Frame:
     return Frame(kind=kind, size=teacher.image_size, interpolation=teacher.interpolation, crop_pct=crop_pct)
 
 
-def _append_row(columns: dict[str, list[Any]], item: FramedImage, logit: np.ndarray, target: int, status: str) -> None:
+def _append_row(columns: dict[str, list[Any]], item: FramedImage, logit: np.ndarray, targets: np.ndarray) -> None:
+    """Add what an index says of a sample, whatever its tensor; the first one of its target classes counts."""
+    target = int(targets[0])
     answered = item.pixels is not None and bool(np.isfinite(logit).all())
     probability = _softmax(logit) if answered else logit
     predicted = int(probability.argmax()) if answered else NO_CLASS
@@ -271,7 +328,8 @@ def _append_row(columns: dict[str, list[Any]], item: FramedImage, logit: np.ndar
         "frame_y1": item.frame.y1,
         "frame_x2": item.frame.x2,
         "frame_y2": item.frame.y2,
-        "status": status,
+        "targets": targets,
+        "image_digest": item.digest,
     }
     for name, value in values.items():
         columns[name].append(value)

@@ -112,29 +112,66 @@ def crop_maps(
     interpolation where it grows (see `overlap_weights`).
 
     Args:
-        relevance: The maps [m, gh, gw].
+        relevance: The maps [m, gh, gw], or several for each crop [m, k, gh, gw].
         frames: The box that each map lies over, in source pixels.
         crops: The box that each crop shows, in source pixels.
         size: Height and width of the result in cells.
         flips: bool [m], whether each cropped image was mirrored left to right.
 
     Returns:
-        float32 [m, out_h, out_w].
+        float32 [m, out_h, out_w] or [m, k, out_h, out_w].
 
     Raises:
         ValueError: A crop leaves its frame.
     """
+    (top, bottom), (left, right) = _shown_cells(relevance.shape[-2:], frames, crops)
+    rows = overlap_weights(relevance.shape[-2], top, bottom, size[0])  # [m, out_h, gh]
+    cols = overlap_weights(relevance.shape[-1], left, right, size[1])  # [m, out_w, gw]
+    if relevance.ndim == 4:
+        rows, cols = rows[:, None], cols[:, None]
+    out = (rows @ relevance.astype(np.float64) @ cols.swapaxes(-1, -2)).astype(np.float32)
+    out[flips] = out[flips, ..., ::-1]
+    return out
+
+
+def crop_labels(
+    labels: np.ndarray, frames: Sequence[Box], crops: Sequence[Box], size: tuple[int, int], *, flips: np.ndarray
+) -> np.ndarray:
+    """Resample label maps, each to the part of its frame that its crop shows, by the cell under each centre.
+
+    Args:
+        labels: Whole numbers [m, gh, gw].
+        frames: The box that each map lies over, in source pixels.
+        crops: The box that each crop shows, in source pixels.
+        size: Height and width of the result in cells.
+        flips: bool [m], whether each cropped image was mirrored left to right.
+
+    Returns:
+        [m, out_h, out_w], of the type of `labels`.
+
+    Raises:
+        ValueError: A crop leaves its frame.
+    """
+    shown = _shown_cells(labels.shape[1:], frames, crops)
+    rows, cols = (
+        np.minimum(low[:, None] + (np.arange(n_out) + 0.5) * ((high - low) / n_out)[:, None], n_in - 1).astype(np.int64)
+        for (low, high), n_in, n_out in zip(shown, labels.shape[1:], size, strict=True)
+    )  # [m, out_h], [m, out_w]
+    out = labels[np.arange(len(labels))[:, None, None], rows[:, :, None], cols[:, None, :]]
+    out[flips] = out[flips, :, ::-1]
+    return out
+
+
+def _shown_cells(
+    grid: Sequence[int], frames: Sequence[Box], crops: Sequence[Box]
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Top and bottom, left and right of each crop, in the cells of its frame's grid: [m] each."""
     for frame, crop in zip(frames, crops, strict=True):
         if not frame.contains(crop):
             raise ValueError(f"crop {crop.as_tuple()} leaves the frame {frame.as_tuple()} of the map")
-    _, gh, gw = relevance.shape
     x1, y1, x2, y2 = np.array([frame.as_tuple() for frame in frames], np.float64).T  # [m] each
     left, top, right, bottom = np.array([crop.as_tuple() for crop in crops], np.float64).T
-    rows = overlap_weights(gh, *_in_cells(gh, y1, y2, top, bottom), size[0])  # [m, out_h, gh]
-    cols = overlap_weights(gw, *_in_cells(gw, x1, x2, left, right), size[1])  # [m, out_w, gw]
-    out = (rows @ relevance.astype(np.float64) @ cols.transpose(0, 2, 1)).astype(np.float32)
-    out[flips] = out[flips, :, ::-1]
-    return out
+    return _in_cells(grid[0], y1, y2, top, bottom), _in_cells(grid[1], x1, x2, left, right)
 
 
 def _in_cells(

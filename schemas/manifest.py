@@ -17,6 +17,7 @@ from zpipe.schemas.formats import Count, Digest, Format, Text, decode_json
 from zpipe.schemas.names import printable
 from zpipe.schemas.sample import shard_stem
 from zpipe.schemas.storage import as_path, check_reachable, storage_errors
+from zpipe.schemas.tensor_kinds import KINDS, Kind
 
 MANIFEST_NAME = "manifest.json"
 EXTRACTION_NAME = "extraction.json"
@@ -25,7 +26,7 @@ STORE_VERSION = 1
 MAX_PROVENANCE_BYTES = 1 << 20  # it has some 800
 
 Cells = Annotated[int, msgspec.Meta(ge=1, le=4096)]
-Pixels = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Channels = Annotated[tuple[float, ...], msgspec.Meta(max_length=64)]
 Status = Annotated[str, msgspec.Meta(pattern="^(ok|undecodable|nonfinite|zero)$")]
 
@@ -56,7 +57,7 @@ class Provenance:
     """What the teacher saw of an image: ``full`` or ``center``."""
     grid: tuple[Cells, Cells]
     """Height and width of a map in cells."""
-    image_size: tuple[Pixels, Pixels]
+    image_size: tuple[Size, Size]
     """Height and width of the teacher's input in pixels."""
     mean: Channels
     """Mean of each channel, subtracted from pixels in 0 to 1."""
@@ -72,14 +73,31 @@ class Provenance:
     """Precision of the forward pass and of the relevance sweep."""
     store_version: int = STORE_VERSION
     """Version of the store's format."""
+    kind: Kind = "map"
+    """What a sample's tensor is: a name of `zpipe.schemas.tensor_kinds.KINDS`."""
+    shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=3)] = ()
+    """Shape of a sample's tensor; () if it is the grid."""
 
     # The path that the weights were read from, and the seed, may differ while the weights are the same.
     NOT_COMPARED = ("weights", "seed")
 
+    def __post_init__(self) -> None:
+        if problem := KINDS[self.kind].shape_error(self.sample_shape, self.grid):
+            raise ValueError(f"a tensor of kind {self.kind}: {problem}")  # msgspec adds the place in the file
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of a sample's tensor."""
+        return self.shape or self.grid
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values. Those of the tensor are left out for maps, as earlier versions know only these."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return {name: value for name, value in plain.items() if (name, value) not in (("kind", "map"), ("shape", []))}
+
     def compared(self) -> dict[str, Any]:
         """The fields that must agree, as JSON values."""
-        plain = json.loads(json.dumps(asdict(self)))
-        return {name: value for name, value in plain.items() if name not in self.NOT_COMPARED}
+        return {name: value for name, value in self.to_json().items() if name not in self.NOT_COMPARED}
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the compared fields."""
@@ -89,10 +107,10 @@ class Provenance:
 def check_compatible(existing: Provenance, wanted: Provenance, path: Path) -> None:
     """Raise :class:`ZpipeError` with both values of the first field in which the store at `path` differs."""
     old, new = existing.compared(), wanted.compared()
-    for name in old:
-        if old[name] != new[name]:
+    for name in old | new:
+        if old.get(name) != new.get(name):
             raise ZpipeError(
-                f"{path}: made with {name} = {_short(old[name])}, this run has {_short(new[name])}; "
+                f"{path}: made with {name} = {_short(old.get(name))}, this run has {_short(new.get(name))}; "
                 "give another --out folder, the settings that made this store, or --replace to start over"
             )
 
@@ -178,6 +196,7 @@ MANIFEST = Format(
 def write_manifest(root: Path, manifest: StoreManifest) -> None:
     """Write `manifest.json`, about 250 bytes per shard."""
     value = MANIFEST.header | {"count": manifest.count} | asdict(manifest)
+    value["provenance"] = manifest.provenance.to_json()
     if not manifest.classes:
         del value["classes"]
     write_json(as_path(root) / MANIFEST_NAME, value)
@@ -245,7 +264,7 @@ def _provenance(content: _ExtractionFile, path: Path, remedy: str) -> Provenance
 
 def write_extraction(root: Path, provenance: Provenance) -> None:
     """Mark `root` as a store in progress, with the provenance its shards will have."""
-    write_json(as_path(root) / EXTRACTION_NAME, EXTRACTION.header | {"provenance": asdict(provenance)})
+    write_json(as_path(root) / EXTRACTION_NAME, EXTRACTION.header | {"provenance": provenance.to_json()})
 
 
 def read_extraction(root: Path) -> Provenance | None:

@@ -27,7 +27,7 @@ MAX_DESCRIPTION_BYTES = 1 << 20  # zarr.json has 900 bytes
 BLOSC_HEADER = struct.Struct("<BBBBIII")  # versions of Blosc and of the codec, flags, type size, sizes; c-blosc 1
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**31)]
-Shape = tuple[Size, Size, Size]
+Shape = Annotated[tuple[Size, ...], msgspec.Meta(min_length=2, max_length=4)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class _Description:
     zarr_format: Literal[3]
     node_type: Literal["array"]
     shape: Shape
-    data_type: Literal["float16"]
+    data_type: Literal["float16", "int32"]
     chunk_grid: _Grid
     chunk_key_encoding: _Keys
     fill_value: Annotated[float, msgspec.Meta(ge=0, le=0)]
@@ -78,7 +78,7 @@ def write_array(path: Path, stored: np.ndarray, key_index: str) -> None:
 
     Args:
         path: The folder.
-        stored: float16 [n, gh, gw].
+        stored: float16 or int32 [n, ...], such as maps [n, gh, gw].
         key_index: Relative path of the index, for other readers.
     """
     import zarr
@@ -88,10 +88,10 @@ def write_array(path: Path, stored: np.ndarray, key_index: str) -> None:
         store=str(path),
         shape=stored.shape,
         chunks=stored.shape,
-        dtype="float16",
+        dtype=stored.dtype.name,
         # Shuffling puts bytes of equal significance together: float16 exponents compress, mantissas hardly do.
-        compressors=BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=2),
-        fill_value=0.0,
+        compressors=BloscCodec(cname="zstd", clevel=5, shuffle="shuffle", typesize=stored.dtype.itemsize),
+        fill_value=stored.dtype.type(0),
         attributes={"key_index": key_index},
         config={"write_empty_chunks": True},  # maps of zeros shall not look like a lost chunk
     )
@@ -99,7 +99,7 @@ def write_array(path: Path, stored: np.ndarray, key_index: str) -> None:
 
 
 def read_array(path: Path) -> tuple[np.ndarray, bool]:
-    """Read the maps of a shard, float16 [n, gh, gw].
+    """Read the tensors of a shard, float16 or int32 [n, ...]; maps are float16 [n, gh, gw].
 
     Returns:
         The maps, and whether their chunk is there. Where it is not, they are zeros, as Zarr has it.
@@ -108,23 +108,24 @@ def read_array(path: Path) -> tuple[np.ndarray, bool]:
         ValueError: A file is not what zpipe writes, or larger than :data:`MAX_MAP_BYTES` unpacked.
         OSError: A file can't be read; also the exceptions of `storage_errors`.
     """
-    shape = _described_shape(read_file(path / "zarr.json", MAX_DESCRIPTION_BYTES))
-    size = math.prod(shape) * np.dtype(np.float16).itemsize
+    shape, dtype = _described(read_file(path / "zarr.json", MAX_DESCRIPTION_BYTES))
+    size = math.prod(shape) * dtype.itemsize
     try:
-        data = read_file(path / "c" / "0" / "0" / "0", size + BLOSC_HEADER.size)
+        data = read_file(path.joinpath("c", *"0" * len(shape)), size + BLOSC_HEADER.size)
     except FileNotFoundError:
-        return np.zeros(shape, np.float16), False
-    return _unpacked(data, size).reshape(shape), True
+        return np.zeros(shape, dtype), False
+    return _unpacked(data, size, dtype).reshape(shape), True
 
 
-def _described_shape(data: bytes) -> Shape:
+def _described(data: bytes) -> tuple[Shape, np.dtype]:
     try:
         description = msgspec.json.decode(data, type=_Description)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ValueError(f"zarr.json describes no array of maps: {first_line(error)}") from error
     shape, chunk = description.shape, description.chunk_grid.configuration.chunk_shape
-    if max(math.prod(shape), math.prod(chunk)) * np.dtype(np.float16).itemsize > MAX_MAP_BYTES:
-        raise ValueError(f"float16 {shape} is no shard of maps below {MAX_MAP_BYTES >> 20} MiB")
+    dtype = np.dtype(description.data_type)
+    if max(math.prod(shape), math.prod(chunk)) * dtype.itemsize > MAX_MAP_BYTES:
+        raise ValueError(f"{dtype} {shape} is no shard of maps below {MAX_MAP_BYTES >> 20} MiB")
     if chunk != shape:
         raise ValueError(f"its chunks are {chunk}, not one of {shape}")
     names = [printable(codec.name)[:40] for codec in description.codecs]
@@ -133,10 +134,10 @@ def _described_shape(data: bytes) -> Shape:
         raise ValueError(f"its codec {odd} is not one of a relevance store")
     if description.codecs[0].configuration.get("endian") != "little":
         raise ValueError("its bytes are not little-endian")
-    return shape
+    return shape, dtype
 
 
-def _unpacked(data: bytes, size: int) -> np.ndarray:
+def _unpacked(data: bytes, size: int, dtype: np.dtype) -> np.ndarray:
     """The values of a Blosc buffer that must unpack to `size` bytes."""
     from numcodecs import blosc
 
@@ -145,9 +146,9 @@ def _unpacked(data: bytes, size: int) -> np.ndarray:
     *_, unpacked, _, packed = BLOSC_HEADER.unpack_from(data)
     if (unpacked, packed) != (size, len(data)):
         raise ValueError(f"its chunk claims {packed} bytes for {unpacked}, it has {len(data)} for {size}")
-    values = np.empty(size // 2, "<f2")
+    values = np.empty(size // dtype.itemsize, dtype.newbyteorder("<"))
     try:
         blosc.decompress(data, values)
     except RuntimeError as error:
         raise ValueError(f"its chunk can't be unpacked: {first_line(error)}") from error
-    return values.astype(np.float16, copy=False)
+    return values.astype(dtype, copy=False)

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,14 +30,18 @@ import pyarrow.parquet as pq
 
 from zpipe.schemas.atomic import commit
 from zpipe.schemas.errors import DamageError, UsageError, ZpipeError, first_line, remedy_for
+from zpipe.schemas.image_digest import DIGEST_BYTES
 from zpipe.schemas.map_array import MAX_MAP_BYTES, read_array, write_array
 from zpipe.schemas.names import MAX_KEY_BYTES, check_key, printable
 from zpipe.schemas.storage import as_path, read_file, remove, storage_errors
+from zpipe.schemas.tensor_kinds import KINDS, TensorKind, decode, encode
 
 # Status of a sample. Only `ok` maps may be used in training: the others contain no relevance.
 BY_NAME = "ground-truth by name"  # a target of the provenance: the label's class, found by its name
 OK, UNDECODABLE, NONFINITE, ZERO = "ok", "undecodable", "nonfinite", "zero"
 STATUSES = (OK, UNDECODABLE, NONFINITE, ZERO)
+
+FLOAT16 = np.dtype(np.float16)
 
 # Limits of an index, as a few kilobytes can claim to be terabytes; `max_rows` gives them in samples.
 MAX_ROWS = 4_000_000
@@ -65,6 +70,19 @@ INDEX_SCHEMA = pa.schema(
         pa.field("status", pa.string(), nullable=False),
     ]
 )
+# Columns that an index may have besides: the digest of the original image, which no earlier version wrote, and the
+# classes of a sample's class maps, of which `target` is the first.
+MORE_COLUMNS = pa.schema(
+    [
+        pa.field("image_digest", pa.binary(DIGEST_BYTES), nullable=False),
+        pa.field("targets", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
+    ]
+)
+
+
+def index_schema(names: Collection[str]) -> pa.Schema:
+    """The schema of an index: `INDEX_SCHEMA`, and those of `MORE_COLUMNS` that are among the names."""
+    return pa.schema([*INDEX_SCHEMA, *(field for field in MORE_COLUMNS if field.name in names)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +107,9 @@ def index_path(root: Path, stem: str) -> Path:
     return as_path(root) / "index" / f"{stem}.parquet"
 
 
-def max_rows(grid: tuple[int, int]) -> int:
-    """How many samples a shard of maps of this grid (gh, gw) may have; readers refuse larger ones."""
-    return min(MAX_ROWS, MAX_MAP_BYTES // (grid[0] * grid[1] * np.dtype(np.float16).itemsize))
+def max_rows(shape: tuple[int, ...], dtype: np.dtype = FLOAT16) -> int:
+    """How many samples of this shape, such as (gh, gw), a shard may have; readers refuse larger ones."""
+    return min(MAX_ROWS, MAX_MAP_BYTES // (math.prod(shape) * dtype.itemsize))
 
 
 def encode_maps(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -99,30 +117,28 @@ def encode_maps(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A map that is all zero has scale 0. One that is not finite is stored as NaN with scale NaN.
     """
-    raw = raw.astype(np.float64)
-    finite = np.isfinite(raw).all(axis=(1, 2))  # [n]
-    scale = np.where(finite, np.abs(raw).max(axis=(1, 2), initial=0.0), np.nan).astype(np.float32)  # [n]
-    divisor = np.where(scale == 0, 1.0, scale).astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        stored = np.where(finite[:, None, None], raw, np.nan) / divisor[:, None, None]  # [n, gh, gw]
-    return stored.astype(np.float16), scale
+    return encode(KINDS["map"], raw)
 
 
 def decode_maps(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Raw maps, float32 [n, gh, gw], from stored maps [n, gh, gw] and scales [n]."""
-    return stored.astype(np.float32) * scale[:, None, None].astype(np.float32)
+    return decode(stored, scale)
 
 
-def concentration(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def concentration(raw: np.ndarray, kind: TensorKind = KINDS["map"]) -> tuple[np.ndarray, np.ndarray]:
     """How concentrated maps are. Negative relevance counts as zero.
 
     Args:
-        raw: Maps [n, gh, gw].
+        raw: Maps [n, gh, gw]; of class maps [n, k, gh, gw] the first ones are measured, other tensors not at all.
+        kind: What they are.
 
     Returns:
         Entropy in nats of each map as a distribution, and the fraction of its mass in the top 10 % of cells (rounded
         up): float32 [n] each, NaN where a map has no mass.
     """
+    if not kind.is_relevance:
+        return np.full(len(raw), np.nan, np.float32), np.full(len(raw), np.nan, np.float32)
+    raw = raw if raw.ndim == 3 else raw[:, 0]
     flat = np.clip(raw.reshape(len(raw), -1).astype(np.float64), 0.0, None)  # [n, cells]
     with np.errstate(invalid="ignore", divide="ignore"):
         share = flat / flat.sum(axis=1, keepdims=True)
@@ -133,20 +149,20 @@ def concentration(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def digest_maps(stored: np.ndarray) -> str:
-    """SHA-256 (hex) of stored maps, as little-endian float16 in C order."""
-    return hashlib.sha256(np.ascontiguousarray(stored, dtype="<f2").tobytes()).hexdigest()
+    """SHA-256 (hex) of stored maps or other tensors, as little-endian values in C order."""
+    return hashlib.sha256(np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("<")).tobytes()).hexdigest()
 
 
 def write_shard(
     root: Path, stem: str, stored: np.ndarray, index: pa.Table, *, input_sha256: str, fingerprint: str
 ) -> None:
-    """Write one map shard: the array first, then the index, renamed into place. The same content gives the same bytes.
+    """Write one shard: the array first, then the index, renamed into place. The same content gives the same bytes.
 
     Args:
         root: Folder or URL of the store.
         stem: Stem of the tar.
-        stored: Maps from `encode_maps`, float16 [n, gh, gw].
-        index: n rows of `INDEX_SCHEMA`, in the same order.
+        stored: Maps from `encode_maps`, float16 [n, gh, gw]; or other tensors from `tensor_kinds.encode` [n, ...].
+        index: n rows of `INDEX_SCHEMA` and maybe `MORE_COLUMNS`, in the same order.
         input_sha256: SHA-256 (hex) of the tar.
         fingerprint: Fingerprint of the provenance.
 
@@ -154,13 +170,13 @@ def write_shard(
         ZpipeError: A file could not be written, or would be larger than readers accept. No index is left then.
         ValueError: The number of rows or the dtype is wrong.
     """
-    index = index.cast(INDEX_SCHEMA)
-    if len(index) != len(stored) or stored.dtype != np.float16:
+    index = index.cast(index_schema(index.column_names))
+    if len(index) != len(stored) or stored.dtype not in (np.float16, np.int32):
         raise ValueError(f"{stem}: {len(index)} rows for {len(stored)} maps of {stored.dtype}")
-    gh, gw = stored.shape[1:]
-    if len(stored) > (most := max_rows((gh, gw))):
+    if len(stored) > (most := max_rows(stored.shape[1:], stored.dtype)):
+        shape = " x ".join(map(str, stored.shape[1:]))
         raise ZpipeError(
-            f"{maps_path(root, stem)}: {len(stored)} maps of {gh} x {gw} are more than the {most} of a shard; "
+            f"{maps_path(root, stem)}: {len(stored)} maps of {shape} are more than the {most} of a shard; "
             "make smaller tars"
         )
     seal = {"input_sha256": input_sha256, "fingerprint": fingerprint, "maps_sha256": digest_maps(stored)}
@@ -206,22 +222,28 @@ class IndexFile:
     Whoever wrote the file: what comes out of it has the types of `INDEX_SCHEMA` and no nulls, keys follow the rule of
     :func:`~zpipe.schemas.names.check_key` and are unique, scales are not negative, statuses are those of `STATUSES`.
 
+    Args:
+        path: The file.
+        what: What messages call it. The index of a tar's images has some of the columns only.
+        again: What makes it again.
+
     Raises:
         DamageError: The file is not what was written, or larger than an index is; the properties raise it too.
         ZpipeError: The file is absent or can't be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, what: str = "map index", again: str = "extract again") -> None:
         self.path = path
+        self._what, self._again = what, again
         try:
             self._data = read_file(path, MAX_INDEX_BYTES)
         except FileNotFoundError as error:
-            raise ZpipeError(f"{path}: map index can't be read (no such file); extract again to make it") from error
+            raise ZpipeError(f"{path}: {what} can't be read (no such file); {again} to make it") from error
         except storage_errors() as error:
             if getattr(error, "errno", None) in _NOT_OURS:
                 raise self._damage(first_line(error)) from error
             raise ZpipeError(
-                f"{path}: map index can't be read ({first_line(error)}); {remedy_for(error)}, then run again"
+                f"{path}: {what} can't be read ({first_line(error)}); {remedy_for(error)}, then run again"
             ) from error
 
     @cached_property
@@ -250,37 +272,44 @@ class IndexFile:
         except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
             raise self._damage(first_line(error)) from error
 
+    @cached_property
+    def columns(self) -> list[str]:
+        """The names of its columns: those of `INDEX_SCHEMA`, and those of `MORE_COLUMNS` that it has."""
+        return index_schema(self._about.schema.to_arrow_schema().names).names
+
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows, with all columns or with those that are named.
 
         Raises:
-            UsageError: An index has no such column.
+            UsageError: An index has no such column, or this one was written without it.
         """
-        names = INDEX_SCHEMA.names if columns is None else list(columns)
-        if unknown := [name for name in names if name not in INDEX_SCHEMA.names]:
-            known = ", ".join(INDEX_SCHEMA.names)
+        names = self.columns if columns is None else list(columns)
+        schema = index_schema(names)
+        if unknown := [name for name in names if name not in schema.names]:
+            known = ", ".join(index_schema(MORE_COLUMNS.names).names)
             raise UsageError(f"{self.path}: no column {unknown[0]!r}; the columns of an index are {known}")
+        if "image_digest" in names and "image_digest" not in self.columns:
+            raise UsageError(f"{self.path}: has no digests of the images; add them: zpipe maps digest STORE SHARDS")
         try:
             # Texts are read as dictionaries: a text that is repeated a million times takes no more than one.
-            texts = [name for name in names if pa.types.is_string(INDEX_SCHEMA.field(name).type)]
-            self._check_description(self._about, names)
+            texts = [name for name in names if pa.types.is_string(schema.field(name).type)]
+            self._check_description(self._about, [schema.field(name) for name in names])
             with pq.ParquetFile(pa.BufferReader(self._data), metadata=self._about, read_dictionary=texts) as file:
                 # One thread, because callers read many shards in parallel.
                 table = file.read(columns=names, use_threads=False).replace_schema_metadata(None)
             parts = [self._column(name, table[name]) for name in names]
         except (pa.ArrowException, OSError, KeyError, ValueError, NotImplementedError) as error:
             raise self._damage(first_line(error)) from error
-        return pa.table(parts, schema=pa.schema([INDEX_SCHEMA.field(name) for name in names]))
+        return pa.table(parts, schema=pa.schema([schema.field(name) for name in names]))
 
-    def _check_description(self, about: pq.FileMetaData, names: Sequence[str]) -> None:
+    def _check_description(self, about: pq.FileMetaData, fields: Sequence[pa.Field]) -> None:
         """Check what the file says about its columns, before any of them is unpacked."""
         schema = about.schema.to_arrow_schema()
         groups = [about.row_group(number) for number in range(about.num_row_groups)]
         rows = max(about.num_rows, sum(group.num_rows for group in groups))
         if rows > MAX_ROWS:
             raise self._damage(f"{rows} rows are more than {MAX_ROWS}")
-        for name in names:
-            wanted = INDEX_SCHEMA.field(name).type
+        for name, wanted in ((field.name, field.type) for field in fields):
             found = [field.type for field in schema if field.name == name]
             found = [each.value_type if pa.types.is_dictionary(each) else each for each in found]
             if found != [wanted]:
@@ -304,6 +333,8 @@ class IndexFile:
             odd = pc.unique(column.filter(pc.invert(pc.is_in(column, pa.array(STATUSES)))))
             if len(odd):
                 raise self._damage(f"status '{printable(odd[0])}' is none of {', '.join(STATUSES)}")
+        elif name == "targets" and pc.list_flatten(column).null_count:
+            raise self._damage("column targets has lists without a value")
         elif name == "scale":
             values = column.to_numpy()
             if len(rows := np.flatnonzero((values < 0) | np.isinf(values))):
@@ -328,16 +359,18 @@ class IndexFile:
             try:
                 check_key(key, str(self.path))
             except ZpipeError as error:
-                raise DamageError(str(error).removesuffix("rename it") + "delete it and extract again") from error
+                raise DamageError(str(error).removesuffix("rename it") + f"delete it and {self._again}") from error
         if pc.count_distinct(keys).as_py() != len(keys):
             raise self._damage("a key comes twice")
 
     def _damage(self, reason: str) -> DamageError:
-        return DamageError(f"{self.path}: map index can't be read ({printable(reason)}); delete it and extract again")
+        return DamageError(
+            f"{self.path}: {self._what} can't be read ({printable(reason)}); delete it and {self._again}"
+        )
 
 
 def read_stored(root: Path, stem: str) -> np.ndarray:
-    """The maps of one shard as they are stored, float16 [n, gh, gw].
+    """The maps of one shard as they are stored, float16 [n, gh, gw]; or other tensors, float16 or int32 [n, ...].
 
     Raises:
         DamageError: They are not what was written, or larger than a shard is.

@@ -44,6 +44,8 @@ class ShardEntry:
     """SHA-256 (hex) of the file; "" for a tar that was only listed."""
     keys_sha256: Digest
     """`digest_keys` of its keys, in order."""
+    images_sha256: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")] = ""
+    """`zpipe.schemas.shard_images.digest_images` of its images, in order; "" if that is not known."""
 
     def __post_init__(self) -> None:
         # A name of a file, never a path. msgspec adds the place in the file to the message.

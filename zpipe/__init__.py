@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from zpipe.schemas.relevance_maps import Normalise, RelevanceMaps
 
-__all__ = ["__version__", "open_maps"]
+__all__ = ["__version__", "image_digest", "open_maps"]
 __version__ = _version("zpipe")
 
 
@@ -34,3 +34,17 @@ def open_maps(path: str | os.PathLike[str], normalise: Normalise = None, *, chec
     from zpipe.schemas.relevance_maps import RelevanceMaps
 
     return RelevanceMaps(path, normalise=normalise, check=check)
+
+
+def image_digest(data: bytes) -> bytes:
+    """The digest of an image file by which maps are found: ``maps[zpipe.image_digest(data)]``.
+
+    Args:
+        data: The file, not decoded.
+
+    Returns:
+        XXH3-128 of the bytes, 16 bytes.
+    """
+    from zpipe.schemas.image_digest import image_digest
+
+    return image_digest(data)

@@ -73,7 +73,8 @@ def test_the_index_says_what_the_tars_hold(shards):
     index = read_index(shards)
     assert index.classes == ("ant", "bee", "cat") and [entry.count for entry in index.shards] == [5, 5, 5, 3]
     assert sorted(path.name for path in shards.iterdir()) == sorted(
-        ["make-shards.jsonl", "shards.json", *(entry.name for entry in index.shards)]
+        ["make-shards.jsonl", "shards.json"]
+        + [f"{entry.stem}{suffix}" for entry in index.shards for suffix in (".tar", ".images.parquet")]
     )
     for entry in index.shards:
         assert (entry.bytes, entry.sha256) == ((shards / entry.name).stat().st_size, digest_file(shards / entry.name))
@@ -474,7 +475,8 @@ def test_a_full_disk(photos, small_disk, tmp_path, cli, contents, encode):
     done = cli(*args)
     assert done.code == 1 and "could not be written (No space left on device)" in done.error and str(out) in done.error
     left = sorted(path.name for path in out.iterdir())
-    assert left == ["make-shards.jsonl", "shard-00000.tar", "shard-00001.tar"]
+    made = [f"shard-{number:05d}{suffix}" for number in (0, 1) for suffix in (".images.parquet", ".tar")]
+    assert left == ["make-shards.jsonl", *made]
     small_disk.fill(0)
     assert cli(*args).code == 1
     (small_disk.root / "filler").unlink()

@@ -446,7 +446,8 @@ def described(root, change):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"shape": [3, 4]}, r"Expected `array` of length 3 - at `\$.shape`"),
+        ({"shape": [3]}, r"Expected `array` of length >= 2 - at `\$.shape`"),
+        ({"shape": [3, 4]}, r"its chunks are \(3, 4, 6\), not one of \(3, 4\)"),
         ({"shape": [-3, 4, 6]}, "Expected `int` >= 0"),
         ({"shape": [5 * 10**7, 4, 6]}, "is no shard of maps below 1024 MiB"),
         ({"data_type": "float64"}, "Invalid enum value 'float64'"),
@@ -474,8 +475,8 @@ def test_an_array_of_another_layout_is_refused(tmp_path, change, told):
 @given(st.sampled_from(sorted(json.loads(DESCRIPTION))), any_json())
 def test_whatever_the_description_of_an_array_says_it_is_read_or_refused_in_one_line(field, value):
     try:
-        shape = map_array._described_shape(json.dumps(json.loads(DESCRIPTION) | {field: value}).encode())
-        assert 2 * np.prod(shape) <= map_array.MAX_MAP_BYTES
+        shape, dtype = map_array._described(json.dumps(json.loads(DESCRIPTION) | {field: value}).encode())
+        assert dtype.itemsize * np.prod(shape) <= map_array.MAX_MAP_BYTES
     except ValueError as error:
         assert str(error).isprintable()
 

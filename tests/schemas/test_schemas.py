@@ -701,6 +701,7 @@ def test_where_the_weights_lay_does_not_matter():
 
 def test_every_other_field_of_the_provenance_counts():
     different = {"teacher_args": {}, "grid": (1, 1), "image_size": (1, 1), "mean": (0.0,), "std": (1.0,)}
+    different |= {"kind": "label-map", "shape": PROVENANCE.grid}
     for field in dataclasses.fields(PROVENANCE):
         value = different.get(field.name, -1 if isinstance(getattr(PROVENANCE, field.name), int) else "other")
         same = dataclasses.replace(PROVENANCE, **{field.name: value}).fingerprint() == PROVENANCE.fingerprint()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +19,8 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.storage import as_path
 from zpipe.train.data.damage import DamageLog
-from zpipe.train.data.join import Damaged, Missing, check_store, usable_rows
+from zpipe.train.data.join import Damaged, Missing
+from zpipe.train.data.map_stores import ImageStore, Join, MapSource, TarStore, check_frame
 from zpipe.train.data.order import (
     Plan,
     deal,
@@ -38,6 +39,8 @@ from zpipe.train.signals import deferred_signals
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+# What a batch holds besides tensors of stores, and what its parts hold on the way.
+BATCH_FIELDS = ("image", "label", "box", "flipped", "key", "object_box", "slot", "damaged", "notes", "erased", "view")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,8 @@ class RelevanceLoader:
 
         image      uint8 [B, 3, S, S], not normalised: the model's mean and std are applied where it runs
         label      int64 [B]
-        relevance  float32 [B, gh, gw] in [0, 1], the map under the same crop and flip (if `maps` is given)
+        relevance  float32 [B, gh, gw] in [0, 1], the map under the same crop and flip (if `maps` is given; of several
+                   stores, each under its name: dense tensors under the same crop and flip, vectors as they are)
         box        float32 [B, 4], the crop in source pixels (x1, y1, x2, y2)
         flipped    bool [B]
         key        list of B str
@@ -95,7 +99,8 @@ class RelevanceLoader:
 
     Args:
         shards: Folder or URL of tars that `zpipe make-shards` wrote, public tars (jpg + cls or json), or one tar.
-        maps: Relevance store made from these shards: a path, a URL or an open store.
+        maps: Relevance store: a path, a URL or an open store; or several by the names that their tensors shall have in
+            a batch: ``{"relevance": "maps/train", "logits": "maps/train/logits"}``.
         batch_size: Samples of this rank in a batch.
         image_size: Side S of the images, in pixels.
         augment: "train" (random crops and flips, shuffled) or "eval" (centre crops, every sample, in order).
@@ -108,6 +113,8 @@ class RelevanceLoader:
         damaged: How to handle damaged tars, and samples whose image, label or .json is broken: "error", or "skip",
             which makes batches smaller and records what it left out in `damage`. In training a batch may then be
             empty, so that all ranks take equally many steps.
+        join: "tar": the stores were made from these very tars. "image": a map belongs to the sample whose image has the
+            same digest, whatever tars, keys and order they come in; `coverage` says how many have one.
         repeats: How often a training batch holds each of its samples, in different views (repeated augmentation, Hoffer
             et al. 2020). An epoch has as many batches as without repeats and sees a part of the samples, another one
             every time.
@@ -122,7 +129,7 @@ class RelevanceLoader:
     def __init__(
         self,
         shards: str | Path,
-        maps: str | Path | RelevanceMaps | None = None,
+        maps: str | Path | RelevanceMaps | Mapping[str, str | Path | RelevanceMaps] | None = None,
         *,
         batch_size: int,
         image_size: int = 224,
@@ -133,6 +140,7 @@ class RelevanceLoader:
         world_size: int = 1,
         missing: Missing = "error",
         damaged: Damaged = "error",
+        join: Join = "tar",
         repeats: int = 1,
         view: ViewConfig | None = None,
     ) -> None:
@@ -146,6 +154,8 @@ class RelevanceLoader:
             raise UsageError(f"missing={missing!r}; choose one of {', '.join(get_args(Missing))}")
         if damaged not in get_args(Damaged):
             raise UsageError(f"damaged={damaged!r}; choose error or skip")
+        if join not in get_args(Join):
+            raise UsageError(f"join={join!r}; choose tar or image")
         if augment not in get_args(Augment):
             raise UsageError(f"augment={augment!r}; choose train or eval")
         self.path = as_path(shards)
@@ -163,22 +173,70 @@ class RelevanceLoader:
         self._start = 0  # the batch that the next iteration begins with
         self._next = 0  # the batch after the last one yielded
         self._verified = not digests_are_checked()  # whether an epoch has compared the digests of the tars
-        self.maps: RelevanceMaps | None = None
         # Shards of one size share one array of rows: with a million shards, the arrays would cost more than their
         # contents.
         whole = {count: np.arange(count, dtype=np.int32) for count in {shard.entry.count for shard in self.shards}}
         self._rows = [whole[shard.entry.count] for shard in self.shards]
         self._unusable = 0
-        if maps is not None:
-            path = maps.path if isinstance(maps, RelevanceMaps) else maps
-            self.maps = RelevanceMaps(path, normalise="minmax")
-            check_store(self.maps, self.shards, self.view)
-            if missing != "error":
-                usable = usable_rows(self.maps, self.shards)
-                self._unusable = self.sample_count - sum(map(len, usable))
-                if missing == "skip":
-                    pairs = zip(usable, self._rows, strict=True)
-                    self._rows = [every if len(some) == len(every) else some for some, every in pairs]
+        self.join: Join = join
+        named = maps if isinstance(maps, Mapping) else {} if maps is None else {"relevance": maps}
+        self.stores = {name: self._joined(name, store) for name, store in named.items()}
+        if self.maps is not None and self.maps.manifest.provenance.kind != "map":
+            raise UsageError(
+                f"{self.maps.path}: holds {self.maps.manifest.provenance.kind}, not one map for each image; give the "
+                'loader a name for it: maps={"logits": store}'
+            )
+        if missing != "error":
+            self._leave_out_unusable()
+
+    def _joined(self, name: str, store: str | Path | RelevanceMaps) -> MapSource:
+        """A store joined with the shards."""
+        if name in BATCH_FIELDS or not name.isidentifier():
+            raise UsageError(f"maps: {name!r} can't name a tensor of a batch; give another name")
+        path = store.path if isinstance(store, RelevanceMaps) else store
+        maps = RelevanceMaps(path)
+        if maps.kind.is_relevance and maps.manifest.provenance.teacher:
+            maps = RelevanceMaps(path, normalise="minmax")  # masks that a user wrote keep their values
+        check_frame(maps, self.view)
+        if self.missing == "uniform" and not maps.kind.is_relevance:
+            raise UsageError(
+                f'{maps.path}: holds {maps.manifest.provenance.kind}, of which none is uniform; give missing="skip"'
+            )
+        if self.join == "tar":
+            return TarStore(maps, self.shards)
+        found = ImageStore(maps, self.shards, self.shards[0].path.parent)
+        if self.missing == "error" and found.found < found.count:
+            raise ZpipeError(
+                f"{maps.path}: {found.count - found.found} of {found.count} images of {self.path} have no map, "
+                f"{found.first_missing} the first; give --missing skip, or a store that has them"
+            )
+        return found
+
+    def _leave_out_unusable(self) -> None:
+        """Count the samples that lack a usable tensor of any store, and leave them out if `missing` is "skip"."""
+        rows = self._rows
+        for store in self.stores.values():
+            pairs = zip(rows, store.usable(), strict=True)
+            # Rows that are all usable stay the array that shards share.
+            rows = [every if len(some) == len(every) else np.intersect1d(every, some) for every, some in pairs]
+        self._unusable = self.sample_count - sum(map(len, rows))
+        if self.missing == "skip":
+            self._rows = rows
+
+    @property
+    def maps(self) -> RelevanceMaps | None:
+        """The store of the relevance maps, if there is one."""
+        return self.stores["relevance"].maps if "relevance" in self.stores else None
+
+    @property
+    def coverage(self) -> list[str]:
+        """A line for each store that is joined by image: how many images have a map."""
+        lines = []
+        for store in self.stores.values():
+            if isinstance(store, ImageStore):
+                other = f"; {store.relabelled:,} of them have another label there" if store.relabelled else ""
+                lines.append(f"{store.maps.path}: {store.found:,} of {store.count:,} images have a map{other}")
+        return lines
 
     @property
     def damaged_shards(self) -> list[str]:
@@ -372,8 +430,11 @@ class RelevanceLoader:
 
     def _start_workers(self, batches: range) -> Iterator[Part | ZpipeError]:
         """Begin the parts of these batches, one of each worker after the other."""
-        grid = None if self.maps is None else self.maps.manifest.provenance.grid
-        shared = check_limits(self.num_workers, part_bytes(self.batch_size, self.image_size, grid))
+        shapes = [store.maps.manifest.provenance.sample_shape for store in self.stores.values()]
+        shared = check_limits(self.num_workers, part_bytes(self.batch_size, self.image_size, *shapes))
+        for store in self.stores.values():
+            if isinstance(store, ImageStore):
+                store.copy()  # before data-loading processes start, which share it
         return start_workers(BatchParts(self._epoch_spec(batches, shared=shared)), self.num_workers)
 
     def _checked(self, part: Part | ZpipeError | None, number: int, total: int) -> Part:
@@ -395,7 +456,7 @@ class RelevanceLoader:
             plan=partial(self.plan, self.epoch),
             lane_stride=self.world_size if self.train else 1,
             shards=self.shards,
-            maps=self.maps,
+            stores=self.stores,
             missing=self.missing,
             damaged=self.damaged,
             check=not self._verified,

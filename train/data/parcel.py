@@ -6,6 +6,7 @@ Shared memory is faster, but a container may have little of it, and each part in
 from __future__ import annotations
 
 import errno
+import math
 import os
 import pickle
 import resource
@@ -27,16 +28,16 @@ SPARE_DESCRIPTORS = 16  # for shards, maps and logs
 Part = dict[str, Any]
 
 
-def part_bytes(batch_size: int, image_size: int, grid: tuple[int, int] | None) -> int:
+def part_bytes(batch_size: int, image_size: int, *shapes: tuple[int, ...] | None) -> int:
     """Size of the tensors of a batch, in bytes: all its parts together.
 
     Args:
         batch_size: Samples in the batch.
         image_size: Side of the images, in pixels.
-        grid: Cells of the maps (height, width); None without maps.
+        shapes: Shape of a sample's tensor from each store, such as (gh, gw); None for no store.
     """
-    cells = 0 if grid is None else grid[0] * grid[1]
-    return batch_size * (3 * image_size**2 + 4 * cells + ALIGNMENT)
+    values = sum(math.prod(shape) for shape in shapes if shape is not None)
+    return batch_size * (3 * image_size**2 + 4 * values + ALIGNMENT * max(1, len(shapes)))
 
 
 def shared_memory_problem(batch_bytes: int, folder: Path = SHARED_MEMORY) -> str | None:

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from zpipe.schemas.errors import UsageError
-from zpipe.schemas.geometry import Box, covered_share, crop_maps
+from zpipe.schemas.geometry import Box, covered_share, crop_labels, crop_maps
 from zpipe.schemas.images import open_image, to_rgb
+from zpipe.schemas.tensor_kinds import TensorKind
 from zpipe.train.settings import check_choices
 
 Augment = Literal["train", "eval"]
@@ -150,18 +151,34 @@ def view_maps(relevance: np.ndarray, views: Sequence[View], frames: Sequence[Box
     """The part of each map that its view shows, resampled to the same grid.
 
     Args:
-        relevance: Maps [m, gh, gw].
+        relevance: Maps [m, gh, gw], or several of each view [m, k, gh, gw].
         views: The view of each map.
         frames: What each map covers, in the same pixels as the views.
 
     Returns:
-        float32 [m, gh, gw].
+        float32, of the same shape.
 
     Raises:
         ValueError: If a view leaves its frame.
     """
-    flips = np.array([view.flipped for view in views], bool)
-    return crop_maps(relevance, frames, [view.box for view in views], relevance.shape[1:], flips=flips)
+    boxes, flips = _seen(views)
+    return crop_maps(relevance, frames, boxes, relevance.shape[-2:], flips=flips)
+
+
+def view_tensors(kind: TensorKind, values: np.ndarray, views: Sequence[View], frames: Sequence[Box]) -> np.ndarray:
+    """What the views show of tensors [m, ...] of any kind; vectors stay as they are. See `view_maps`."""
+    if not kind.is_dense:
+        return values
+    if kind.dtype.kind == "i":
+        boxes, flips = _seen(views)
+        return crop_labels(values, frames, boxes, values.shape[-2:], flips=flips)
+    if kind.axes == "hwd":
+        return np.ascontiguousarray(np.moveaxis(view_maps(np.moveaxis(values, -1, 1), views, frames), 1, -1))
+    return view_maps(values, views, frames)
+
+
+def _seen(views: Sequence[View]) -> tuple[list[Box], np.ndarray]:
+    return [view.box for view in views], np.array([view.flipped for view in views], bool)
 
 
 def change_colours(rng: np.random.Generator, pixels: np.ndarray, colour: Colour) -> np.ndarray:
@@ -215,7 +232,7 @@ def erase(rng: np.random.Generator, pixels: np.ndarray, probability: float) -> t
 
 
 def erase_maps(relevance: np.ndarray, boxes: Sequence[Box | None], size: int) -> np.ndarray:
-    """Scale each cell of maps [m, gh, gw] by the fraction of it that was not erased.
+    """Scale each cell of maps [m, gh, gw] or [m, k, gh, gw] by the fraction of it that was not erased.
 
     Args:
         relevance: The maps of views of size x size pixels.
@@ -223,13 +240,11 @@ def erase_maps(relevance: np.ndarray, boxes: Sequence[Box | None], size: int) ->
         size: Side of the views, in pixels.
 
     Returns:
-        float32 [m, gh, gw].
+        float32, of the same shape.
     """
-    kept = [
-        np.ones(relevance.shape[1:]) if box is None else 1 - covered_share(relevance.shape[1:], box, (size, size))
-        for box in boxes
-    ]
-    return (relevance * np.stack(kept)).astype(np.float32)
+    grid = relevance.shape[-2:]
+    kept = np.stack([np.ones(grid) if box is None else 1 - covered_share(grid, box, (size, size)) for box in boxes])
+    return (relevance * (kept[:, None] if relevance.ndim == 4 else kept)).astype(np.float32)
 
 
 RAND_AUGMENT = (

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from typing import Any
@@ -19,9 +19,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from zpipe.schemas.errors import ZpipeError, last_line
 from zpipe.schemas.geometry import Box
 from zpipe.schemas.images import DECODE_ERRORS
-from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.data.damage import DamagedSample
 from zpipe.train.data.join import Damaged, Joined, Missing, ShardJoin
+from zpipe.train.data.map_stores import MapSource
 from zpipe.train.data.order import Plan, last_uses
 from zpipe.train.data.parcel import Packer, Parcel, Part
 from zpipe.train.data.stream import Shard
@@ -34,7 +34,7 @@ from zpipe.train.data.transforms import (
     erase_maps,
     view_box,
     view_image,
-    view_maps,
+    view_tensors,
 )
 from zpipe.train.signals import STOP_SIGNALS
 
@@ -64,8 +64,8 @@ class EpochSpec:
     shards: Sequence[Shard]
     """All shards of the data set."""
 
-    maps: RelevanceMaps | None
-    """The store that each sample's relevance map comes from, if there is one."""
+    stores: Mapping[str, MapSource]
+    """The stores that each sample's tensors come from, by their names in a batch."""
 
     missing: Missing
     """How to handle samples without a usable map."""
@@ -134,7 +134,7 @@ class BatchParts(IterableDataset[Part | ZpipeError | Parcel]):
         spans = (slice(*edges[number : number + 2]) for number in range(len(spec.batches)))
         requests = (PartRequest(slots[span], plan[span], last[span]) for span in spans)
         with ShardJoin(
-            spec.shards, spec.maps, spec.missing, skip_damaged=spec.damaged == "skip", check=spec.check
+            spec.shards, spec.stores, spec.missing, skip_damaged=spec.damaged == "skip", check=spec.check
         ) as join:
             join.expect(plan)
             yield from wds.DataPipeline(lambda: requests, fetch(join), augment(spec, join), collate(spec, join))
@@ -167,6 +167,7 @@ def _answer_failure(queue: Any, error: Exception, item: tuple[int, Any]) -> None
     queue.put((item[0], ZpipeError(f"a data-loading process could not send a batch ({last_line(error)})")))
 
 
+TENSOR, FRAME = "tensor ", "frame "  # keys of an augmented sample, before the name of a store
 Fetched = list[tuple[int, int, Joined]]
 Augmented = list[dict[str, Any]]
 
@@ -234,11 +235,11 @@ def _augment_sample(spec: EpochSpec, copy: int, item: Joined) -> dict[str, Any]:
         "flipped": view.flipped,
         "key": sample.key,
     }
-    if item.relevance is not None:
-        frame = item.frame or Box.full(*source)
+    for name, tensor in item.tensors.items():
+        frame = tensor.frame or Box.full(*source)
         if not frame.contains(view.box):
             raise ZpipeError(f"{where}: its map covers {frame.as_tuple()} only; extract on the full frame")
-        out |= {"relevance": item.relevance, "view": view, "frame": frame}
+        out |= {"view": view, f"{FRAME}{name}": frame, f"{TENSOR}{name}": tensor.values}
     if sample.box is not None:
         out["object_box"] = np.asarray(view_box(sample.box, view), np.float32)
     return out
@@ -264,16 +265,25 @@ def _collate_part(spec: EpochSpec, part: Augmented) -> dict[str, Any]:
         "flipped": torch.tensor([item["flipped"] for item in part], dtype=torch.bool),  # [m]
         "key": [item["key"] for item in part],
     }
-    if spec.maps is not None:
-        whole = _stack(part, "relevance", spec.maps.manifest.provenance.grid, np.float32)  # [m, gh, gw]
-        views, frames = ([item[name] for item in part] for name in ("view", "frame"))
-        out["relevance"] = torch.from_numpy(view_maps(whole.numpy(), views, frames)) if part else whole
-        erased = [item["erased"] for item in part]
-        if any(box is not None for box in erased):
-            out["relevance"] = torch.from_numpy(erase_maps(out["relevance"].numpy(), erased, side))
+    for name, store in spec.stores.items():
+        out[name] = _stack_tensors(spec, part, name, store)
     if all("object_box" in item for item in part):
         out["object_box"] = _stack(part, "object_box", (4,), np.float32)
     return out
+
+
+def _stack_tensors(spec: EpochSpec, part: Augmented, name: str, store: MapSource) -> torch.Tensor:
+    """What a batch's views show of one store's tensors, [m, ...]."""
+    kind, shape = store.maps.kind, store.maps.manifest.provenance.sample_shape
+    dtype = np.int32 if kind.dtype.kind == "i" else np.float32
+    whole = _stack(part, f"{TENSOR}{name}", shape, dtype)
+    if not part:
+        return whole
+    views, frames, erased = ([item[each] for item in part] for each in ("view", f"{FRAME}{name}", "erased"))
+    values = view_tensors(kind, whole.numpy(), views, frames)
+    if kind.is_relevance and any(box is not None for box in erased):
+        values = erase_maps(values, erased, spec.image_size)
+    return torch.from_numpy(values)
 
 
 def _stack(part: Augmented, name: str, shape: tuple[int, ...], dtype: type) -> torch.Tensor:

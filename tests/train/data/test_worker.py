@@ -18,7 +18,7 @@ def spec(lane_stride=1, **changes):
     fields |= {
         "lane_stride": lane_stride,
         "shards": [],
-        "maps": None,
+        "stores": {},
         "missing": "error",
         "damaged": "error",
         "check": True,
