@@ -162,8 +162,20 @@ def extract_command(
         str, typer.Option(help="transformer-attribution, gradient-attention, rollout or class-attention.")
     ] = "transformer-attribution",
     target: Annotated[
-        str, typer.Option(help="Class that a map explains: ground-truth, predicted, or class:K.")
+        str,
+        typer.Option(
+            help="Class that a map explains: ground-truth, predicted, or class:K; top:K stores a map for each of the "
+            "teacher's K best classes."
+        ),
     ] = "ground-truth",
+    save: Annotated[
+        str,
+        typer.Option(
+            metavar="logits,features",
+            help="Also store these of the teacher, in the same pass, in stores inside the output: OUT/logits, "
+            "OUT/features.",
+        ),
+    ] = "",
     frame: Annotated[
         str, typer.Option(help="'full' (the whole image, for training) or 'center' (the teacher's evaluation view).")
     ] = "full",
@@ -223,6 +235,7 @@ def extract_command(
             crop_pct=crop_pct,
             classes=cast(Matching, classes),
             explain=ExplainConfig(method=method, target=target, symmetrise=symmetrise, precision=precision),
+            save=tuple(name.strip() for name in save.split(",") if name.strip()),
             frame=frame,
             executor=cast(Executor, executor),
             batch_size=batch_size,

@@ -9,7 +9,7 @@ from typing import Annotated, cast
 import typer
 from rich.table import Table
 
-from zpipe.cli_options import BatchSize, Classes, Damaged, Device, Store
+from zpipe.cli_options import BatchSize, Classes, Damaged, Device, Join, Store
 from zpipe.cli_results import conclude
 from zpipe.console import local_path, path_or_url, print_rows, print_table, reporting, tell
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -71,6 +71,21 @@ def maps_verify(
         if problems:
             raise ZpipeError(f"{store}: {len(problems)} problems", problems)
         tell(f"{store}: intact")
+
+
+@maps_app.command("digest", short_help="Add the digests of images to a store of an earlier version.")
+def maps_digest(
+    store: Store,
+    shards: Annotated[
+        Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="The tars that the store was made from.")
+    ],
+) -> None:
+    """Add the digests of images to a store that was written without them, so that it can be joined by image."""
+    with reporting() as progress:
+        from zpipe.pipeline.add_digests import add_digests
+
+        changed = add_digests(store, shards, progress=progress)
+        tell(f"{store}: digests added to {changed} shards" if changed else f"{store}: has digests already")
 
 
 @maps_app.command("show")
@@ -155,6 +170,7 @@ def maps_judge(
     limit: Annotated[int, typer.Option(min=1, help="Most images to use.")] = 5_000,
     classes: Classes = None,
     damaged: Damaged = "error",
+    join: Join = "tar",
     batch_size: BatchSize = 64,
     device: Device = "auto",
     json_path: Annotated[
@@ -168,6 +184,7 @@ def maps_judge(
     """
     with reporting() as progress:
         from zpipe.train.data.join import Damaged as DamagedChoice
+        from zpipe.train.data.map_stores import Join as JoinChoice
         from zpipe.train.evaluation.judge import Baseline, JudgeConfig, judge
         from zpipe.train.evaluation.results import check_results_file
 
@@ -177,6 +194,7 @@ def maps_judge(
             limit=limit,
             classes=classes,
             damaged=cast(DamagedChoice, damaged),
+            join=cast(JoinChoice, join),
             batch_size=batch_size,
             device=device,
         )

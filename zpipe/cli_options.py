@@ -77,6 +77,14 @@ NumWorkers = Annotated[
 ]
 Resume = Annotated[str, typer.Option(help="If the folder already holds a run: auto (resume it) or never (stop).")]
 Missing = Annotated[str, typer.Option(help="What to do with samples without a usable map: error, skip or uniform.")]
+Join = Annotated[
+    str,
+    typer.Option(
+        metavar="tar|image",
+        help="How maps find their images: tar (the store was made from these very tars) or image (by a digest of each "
+        "image's bytes, whatever tars, keys and order they come in).",
+    ),
+]
 Damaged = Annotated[
     str,
     typer.Option(

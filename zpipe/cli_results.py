@@ -20,6 +20,7 @@ from zpipe.cli_options import (
     Damaged,
     Device,
     Exits,
+    Join,
     Labels,
     LoadingProcesses,
     Maps,
@@ -134,6 +135,7 @@ def evaluate_command(
     classes: Classes = None,
     labels: Labels = None,
     damaged: Damaged = "error",
+    join: Join = "tar",
     weights: Weights = "final",
     precision: Precision = "float32",
     batch_size: BatchSize = 128,
@@ -153,6 +155,7 @@ def evaluate_command(
     """Measure top-1, mean tokens, GMACs and images/s of a ViT for each alpha, or a zoomer's distance to its teacher."""
     with reporting() as progress:
         from zpipe.train.data.join import Damaged as DamagedChoice
+        from zpipe.train.data.map_stores import Join as JoinChoice
         from zpipe.train.evaluation.evaluate import evaluate, evaluation_path
         from zpipe.train.evaluation.operating_points import EvalConfig
         from zpipe.train.evaluation.results import check_results_file
@@ -172,6 +175,7 @@ def evaluate_command(
             classes=classes,
             labels=labels,
             damaged=cast(DamagedChoice, damaged),
+            join=cast(JoinChoice, join),
             weights=weights,
             precision=precision,
             batch_size=batch_size,
@@ -256,6 +260,7 @@ def study_command(
     classes: Classes = None,
     labels: Labels = None,
     damaged: Damaged = "error",
+    join: Join = "tar",
     seeds: Annotated[
         str, typer.Option(help="Seeds of what it trains, comma-separated; default: that of the run.")
     ] = "",
@@ -276,6 +281,7 @@ def study_command(
     """
     with reporting() as progress:
         from zpipe.train.data.join import Damaged as DamagedChoice
+        from zpipe.train.data.map_stores import Join as JoinChoice
         from zpipe.train.evaluation.operating_points import EvalConfig
         from zpipe.train.evaluation.results import wide, write_study
         from zpipe.train.fit.distributed import Workers
@@ -291,6 +297,7 @@ def study_command(
             classes=classes,
             labels=labels,
             damaged=cast(DamagedChoice, damaged),
+            join=cast(JoinChoice, join),
             precision=precision,
             batch_size=batch_size,
             data_workers=data_workers,
@@ -397,6 +404,7 @@ def calibrate_command(
     limit: Annotated[int, typer.Option(min=1, help="Most images to use.")] = 50_000,
     classes: Classes = None,
     damaged: Damaged = "error",
+    join: Join = "tar",
     batch_size: BatchSize = 128,
     data_workers: LoadingProcesses = 0,
     weights: Weights = "final",
@@ -411,6 +419,7 @@ def calibrate_command(
     """Find the threshold (alpha, or that of early exit) at which a model costs a given budget per image on average."""
     with reporting() as progress:
         from zpipe.train.data.join import Damaged as DamagedChoice
+        from zpipe.train.data.map_stores import Join as JoinChoice
         from zpipe.train.evaluation.calibrate import CalibrationConfig, calibration
         from zpipe.train.evaluation.results import check_results_file, results_path
 
@@ -421,6 +430,7 @@ def calibrate_command(
             limit=limit,
             classes=classes,
             damaged=cast(DamagedChoice, damaged),
+            join=cast(JoinChoice, join),
             batch_size=batch_size,
             data_workers=data_workers,
             device=device,

@@ -14,6 +14,7 @@ from zpipe.cli_options import (
     Damaged,
     DataWorkers,
     Device,
+    Join,
     Missing,
     ModelArgs,
     NumWorkers,
@@ -75,6 +76,7 @@ def train_zoomer_command(
     resume: Resume = "auto",
     missing: Missing = "error",
     damaged: Damaged = "error",
+    join: Join = "tar",
     seed: Seed = 0,
     device: Device = "auto",
     settings: Sets = None,
@@ -86,7 +88,13 @@ def train_zoomer_command(
         from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
         from zpipe.train.settings import with_settings
 
-        flags = {"num_blocks": num_blocks, "image_size": image_size, "missing": missing, "damaged": damaged}
+        flags = {
+            "num_blocks": num_blocks,
+            "image_size": image_size,
+            "missing": missing,
+            "join": join,
+            "damaged": damaged,
+        }
         flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
         config = with_settings(
@@ -173,6 +181,7 @@ def train_vit_command(
     resume: Resume = "auto",
     missing: Missing = "error",
     damaged: Damaged = "error",
+    join: Join = "tar",
     seed: Seed = 0,
     device: Device = "auto",
     settings: Sets = None,
@@ -188,7 +197,7 @@ def train_vit_command(
         base = recipe(recipe_name, VIT_RECIPES, VitConfig())
         model_args = base.model_args | parse_settings(model_arg, "--model-arg")
         flags = {"model": model, "model_args": model_args, "num_classes": num_classes}
-        flags |= {"missing": missing, "damaged": damaged, "init_from": init_from, "scores": scores}
+        flags |= {"missing": missing, "join": join, "damaged": damaged, "init_from": init_from, "scores": scores}
         flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
         flags |= _given({"image_size": image_size})

@@ -16,6 +16,7 @@ import torch
 
 from zpipe.schemas.account import Account
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.progress import Progress
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.storage import as_path
 from zpipe.train.data.damage import DamageLog
@@ -211,6 +212,13 @@ class RelevanceLoader:
                 f"{found.first_missing} the first; give --missing skip, or a store that has them"
             )
         return found
+
+    def report_coverage(self, progress: Progress) -> None:
+        """Report, before an epoch begins, how many images have a map in each store that is joined by image."""
+        for store in self.stores.values():
+            if isinstance(store, ImageStore):
+                other = {"other_label": store.relabelled} if store.relabelled else {}
+                progress("images with a map", store.found, store.count, store=str(store.maps.path), **other)
 
     def _leave_out_unusable(self) -> None:
         """Count the samples that lack a usable tensor of any store, and leave them out if `missing` is "skip"."""

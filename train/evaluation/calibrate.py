@@ -16,6 +16,7 @@ from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import load_run
 from zpipe.train.data.join import Damaged
+from zpipe.train.data.map_stores import Join
 from zpipe.train.evaluation.answers import match_run
 from zpipe.train.evaluation.inference import OpenRun, Tally, choose_run_source, eval_loader
 from zpipe.train.evaluation.results import calibration_results, identity, unusual, write_results
@@ -38,6 +39,8 @@ class CalibrationConfig:
     classes mean other images than those that the run was trained for."""
     damaged: Damaged = "error"
     """How to handle damaged tars and samples: `error`, or `skip` to leave them out and count them."""
+    join: Join = "tar"
+    """How maps find their images: `tar` or `image`, see `RelevanceLoader`."""
     weights: str = "final"
     """The weights of the run to use, see `checkpoint.load_run`."""
     limit: int = 50_000
@@ -108,6 +111,7 @@ def calibration(
         batch_size=config.batch_size,
         data_workers=config.data_workers,
         damaged=config.damaged,
+        join=config.join,
     )
     match_run(opened, loader.index, loader.path, config.classes)
     source = choose_run_source(opened, config.scores, loader.maps)

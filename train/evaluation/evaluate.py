@@ -83,6 +83,7 @@ def evaluate(
         data_workers=config.data_workers,
         missing="skip" if opened.kind == "zoomer" else "uniform",
         damaged=config.damaged,
+        join=config.join,
     )
     batches = Tally(loader)
     about = identity(opened, EVALUATION if opened.kind == "vit" else ZOOMER_EVALUATION)
@@ -166,6 +167,7 @@ def _calibrated(run: Path, config: EvalConfig, progress: Progress) -> EvalConfig
         # A file is about the labels of the other shards.
         classes=config.classes if config.classes in (None, BY_NAME) and config.labels is None else BY_INDEX,
         damaged=config.damaged,
+        join=config.join,
         weights=config.weights,
         batch_size=config.batch_size,
         data_workers=config.data_workers,

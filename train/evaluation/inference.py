@@ -19,6 +19,7 @@ from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import Preprocessing, Run
 from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.data.map_stores import Join
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import autocast, keep_freed_memory, resolve_device
 from zpipe.train.evaluation.metrics import LARGEST_LOGIT, check_numbers
@@ -181,6 +182,7 @@ def eval_loader(
     data_workers: int = 0,
     missing: Missing = "uniform",
     damaged: Damaged = "error",
+    join: Join = "tar",
 ) -> RelevanceLoader:
     """Load every sample of the shards once, in the view that a run was made for.
 
@@ -192,6 +194,7 @@ def eval_loader(
         data_workers: processes that load data; 0 to load in this one.
         missing: how to handle samples without a usable map, see `RelevanceLoader`.
         damaged: how to handle damaged tars and samples, see `RelevanceLoader`.
+        join: how maps find their images, see `RelevanceLoader`.
     """
     return RelevanceLoader(
         shards,
@@ -202,6 +205,7 @@ def eval_loader(
         num_workers=data_workers,
         missing=missing,
         damaged=damaged,
+        join=join,
         view=ViewConfig(crop_pct=preprocessing.crop_pct),
     )
 

@@ -17,6 +17,7 @@ from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import load_run
 from zpipe.train.data.join import Damaged
+from zpipe.train.data.map_stores import Join
 from zpipe.train.evaluation.answers import Answers, match_run
 from zpipe.train.evaluation.inference import OpenRun, Tally, eval_loader
 from zpipe.train.evaluation.metrics import pointing_game
@@ -43,6 +44,8 @@ class JudgeConfig:
     """How the labels of the shards become classes of the model, see `answers.match_run`; None if both are alike."""
     damaged: Damaged = "error"
     """How to handle damaged tars and samples: `error`, or `skip` to leave them out and count them."""
+    join: Join = "tar"
+    """How maps find their images: `tar` or `image`, see `RelevanceLoader`."""
     batch_size: int = 64
     """Images per batch."""
     data_workers: int = 0
@@ -146,7 +149,9 @@ def judge(run: Path, shards: Path, maps: Path, config: JudgeConfig, *, progress:
     run_opened = load_run(run)
     opened = OpenRun(run_opened, None, device=config.device)
     sizes = {"batch_size": config.batch_size, "data_workers": config.data_workers}
-    loader = eval_loader(run_opened.preprocessing, shards, maps, **sizes, missing="skip", damaged=config.damaged)
+    loader = eval_loader(
+        run_opened.preprocessing, shards, maps, **sizes, missing="skip", damaged=config.damaged, join=config.join
+    )
     if not loader.sample_count:
         raise UsageError(f"{maps}: has no usable map of a sample in {shards}; give the shards that it was made from")
     answers = Answers(opened.model.num_classes, match_run(run_opened, loader.index, loader.path, config.classes))

@@ -13,6 +13,7 @@ from torch import nn
 
 from zpipe.schemas.errors import UsageError
 from zpipe.train.data.join import Damaged
+from zpipe.train.data.map_stores import Join
 from zpipe.train.device import autocast
 from zpipe.train.models import operating_points as of_model
 from zpipe.train.models.operating_points import OperatingPoint, SettingError, setting_names
@@ -69,6 +70,8 @@ class EvalConfig:
     """A file with several labels per image, used instead of the labels of the data; see `answers.read_several`."""
     damaged: Damaged = "error"
     """How to handle damaged tars and samples: `error`, or `skip` to leave them out and count them."""
+    join: Join = "tar"
+    """How maps find their images: `tar` or `image`, see `RelevanceLoader`."""
     weights: str = "final"
     """The weights of the run to use, see `checkpoint.load_run`."""
     precision: str = "float32"

@@ -8,6 +8,7 @@ from typing import Protocol
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.data.map_stores import Join
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.ranks import ranks
@@ -23,6 +24,10 @@ class DataConfig(Protocol):
     @property
     def missing(self) -> Missing:
         """How to handle samples without a usable map."""
+
+    @property
+    def join(self) -> Join:
+        """How maps find their images."""
 
     @property
     def damaged(self) -> Damaged:
@@ -56,6 +61,7 @@ def training_loader(shards: Path, maps: RelevanceMaps | None, config: DataConfig
         world_size=group.size,
         repeats=config.train.repeats,
         missing=config.missing,
+        join=config.join,
         damaged=config.damaged,
         view=config.view,
     )
@@ -78,6 +84,7 @@ def validation_loader(shards: Path, maps: Path | None, config: DataConfig) -> Re
         rank=group.rank,
         world_size=group.size,
         missing="uniform",
+        join=config.join,
         damaged=config.damaged,
         view=config.view,
     )

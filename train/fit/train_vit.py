@@ -24,6 +24,7 @@ from zpipe.train.checkpoint import Preprocessing, digest_zoomer, load_zoomer, sa
 from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.labels import check_labels
 from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.data.map_stores import Join
 from zpipe.train.data.mix import MixConfig, mix_batch
 from zpipe.train.data.stream import read_tar
 from zpipe.train.data.transforms import ViewConfig
@@ -136,6 +137,9 @@ class VitConfig:
 
     missing: Missing = "error"
     """How to handle samples without a usable map, see `RelevanceLoader`."""
+
+    join: Join = "tar"
+    """How maps find their images: `tar` or `image`, see `RelevanceLoader`."""
 
     damaged: Damaged = "error"
     """How to handle damaged tars and samples, see `RelevanceLoader`."""
@@ -363,6 +367,7 @@ def train_vit(
     device = resolve_device(config.train.device)
     store = RelevanceMaps(inputs.maps) if inputs.maps is not None else None
     loader = training_loader(inputs.shards, store, config)
+    loader.report_coverage(progress)
     model: Any = _build_model(config, loader).to(device)  # with the attributes of a classifier of timm
     source = _source(model, config, inputs.zoomer, store)
     frozen = _frozen_zoomer(source, inputs.zoomer, device)

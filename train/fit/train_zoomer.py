@@ -18,6 +18,7 @@ from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.storage import as_path
 from zpipe.train.checkpoint import Preprocessing, save_zoomer
 from zpipe.train.data.join import Damaged, Missing
+from zpipe.train.data.map_stores import Join
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import resolve_device, to_device
 from zpipe.train.fit.config import TrainConfig
@@ -62,6 +63,9 @@ class ZoomerConfig:
 
     missing: Missing = "error"
     """How to handle samples without a usable map, see `RelevanceLoader`."""
+
+    join: Join = "tar"
+    """How maps find their images: `tar` or `image`, see `RelevanceLoader`."""
 
     damaged: Damaged = "error"
     """How to handle damaged tars and samples, see `RelevanceLoader`."""
@@ -146,6 +150,7 @@ def train_zoomer(
         raise UsageError(f"{maps}: maps of {grid[0]} x {grid[1]} cells; the zoomer needs a square grid")
     device = resolve_device(config.train.device)
     loader = training_loader(shards, store, config)
+    loader.report_coverage(progress)
     settings = asdict(config) | {
         "shards": str(shards),
         "maps": str(maps),

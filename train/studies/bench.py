@@ -244,6 +244,7 @@ class Bench:
             data_workers=config.data_workers,
             missing=missing,
             damaged=config.damaged,
+            join=config.join,
         )
 
     def images(self, loader: RelevanceLoader) -> Tally:
