@@ -24,8 +24,9 @@ import zarr
 
 from zpipe import open_maps
 from zpipe.pipeline.verify import verify_store
+from zpipe.schemas.image_digest import DIGEST_BYTES
 from zpipe.schemas.manifest import MANIFEST_NAME, MapShard, Provenance, StoreManifest, write_extraction, write_manifest
-from zpipe.schemas.relevance_store import INDEX_SCHEMA, concentration, encode_maps, index_path, write_shard
+from zpipe.schemas.relevance_store import concentration, encode_maps, index_path, index_schema, write_shard
 from zpipe.schemas.shard_index import digest_file
 from zpipe.schemas.storage import folder_bytes
 
@@ -82,9 +83,10 @@ def made_up_shard(rng: np.random.Generator, number: int, samples: int) -> tuple[
         "frame_x2": width,
         "frame_y2": height,
         "status": ["ok"] * samples,
+        "image_digest": [bytes(row) for row in rng.integers(0, 256, (samples, DIGEST_BYTES), np.uint8)],
     }
-    arrays = {name: pa.array(columns[name]).cast(INDEX_SCHEMA.field(name).type) for name in columns}
-    return stored, pa.table(arrays, schema=INDEX_SCHEMA)
+    schema = index_schema(columns)
+    return stored, pa.table({field.name: pa.array(columns[field.name]).cast(field.type) for field in schema}, schema)
 
 
 def make_store(root: Path, shards: int, samples: int) -> None:

@@ -104,7 +104,10 @@ def compare_stores(
 
 def _check_comparable(a: RelevanceMaps, b: RelevanceMaps) -> None:
     first, second = a.manifest.provenance, b.manifest.provenance
-    for name in ("kind", "grid", "frame"):
+    for store in (a, b):
+        if store.manifest.provenance.kind != "map":
+            raise ZpipeError(f"{store.path}: holds {store.manifest.provenance.kind}; give stores of one map per image")
+    for name in ("grid", "frame"):
         if getattr(first, name) != getattr(second, name):
             raise ZpipeError(
                 f"{a.path} has {name} {getattr(first, name)}, {b.path} has {getattr(second, name)}: "

@@ -101,7 +101,7 @@ def _quantiles(values: np.ndarray) -> tuple[float, ...]:
 
 
 def show_map(root: Path, key: str, out: Path, shards: Path | None = None) -> Path:
-    """Write a PNG of one sample: its image, its map, and the map over the image.
+    """Write a PNG of one sample: its image, its map (of several, the first), and the map over the image.
 
     Args:
         root: Folder or URL of the store.
@@ -113,10 +113,15 @@ def show_map(root: Path, key: str, out: Path, shards: Path | None = None) -> Pat
         `out`.
 
     Raises:
-        UsageError: The key is unknown, or `out` is no name of a PNG, or a file that zpipe did not write.
+        UsageError: The store holds no maps, the key is unknown, or `out` is no name of a PNG, or a file that zpipe did
+            not write.
         ZpipeError: The sample has no usable map, or its image is not there or cannot be decoded.
     """
     check_out_file(out, (".png",))
+    maps = RelevanceMaps(root)
+    if not maps.kind.is_relevance:
+        kind = maps.manifest.provenance.kind
+        raise UsageError(f"{root}: holds {kind}, of which there is no picture; give a store of maps")
     maps = RelevanceMaps(root, normalise="minmax")
     if key not in maps:
         some = ", ".join(list(maps)[:3])
@@ -126,6 +131,7 @@ def show_map(root: Path, key: str, out: Path, shards: Path | None = None) -> Pat
     if status != OK:
         raise ZpipeError(f"{root}: key {key}: has no usable map ({status})")
     image = _find_image(as_path(shards or maps.manifest.source), stem, key)
+    relevance = maps[key] if maps[key].ndim == 2 else maps[key][0]  # of several classes, that of the best one
     width, height = image.size
     extent = (0, width, height, 0)
     # A strip of a pixel's width is not to make a picture of a kilometre's height.
@@ -134,9 +140,9 @@ def show_map(root: Path, key: str, out: Path, shards: Path | None = None) -> Pat
         axis.set_title(title, fontsize=9, parse_math=False)  # a key may hold dollar signs
         axis.set_axis_off()
     axes[0].imshow(image, extent=extent)
-    axes[1].imshow(maps[key], extent=extent, cmap="inferno", interpolation="nearest")
+    axes[1].imshow(relevance, extent=extent, cmap="inferno", interpolation="nearest")
     axes[2].imshow(image, extent=extent)
-    axes[2].imshow(maps[key], extent=extent, cmap="inferno", interpolation="bilinear", alpha=0.6)
+    axes[2].imshow(relevance, extent=extent, cmap="inferno", interpolation="bilinear", alpha=0.6)
     figure.tight_layout(pad=0.4)
     with commit(out) as tmp:
         figure.savefig(tmp, format="png", dpi=120, metadata={"Software": "zpipe"})  # known by it as ours

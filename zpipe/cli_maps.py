@@ -40,6 +40,8 @@ def maps_info(store: Store) -> None:
         method = f"{origin.method}{' symmetrised' if origin.symmetrised else ''}"
         table.add_row("method", f"{method}, target {origin.target}, {origin.precision}")
         table.add_row("frame", f"{origin.frame}, grid {origin.grid[0]} x {origin.grid[1]}")
+        if origin.kind != "map":
+            table.add_row("kind", f"{origin.kind} of {' x '.join(map(str, origin.sample_shape))}")
         if statistics.teacher_top1 is not None:
             table.add_row("teacher's top-1", f"{statistics.teacher_top1:.1%} on these labels")
         table.add_row("quantiles", "5 %, 25 %, 50 %, 75 %, 95 %")
