@@ -171,7 +171,7 @@ def extract_teacher_maps(
     grows by about 2 KB per shard.
 
     Args:
-        shards: Folder or fsspec URL of tar shards, or one tar.
+        shards: Folder or fsspec URL of tar shards, one tar, or a pattern of tars in one folder.
         out: Folder or fsspec URL of the store: new, empty, or that of an extraction to resume.
         config: Settings of the extraction.
         progress: Reports finished samples.
@@ -189,8 +189,15 @@ def extract_teacher_maps(
     teacher = load_teacher(config.teacher_spec())
     classes = ClassNames(names=index.classes, where=str(shards))
     matched = match_labels(teacher, classes, config)
-    provenance = provenance_of(teacher, config, matched.numbers)
-    store = WantedStore(root=out, source=shards, tars=tars, provenance=provenance, classes=tuple(teacher.classes))
+    provenance = provenance_of(teacher, config, matched.numbers, index.label_field)
+    store = WantedStore(
+        root=out,
+        source=shards,
+        tars=tars,
+        provenance=provenance,
+        classes=tuple(teacher.classes),
+        label_field=index.label_field,
+    )
     store.check_sizes()
     spec = _worker_spec(store, teacher, config, device, matched.numbers)
     notes = tuple(note for note in (teacher.note, matched.note) if note)
@@ -211,7 +218,10 @@ def _extract(
 ) -> ExtractReport:
     plan = prepare(store, replace=config.replace, progress=progress)
     tally = _Tally(store.count - plan.count, store.count, len(plan.todo), progress)
-    tasks = [ShardTask(path=str(path if is_remote(path) else path.resolve()), entry=entry) for path, entry in plan.todo]
+    tasks = [
+        ShardTask(path=str(path if is_remote(path) else path.resolve()), entry=entry, label_field=store.label_field)
+        for path, entry in plan.todo
+    ]
     _run_workers(spec, tasks, config, lease.check, tally)
     lease.check()
     clear_unfinished(store.root)  # of workers that died in this run
@@ -270,18 +280,27 @@ def match_labels(teacher: Teacher, data: ClassNames, config: ExtractConfig) -> M
     return MatchedLabels(None)
 
 
-def provenance_of(teacher: Teacher, config: ExtractConfig, numbers: tuple[int, ...] | None = None) -> Provenance:
+def provenance_of(
+    teacher: Teacher,
+    config: ExtractConfig,
+    numbers: tuple[int, ...] | None = None,
+    label_field: str | None = None,
+) -> Provenance:
     """The provenance of maps that `teacher` makes under `config`.
 
     Args:
         teacher: The teacher.
         config: Settings of the extraction.
         numbers: Its class for each label, where labels were matched by name.
+        label_field: Where the labels are, if the index of the tars says it.
     """
     target = config.explain.recorded_target
     if numbers is not None:
         # Another matching gives other maps.
         target = f"{BY_NAME} ({hashlib.sha256(str(numbers).encode()).hexdigest()[:12]})"
+    if label_field is not None:
+        # The tars stay the same when other labels of theirs are chosen; the store keeps both labels and maps.
+        target = f"{target}, labels of {label_field}"
     return Provenance(
         teacher=teacher.name,
         teacher_args=teacher.model_args,

@@ -11,8 +11,10 @@ import errno
 import io
 import json
 import os
+import shlex
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,12 +24,14 @@ import webdataset as wds
 from zpipe.pipeline.image_folder import FolderSource
 from zpipe.pipeline.shard_reader import read_samples, scan_shards
 from zpipe.pipeline.sources import Record, Rejected, SceneSource, Source
+from zpipe.pipeline.tar_lists import list_tars
 from zpipe.schemas.account import Account
 from zpipe.schemas.atomic import claim_folder, commit, write_bytes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import Count, Text, check_format, decode_json, header
 from zpipe.schemas.names import printable
 from zpipe.schemas.progress import Progress, silent
+from zpipe.schemas.sample import check_label_field
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -39,7 +43,7 @@ from zpipe.schemas.shard_index import (
     read_index,
     write_index,
 )
-from zpipe.schemas.storage import as_local, read_file
+from zpipe.schemas.storage import as_local, as_path, is_remote, is_web, read_file
 
 __all__ = ["FolderSource", "MakeShardsReport", "Record", "Rejected", "SceneSource", "index_shards", "make_shards"]
 
@@ -145,23 +149,61 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
     )
 
 
-def index_shards(folder: Path, *, progress: Progress = silent) -> ShardIndex:
+def index_shards(
+    source: str | Path,
+    output: Path | None = None,
+    *,
+    label_field: str | None = None,
+    progress: Progress = silent,
+) -> ShardIndex:
     """Write `shards.json` for existing tars, by reading each of them once.
 
     Args:
-        folder: Folder or URL of the tars.
+        source: Folder or URL of the tars, a pattern of some of them, or ``@FILE``, a list; see
+            `zpipe.pipeline.tar_lists.list_tars`.
+        output: Folder or URL for the index, new or empty, which then stands for these tars; None writes it beside them.
+        label_field: Field of the .json that every label comes from, dotted where nested; None for the usual ones.
         progress: Reports the tars that have been read.
 
     Raises:
-        UsageError: There are no tars, or the index exists already.
+        UsageError: There are no tars, the index exists already, or it cannot be written beside the tars.
         ZpipeError: A tar is broken, or two tars hold the same key; nothing is written then.
     """
-    folder, tars = find_shards(folder)
+    check_label_field(label_field)
+    tars = list_tars(source)
+    folder = _folder_of_all(source, tars) if output is None else as_path(output)
+    if is_web(folder):
+        raise UsageError(f"{folder}: can't be written to; give a folder for the index as OUTPUT")
+    if output is not None:
+        claim_folder(folder, INDEX_NAME, "shard index")
     if has_index(folder):
-        raise UsageError(f"{folder / INDEX_NAME}: is there already; delete it to index the folder again")
-    index = scan_shards(tars, progress=progress)
+        raise UsageError(
+            f"{folder / INDEX_NAME}: is there already, and commands that read these shards use it; delete it to index "
+            "them again, or give another OUTPUT folder"
+        )
+    index = scan_shards(tars, source="" if output is None else str(source), label_field=label_field, progress=progress)
+    if output is not None:
+        folders = {tar.parent: str(tar.parent if is_remote(tar) else tar.parent.absolute()) for tar in tars}
+        entries = (replace(entry, folder=folders[tar.parent]) for tar, entry in zip(tars, index.shards, strict=True))
+        index = replace(index, shards=tuple(entries))
     write_index(folder, index)
     return index
+
+
+def _folder_of_all(source: str | Path, tars: Sequence[Path]) -> Path:
+    """The folder of tars that get their index beside them: all tars of one folder, which can be written to."""
+    folder = tars[0].parent
+    remedy = f"give a folder for the index: zpipe make-shards --index-only {shlex.quote(str(source))} OUTPUT"
+    other = next((tar for tar in tars if tar.parent != folder), None)
+    if other is not None:
+        raise UsageError(f"{source}: tars of several folders ({tars[0]}, {other}); {remedy}")
+    if is_web(folder) or not (is_remote(folder) or os.access(folder, os.W_OK)):
+        raise UsageError(f"{folder}: can't be written to; {remedy}")
+    named = {tar.name for tar in tars}
+    left = next((tar for tar in find_shards(folder)[1] if tar.name not in named), None)
+    if left is not None:
+        raise UsageError(f"{source}: does not name {left}, and an index beside tars names them all; {remedy}")
+    return folder
 
 
 def _write_shard(source: Source, part: int, parts: int, out: Path) -> _Part:

@@ -76,6 +76,8 @@ class ShardTask:
     """Path or URL of the tar."""
     entry: ShardEntry
     """What the index of its folder says about it."""
+    label_field: str | None = None
+    """Where its labels are, if the index says it; see `zpipe.schemas.sample.group_samples`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,7 @@ class ShardWorker:
         first_notes, self._notes = self._notes, []
         explainer_notes = len(self._explainer.notes)
         row = 0
-        for batch in self._batches(path, task.entry):
+        for batch in self._batches(path, task):
             maps, logits, targets = self._explain(batch, path)
             for item, relevance, logit, target in zip(batch, maps, logits, targets, strict=True):
                 if row == count:
@@ -177,8 +179,8 @@ class ShardWorker:
         notes = (*first_notes, *self._explainer.notes[explainer_notes:])
         return ShardReport(stem=task.entry.stem, count=count, statuses=statuses, problems=problems, notes=notes)
 
-    def _batches(self, path: Path, entry: ShardEntry) -> Iterator[list[FramedImage]]:
-        samples = read_samples(path, entry)
+    def _batches(self, path: Path, task: ShardTask) -> Iterator[list[FramedImage]]:
+        samples = read_samples(path, task.entry, label_field=task.label_field)
         return framed_batches(
             samples,
             self._frame,
