@@ -213,7 +213,15 @@ def _sample_from(key: str, parts: Mapping[str, bytes], source: str, label_field:
         )
         raise ZpipeError(f"{source}: key {key}: expected one image, found {', '.join(sorted(parts))}; {remedy}")
     meta = _meta_from(key, parts, source)
-    label = _label_from(key, parts, meta, source) if label_field is None else _label_at(label_field, meta, key, source)
+    if label_field is None:
+        label = _label_from(key, parts, meta, source)
+    elif "json" not in parts:
+        raise ZpipeError(
+            f"{source}: key {key}: has no .json, and labels are taken from its field {printable(label_field)}; where "
+            "it stands apart from the image, unpack the tar and pack it with `tar --sort=name`"
+        )
+    else:
+        label = _label_at(label_field, meta, key, source)
     return Sample(key=key, image=parts[images[0]], label=label, meta=meta)
 
 

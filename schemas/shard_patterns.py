@@ -12,7 +12,7 @@ import math
 import re
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.names import printable
@@ -111,7 +111,7 @@ def _expand_braces(text: str) -> list[str]:
         )
     try:
         return list(braceexpand(text))
-    except (UnbalancedBracesError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # its UnbalancedBracesError is a ValueError
         raise UsageError(
             f"{printable(text)[:80]}: its braces are not balanced, or nested too deeply; write train-{{000..099}}.tar, "
             "and a backslash before a brace of a name"
@@ -128,12 +128,11 @@ def _number_of_names(text: str) -> int:
         ends = _RANGE.fullmatch(braces[1])
         if ends is None:
             number = sum(product(part) for part in braces[1].split(","))
-        elif ends[1].isalpha() or ends[2].isalpha():
-            number = 52
         elif any(len(digits or "") > _MAX_DIGITS for digits in ends.groups()):
             number = MAX_TARS + 1
         else:
-            number = abs(int(ends[2]) - int(ends[1])) // max(int(ends[3] or 1), 1) + 1
+            first, last = (ord(end) if end.isalpha() else int(end) for end in ends.groups()[:2])
+            number = abs(last - first) // max(int(ends[3] or 1), 1) + 1
         return f"\0{min(number, MAX_TARS + 1)}\0"
 
     text = re.sub(r"\\.", "_", text.replace("\0", "_"))
