@@ -176,7 +176,7 @@ def extract_teacher_maps(
     grows by about 2 KB per shard.
 
     Args:
-        shards: Folder or fsspec URL of tar shards, or one tar.
+        shards: Folder or fsspec URL of tar shards, one tar, or a pattern of tars in one folder.
         out: Folder or fsspec URL of the store: new, empty, or that of an extraction to resume.
         config: Settings of the extraction.
         progress: Reports finished samples.
@@ -194,8 +194,15 @@ def extract_teacher_maps(
     teacher = load_teacher(config.teacher_spec())
     classes = ClassNames(names=index.classes, where=str(shards))
     matched = match_labels(teacher, classes, config)
-    provenance = provenance_of(teacher, config, matched.numbers)
-    store = WantedStore(root=out, source=shards, tars=tars, provenance=provenance, classes=tuple(teacher.classes))
+    provenance = provenance_of(teacher, config, matched.numbers, index.label_field)
+    store = WantedStore(
+        root=out,
+        source=shards,
+        tars=tars,
+        provenance=provenance,
+        classes=tuple(teacher.classes),
+        label_field=index.label_field,
+    )
     stores = _stores(store, teacher, config)
     for each in stores.values():
         each.check_sizes()
@@ -236,14 +243,11 @@ def _extract(
         if name != MAPS:
             claim_store(each.root)
         plans[name] = prepare(each, replace=config.replace, progress=progress)
-    lacking = {
-        entry.stem: tuple(name for name in stores if entry.stem not in plans[name].kept) for entry in store.entries
-    }
-    tasks = [
-        ShardTask(path=str(path if is_remote(path) else path.resolve()), entry=entry, stores=lacking[entry.stem])
-        for path, entry in store.tars
-        if lacking[entry.stem]
-    ]
+    tasks = []
+    for path, entry in store.tars:
+        if lacking := tuple(name for name, plan in plans.items() if entry.stem not in plan.kept):
+            absolute = str(path if is_remote(path) else path.resolve())
+            tasks.append(ShardTask(path=absolute, entry=entry, stores=lacking, label_field=store.label_field))
     done = store.count - sum(task.entry.count for task in tasks)
     tally = _Tally(done, store.count, len(tasks), progress)
     _run_workers(spec, tasks, config, lease.check, tally)
@@ -306,18 +310,27 @@ def match_labels(teacher: Teacher, data: ClassNames, config: ExtractConfig) -> M
     return MatchedLabels(None)
 
 
-def provenance_of(teacher: Teacher, config: ExtractConfig, numbers: tuple[int, ...] | None = None) -> Provenance:
+def provenance_of(
+    teacher: Teacher,
+    config: ExtractConfig,
+    numbers: tuple[int, ...] | None = None,
+    label_field: str | None = None,
+) -> Provenance:
     """The provenance of maps that `teacher` makes under `config`.
 
     Args:
         teacher: The teacher.
         config: Settings of the extraction.
         numbers: Its class for each label, where labels were matched by name.
+        label_field: Where the labels are, if the index of the tars says it.
     """
     target = config.explain.recorded_target
     if numbers is not None:
         # Another matching gives other maps.
         target = f"{BY_NAME} ({hashlib.sha256(str(numbers).encode()).hexdigest()[:12]})"
+    if label_field is not None:
+        # The tars stay the same when other labels of theirs are chosen; the store keeps both labels and maps.
+        target = f"{target}, labels of {label_field}"
     return Provenance(
         teacher=teacher.name,
         teacher_args=teacher.model_args,

@@ -22,8 +22,8 @@ from zpipe.schemas.names import printable
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.relevance_store import OK, count_correct_labels
 from zpipe.schemas.sample import Sample
-from zpipe.schemas.shard_index import find_shards
-from zpipe.schemas.storage import as_path, check_reachable, folder_bytes
+from zpipe.schemas.shard_index import find_tar
+from zpipe.schemas.storage import as_path, folder_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,14 +151,12 @@ def show_map(root: Path, key: str, out: Path, shards: Path | None = None) -> Pat
 
 
 def _find_image(shards: Path, stem: str, key: str) -> Image.Image:
-    check_reachable(shards)
-    # The name of the tar is known, so neither an index nor, without one, all other tars need to be read.
-    tar = shards if shards.name == f"{stem}.tar" else shards / f"{stem}.tar"
-    if tar.is_file():
-        for sample in read_samples(tar):
+    # The name of the tar is known, so without an index the other tars need not be read.
+    tar, label_field = find_tar(shards, stem)
+    if tar is not None:
+        for sample in read_samples(tar, label_field=label_field):
             if sample.key == key:
                 return _decoded(sample, tar)
-    find_shards(shards)  # its message is better for a folder that is absent or holds no tar
     raise ZpipeError(f"{shards}: has no tar {stem}.tar with key {key}; give the shards of this store with --shards")
 
 

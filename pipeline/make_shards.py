@@ -11,7 +11,9 @@ import errno
 import io
 import json
 import os
+import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,26 +24,28 @@ import webdataset as wds
 from zpipe.pipeline.image_folder import FolderSource
 from zpipe.pipeline.shard_reader import read_samples, scan_shards
 from zpipe.pipeline.sources import Record, Rejected, SceneSource, Source
+from zpipe.pipeline.tar_lists import list_tars
 from zpipe.schemas.account import Account
 from zpipe.schemas.atomic import claim_folder, commit, write_bytes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import Count, Text, check_format, decode_json, header
 from zpipe.schemas.names import printable
 from zpipe.schemas.progress import Progress, silent
+from zpipe.schemas.sample import check_label_field
 from zpipe.schemas.shard_images import Images, digest_images, image_row, images_path, write_images
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
     ShardIndex,
-    check_listed,
     digest_file,
     digest_keys,
     find_shards,
     has_index,
+    open_index,
     read_index,
     write_index,
 )
-from zpipe.schemas.storage import as_local, read_file
+from zpipe.schemas.storage import as_local, as_path, is_remote, is_web, read_file
 
 __all__ = ["FolderSource", "MakeShardsReport", "Record", "Rejected", "SceneSource", "index_shards", "make_shards"]
 
@@ -147,44 +151,91 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
     )
 
 
-def index_shards(folder: Path, *, progress: Progress = silent) -> ShardIndex:
+def index_shards(
+    source: str | Path,
+    output: Path | None = None,
+    *,
+    label_field: str | None = None,
+    progress: Progress = silent,
+) -> ShardIndex:
     """Write `shards.json` for existing tars, by reading each of them once, and the digests of their images.
 
     An index that was written without these digests gets them; what else it says stays.
 
     Args:
-        folder: Folder or URL of the tars.
+        source: Folder or URL of the tars, a pattern of some of them, or ``@FILE``, a list; see
+            `zpipe.pipeline.tar_lists.list_tars`.
+        output: Folder or URL for the index, new or empty, which then stands for these tars; None writes it beside them.
+        label_field: Field of the .json that every label comes from, dotted where nested; None for the usual ones.
         progress: Reports the tars that have been read.
 
     Raises:
-        UsageError: There are no tars, or the index exists already.
-        ZpipeError: A tar is broken, is not what the index says, or two tars hold the same key; `shards.json` is not
-            written then.
+        UsageError: There are no tars, the index exists already, or it cannot be written beside the tars.
+        ZpipeError: A tar is broken, is not what an earlier index says, or two tars hold the same key; `shards.json` is
+            not written then.
     """
-    folder, tars = find_shards(folder)
-    earlier = read_index(folder) if has_index(folder) else None
-    if earlier is not None:
-        if all(entry.images_sha256 for entry in earlier.shards):
-            raise UsageError(f"{folder / INDEX_NAME}: is there already; delete it to index the folder again")
-        check_listed(folder, tars, earlier, whole_folder=True)
-    index = scan_shards(tars, images_to=folder, progress=progress)
-    if earlier is not None:
-        index = _with_digests(folder, earlier, index)
+    check_label_field(label_field)
+    if output is None and not str(source).startswith("@") and has_index(as_path(source)):
+        earlier = read_index(as_path(source))
+        if label_field is None and not all(entry.images_sha256 for entry in earlier.shards):
+            return _add_digests(as_path(source), earlier, progress)
+    tars = list_tars(source)
+    folder = _folder_of_all(source, tars) if output is None else as_path(output)
+    if is_web(folder):
+        raise UsageError(f"{folder}: can't be written to; give a folder for the index as OUTPUT")
+    if output is not None:
+        claim_folder(folder, INDEX_NAME, "shard index")
+    if has_index(folder):
+        raise UsageError(
+            f"{folder / INDEX_NAME}: is there already, and commands that read these shards use it; delete it to index "
+            "them again, or give another OUTPUT folder"
+        )
+    index = scan_shards(
+        tars,
+        source="" if output is None else str(source),
+        label_field=label_field,
+        images_to=folder,
+        progress=progress,
+    )
+    if output is not None:
+        folders = {tar.parent: str(tar.parent if is_remote(tar) else tar.parent.absolute()) for tar in tars}
+        entries = (replace(entry, folder=folders[tar.parent]) for tar, entry in zip(tars, index.shards, strict=True))
+        index = replace(index, shards=tuple(entries))
     write_index(folder, index)
     return index
 
 
-def _with_digests(folder: Path, earlier: ShardIndex, scanned: ShardIndex) -> ShardIndex:
-    """An earlier index with the digests of the images."""
-    found = {entry.name: entry for entry in scanned.shards}
-    for entry in earlier.shards:
-        if entry.sha256 and entry.sha256 != found[entry.name].sha256:
+def _add_digests(folder: Path, earlier: ShardIndex, progress: Progress) -> ShardIndex:
+    """Write an earlier index again, with the digests of the images."""
+    tars, entries, _ = open_index(folder)
+    scanned = scan_shards(tars, label_field=earlier.label_field, images_to=folder, progress=progress)
+    shards = []
+    for tar, entry, found in zip(tars, entries, scanned.shards, strict=True):
+        if entry.sha256 and entry.sha256 != found.sha256:
             raise ZpipeError(
-                f"{folder / entry.name}: its SHA-256 is {found[entry.name].sha256[:12]}, {INDEX_NAME} says "
-                f"{entry.sha256[:12]}: altered; restore it or make the shards again"
+                f"{tar}: its SHA-256 is {found.sha256[:12]}, {INDEX_NAME} says {entry.sha256[:12]}: altered; "
+                "restore it or make the shards again"
             )
-    shards = tuple(replace(entry, images_sha256=found[entry.name].images_sha256) for entry in earlier.shards)
-    return replace(earlier, shards=shards)
+        shards.append(replace(entry, images_sha256=found.images_sha256))
+    index = replace(earlier, shards=tuple(shards))
+    write_index(folder, index)
+    return index
+
+
+def _folder_of_all(source: str | Path, tars: Sequence[Path]) -> Path:
+    """The folder of tars that get their index beside them: all tars of one folder, which can be written to."""
+    folder = tars[0].parent
+    remedy = f"give a folder for the index: zpipe make-shards --index-only {shlex.quote(str(source))} OUTPUT"
+    other = next((tar for tar in tars if tar.parent != folder), None)
+    if other is not None:
+        raise UsageError(f"{source}: tars of several folders ({tars[0]}, {other}); {remedy}")
+    if is_web(folder) or not (is_remote(folder) or os.access(folder, os.W_OK)):
+        raise UsageError(f"{folder}: can't be written to; {remedy}")
+    named = {tar.name for tar in tars}
+    left = next((tar for tar in find_shards(folder)[1] if tar.name not in named), None)
+    if left is not None:
+        raise UsageError(f"{source}: does not name {left}, and an index beside tars names them all; {remedy}")
+    return folder
 
 
 def _write_shard(source: Source, part: int, parts: int, out: Path) -> _Part:

@@ -18,6 +18,7 @@ from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.geometry import Box
 from zpipe.schemas.image_digest import image_digest
 from zpipe.schemas.images import DECODE_ERRORS, open_image, to_rgb
+from zpipe.schemas.names import printable
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.sample import Sample, group_samples, member_bytes, no_samples
 from zpipe.schemas.shard_images import Images, digest_images, image_row, write_images
@@ -25,13 +26,12 @@ from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
     ShardIndex,
-    check_listed,
     digest_keys,
-    find_shards,
-    has_index,
-    read_index,
+    index_command,
+    open_index,
     rows_with_repeated_hashes,
 )
+from zpipe.schemas.shard_patterns import is_pattern
 from zpipe.schemas.storage import as_path, open_file, storage_errors
 from zpipe.schemas.tar_file import HashingFile, read_members
 
@@ -65,7 +65,7 @@ class FramedImage:
     """Why the image could not be decoded."""
 
 
-def read_samples(path: Path, entry: ShardEntry | None = None) -> Iterator[Sample]:
+def read_samples(path: Path, entry: ShardEntry | None = None, *, label_field: str | None = None) -> Iterator[Sample]:
     """Yield the samples of a tar, in order.
 
     Nothing is written to disk, and members that are not plain files are ignored.
@@ -73,13 +73,15 @@ def read_samples(path: Path, entry: ShardEntry | None = None) -> Iterator[Sample
     Args:
         path: The tar, a path or a URL.
         entry: Its index entry; if there is one, count, keys and digest are compared after the last sample.
+        label_field: As for :func:`zpipe.schemas.sample.group_samples`.
 
     Raises:
         ZpipeError: The tar is truncated or altered, or a sample breaks the rules of `zpipe.schemas.sample`.
     """
     keys: list[str] = []
     with _open_tar(path) as file:
-        for sample in group_samples(read_members(file, path, member_bytes), str(path)):
+        members = read_members(file, path, member_bytes)
+        for sample in group_samples(members, str(path), label_field=label_field):
             keys.append(sample.key)
             yield sample
         digest = file.hexdigest()
@@ -110,7 +112,7 @@ def open_shards(path: Path, *, progress: Progress = silent) -> tuple[list[tuple[
     count and digests, which takes as long as reading the data, at every start.
 
     Args:
-        path: A folder of tars, or one tar; a path or a URL.
+        path: A folder of tars, one tar, or a pattern of tars in one folder; a path or a URL.
         progress: Reports the tars that are read for want of an index.
 
     Returns:
@@ -120,29 +122,35 @@ def open_shards(path: Path, *, progress: Progress = silent) -> tuple[list[tuple[
         UsageError: There are no tars.
         ZpipeError: A tar cannot be read, or does not agree with the index.
     """
-    path = as_path(path)
-    folder, tars = find_shards(path)
-    if has_index(folder):
-        index = read_index(folder)
-        entries = check_listed(folder, tars, index, whole_folder=path.is_dir())
-        return list(zip(tars, entries, strict=True)), index
-    index = scan_shards(tars, progress=progress, remedy=f"zpipe make-shards --index-only {folder} spares this")
-    return list(zip(tars, index.shards, strict=True)), index
+    tars, entries, index = open_index(path)
+    if index is None:
+        source = str(path) if is_pattern(path) else ""
+        index = scan_shards(tars, source=source, progress=progress, remedy=f"{index_command(path)} spares this")
+        entries = list(index.shards)
+    return list(zip(tars, entries, strict=True)), index
 
 
 def scan_shards(
-    tars: Sequence[Path], *, images_to: Path | None = None, progress: Progress = silent, remedy: str = ""
+    tars: Sequence[Path],
+    *,
+    source: str = "",
+    label_field: str | None = None,
+    images_to: Path | None = None,
+    progress: Progress = silent,
+    remedy: str = "",
 ) -> ShardIndex:
     """Make the index of tars by reading them, several at a time. Memory grows by 8 bytes per sample.
 
     Args:
         tars: The tars.
+        source: What names them; the folder of the first one by default.
+        label_field: As for :func:`zpipe.schemas.sample.group_samples`; every sample must have it.
         images_to: Folder, a path or a URL, in which to write the index of each tar's images.
         progress: Reports the tars that have been read.
         remedy: How to avoid this work, shown with the progress.
 
     Raises:
-        ZpipeError: A tar is broken or empty, or two tars hold the same key.
+        ZpipeError: A tar is broken or empty, its name is unfit for an index, or two tars hold the same key.
     """
     entries: list[ShardEntry] = []
     hashes: list[np.ndarray] = []  # of the keys of each tar
@@ -150,16 +158,19 @@ def scan_shards(
     facts = {"hint": remedy} if remedy else {}
 
     def scan(tar: Path) -> tuple[ShardEntry, np.ndarray, Account]:
-        images, size, digest, read = _read_images(tar)
+        images, size, digest, read = _read_images(tar, label_field)
         keys = [key for key, _, _ in images]
-        entry = ShardEntry(
-            name=tar.name,
-            count=len(keys),
-            bytes=size,
-            sha256=digest,
-            keys_sha256=digest_keys(keys),
-            images_sha256=digest_images(images),
-        )
+        try:
+            entry = ShardEntry(
+                name=tar.name,
+                count=len(keys),
+                bytes=size,
+                sha256=digest,
+                keys_sha256=digest_keys(keys),
+                images_sha256=digest_images(images),
+            )
+        except ValueError as error:
+            raise ZpipeError(f"{printable(tar)}: {error}; rename it") from error
         if images_to is not None:
             write_images(images_to, entry.stem, images)
         return entry, np.fromiter(map(hash, keys), np.int64, len(keys)), read
@@ -175,7 +186,13 @@ def scan_shards(
         finally:
             pool.shutdown(cancel_futures=True)  # after an error, the other tars need not be read
     _check_unique(tars, hashes)
-    return ShardIndex(shards=tuple(entries), source=str(tars[0].parent), account=account, is_file=False)
+    return ShardIndex(
+        shards=tuple(entries),
+        source=source or str(tars[0].parent),
+        account=account,
+        label_field=label_field,
+        is_file=False,
+    )
 
 
 def _check_unique(tars: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:
@@ -193,12 +210,12 @@ def _check_unique(tars: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:
             owner[key] = tar
 
 
-def _read_images(path: Path) -> tuple[Images, int, str, Account]:
+def _read_images(path: Path, label_field: str | None = None) -> tuple[Images, int, str, Account]:
     """The images of a tar, its size in bytes, its SHA-256 (hex), and the account of its members."""
     account = Account()
     with _open_tar(path) as file:
         members = read_members(file, path, member_bytes)
-        samples = group_samples(members, str(path), account)
+        samples = group_samples(members, str(path), account, label_field=label_field)
         images = [image_row(sample.key, sample.label, sample.image) for sample in samples]
         digest = file.hexdigest()
     if not images:

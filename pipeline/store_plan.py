@@ -89,6 +89,8 @@ class WantedStore:
     """What every shard must have been made with."""
     classes: tuple[str, ...] = ()
     """Names of the teacher's classes, where they are known."""
+    label_field: str | None = None
+    """Where the labels of the tars are, if their index says it; see `zpipe.schemas.sample.group_samples`."""
 
     @property
     def entries(self) -> list[ShardEntry]:

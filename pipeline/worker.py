@@ -88,6 +88,8 @@ class ShardTask:
     """What the index of its folder says about it."""
     stores: tuple[str, ...] = (MAPS,)
     """Names of the stores that lack it: `MAPS` or names in `SAVED`. The last one is committed last."""
+    label_field: str | None = None
+    """Where its labels are, if the index says it; see `zpipe.schemas.sample.group_samples`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,7 @@ class ShardWorker:
         problems: dict[str, str] = {}
         first_notes, self._notes = self._notes, []
         explainer_notes = len(self._explainer.notes)
-        for batch in self._batches(path, task.entry):
+        for batch in self._batches(path, task):
             explained = self._explain(batch, path)
             if len(columns["key"]) + len(batch) > count:
                 raise ZpipeError(
@@ -203,8 +205,8 @@ class ShardWorker:
             fingerprint=self.spec.saved[name] if name else self.spec.fingerprint,
         )
 
-    def _batches(self, path: Path, entry: ShardEntry) -> Iterator[list[FramedImage]]:
-        samples = read_samples(path, entry)
+    def _batches(self, path: Path, task: ShardTask) -> Iterator[list[FramedImage]]:
+        samples = read_samples(path, task.entry, label_field=task.label_field)
         return framed_batches(
             samples,
             self._frame,

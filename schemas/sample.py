@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 
 from zpipe.schemas.account import Account, no_image
 from zpipe.schemas.choices import check_choice
-from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.image_formats import HEAD_BYTES, IMAGE_SUFFIXES, sniff_format
-from zpipe.schemas.names import check_key
+from zpipe.schemas.names import check_key, printable
 
 MAX_LABEL_BYTES = {"cls": 1 << 10, "json": 1 << 24}
 ALLOWED_SUFFIXES = (*IMAGE_SUFFIXES, *MAX_LABEL_BYTES)
 _SOME_SUFFIXES = "jpeg, png, webp"
 KEY_RULES = ("stem", "path")
+MAX_LABEL_FIELD = 256  # characters
+LABEL_FIELD = r"^[^.]+(\.[^.]+)*$"
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,20}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,16 @@ class Sample:
         x1, y1, x2, y2 = box
         bounded = all(abs(edge) < 2**53 for edge in box)  # NaN is not
         return (x1, y1, x2, y2) if bounded and x1 < x2 and y1 < y2 else None
+
+
+def check_label_field(name: str | None) -> None:
+    """Raise :class:`UsageError` for what is no name of a field, dotted where nested; None stands for no field."""
+    if name is None or (len(name) <= MAX_LABEL_FIELD and re.search(LABEL_FIELD, name) and printable(name) == name):
+        return
+    raise UsageError(
+        f"--label-field {printable(name)[:80]}: write the name of a field of the .json, such as label or "
+        "annotation.class_id"
+    )
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -96,6 +110,7 @@ def group_samples(
     source: str,
     account: Account | None = None,
     *,
+    label_field: str | None = None,
     keep_damaged: bool = False,
 ) -> Iterator[Sample]:
     """Group the members of one tar, in order, into samples.
@@ -104,6 +119,8 @@ def group_samples(
         members: Name and content of each member, read as `member_bytes` says; see :func:`group_members`.
         source: The tar, for messages.
         account: Counts samples, and the members that belong to none.
+        label_field: Field of the .json that every label comes from, dotted where nested; the .cls is then not read.
+            None takes the .cls or, where there is none, `label` of the .json.
         keep_damaged: Whether a sample without one image or with a bad label is yielded with its `damage`.
 
     Raises:
@@ -111,7 +128,7 @@ def group_samples(
     """
     for key, parts in group_members(members, source, account):
         try:
-            yield _sample_from(key, parts, source)
+            yield _sample_from(key, parts, source, label_field)
         except ZpipeError as error:
             if not keep_damaged:
                 raise
@@ -186,7 +203,7 @@ def _is_sample(key: str, parts: Mapping[str, bytes], strays: Mapping[str, object
     return key not in strays or any(suffix in IMAGE_SUFFIXES for suffix in parts)
 
 
-def _sample_from(key: str, parts: Mapping[str, bytes], source: str) -> Sample:
+def _sample_from(key: str, parts: Mapping[str, bytes], source: str, label_field: str | None) -> Sample:
     images = [suffix for suffix in parts if suffix in IMAGE_SUFFIXES]
     if len(images) != 1:
         remedy = (
@@ -196,7 +213,16 @@ def _sample_from(key: str, parts: Mapping[str, bytes], source: str) -> Sample:
         )
         raise ZpipeError(f"{source}: key {key}: expected one image, found {', '.join(sorted(parts))}; {remedy}")
     meta = _meta_from(key, parts, source)
-    return Sample(key=key, image=parts[images[0]], label=_label_from(key, parts, meta, source), meta=meta)
+    if label_field is None:
+        label = _label_from(key, parts, meta, source)
+    elif "json" not in parts:
+        raise ZpipeError(
+            f"{source}: key {key}: has no .json, and labels are taken from its field {printable(label_field)}; where "
+            "it stands apart from the image, unpack the tar and pack it with `tar --sort=name`"
+        )
+    else:
+        label = _label_at(label_field, meta, key, source)
+    return Sample(key=key, image=parts[images[0]], label=label, meta=meta)
 
 
 def _repeated(source: str, key: str, suffix: str, before: frozenset[str]) -> ZpipeError:
@@ -248,9 +274,31 @@ def _label_from(key: str, parts: Mapping[str, bytes], meta: dict[str, Any], sour
     if label is None:
         return None
     if isinstance(label, bool) or not isinstance(label, int):
-        shown = repr(label) if len(repr(label)) <= 40 else repr(label)[:37] + "..."
-        raise ZpipeError(f"{source}: key {key}: its .json has label {shown}, not a class index; rebuild this shard")
+        raise ZpipeError(
+            f"{source}: key {key}: its .json has label {_short(label)}, not a class index; rebuild this shard"
+        )
     return _checked(label, key, source)
+
+
+def _label_at(field: str, meta: Mapping[str, Any], key: str, source: str) -> int:
+    """The label in a field that the user named. Digits in quotes are a number too, as they are in a .cls."""
+    value: Any = meta
+    for name in (field,) if field in meta else field.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    if isinstance(value, str) and _WHOLE_NUMBER.fullmatch(value):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        reason = "is absent" if value is None else f"holds {_short(value)}, not a class index"
+        raise ZpipeError(
+            f"{source}: key {key}: the label field {printable(field)} of its .json {reason}; rebuild this shard, or "
+            "index the tars again with another --label-field"
+        )
+    return _checked(value, key, source)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _checked(label: int, key: str, source: str) -> int:

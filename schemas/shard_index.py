@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BufferedReader
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -22,12 +25,28 @@ from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import Count, Digest, Format, Text
 from zpipe.schemas.names import printable
-from zpipe.schemas.sample import shard_stem
-from zpipe.schemas.storage import as_path, check_reachable, file_sizes, is_remote, names_in, open_file, storage_errors
+from zpipe.schemas.sample import LABEL_FIELD, MAX_LABEL_FIELD, shard_stem
+from zpipe.schemas.shard_patterns import (
+    ARCHIVE_SUFFIXES,
+    expand,
+    is_pattern,
+    is_too_long,
+    no_tar,
+    remedy_for_name,
+)
+from zpipe.schemas.storage import (
+    as_path,
+    check_reachable,
+    file_sizes,
+    is_remote,
+    is_web,
+    names_in,
+    open_file,
+    storage_errors,
+)
 from zpipe.schemas.tar_file import TAR_BLOCK
 
 INDEX_NAME = "shards.json"
-ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".gz", ".zst")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +65,8 @@ class ShardEntry:
     """`digest_keys` of its keys, in order."""
     images_sha256: Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{64})?$")] = ""
     """`zpipe.schemas.shard_images.digest_images` of its images, in order; "" if that is not known."""
+    folder: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+    """Absolute path or URL of its folder; "" if it lies beside the index."""
 
     def __post_init__(self) -> None:
         # A name of a file, never a path. msgspec adds the place in the file to the message.
@@ -53,11 +74,25 @@ class ShardEntry:
             raise ValueError(f"{printable(self.name)[:80]!r} is no file name of a tar")
         if printable(self.name) != self.name:
             raise ValueError(f"the name '{printable(self.name)[:80]}' has unprintable characters")
+        if self.folder:
+            _folder_of(self.folder)
 
     @property
     def stem(self) -> str:
         """File name without its suffix."""
         return shard_stem(self.name)
+
+
+@lru_cache(maxsize=1024)
+def _folder_of(text: str) -> Path:
+    """The folder of a tar that lies elsewhere. Raises ValueError for what is no absolute path or allowed URL."""
+    try:
+        folder = as_path(text)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+    if printable(text) != text or not (is_remote(folder) or folder.is_absolute()):
+        raise ValueError(f"the folder '{printable(text)[:80]}' is no absolute path or URL")
+    return folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +107,8 @@ class ShardIndex:
     """What the tars were made from."""
     account: Account = field(default_factory=Account)
     """What the source held, and what of it is in the tars; nothing seen if that is not known."""
+    label_field: str | None = None
+    """Field of the .json that every label comes from, dotted where nested; None for .cls, or `label` of the .json."""
     is_file: bool = field(default=True, compare=False)
     """Whether there is a `shards.json`; False if the tars were only listed."""
 
@@ -90,8 +127,8 @@ class ShardIndex:
             return ""
         return (
             f"{self.source}: {self.account.images_left_out} images were left out ({self.account}); a key ends at the "
-            f"first dot of a name: rename them KEY.jpg in new tars, or run zpipe make-shards --index-only "
-            f"{self.source} once to go on without them"
+            f"first dot of a name: rename them KEY.jpg in new tars, or run {index_command(self.source)} once to go on "
+            "without them"
         )
 
 
@@ -104,11 +141,12 @@ class _IndexFile:
     source: Text
     count: Count
     account: AccountRecord = field(default_factory=AccountRecord)
+    label_field: Annotated[str, msgspec.Meta(max_length=MAX_LABEL_FIELD, pattern=LABEL_FIELD)] | None = None
 
 
 FORMAT = Format(
     name="zpipe-shards",
-    version=1,
+    version=2,  # 1 has no label field and no folders; written for indexes without these
     content=_IndexFile,
     what="a shard index",
     remedy="run make-shards again, with --index-only for tars that it did not make",
@@ -148,14 +186,21 @@ def digest_file(path: Path) -> str:
 
 def write_index(folder: Path, index: ShardIndex) -> None:
     """Write `shards.json`, the commit point of a shard folder: about 250 bytes per shard."""
+    shards = [
+        {name: value for name, value in vars(entry).items() if name != "folder" or value} for entry in index.shards
+    ]
     content = {
         "count": index.count,
-        "shards": [vars(entry) for entry in index.shards],
+        "shards": shards,
         "classes": index.classes,
         "source": index.source,
         "account": index.account.to_json(),
     }
-    write_json(as_path(folder) / INDEX_NAME, FORMAT.header | content)
+    if index.label_field is not None:
+        content["label_field"] = index.label_field
+    # A reader of version 1 would take other labels, and look for the tars beside the index.
+    version = 2 if index.label_field is not None or any(entry.folder for entry in index.shards) else 1
+    write_json(as_path(folder) / INDEX_NAME, FORMAT.header | {"version": version} | content)
 
 
 def read_index(folder: Path) -> ShardIndex:
@@ -163,7 +208,11 @@ def read_index(folder: Path) -> ShardIndex:
     path = as_path(folder) / INDEX_NAME
     read = FORMAT.read(path)
     index = ShardIndex(
-        shards=read.shards, classes=read.classes, source=read.source, account=Account.from_record(read.account)
+        shards=read.shards,
+        classes=read.classes,
+        source=read.source,
+        account=Account.from_record(read.account),
+        label_field=read.label_field,
     )
     stems = Counter(entry.stem for entry in read.shards)
     if len(stems) != len(read.shards):
@@ -185,41 +234,127 @@ def find_shards(path: Path) -> tuple[Path, list[Path]]:
     """Find tar shards.
 
     Args:
-        path: A folder of tars, or one tar; a path or a URL.
+        path: A folder of tars, one tar, or a pattern of tars in one folder; a path or a URL. A file or a folder that
+            has the name of a pattern is taken as it is.
 
     Returns:
-        The folder, and its tars (or the one tar) sorted by name.
+        The folder, and its tars (or those of the pattern, which need not be there) sorted by name. A folder whose
+        `shards.json` names tars elsewhere may have none.
 
     Raises:
         UsageError: There are none.
         ZpipeError: The folder cannot be read.
     """
     path = as_path(path)
-    check_reachable(path)
+    if not is_pattern(path) or not is_too_long(path):
+        check_reachable(path)
+        try:
+            # A web server may answer for a folder as for a file, and sends a whole tar where a folder is asked for.
+            is_tar = path.suffix == ".tar" and path.is_file()
+            is_folder = not is_tar and path.is_dir()
+            is_file = is_tar or (not is_folder and path.is_file())
+            found = [entry for entry in path.glob("*.tar") if not entry.name.startswith(".")] if is_folder else []
+        except storage_errors() as error:
+            raise ZpipeError(f"{path}: can't be read ({error}); check the address and your access to it") from error
+        if is_tar:
+            return path.parent, [path]
+        if is_file:
+            raise no_tar(path)
+        if is_folder and not found and not has_index(path):
+            archive = next((name for name in names_in(path) if name.lower().endswith(ARCHIVE_SUFFIXES)), "")
+            held = f", but {archive}" if archive else ""
+            raise UsageError(f"{path}: holds no .tar file{held}; {remedy_for_name(archive)}")
+        if is_folder:
+            return path, sorted(found, key=lambda tar: tar.name)  # paths compare ten times as slowly
+    if is_pattern(path):
+        return _find_by_pattern(path)
+    raise UsageError(f"{path}: no such folder; give a folder of tar shards (zpipe make-shards makes one)")
+
+
+def _find_by_pattern(path: Path) -> tuple[Path, list[Path]]:
     try:
-        is_file, is_folder = path.is_file(), path.is_dir()
-        tars = sorted(entry for entry in path.glob("*.tar") if not entry.name.startswith(".")) if is_folder else []
+        folder, names = expand(path)
     except storage_errors() as error:
         raise ZpipeError(f"{path}: can't be read ({error}); check the address and your access to it") from error
-    if is_file:
-        if path.suffix != ".tar":
-            raise UsageError(f"{path}: not a .tar file; {_remedy_for(path.name)}")
-        return path.parent, [path]
-    if not is_folder:
-        raise UsageError(f"{path}: no such folder; give a folder of tar shards (zpipe make-shards makes one)")
-    if not tars:
-        archive = next((name for name in names_in(path) if name.lower().endswith(ARCHIVE_SUFFIXES)), "")
-        held = f", but {archive}" if archive else ""
-        raise UsageError(f"{path}: holds no .tar file{held}; {_remedy_for(archive)}")
-    return path, tars
+    return folder, [folder / name for name in names]
 
 
-def _remedy_for(name: str) -> str:
-    if name.lower().endswith(ARCHIVE_SUFFIXES):
-        return (
-            "shards are plain tars: unpack it (gunzip, unxz, unzstd or unzip) and give the .tar, or make shards of it"
-        )
-    return "give a folder of tar shards (zpipe make-shards makes one), or one tar"
+def check_there(tars: Sequence[Path]) -> None:
+    """Raise :class:`ZpipeError` naming the first tar that is not there; one request for each remote folder."""
+    for folder, group in groupby(sorted(tars, key=lambda tar: str(tar.parent)), key=lambda tar: tar.parent):
+        names = [tar.name for tar in group]
+        sizes = _sizes(folder, names)
+        missing = next((name for name in names if name not in sizes), None)
+        if missing is not None:
+            raise _absent(folder / missing)
+
+
+def _absent(tar: Path) -> ZpipeError:
+    return ZpipeError(f"{tar}: no such file; restore it, or correct the pattern or list that names it")
+
+
+def _sizes(folder: Path, names: list[str]) -> dict[str, int]:
+    try:
+        return file_sizes(folder, names)
+    except storage_errors() as error:
+        raise ZpipeError(f"{folder}: can't be read ({error}); check the address and your access to it") from error
+
+
+def open_index(path: Path) -> tuple[list[Path], list[ShardEntry], ShardIndex | None]:
+    """Find tar shards with their index, as the readers of both programs do.
+
+    Args:
+        path: As for :func:`find_shards`.
+
+    Returns:
+        The tars, sorted by name; their index entries; and the index of the folder. Without an index there are no
+        entries, and None.
+
+    Raises:
+        UsageError: There are no tars.
+        ZpipeError: A tar is not there, or does not agree with the index in name or size.
+    """
+    path = as_path(path)
+    folder, tars = find_shards(path)
+    if not has_index(folder):
+        if is_pattern(path):
+            check_there(tars)
+        return tars, [], None
+    index = read_index(folder)
+    entries = check_listed(folder, tars, index, whole_folder=folder == path)
+    elsewhere = [entry for entry in index.shards if entry.folder] if folder == path else []
+    if elsewhere:
+        pairs = [*zip(tars, entries, strict=True), *_check_elsewhere(folder, elsewhere)]
+        pairs.sort(key=lambda pair: pair[1].name)
+        tars, entries = [tar for tar, _ in pairs], [entry for _, entry in pairs]
+    return tars, entries, index
+
+
+def find_tar(path: Path, stem: str) -> tuple[Path | None, str | None]:
+    """Find one tar by its stem, without looking at the others.
+
+    Args:
+        path: As for :func:`find_shards`.
+        stem: Stem of the tar.
+
+    Returns:
+        The tar, None if there is none of that name; and the label field of the index.
+    """
+    folder, tars = find_shards(path)
+    index = read_index(folder) if has_index(folder) else None
+    tar = next((tar for tar in tars if shard_stem(tar.name) == stem), None)
+    if tar is None and index is not None and folder == as_path(path):
+        elsewhere = (entry for entry in index.shards if entry.folder and entry.stem == stem)
+        tar = next((_folder_of(entry.folder) / entry.name for entry in elsewhere), None)
+    return tar, index.label_field if index else None
+
+
+def index_command(path: str | Path) -> str:
+    """The command that writes the index of tars that have none."""
+    path = as_path(path)
+    if is_pattern(path) or is_web(path):
+        return f"zpipe make-shards --index-only {shlex.quote(str(path))} OUTPUT"
+    return f"zpipe make-shards --index-only {path.parent if path.suffix == '.tar' else path}"
 
 
 def check_listed(folder: Path, tars: list[Path], index: ShardIndex, *, whole_folder: bool) -> list[ShardEntry]:
@@ -237,30 +372,45 @@ def check_listed(folder: Path, tars: list[Path], index: ShardIndex, *, whole_fol
     Raises:
         ZpipeError: A tar is missing, unknown to the index, or of another size (truncated or altered).
     """
-    entries = {entry.name: entry for entry in index.shards}
+    entries = {entry.name: entry for entry in index.shards if not entry.folder}
     names = [tar.name for tar in tars]
-    sizes = file_sizes(folder, names)
     if whole_folder:
         missing = sorted(set(entries) - set(names))
         if missing:
             raise ZpipeError(
                 f"{folder / missing[0]}: listed in {INDEX_NAME} but not there; restore it or make the shards again"
             )
+    sizes = _sizes(folder, names)
     picked = []
     for tar in tars:
         entry = entries.get(tar.name)
         if entry is None:
             raise ZpipeError(f"{tar}: not listed in {folder / INDEX_NAME}; remove it or make the shards again")
-        size = sizes.get(tar.name, 0)
-        if size != entry.bytes:
-            raise ZpipeError(
-                f"{tar}: {size} bytes, but {INDEX_NAME} says {entry.bytes}: truncated or altered; "
-                "restore it or make the shards again"
-            )
-        if entry.count > size // TAR_BLOCK:  # each sample has a header of its own
-            raise ZpipeError(
-                f"{folder / INDEX_NAME}: says that {tar.name} holds {entry.count} samples, too many for its {size} "
-                f"bytes; {FORMAT.remedy}"
-            )
+        _check_size(tar, sizes.get(tar.name), entry, folder)
         picked.append(entry)
     return picked
+
+
+def _check_elsewhere(folder: Path, entries: list[ShardEntry]) -> Iterator[tuple[Path, ShardEntry]]:
+    """The tars that an index in `folder` names in other folders, with their entries."""
+    for text, group in groupby(sorted(entries, key=lambda entry: entry.folder), key=lambda entry: entry.folder):
+        place, own = _folder_of(text), list(group)
+        sizes = _sizes(place, [entry.name for entry in own])
+        for entry in own:
+            _check_size(place / entry.name, sizes.get(entry.name), entry, folder)
+            yield place / entry.name, entry
+
+
+def _check_size(tar: Path, size: int | None, entry: ShardEntry, folder: Path) -> None:
+    if size is None:
+        raise _absent(tar)
+    if size != entry.bytes:
+        raise ZpipeError(
+            f"{tar}: {size} bytes, but {INDEX_NAME} says {entry.bytes}: truncated or altered; "
+            "restore it or make the shards again"
+        )
+    if entry.count > size // TAR_BLOCK:  # each sample has a header of its own
+        raise ZpipeError(
+            f"{folder / INDEX_NAME}: says that {tar.name} holds {entry.count} samples, too many for its {size} "
+            f"bytes; {FORMAT.remedy}"
+        )

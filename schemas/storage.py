@@ -101,6 +101,11 @@ def is_remote(path: Path) -> bool:
     return not isinstance(path, Path)
 
 
+def is_web(path: Path) -> bool:
+    """Whether the path is that of a web server, which takes no files, and lists none with their sizes."""
+    return is_remote(path) and _upath(path).protocol in ("http", "https")
+
+
 def _upath(path: Path) -> Any:
     """A remote path, typed so that what only UPath has can be used: `fs` and `path`."""
     return path
@@ -209,12 +214,32 @@ def remove(path: Path) -> None:
 
 
 def file_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """Size in bytes of each named file that exists in a folder; one request for a remote folder."""
+    """Size in bytes of each named file that exists in a folder; one request for a remote folder.
+
+    A web server is asked for each file.
+
+    Raises:
+        ZpipeError: A web server does not say the size of a file.
+    """
+    if is_web(folder):
+        names = list(names)
+        found = zip(names, map_files(folder, lambda name: _web_size(folder / name), names), strict=True)
+        return {name: size for name, size in found if size is not None}
     if is_remote(folder):
         entries = _upath(folder).fs.ls(_upath(folder).path, detail=True)
         listed = {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries}
         return {name: listed[name] for name in names if name in listed}
     return {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
+
+
+def _web_size(path: Path) -> int | None:
+    try:
+        size = _upath(path).fs.info(str(path))["size"]
+    except FileNotFoundError:
+        return None
+    if size is None:
+        raise ZpipeError(f"{path}: the server does not say its size; copy the files to this machine")
+    return int(size)
 
 
 def folder_bytes(folder: Path) -> int:

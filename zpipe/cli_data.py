@@ -8,7 +8,7 @@ from typing import Annotated, cast
 import typer
 
 from zpipe.cli_options import Address, Device, ModelArgs, Shards
-from zpipe.console import count_or_auto, local_path, parse_settings, path_or_url, reporting, tell, warn
+from zpipe.console import count_or_auto, parse_settings, path_or_url, reporting, tell, warn
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.names import printable
 
@@ -26,9 +26,10 @@ def make_shards_command(
     output: Annotated[
         Path | None,
         typer.Argument(
-            parser=local_path,
+            parser=path_or_url,
             metavar="OUTPUT",
-            help="Local folder for the tars and their index: new, empty, or that of a run to resume.",
+            help="Local folder for the tars and their index: new, empty, or that of a run to resume. With "
+            "--index-only: folder or URL for the index, if it shall not lie beside the tars.",
         ),
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Most images in one tar.")] = 1000,
@@ -60,8 +61,21 @@ def make_shards_command(
         ),
     ] = None,
     index_only: Annotated[
-        bool, typer.Option("--index-only", help="SOURCE is a folder or URL of tars: only write their shards.json.")
+        bool,
+        typer.Option(
+            "--index-only",
+            help="SOURCE is a folder or URL of tars, a pattern ('train-{000..099}.tar', 'train-*.tar'), or @FILE with "
+            "one of these a line: only write their shards.json.",
+        ),
     ] = False,
+    label_field: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="(--index-only) Field of each KEY.json that the label is taken from, dotted where nested, in place of "
+            "KEY.cls or label.",
+        ),
+    ] = None,
 ) -> None:
     """Pack images into WebDataset tars: key.jpg (original bytes), key.cls, key.json, and a shards.json.
 
@@ -73,7 +87,7 @@ def make_shards_command(
         from zpipe.pipeline.open_source import SourceConfig, open_source
 
         if index_only:
-            index = index_shards(path_or_url(source), progress=progress)
+            index = index_shards(source, output, label_field=label_field, progress=progress)
             tell(f"{source}: {index.count} images in {_counted(len(index.shards), 'shard')} indexed; {index.account}")
             if not index.account.is_whole:
                 raise ZpipeError(
@@ -81,6 +95,8 @@ def make_shards_command(
                     "dot of a name; rename them KEY.jpg in new tars, or go on without them: shards.json is written"
                 )
             return
+        if label_field is not None:
+            raise UsageError("--label-field: is for tars as they are; give --index-only too")
         if output is None:
             raise UsageError("give an output folder: zpipe make-shards SOURCE OUTPUT")
         config = SourceConfig(

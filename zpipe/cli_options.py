@@ -33,7 +33,12 @@ def moved(option: str, remedy: str) -> type[TyperCommand]:
 
 
 Shards = Annotated[
-    Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="Folder or URL of tar shards, or one tar.")
+    Path,
+    typer.Argument(
+        parser=path_or_url,
+        metavar="SHARDS",
+        help="Folder or URL of tar shards, one tar, or a quoted pattern: 'train-{000..099}.tar', 'train-*.tar'.",
+    ),
 ]
 Maps = Annotated[
     Path | None, typer.Option(parser=path_or_url, metavar="PATH|URL", help="Relevance store of these shards.")

@@ -14,11 +14,14 @@ import pytest
 
 import zpipe
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
+from zpipe.pipeline.make_shards import index_shards
+from zpipe.pipeline.shard_reader import open_shards
 from zpipe.pipeline.verify import verify_store
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.relevance_store import index_path
 from zpipe.schemas.storage import as_path, check_reachable, create_exclusively, file_sizes, is_remote, names_in
 from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.data.stream import list_shards, read_tar
 
 SERVER = """
 import sys, threading
@@ -95,6 +98,23 @@ def test_a_store_behind_a_url_holds_the_same_bytes(shards, store, folder, extrac
     assert verify_store(as_path(f"{folder}/maps"), as_path(tars)) == []
     again = extract(tars, f"{folder}/maps")
     assert again.extracted == 0
+
+
+@pytest.mark.parametrize("name", ["shard-0000{1..2}.tar", "shard-0000[12].tar", "shard-00002.tar"])
+@pytest.mark.parametrize("indexed", ["beside", "elsewhere"])
+def test_tars_are_selected_by_a_pattern_there(shards, folder, tmp_path, name, indexed):
+    url = put(shards, f"{folder}/tars") + f"/{name}"
+    wanted = [f"{folder}/tars/shard-0000{number}.tar" for number in (1, 2) if "{" in name or "[" in name or number == 2]
+    given = url
+    if indexed == "elsewhere":
+        (tmp_path / "list").write_text(f"{url}\n")
+        given = f"{folder}/index"
+        index_shards(f"@{tmp_path / 'list'}", as_path(given))
+    assert [str(path) for path, _ in open_shards(given)[0]] == wanted
+    assert [str(shard.path) for shard in list_shards(given)[0]] == wanted
+    assert [len(read_tar(shard)) for shard in list_shards(given)[0]] == [5, 5][: len(wanted)]
+    with pytest.raises(ZpipeError, match="shard-00009.tar: not listed"):
+        open_shards(f"{folder}/tars/shard-0000{{1,9}}.tar")
 
 
 def test_it_is_read_like_any_other(store, folder):

@@ -521,8 +521,8 @@ def test_a_shard_index_comes_back_as_it_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"format": "other"}, "is 'other' version 1, expected 'zpipe-shards' version 1; run make-shards again"),
-        ({"version": 2}, "version 2"),
+        ({"format": "other"}, "is 'other' version 1, expected 'zpipe-shards' version 2; run make-shards again"),
+        ({"version": 3}, "version 3"),
         ({"shards": [{"name": "a.tar"}]}, "not readable as a shard index .Object missing required field `count`"),
         ({"shards": [7]}, r"Expected `object`, got `int` - at `\$.shards"),
         ({"classes": None}, "Expected `array`, got `null`"),

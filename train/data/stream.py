@@ -19,12 +19,11 @@ from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
     ShardIndex,
-    check_listed,
     digest_keys,
-    find_shards,
-    has_index,
-    read_index,
+    index_command,
+    open_index,
 )
+from zpipe.schemas.shard_patterns import is_pattern
 from zpipe.schemas.storage import as_path, is_remote, open_file, read_file, storage_errors
 from zpipe.schemas.tar_file import read_members
 
@@ -36,10 +35,12 @@ class Shard:
     path: Path
     entry: ShardEntry
     """Its entry in the shard index."""
+    label_field: str | None = None
+    """Where its labels are, if the index says it; see `zpipe.schemas.sample.group_samples`."""
 
 
 def list_shards(path: Path) -> tuple[list[Shard], ShardIndex]:
-    """List the tars under `path`, with their index.
+    """List the tars of a folder, one tar, or those of a pattern, with their index.
 
     Public tars without a `shards.json` are listed by their headers, which takes some tenths of a second per shard;
     changes of their contents are then not noticed.
@@ -48,24 +49,26 @@ def list_shards(path: Path) -> tuple[list[Shard], ShardIndex]:
         UsageError: If there are no tars.
         ZpipeError: If folder and index disagree.
     """
-    path = as_path(path)
-    folder, tars = find_shards(path)
-    if has_index(folder):
-        index = read_index(folder)
-        entries = check_listed(folder, tars, index, whole_folder=path.is_dir())
-        return [Shard(path=tar, entry=entry) for tar, entry in zip(tars, entries, strict=True)], index
-    if is_remote(folder):
-        raise UsageError(
-            f"{folder}: tar shards without {INDEX_NAME}; run `zpipe make-shards {folder} --index-only` once"
-        )
+    tars, entries, index = open_index(path)
+    if index is None:
+        index = _list_unindexed(path, tars)
+        entries = list(index.shards)
+    field = index.label_field
+    pairs = zip(tars, entries, strict=True)
+    return [Shard(path=tar, entry=entry, label_field=field) for tar, entry in pairs], index
+
+
+def _list_unindexed(path: Path, tars: list[Path]) -> ShardIndex:
+    if is_remote(tars[0]):
+        raise UsageError(f"{path}: tar shards without {INDEX_NAME}; run `{index_command(path)}` once")
+    source = str(path if is_pattern(path) else tars[0].parent)
     account = Account()
     entries = []
     for tar in tars:
         entry, counted = _scan_headers(tar)
         entries.append(entry)
         account += counted
-    shards = [Shard(path=tar, entry=entry) for tar, entry in zip(tars, entries, strict=True)]
-    return shards, ShardIndex(shards=tuple(entries), source=str(folder), account=account, is_file=False)
+    return ShardIndex(shards=tuple(entries), source=source, account=account, is_file=False)
 
 
 def _scan_headers(path: Path) -> tuple[ShardEntry, Account]:
@@ -101,7 +104,8 @@ def read_tar(shard: Shard, *, check: bool = True) -> list[Sample]:
         data = read_file(as_path(path), entry.bytes)
     except storage_errors() as error:
         raise _unreadable(path, error) from error
-    samples = list(group_samples(read_members(io.BytesIO(data), path, member_bytes), str(path), keep_damaged=True))
+    members = read_members(io.BytesIO(data), path, member_bytes)
+    samples = list(group_samples(members, str(path), label_field=shard.label_field, keep_damaged=True))
     if len(samples) != entry.count or digest_keys(item.key for item in samples) != entry.keys_sha256:
         raise ZpipeError(
             f"{path}: {len(samples)} samples, {INDEX_NAME} says {entry.count}: truncated or altered; "
