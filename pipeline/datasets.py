@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import io
 import os
-import zlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar
@@ -23,7 +22,7 @@ from zpipe.pipeline.sources import NumberedSource, Record, Rejected, choose_spli
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.shard_index import digest_keys
 from zpipe.schemas.storage import open_file, read_file
-from zpipe.schemas.tar_file import read_members
+from zpipe.schemas.tar_file import Unzipped, read_members
 
 MAX_UNPACKED_BYTES = 1 << 31  # the published archives unpack to 186 and 349 MB
 
@@ -81,7 +80,7 @@ class Cifar10Source(NumberedSource):
             files = {name: _read(folder / name, largest) for name in wanted if (folder / name).is_file()}
         else:
             where = path / self.ARCHIVE if path.is_dir() and (path / self.ARCHIVE).is_file() else path
-            files = _read_archive(where, self.FOLDER, wanted, largest) if where.is_file() else {}
+            files = read_archive(where, self.FOLDER, wanted, largest) if where.is_file() else {}
         for name in wanted:
             if name not in files:
                 raise ZpipeError(
@@ -172,7 +171,7 @@ class Flowers102Source(NumberedSource):
         if path.is_dir() and not where.is_dir():
             where = path / self.ARCHIVE
             _check_there(where, f"put it there, or what it unpacks to, {self.FOLDER}/")
-        archived = _read_archive(where, self.FOLDER, wanted, self.LARGEST) if where.is_file() else {}
+        archived = read_archive(where, self.FOLDER, wanted, self.LARGEST) if where.is_file() else {}
         missing = sorted(wanted - (set(archived) if where.is_file() else set(os.listdir(where))))
         if missing:
             raise ZpipeError(
@@ -207,7 +206,7 @@ def _check_there(path: Path, remedy: str) -> None:
         raise UsageError(f"{path}: no such file or folder; {remedy}")
 
 
-def _read_archive(path: Path, folder: str, wanted: Collection[str], largest: int) -> dict[str, bytes]:
+def read_archive(path: Path, folder: str, wanted: Collection[str], largest: int) -> dict[str, bytes]:
     """The contents of the plain files `folder`/name of a .tar.gz, for each wanted name that it holds, by name."""
     contents: dict[str, bytes] = {}
 
@@ -225,31 +224,15 @@ def _read_archive(path: Path, folder: str, wanted: Collection[str], largest: int
     except OSError as error:
         raise ZpipeError(f"{path}: can't be read ({error.strerror}); fetch it again") from error
     with packed, gzip.open(packed) as unpacked:
+        whole = Unzipped(unpacked, path, MAX_UNPACKED_BYTES, "fetch it again")
         # The tar is read to its end, and the checksum comes after it.
-        for member in read_members(_Unpacked(unpacked, path), path, amount, remedy="fetch it again"):
+        for member in read_members(whole, path, amount, remedy="fetch it again"):
             name = place(member.name)
             if name and name in contents and member.data is not None:
                 raise ZpipeError(f"{path}: holds {name} twice; fetch it again")
             if name and member.data is not None:
                 contents[name] = member.data
     return contents
-
-
-class _Unpacked:
-    """What a gzip file holds, up to a bound: a small one may hold any amount of zeros."""
-
-    def __init__(self, file: gzip.GzipFile, path: Path) -> None:
-        self._file, self._path, self._left = file, path, MAX_UNPACKED_BYTES
-
-    def read(self, size: int) -> bytes:
-        try:
-            data = self._file.read(size)
-        except (zlib.error, EOFError, OSError) as error:
-            raise ZpipeError(f"{self._path}: not a whole .tar.gz ({error}); fetch it again") from error
-        self._left -= len(data)
-        if self._left < 0:
-            raise ZpipeError(f"{self._path}: unpacks to more than {MAX_UNPACKED_BYTES} bytes; fetch it again")
-        return data
 
 
 def _read_lists(path: Path, names: tuple[str, ...], top: int) -> dict[str, np.ndarray]:
