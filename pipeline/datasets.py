@@ -41,6 +41,7 @@ class Cifar10Source(NumberedSource):
         split: ``train`` or ``val``.
         shard_size: Images per part.
         shuffle_seed: Seed of the order of images; None keeps the order of the source.
+        check: Whether images that keep their bytes are decoded as a check.
 
     Raises:
         UsageError: The path is absent, or an argument makes no sense.
@@ -53,7 +54,9 @@ class Cifar10Source(NumberedSource):
     SIDE, BATCH, NUM_CLASSES = 32, 10_000, 10
     RECORD = 1 + 3 * SIDE * SIDE  # bytes
 
-    def __init__(self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None) -> None:
+    def __init__(
+        self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None, check: bool = True
+    ) -> None:
         choose_split(self.name, split, self.SPLITS)
         names = self.SPLITS[split]
         where, files = self._read(path, (*names, self.NAMES))
@@ -68,7 +71,7 @@ class Cifar10Source(NumberedSource):
         expected = self.BATCH * len(names)
         if len(self._places) != expected:
             self.warning = f"{where}: {len(self._places)} images; CIFAR-10's {split} split has {expected}"
-        super().__init__(path, split, len(self._places), shard_size, shuffle_seed)
+        super().__init__(path, split, len(self._places), shard_size, shuffle_seed, check=check)
 
     def _read(self, path: Path, wanted: tuple[str, ...]) -> tuple[Path, dict[str, bytes]]:
         """The archive or folder, and its files of these names."""
@@ -136,6 +139,7 @@ class Flowers102Source(NumberedSource):
         split: ``train``, ``val``, ``test`` or ``trainval``.
         shard_size: Images per part.
         shuffle_seed: Seed of the order of images; None keeps the order of the source.
+        check: Whether images that keep their bytes are decoded as a check.
 
     Raises:
         UsageError: The path is absent, or an argument makes no sense.
@@ -148,7 +152,9 @@ class Flowers102Source(NumberedSource):
     FOLDER, ARCHIVE, LABELS, SPLIT_FILE = "jpg", "102flowers.tgz", "imagelabels.mat", "setid.mat"
     LARGEST = 16 << 20  # bytes of an image; the official ones are far smaller
 
-    def __init__(self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None) -> None:
+    def __init__(
+        self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None, check: bool = True
+    ) -> None:
         choose_split(self.name, split, self.SPLITS)
         lists = self.SPLITS[split]
         _check_there(path, f"give the folder that holds {self.ARCHIVE}, {self.LABELS} and {self.SPLIT_FILE}")
@@ -163,7 +169,7 @@ class Flowers102Source(NumberedSource):
         self._files = [f"image_{number:05d}.jpg" for number in numbers]
         self._labels = (labels[numbers - 1] - 1).tolist()
         self._folder, self._archived = self._find(path, frozenset(self._files))
-        super().__init__(path, split, len(self._files), shard_size, shuffle_seed)
+        super().__init__(path, split, len(self._files), shard_size, shuffle_seed, check=check)
 
     def _find(self, path: Path, wanted: frozenset[str]) -> tuple[Path, dict[str, bytes]]:
         """The folder or archive of the images, and their bytes if it is an archive."""
@@ -190,8 +196,8 @@ class Flowers102Source(NumberedSource):
         name = self._files[number]
         file, key, label = f"{self.FOLDER}/{name}", name.removesuffix(".jpg"), self._labels[number]
         if self._archived:
-            return record_of(self._archived[name], file, key=key, label=label)
-        return read_record(self._folder / name, file, key=key, label=label)
+            return record_of(self._archived[name], file, key=key, label=label, check=self._check)
+        return read_record(self._folder / name, file, key=key, label=label, check=self._check)
 
 
 def _read(path: Path, largest: int) -> bytes:
