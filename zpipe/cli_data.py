@@ -20,6 +20,7 @@ def make_shards_command(
             help="Folder of images (one sub-folder per class, or a labels.csv); "
             "cifar10:PATH (cifar-10-binary.tar.gz or its folder); "
             "flowers102:FOLDER (with 102flowers.tgz or jpg/, imagelabels.mat, setid.mat); "
+            "imagenet:FOLDER (with the official archives, Kaggle's ILSVRC/, or train/ and val/); "
             "or 'scenes', the embedded data."
         ),
     ],
@@ -45,7 +46,7 @@ def make_shards_command(
         str,
         typer.Option(
             help="(not for image folders) train or val of scenes and cifar10; "
-            "train, val, test or trainval of flowers102."
+            "train, val, test or trainval of flowers102; train, val or test of imagenet."
         ),
     ] = "train",
     image_size: Annotated[
@@ -60,6 +61,14 @@ def make_shards_command(
             "Repeatable.",
         ),
     ] = None,
+    no_check: Annotated[
+        bool,
+        typer.Option(
+            "--no-check",
+            help="Read only the header of images that keep their bytes (JPEG, PNG, WebP), to save the time of decoding "
+            "them; damage after it is found by whoever decodes them.",
+        ),
+    ] = False,
     index_only: Annotated[
         bool,
         typer.Option(
@@ -108,6 +117,7 @@ def make_shards_command(
             split=split,
             image_size=image_size,
             scene=parse_settings(settings, "--set"),
+            check=not no_check,
         )
         report = make_shards(open_source(source, config, warn), output, progress=progress)
         tell(

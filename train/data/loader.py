@@ -205,7 +205,8 @@ class RelevanceLoader:
             )
         if self.join == "tar":
             return TarStore(maps, self.shards)
-        found = ImageStore(maps, self.shards, self.shards[0].path.parent)
+        first = self.shards[0]
+        found = ImageStore(maps, self.shards, self.path if first.entry.folder else first.path.parent)
         if self.missing == "error" and found.found < found.count:
             raise ZpipeError(
                 f"{maps.path}: {found.count - found.found} of {found.count} images of {self.path} have no map, "
