@@ -60,10 +60,9 @@ def save_tensors(
             that are finished are kept.
     """
     check_choice("kind", kind, KINDS)
-    root, source = as_path(out), as_path(shards)
-    store = WantedStore(
-        root=root, source=source, tars=open_shards(source)[0], provenance=_provenance(name, kind, shape)
-    )
+    root, source, origin = as_path(out), as_path(shards), _provenance(name, kind, shape)
+    tars, index = open_shards(source)
+    store = WantedStore(root=root, source=source, tars=tars, provenance=origin, label_field=index.label_field)
     store.check_sizes()
     claim_store(root)
     with held_lease(root) as lease:
@@ -112,7 +111,7 @@ def _write(store: WantedStore, path: Path, entry: ShardEntry, function: Callable
     kind, shape = KINDS[store.provenance.kind], store.provenance.sample_shape
     raw = np.empty((entry.count, *shape), np.int64 if kind.dtype.kind == "i" else np.float32)
     rows = []
-    for number, sample in enumerate(_samples(path, entry)):
+    for number, sample in enumerate(_samples(path, entry, store.label_field)):
         array = np.asarray(function(sample))
         if array.shape != shape:
             raise ZpipeError(
@@ -146,8 +145,8 @@ def _write(store: WantedStore, path: Path, entry: ShardEntry, function: Callable
     write_shard(store.root, entry.stem, stored, index, input_sha256=entry.sha256, fingerprint=fingerprint)
 
 
-def _samples(path: Path, entry: ShardEntry) -> Iterator[Sample]:
-    for number, sample in enumerate(read_samples(path, entry)):
+def _samples(path: Path, entry: ShardEntry, label_field: str | None) -> Iterator[Sample]:
+    for number, sample in enumerate(read_samples(path, entry, label_field=label_field)):
         if number == entry.count:
             raise ZpipeError(f"{path}: more than the {entry.count} samples its index names; make the shards again")
         yield sample
