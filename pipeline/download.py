@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -246,7 +246,7 @@ def _limits(manifest: StoreManifest, shard: MapShard) -> tuple[int, int]:
 
 def _in_threads(
     function: Callable[[MapShard], str], shards: Sequence[MapShard], manifest: StoreManifest, source: _Source
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Yield `function(shard)` for each shard, in order."""
     with ThreadPoolExecutor(max_workers=_threads(manifest)) as pool:
         try:

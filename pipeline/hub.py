@@ -60,7 +60,7 @@ def parse_address(text: str) -> HubDataset:
         raise UsageError(f"{text}: is no data set on the Hub; write it as hf://datasets/OWNER/NAME[@REVISION]")
     _check_installed(text)
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(found["name"])
@@ -71,7 +71,7 @@ def parse_address(text: str) -> HubDataset:
 
 def _check_installed(text: str) -> None:
     try:
-        from huggingface_hub.utils import disable_progress_bars, logging
+        from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
     except ImportError as error:
         raise UsageError(f"{text}: needs huggingface_hub; install the extra hub") from error
     disable_progress_bars()  # ours shows the whole
@@ -114,7 +114,11 @@ def read_from_hub(dataset: HubDataset, name: str, max_bytes: int) -> bytes:
     """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        get_session,
+        hf_raise_for_status,
+    )
 
     url = hf_hub_url(dataset.name, name, repo_type="dataset", revision=dataset.revision)
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
