@@ -10,6 +10,7 @@ import errno
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ SCHEME = "hf://"
 TIMEOUT_S = 60  # without a byte from the server
 RETRIES = 3  # of a request that the server refuses for now
 MAX_WAIT_S = 330  # for a limit of requests to be lifted; the Hub counts them over five minutes
+ANNOUNCED_WAIT_S = 5
 _ADDRESS = re.compile(r"hf://datasets/(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+(/[\w.-]+)*))?/?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOGIN = "log in with hf auth login, or set HF_TOKEN"
@@ -75,7 +77,7 @@ def _check_installed(text: str) -> None:
     except ImportError as error:
         raise UsageError(f"{text}: needs huggingface_hub; install the extra hub") from error
     disable_progress_bars()  # ours shows the whole
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # its warnings quote the signed URLs of uploads
 
 
 def pinned(dataset: HubDataset, stopped: threading.Event) -> HubDataset:
@@ -112,19 +114,15 @@ def read_from_hub(dataset: HubDataset, name: str, max_bytes: int) -> bytes:
         FileNotFoundError: There is no such file.
         OSError: It is larger, or what `hub_errors` lists.
     """
-    from huggingface_hub import hf_hub_url
+    from huggingface_hub import hf_hub_url, hf_raise_for_status
     from huggingface_hub.errors import EntryNotFoundError
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        build_hf_headers,
-        get_session,
-        hf_raise_for_status,
-    )
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
     url = hf_hub_url(dataset.name, name, repo_type="dataset", revision=dataset.revision)
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
     data = bytearray()
     # The token goes to the Hub alone: the session drops it where a file lies on another host.
-    with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S) as response:
+    with session().stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_S) as response:
         try:
             hf_raise_for_status(response)
         except EntryNotFoundError as error:
@@ -134,6 +132,28 @@ def read_from_hub(dataset: HubDataset, name: str, max_bytes: int) -> bytes:
             if len(data) > max_bytes:
                 raise OSError(errno.EFBIG, f"has more than {max_bytes} bytes, too many for a file of its kind", name)
     return bytes(data)
+
+
+def session() -> Any:
+    """The HTTP client of huggingface_hub, which refuses to wait longer than `MAX_WAIT_S` seconds for a limit to end."""
+    from huggingface_hub import get_session
+
+    client = get_session()
+    if _check_wait not in client.event_hooks["response"]:
+        client.event_hooks["response"].append(_check_wait)
+    return client
+
+
+def _check_wait(response: Any) -> None:
+    """Refuse or announce a long wait before the library, or :func:`patiently`, sleeps."""
+    from huggingface_hub import hf_raise_for_status
+
+    wait = _asked_wait_s(response.headers) if response.status_code == 429 else None
+    if wait is not None and wait > MAX_WAIT_S:
+        response.read()
+        hf_raise_for_status(response)
+    if wait is not None and wait >= ANNOUNCED_WAIT_S:
+        warnings.warn(f"too many requests: the server asks to wait {wait} s", stacklevel=2)
 
 
 def hub_errors() -> tuple[type[Exception], ...]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from zpipe.pipeline.data_card import data_card
-from zpipe.pipeline.hub import HubDataset, patiently, read_from_hub
+from zpipe.pipeline.hub import HubDataset, patiently, read_from_hub, session
 from zpipe.pipeline.inspection import StoreStatistics, store_statistics
 from zpipe.pipeline.verify import verify_store
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -34,15 +34,18 @@ from zpipe.schemas.manifest import (
 )
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_store import index_path, maps_path
-from zpipe.schemas.storage import as_local
+from zpipe.schemas.storage import as_local, names_in
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
+T = TypeVar("T")
+
 CARD_NAME = "README.md"
 COMMIT_FILES = 300  # those of 100 shards
 MAX_REMOTE_FILES = 1_000_000
+_OF_A_STORE = ("index", "maps", EXTRACTION_NAME, MANIFEST_NAME)
 # What the Hub itself or its pages put into a repository that is new.
 _BESIDE_A_STORE = (".gitattributes", CARD_NAME, "LICENSE")
 
@@ -71,6 +74,8 @@ class Pushed:
     """Number of files that the repository lacked; of a dry run, 0."""
     size_bytes: int
     """Size of the store in bytes."""
+    left_out: tuple[str, ...]
+    """Names in the store's folder that are no part of the store, and were not sent."""
     card: str
     """The data card."""
 
@@ -117,8 +122,13 @@ def push_store(
     described = [*publication.first.values(), *publication.last.values()]
     size = sum(path.stat().st_size for path in publication.files.values()) + sum(map(len, described))
     sent = 0 if config.dry_run else _send(publication, dataset, config, progress)
-    card = publication.last[CARD_NAME].decode()
-    return Pushed(files=len(publication.files) + len(described), sent=sent, size_bytes=size, card=card)
+    return Pushed(
+        files=len(publication.files) + len(described),
+        sent=sent,
+        size_bytes=size,
+        left_out=tuple(name for name in names_in(root) if name not in _OF_A_STORE),
+        card=publication.last[CARD_NAME].decode(),
+    )
 
 
 def _publication(root: Path, statistics: StoreStatistics, dataset: HubDataset, license: str | None) -> _Publication:
@@ -225,7 +235,8 @@ class _Repository:
 
         self._request(request)
 
-    def _request(self, request: Any) -> Any:
+    def _request(self, request: Callable[[], T]) -> T:
+        session()  # the waits of all that follows are bounded
         return patiently(request, self.dataset, self._never)
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from zpipe.cli_options import BatchSize, Classes, Damaged, Device, Store
 from zpipe.cli_results import conclude
-from zpipe.console import local_path, path_or_url, print_rows, print_table, reporting, tell
+from zpipe.console import local_path, path_or_url, print_rows, print_table, reporting, tell, warn
 from zpipe.schemas.errors import UsageError, ZpipeError
 
 maps_app = typer.Typer(
@@ -170,6 +170,10 @@ def maps_push(
         pushed = push_store(store, dataset, config, progress=progress)
         size = f"{pushed.files} files, {pushed.size_bytes / 1e6:.1f} MB"
         tell(f"{pushed.card}\n{dataset}: would hold {size}" if dry_run else f"{dataset}: {size}, {pushed.sent} sent")
+        if pushed.left_out:
+            warn(
+                f"{store}: {len(pushed.left_out)} names are no part of the store and stay: {', '.join(pushed.left_out[:5])}"
+            )
 
 
 @maps_app.command("pull", short_help="Download a store that others published.")

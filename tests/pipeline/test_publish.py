@@ -122,7 +122,8 @@ def test_only_files_of_the_store_go(hub, store_copy):
         push_store(store_copy, DATASET)
     assert hub.requests == []
     (store_copy / "maps" / ".tmp-2-y").unlink()
-    push_store(store_copy, DATASET)
+    left_out = push_store(store_copy, DATASET).left_out
+    assert left_out == (".tmp-1-x", "lease.json", "notes.txt", "replacing.json", "wandb")
     described = {"README.md", "manifest.json", "extraction.json", ".gitattributes"}
     assert set(hub.files("me/maps")) - described == set(of_shards(hub.files("me/maps")))
 
@@ -435,6 +436,7 @@ def test_a_pull_that_is_refused_is_one_line(pushed, tmp_path, cli, monkeypatch, 
         (r"create", 401, {}, "access is denied (401)"),
         (r"create", 403, {}, "access is forbidden (403); set HF_TOKEN to a token that may do this"),
         (r"/tree/", 429, {"Retry_After": "4000"}, "too many requests (429); wait 4000 s"),
+        (r"/preupload/", 429, {"RateLimit": '"api";r=0;t=4000'}, "too many requests (429); wait 4000 s"),
         (r"/commit/", 403, {}, "access is forbidden (403)"),
         (r"/commit/", 429, {"Retry_After": "4000"}, "too many requests (429); wait 4000 s, then run again to resume"),
         (r"/commit/", 502, {}, "the server fails (502)"),
@@ -444,10 +446,6 @@ def test_a_pull_that_is_refused_is_one_line(pushed, tmp_path, cli, monkeypatch, 
 )
 def test_a_push_that_is_refused_is_one_line(hub, store, cli, monkeypatch, pattern, status, headers, told):
     monkeypatch.setattr(hub_module, "RETRIES", 1)
-    if pattern == "/tree/":  # the library itself waits as long as it is told
-        from huggingface_hub.utils import _pagination
-
-        monkeypatch.setattr(_pagination, "http_backoff", functools.partial(_pagination.http_backoff, max_retries=0))
     hub.refuse(pattern, status, body=json.dumps({"error": f"token {TOKEN} is bad"}).encode(), **headers)
     done = cli("maps", "push", store, ADDRESS)
     assert done.code == 1 and done.error.startswith(f"error: {ADDRESS}") and told in done.error
@@ -462,6 +460,13 @@ def test_patience_is_rewarded(pushed, tmp_path):
     pushed.cut(r"cdn", times=3)
     pull_store(ADDRESS, tmp_path / "back")
     assert verify_store(tmp_path / "back") == []
+
+
+def test_a_long_wait_is_announced(pushed, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_module, "ANNOUNCED_WAIT_S", 1)
+    pushed.refuse(r"shard-00001.parquet", 429, times=1, Retry_After="1")
+    with pytest.warns(UserWarning, match="too many requests: the server asks to wait 1 s"):
+        pull_store(ADDRESS, tmp_path / "back")
 
 
 def test_without_the_token_a_private_repository_is_unknown(hub, store, tmp_path, monkeypatch, cli):
@@ -658,6 +663,18 @@ def test_from_a_folder(store, store_copy, tmp_path, contents, cli):
     os.mkfifo(chunk)
     done = cli("maps", "pull", store_copy, tmp_path / "y")
     assert done.code == 1 and "is a FIFO, not a regular file" in done.error
+
+
+def test_from_and_to_an_object_store(store, tmp_path, contents):
+    from zpipe.schemas.storage import as_path
+
+    there = f"memory://{tmp_path.name}/store"
+    pull_store(str(store), as_path(there))
+    assert verify_store(as_path(there)) == [] and pull_store(str(store), as_path(there)).kept == 4
+    pull_store(there, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(store)
+    with pytest.raises(ZpipeError, match="nowhere: holds no finished relevance store"):
+        pull_store("memory://nowhere", tmp_path / "x")
 
 
 def test_an_array_of_zeros_needs_no_chunk(hub, store, tmp_path):
