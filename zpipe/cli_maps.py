@@ -171,9 +171,8 @@ def maps_push(
         size = f"{pushed.files} files, {pushed.size_bytes / 1e6:.1f} MB"
         tell(f"{pushed.card}\n{dataset}: would hold {size}" if dry_run else f"{dataset}: {size}, {pushed.sent} sent")
         if pushed.left_out:
-            warn(
-                f"{store}: {len(pushed.left_out)} names are no part of the store and stay: {', '.join(pushed.left_out[:5])}"
-            )
+            names = ", ".join(pushed.left_out[:5])
+            warn(f"{store}: {len(pushed.left_out)} names are no part of the store and stay here: {names}")
 
 
 @maps_app.command("pull", short_help="Download a store that others published.")
