@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zpipe.pipeline.hub import is_hub_address, parse_address, patiently, pinned, read_from_hub
+from zpipe.pipeline.hub import http_errors, is_hub_address, parse_address, patiently, pinned, read_from_hub
 from zpipe.pipeline.store_plan import claim_store, clear_unfinished
 from zpipe.schemas.atomic import commit, write_bytes
 from zpipe.schemas.errors import DamageError, UsageError, ZpipeError, first_line, remedy_for
@@ -142,7 +142,7 @@ def _opened(source: str) -> _Source:
 
     def read_path(name: str, max_bytes: int) -> bytes:
         path = folder / name
-        request = partial(_bounded, lambda *_: read_file(path, max_bytes), name, max_bytes)
+        request = partial(_bounded, partial(_read_below, folder), name, max_bytes)
         if is_remote(folder):
             return patiently(request, path, stopped, storage_errors())
         try:
@@ -155,6 +155,17 @@ def _opened(source: str) -> _Source:
             ) from error
 
     return _Source(where=str(folder), read=read_path, stopped=stopped)
+
+
+def _read_below(folder: Path, name: str, max_bytes: int) -> bytes:
+    try:
+        return read_file(folder / name, max_bytes)
+    except FileNotFoundError as error:
+        # fsspec calls a file of a web server absent whatever the answer was, or if there was none.
+        cause = error.__cause__
+        if isinstance(cause, (*http_errors(), TimeoutError)) and getattr(cause, "status", None) != 404:
+            raise cause from None
+        raise
 
 
 def _bounded(request: Read, name: str, max_bytes: int) -> bytes:

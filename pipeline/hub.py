@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from zpipe.schemas.errors import UsageError, ZpipeError, first_line
+from zpipe.schemas.errors import UsageError, ZpipeError, first_line, remedy_for
 from zpipe.schemas.names import printable
 from zpipe.schemas.secrets import refuse_secret
 from zpipe.schemas.storage import storage_errors
@@ -162,12 +162,13 @@ def hub_errors() -> tuple[type[Exception], ...]:
     Errors of an upload come as RuntimeError with their cause; answers that are not the Hub's, as ValueError or
     KeyError.
     """
-    return (OSError, *_http_errors(), RuntimeError, ValueError, KeyError)
+    return (OSError, *http_errors(), RuntimeError, ValueError, KeyError)
 
 
-def _http_errors() -> tuple[type[Exception], ...]:
-    """The base of all errors of the HTTP library that huggingface_hub uses: httpx, or its successor, by version."""
-    return tuple(sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules)
+def http_errors() -> tuple[type[Exception], ...]:
+    """The bases of the errors of the HTTP libraries that are imported; huggingface_hub's is httpx or its successor."""
+    bases = (("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("aiohttp", "ClientError"))
+    return tuple(getattr(sys.modules[module], name) for module, name in bases if module in sys.modules)
 
 
 def patiently(
@@ -218,9 +219,9 @@ def _is_of_transport(error: BaseException | None) -> bool:
     """Whether an error, or one of its causes, is that of a connection, not of the disk or of an answer."""
     while isinstance(error, RuntimeError):
         error = error.__cause__
-    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
-        return False
-    return isinstance(error, storage_errors(*_http_errors())) and not isinstance(error, ValueError)
+    if isinstance(error, (*http_errors(), ConnectionError, TimeoutError)):
+        return True
+    return isinstance(error, storage_errors()) and not isinstance(error, OSError)  # of a library of an object store
 
 
 def _asked_wait_s(headers: Any) -> int | None:
@@ -251,10 +252,14 @@ def explained(where: object, error: Exception) -> ZpipeError:
         error: What the library raised.
     """
     status, headers = _answer(error)
-    if status is None:
-        return ZpipeError(f"{where}: {_reason(error)}; check the network and the address, then run again to resume")
-    code = headers.get("X-Error-Code", "")
-    if status == 401:
+    code, is_hub = headers.get("X-Error-Code", ""), is_hub_address(str(where))
+    if status is None and isinstance(error, OSError) and not _is_of_transport(error):
+        said = f"can't be read ({_reason(error)}); {remedy_for(error)}, then run again to resume"
+    elif status is None:
+        said = f"{_reason(error)}; check the network and the address, then run again to resume"
+    elif status in (401, 403) and not is_hub:
+        said = f"access is denied ({status}); check the address, or ask its owner"
+    elif status == 401:
         said = f"access is denied (401): it does not exist, is private, or is gated; check the address, and {_LOGIN}"
     elif status == 403 and code == "GatedRepo":
         said = f"access is gated (403); accept its terms on its page on the Hub, and {_LOGIN}"

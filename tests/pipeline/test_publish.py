@@ -651,6 +651,45 @@ def test_from_a_web_server(website, store, tmp_path, cli, contents):
     assert done.code == 1 and "holds no finished relevance store" in done.error
 
 
+@pytest.mark.parametrize(
+    ("status", "headers", "told"),
+    [
+        (403, {}, "access is denied (403); check the address, or ask its owner"),
+        (429, {"Retry-After": "4000"}, "too many requests (429); wait 4000 s"),
+        (503, {}, "the server fails (503)"),
+        (None, {}, "can't be reached"),
+    ],
+)
+def test_a_web_server_that_refuses_is_one_line(tmp_path, cli, monkeypatch, status, headers, told):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(hub_module, "RETRIES", 1)
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        url = f"http://127.0.0.1:{server.server_address[1]}/store"
+        if status is not None:
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        else:
+            server.server_close()
+        done = cli("maps", "pull", url, tmp_path / "back")
+        assert done.code == 1 and done.error.startswith(f"error: {url}/manifest.json: ") and told in done.error
+        if status is not None:
+            server.shutdown()
+    assert not (tmp_path / "back").exists()
+
+
 def test_from_a_folder(store, store_copy, tmp_path, contents, cli):
     pull_store(str(store), tmp_path / "back")
     assert contents(tmp_path / "back") == contents(store)
