@@ -1,4 +1,4 @@
-"""Export a store to formats that other programs read: Parquet files that include the maps, or plain NumPy files."""
+"""Export a store to formats that other programs read: Parquet files that include the maps, NumPy files, or Lance."""
 
 from __future__ import annotations
 
@@ -91,6 +91,24 @@ def export_numpy(maps: RelevanceMaps, out: Path, *, values: Values = "raw", prog
         pq.write_table(table, folder / "index.parquet", compression="zstd")
         write_bytes(folder / "keys.txt", "".join(f"{key}\n" for key in table["key"].to_pylist()).encode())
         write_json(folder / "manifest.json", {"values": values, "provenance": maps.manifest.provenance.compared()})
+
+
+def export_lance(maps: RelevanceMaps, out: Path, *, values: Values = "raw", progress: Progress = silent) -> None:
+    """Write a Lance data set, a folder, with the columns of :func:`export_parquet`.
+
+    One shard is in memory at a time. Arguments and exceptions are those of :func:`export_parquet`.
+    """
+    check_choice("--values", values, get_args(Values))
+    _check_free(out)
+    _check_folder(out)
+    try:
+        import lance
+    except ImportError as error:
+        raise UsageError(f"{out}: Lance needs pylance; install the extra lance") from error
+    schema = _schema(maps)
+    batches = (batch for table in _tables(maps, schema, values, progress) for batch in table.to_batches())
+    with commit(out) as folder:
+        lance.write_dataset(pa.RecordBatchReader.from_batches(schema, batches), str(folder))
 
 
 def _check_free(out: Path) -> None:

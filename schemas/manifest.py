@@ -212,7 +212,15 @@ def read_manifest(root: Path) -> StoreManifest:
                 f"{root}: the extraction is not finished (no {MANIFEST_NAME}); run extract-teacher-maps again to resume"
             )
         raise ZpipeError(f"{root}: not a relevance store (no {MANIFEST_NAME}); zpipe extract-teacher-maps makes one")
-    content = MANIFEST.read(path)
+    return _manifest(MANIFEST.read(path), path)
+
+
+def decode_manifest(data: bytes, path: Path | str) -> StoreManifest:
+    """Check the content of a `manifest.json`; `path` is for messages. Raises as :func:`read_manifest`."""
+    return _manifest(MANIFEST.decode(data, path), path)
+
+
+def _manifest(content: _ManifestFile, path: Path | str) -> StoreManifest:
     manifest = StoreManifest(
         provenance=_provenance(content, path, MANIFEST.remedy),
         shards=content.shards,
@@ -225,7 +233,7 @@ def read_manifest(root: Path) -> StoreManifest:
     return manifest
 
 
-def _check_shards(manifest: StoreManifest, count: int | None, path: Path) -> None:
+def _check_shards(manifest: StoreManifest, count: int | None, path: Path | str) -> None:
     """Check what the types do not say: names of files in this store, and counts that add up."""
     names = Counter(shard.stem for shard in manifest.shards)
     for stem, times in names.items():
@@ -249,7 +257,7 @@ def _is_there(path: Path) -> bool:
         raise ZpipeError(f"{path}: can't be read ({first_line(error)}); {remedy_for(error)}") from error
 
 
-def _provenance(content: _ExtractionFile, path: Path, remedy: str) -> Provenance:
+def _provenance(content: _ExtractionFile, path: Path | str, remedy: str) -> Provenance:
     """The provenance in a file. An unknown field would determine values in a way that this version doesn't know."""
     data = bytes(content.provenance)
     if len(data) > MAX_PROVENANCE_BYTES:
@@ -273,3 +281,8 @@ def read_extraction(root: Path) -> Provenance | None:
     if not _is_there(path):
         return None
     return _provenance(EXTRACTION.read(path), path, EXTRACTION.remedy)
+
+
+def decode_extraction(data: bytes, path: Path | str) -> Provenance:
+    """The provenance in the content of an `extraction.json`; `path` is for messages."""
+    return _provenance(EXTRACTION.decode(data, path), path, EXTRACTION.remedy)

@@ -116,7 +116,7 @@ def test_the_cookbook(here, cli, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", here / "cache")
-    assert run_blocks("docs/cookbook.md", cli) == 8
+    assert run_blocks("docs/cookbook.md", cli) == 9
 
 
 def test_extending(here, cli, monkeypatch):

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from zpipe.cli_options import BatchSize, Classes, Damaged, Device, Join, Store
 from zpipe.cli_results import conclude
-from zpipe.console import local_path, path_or_url, print_rows, print_table, reporting, tell
+from zpipe.console import local_path, path_or_url, print_rows, print_table, reporting, tell, warn
 from zpipe.schemas.errors import UsageError, ZpipeError
 
 maps_app = typer.Typer(
@@ -120,7 +120,7 @@ def maps_show(
         tell(f"{path}: written")
 
 
-@maps_app.command("export", short_help="Convert a store to Parquet or NumPy files.")
+@maps_app.command("export", short_help="Convert a store to Parquet, NumPy or Lance.")
 def maps_export(
     store: Store,
     output: Annotated[
@@ -128,13 +128,14 @@ def maps_export(
         typer.Argument(
             parser=path_or_url,  # the export itself refuses URLs
             metavar="OUTPUT",
-            help="Parquet file, or folder with --per-shard or --numpy; must not exist.",
+            help="Parquet file, or folder with --per-shard, --numpy or --lance; must not exist.",
         ),
     ],
     parquet: Annotated[bool, typer.Option("--parquet", help="Index and maps as Parquet (the default).")] = False,
     numpy: Annotated[
         bool, typer.Option("--numpy", help="A folder of maps.npy (float32), keys.txt, index.parquet.")
     ] = False,
+    lance: Annotated[bool, typer.Option("--lance", help="A Lance data set of index and maps.")] = False,
     per_shard: Annotated[bool, typer.Option("--per-shard", help="One Parquet file per shard.")] = False,
     values: Annotated[
         str, typer.Option(help="'raw' (in Parquet: map * scale is the relevance) or 'minmax' (each map in [0, 1]).")
@@ -143,16 +144,72 @@ def maps_export(
     """Convert a store for pandas, polars, duckdb, Hugging Face datasets, or plain NumPy."""
     with reporting() as progress:
         from zpipe import open_maps
-        from zpipe.pipeline.export import Values, export_numpy, export_parquet
+        from zpipe.pipeline.export import Values, export_lance, export_numpy, export_parquet
 
-        if numpy and (parquet or per_shard):
-            raise UsageError("choose one of --parquet and --numpy; --per-shard goes with --parquet")
+        if numpy + lance + (parquet or per_shard) > 1:
+            raise UsageError("choose one of --parquet, --numpy and --lance; --per-shard goes with --parquet")
         maps, kind = open_maps(store), cast(Values, values)
         if numpy:
             export_numpy(maps, output, values=kind, progress=progress)
+        elif lance:
+            export_lance(maps, output, values=kind, progress=progress)
         else:
             export_parquet(maps, output, per_shard=per_shard, values=kind, progress=progress)
         tell(f"{output}: {len(maps)} maps")
+
+
+Address = Annotated[str, typer.Argument(metavar="ADDRESS", help="hf://datasets/OWNER/NAME, or with @BRANCH.")]
+
+
+@maps_app.command("push", short_help="Publish a store on the Hugging Face Hub.")
+def maps_push(
+    store: Annotated[Path, typer.Argument(parser=local_path, metavar="STORE", help="Finished relevance store.")],
+    address: Address,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; default main.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    license: Annotated[
+        str | None, typer.Option(help="Licence of the maps, an identifier of the Hub such as cc-by-4.0.")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace another store in the repository.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Verify the store, print its card, send nothing.")] = False,
+) -> None:
+    """Publish a store as a data set on the Hugging Face Hub, with a data card; run again to resume.
+
+    Log in with `hf auth login` or set HF_TOKEN. Of the source of the shards and of the place of the weights, only the
+    last part of the path is published.
+    """
+    with reporting() as progress:
+        from zpipe.pipeline.hub import parse_address
+        from zpipe.pipeline.publish import PushConfig, push_store
+
+        dataset = parse_address(address if revision is None else f"{address.rstrip('/')}@{revision}")
+        config = PushConfig(private=private, license=license, replace=replace, dry_run=dry_run)
+        pushed = push_store(store, dataset, config, progress=progress)
+        size = f"{pushed.files} files, {pushed.size_bytes / 1e6:.1f} MB"
+        tell(f"{pushed.card}\n{dataset}: would hold {size}" if dry_run else f"{dataset}: {size}, {pushed.sent} sent")
+        if pushed.left_out:
+            names = ", ".join(pushed.left_out[:5])
+            warn(f"{store}: {len(pushed.left_out)} names are no part of the store and stay here: {names}")
+
+
+@maps_app.command("pull", short_help="Download a store that others published.")
+def maps_pull(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="hf://datasets/OWNER/NAME[@REVISION], another URL, or a folder."),
+    ],
+    store: Annotated[
+        Path,
+        typer.Argument(parser=path_or_url, metavar="STORE", help="Folder or URL: new, empty, or of the same store."),
+    ],
+) -> None:
+    """Download a store, check every shard against its digests, and write the manifest last; run again to resume."""
+    with reporting() as progress:
+        from zpipe.pipeline.download import pull_store
+
+        pulled = pull_store(source, store, progress=progress)
+        shards = len(pulled.manifest.shards)
+        tell(f"{store}: {pulled.manifest.count} maps in {shards} shards, {pulled.kept} of them were there")
 
 
 @maps_app.command("judge", short_help="Test how faithful maps are to a model.")

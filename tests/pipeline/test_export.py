@@ -7,6 +7,7 @@ import duckdb
 import numpy as np
 import pandas
 import polars
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import zpipe
 from zpipe.pipeline.compare import compare_stores, spearman, top_overlap
-from zpipe.pipeline.export import export_numpy, export_parquet
+from zpipe.pipeline.export import export_lance, export_numpy, export_parquet
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.inspection import store_statistics
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -71,6 +72,21 @@ def test_hugging_face_opens_it(parquet, expected, tmp_path):
     same({row["key"]: (row["map"], row["scale"]) for row in data}, expected)
 
 
+def test_lance_opens_it(store, tmp_path, expected):
+    lance = pytest.importorskip("lance")
+    export_lance(zpipe.open_maps(store), tmp_path / "maps.lance")
+    data = lance.dataset(str(tmp_path / "maps.lance"))
+    rows = data.to_table().to_pylist()
+    same({row["key"]: (row["map"], row["scale"]) for row in rows}, expected)
+    table = zpipe.open_maps(store).table()
+    assert data.to_table(columns=table.column_names[:-1]).equals(table.drop_columns("shard"))
+    assert data.schema.field("map").type == pa.list_(pa.float16(), 24)
+    assert json.loads(data.schema.field("map").metadata[b"shape"]) == list(GRID)
+    assert json.loads(data.schema.metadata[b"zpipe"]) == zpipe.open_maps(store).manifest.provenance.compared()
+    some = [3, 17, 0]
+    assert data.take(some, columns=["key"])["key"].to_pylist() == [list(expected)[row] for row in some]
+
+
 def test_the_file_says_what_the_maps_are(parquet, store):
     schema = pq.read_schema(parquet)
     assert json.loads(schema.field("map").metadata[b"shape"]) == list(GRID)
@@ -114,6 +130,14 @@ def test_a_full_disk_ends_an_export_with_one_line(store, small_disk):
     assert [path.name for path in small_disk.root.iterdir()] == ["filler"]
 
 
+def test_a_full_disk_ends_an_export_to_lance_with_one_line(store, small_disk, cli):
+    pytest.importorskip("lance")
+    small_disk.fill(1000)
+    done = cli("maps", "export", store, small_disk.root / "out", "--lance")
+    assert done.code == 1 and "out: could not be written" in done.error and "No space left" in done.error
+    assert [path.name for path in small_disk.root.iterdir()] == ["filler"]
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "told"),
     [
@@ -121,6 +145,7 @@ def test_a_full_disk_ends_an_export_with_one_line(store, small_disk):
         ("x.npy", [], "a Parquet file is written"),
         ("x.npy", ["--numpy"], "a folder is written; give a name without .npy"),
         ("x.parquet", ["--per-shard"], "a folder is written; give a name without .parquet"),
+        ("x.parquet", ["--lance"], "a folder is written; give a name without .parquet"),
     ],
 )
 def test_a_name_promises_no_other_format(store, tmp_path, cli, name, flags, told):
@@ -128,8 +153,10 @@ def test_a_name_promises_no_other_format(store, tmp_path, cli, name, flags, told
     assert done.code == 2 and told in done.error and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("flags", [["--numpy"], ["--parquet"], ["--per-shard"]])
+@pytest.mark.parametrize("flags", [["--numpy"], ["--parquet"], ["--per-shard"], ["--lance"]])
 def test_nothing_is_overwritten(store, tmp_path, cli, flags):
+    if "--lance" in flags:
+        pytest.importorskip("lance")
     out = tmp_path / "out"
     assert cli("maps", "export", store, out, *flags).code == 0
     done = cli("maps", "export", store, out, *flags)
@@ -137,7 +164,13 @@ def test_nothing_is_overwritten(store, tmp_path, cli, flags):
 
 
 def test_wrong_choices_are_one_line(store, tmp_path, cli):
-    for flags in (["--numpy", "--parquet"], ["--numpy", "--per-shard"], ["--values", "log"]):
+    for flags in (
+        ["--numpy", "--parquet"],
+        ["--numpy", "--per-shard"],
+        ["--numpy", "--lance"],
+        ["--lance", "--per-shard"],
+        ["--values", "log"],
+    ):
         assert cli("maps", "export", store, tmp_path / "x", *flags).code == 2
     assert list(tmp_path.iterdir()) == []
 
