@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,8 @@ from zpipe.schemas.errors import UsageError
 from zpipe.schemas.manifest import MapShard
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps, normalise_minmax
-from zpipe.schemas.relevance_store import encode_maps
 from zpipe.schemas.storage import is_remote
+from zpipe.schemas.tensor_kinds import encode
 
 Values = Literal["raw", "minmax"]
 
@@ -29,7 +30,7 @@ def export_parquet(
 ) -> int:
     """Write index and maps as Parquet. One shard is in memory at a time.
 
-    The column `map` is FixedSizeList<float16>[gh * gw], row-major. The metadata of the field has its grid (`shape`),
+    The column `map` is FixedSizeList<float16>[gh * gw], row-major; label maps are int32. The metadata of the field has its grid (`shape`),
     those of the file the provenance of the store (`zpipe`).
 
     Args:
@@ -47,7 +48,7 @@ def export_parquet(
         UsageError: `out` exists or is a URL, or `values` is none of its choices.
         ZpipeError: A file cannot be read or written.
     """
-    check_choice("--values", values, get_args(Values))
+    _check_values(maps, values)
     _check_free(out)
     schema = _schema(maps)
     if not per_shard:
@@ -68,23 +69,24 @@ def export_parquet(
 def export_numpy(maps: RelevanceMaps, out: Path, *, values: Values = "raw", progress: Progress = silent) -> None:
     """Write a folder of NumPy maps.
 
-    It holds maps.npy (float32 [N, gh, gw]), keys.txt and index.parquet, in the same order, and manifest.json. It
+    It holds maps.npy (float32 [N, gh, gw], or the shape and type of other tensors), keys.txt and index.parquet, in the same order, and manifest.json. It
     takes 0.8 KB per map at 14 x 14 on disk. One shard is in memory at a time. Arguments and exceptions are those of
     :func:`export_parquet`.
     """
-    check_choice("--values", values, get_args(Values))
+    _check_values(maps, values)
     _check_free(out)
     _check_folder(out)
     with commit(out) as folder:
         folder.mkdir()
-        shape = (len(maps), *maps.manifest.provenance.grid)
+        shape = (len(maps), *maps.manifest.provenance.sample_shape)
+        kind = "<i4" if maps.kind.dtype.kind == "i" else "<f4"
         done = 0
         # Not through a memory map, where a full disk kills the process with SIGBUS.
         with open(folder / "maps.npy", "wb") as file:
-            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            header = {"descr": kind, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for shard in maps.manifest.shards:
-                file.write(np.ascontiguousarray(_shard_values(maps, shard, values), "<f4").data)
+                file.write(np.ascontiguousarray(_shard_values(maps, shard, values), kind).data)
                 done += shard.count
                 progress("export", done, len(maps))
         table = maps.table()
@@ -98,7 +100,7 @@ def export_lance(maps: RelevanceMaps, out: Path, *, values: Values = "raw", prog
 
     One shard is in memory at a time. Arguments and exceptions are those of :func:`export_parquet`.
     """
-    check_choice("--values", values, get_args(Values))
+    _check_values(maps, values)
     _check_free(out)
     _check_folder(out)
     try:
@@ -109,6 +111,12 @@ def export_lance(maps: RelevanceMaps, out: Path, *, values: Values = "raw", prog
     batches = (batch for table in _tables(maps, schema, values, progress) for batch in table.to_batches())
     with commit(out) as folder:
         lance.write_dataset(pa.RecordBatchReader.from_batches(schema, batches), str(folder))
+
+
+def _check_values(maps: RelevanceMaps, values: Values) -> None:
+    check_choice("--values", values, get_args(Values))
+    if values == "minmax" and not maps.kind.is_relevance:
+        raise UsageError(f"--values minmax: {maps.path} holds {maps.manifest.provenance.kind}; choose raw")
 
 
 def _check_free(out: Path) -> None:
@@ -124,10 +132,11 @@ def _check_folder(out: Path) -> None:
 
 
 def _schema(maps: RelevanceMaps) -> pa.Schema:
-    gh, gw = maps.manifest.provenance.grid
+    shape = maps.manifest.provenance.sample_shape
     rows = maps.table(["key"]).schema if not maps.manifest.shards else maps.index(maps.manifest.shards[0].stem).schema
     # A plain list, not arrow.fixed_shape_tensor, which Hugging Face's datasets refuses.
-    field = pa.field("map", pa.list_(pa.float16(), gh * gw), nullable=False, metadata={"shape": json.dumps([gh, gw])})
+    values = pa.list_(pa.from_numpy_dtype(maps.kind.dtype), math.prod(shape))
+    field = pa.field("map", values, nullable=False, metadata={"shape": json.dumps(shape)})
     provenance = json.dumps(maps.manifest.provenance.compared())
     return pa.schema([*rows, field], metadata={"zpipe": provenance})
 
@@ -136,9 +145,9 @@ def _tables(maps: RelevanceMaps, schema: pa.Schema, values: Values, progress: Pr
     done = 0
     for shard in maps.manifest.shards:
         shard_maps = _shard_values(maps, shard, values)
-        stored = encode_maps(shard_maps)[0] if values == "raw" else shard_maps.astype(np.float16)
+        stored = encode(maps.kind, shard_maps)[0] if values == "raw" else shard_maps.astype(np.float16)
         flat = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), stored[0].size)
-        table = maps.index(shard.stem)
+        table = maps.index(shard.stem, schema.names[:-1])
         yield pa.table([*table.columns, flat], schema=schema)
         done += shard.count
         progress("export", done, len(maps))

@@ -130,7 +130,9 @@ def test_an_index_elsewhere_stands_for_its_tars(public, tmp_path, place, source,
     labels = [sample.label for sample in read_samples(shard.path, shard.entry, label_field="alt_label")]
     assert labels == [sample.label for sample in read_tar(shard)] and None not in labels
     assert json.loads((out / "shards.json").read_bytes())["version"] == 2
-    assert [path.name for path in out.iterdir()] == ["shards.json"] and not (public / "shards.json").exists()
+    made = {"shards.json", *(f"{entry.stem}.images.parquet" for entry in index.shards)}
+    assert {path.name for path in out.iterdir()} == made and not list(public.glob("*.images.parquet"))
+    assert not (public / "shards.json").exists()
 
 
 def test_an_index_beside_the_tars_serves_patterns_on_a_web_server(public, web):

@@ -18,6 +18,7 @@ import torch
 from any_json import any_json
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from provenances import PROVENANCE
 
 from zpipe.schemas import atomic, manifest, shard_index, storage
 from zpipe.schemas.account import Account
@@ -638,26 +639,6 @@ def test_a_store_whose_library_is_missing_is_one_line(monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------- manifest
 
-PROVENANCE = manifest.Provenance(
-    teacher="deit_tiny_patch16_224",
-    teacher_args={"img_size": [64, 96]},
-    weights="teacher.pth",
-    seed=None,
-    teacher_digest="a" * 64,
-    num_classes=5,
-    method="transformer-attribution",
-    start_layer=0,
-    target="ground-truth",
-    frame="full",
-    grid=(4, 6),
-    image_size=(64, 96),
-    mean=(0.5, 0.5, 0.5),
-    std=(0.25, 0.25, 0.25),
-    interpolation="bicubic",
-    crop_pct=1.0,
-    symmetrised=False,
-    precision="float32",
-)
 MANIFEST = manifest.StoreManifest(
     provenance=PROVENANCE,
     shards=(manifest.MapShard(stem="a", count=3, input_sha256="1" * 64, index_sha256="2" * 64),),

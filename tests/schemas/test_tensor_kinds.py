@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from test_schemas import PROVENANCE
+from provenances import PROVENANCE
 
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.geometry import Box, crop_labels, crop_maps

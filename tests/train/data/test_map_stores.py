@@ -4,12 +4,15 @@ import shutil
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ramps import KEYS, load
 from tiny import encode, rewrite_store, scenes, store, write_shards
 
 import zpipe
+from zpipe.pipeline.export import export_numpy, export_parquet
+from zpipe.pipeline.make_shards import index_shards
 from zpipe.pipeline.save_tensors import save_tensors
 from zpipe.pipeline.shard_reader import open_shards, read_samples
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -266,3 +269,30 @@ def test_opened_stores_have_the_values_that_were_written(kinds):
             np.testing.assert_allclose(maps[key], expected, atol=2.0**-10 * np.abs(expected).max())
         assert maps.array().shape == (12, *maps.manifest.provenance.sample_shape)
     assert zpipe.open_maps(stores["parts"]).array().dtype == np.int32
+
+
+@pytest.mark.parametrize("name", ["tops", "parts", "logits"])
+def test_other_tensors_are_exported_as_they_are(kinds, tmp_path, name):
+    _, stores, values = kinds
+    maps = zpipe.open_maps(stores[name])
+    expected = np.stack([values[name][key] for key in maps])
+    export_numpy(maps, tmp_path / "numpy")
+    np.testing.assert_array_equal(np.load(tmp_path / "numpy" / "maps.npy"), maps.array())
+    export_parquet(maps, tmp_path / "all.parquet")
+    table = pq.read_table(tmp_path / "all.parquet")
+    flat = np.array(table["map"].to_pylist(), np.float64) * table["scale"].to_numpy()[:, None]
+    np.testing.assert_allclose(flat.reshape(expected.shape), expected, atol=2.0**-10 * np.abs(expected).max())
+    if name != "tops":
+        with pytest.raises(UsageError, match="--values minmax: .* holds .*; choose raw"):
+            export_parquet(maps, tmp_path / "minmax.parquet", values="minmax")
+
+
+def test_an_index_elsewhere_joins_by_image(data, packed, tmp_path):
+    (tmp_path / "tars").mkdir()
+    for tar in packed.glob("*.tar"):
+        shutil.copy(tar, tmp_path / "tars")
+    index_shards(tmp_path / "tars", tmp_path / "index")
+    one, other = (
+        load((shards, data[1]), augment="eval", join="image", seed=4) for shards in (packed, tmp_path / "index")
+    )
+    assert all(torch.equal(a["relevance"], b["relevance"]) for a, b in zip(one, other, strict=True))
