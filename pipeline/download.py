@@ -163,7 +163,7 @@ def _read_below(folder: Path, name: str, max_bytes: int) -> bytes:
     except FileNotFoundError as error:
         # fsspec calls a file of a web server absent whatever the answer was, or if there was none.
         cause = error.__cause__
-        if isinstance(cause, (*http_errors(), TimeoutError)) and getattr(cause, "status", None) != 404:
+        if cause and isinstance(cause, (*http_errors(), TimeoutError)) and getattr(cause, "status", None) != 404:
             raise cause from None
         raise
 

@@ -30,8 +30,8 @@ def export_parquet(
 ) -> int:
     """Write index and maps as Parquet. One shard is in memory at a time.
 
-    The column `map` is FixedSizeList<float16>[gh * gw], row-major; label maps are int32. The metadata of the field has its grid (`shape`),
-    those of the file the provenance of the store (`zpipe`).
+    The column `map` is FixedSizeList<float16>[gh * gw], row-major; label maps are int32. The metadata of the field has
+    its grid (`shape`), those of the file the provenance of the store (`zpipe`).
 
     Args:
         maps: The store.
@@ -69,8 +69,8 @@ def export_parquet(
 def export_numpy(maps: RelevanceMaps, out: Path, *, values: Values = "raw", progress: Progress = silent) -> None:
     """Write a folder of NumPy maps.
 
-    It holds maps.npy (float32 [N, gh, gw], or the shape and type of other tensors), keys.txt and index.parquet, in the same order, and manifest.json. It
-    takes 0.8 KB per map at 14 x 14 on disk. One shard is in memory at a time. Arguments and exceptions are those of
+    It holds maps.npy (float32 [N, gh, gw], or the shape and type of other tensors), keys.txt and index.parquet, in the
+    same order, and manifest.json. It takes 0.8 KB per map at 14 x 14 on disk. One shard is in memory at a time. Arguments and exceptions are those of
     :func:`export_parquet`.
     """
     _check_values(maps, values)
