@@ -70,8 +70,8 @@ def export_numpy(maps: RelevanceMaps, out: Path, *, values: Values = "raw", prog
     """Write a folder of NumPy maps.
 
     It holds maps.npy (float32 [N, gh, gw], or the shape and type of other tensors), keys.txt and index.parquet, in the
-    same order, and manifest.json. It takes 0.8 KB per map at 14 x 14 on disk. One shard is in memory at a time. Arguments and exceptions are those of
-    :func:`export_parquet`.
+    same order, and manifest.json. It takes 0.8 KB per map at 14 x 14 on disk. One shard is in memory at a time.
+    Arguments and exceptions are those of :func:`export_parquet`.
     """
     _check_values(maps, values)
     _check_free(out)

@@ -107,9 +107,8 @@ class RelevanceMaps:
             return self._of_image(key)
         if isinstance(key, Sequence):
             return np.stack([self[one] for one in cast("Sequence[str]", key)]) if key else self._empty(0)
-        raise TypeError(
-            f"maps[...] takes the digest of an image, a key, a list of keys or a slice, got {type(key).__name__}"
-        )
+        kind = type(key).__name__
+        raise TypeError(f"maps[...] takes a key, a list of keys or a slice, got {kind}; or zpipe.image_digest(data)")
 
     def place(self, key: str) -> tuple[str, int]:
         """Stem of the shard that holds the map of a key, and its row. Raises KeyError for an unknown key."""
