@@ -307,6 +307,13 @@ def test_shards_of_ones_own_are_not_replaced(hub, store, tmp_path):
     assert verify_store(own) == []
 
 
+def test_a_store_that_is_whole_keeps_its_manifest(pushed, store_copy, contents):
+    """The one that was pushed knows where its shards are."""
+    before = contents(store_copy)
+    assert pull_store(ADDRESS, store_copy).kept == 4
+    assert contents(store_copy) == before and b"/" in before["manifest.json"]
+
+
 def test_one_writer_at_a_time(pushed, tmp_path):
     from leases import holder_of
 
