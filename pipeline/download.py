@@ -121,7 +121,9 @@ def pull_store(source: str, root: Path, *, progress: Progress = silent) -> Pulle
                 "resume, or ask its owner",
                 problems,
             )
-        write_bytes(root / MANIFEST_NAME, data)
+        # A store that was whole keeps its own manifest, which may know the folder of its shards.
+        if not (root / MANIFEST_NAME).exists() or read_manifest(root).shards != manifest.shards:
+            write_bytes(root / MANIFEST_NAME, data)
     return Pulled(manifest=manifest, kept=kept)
 
 
@@ -163,7 +165,8 @@ def _read_below(folder: Path, name: str, max_bytes: int) -> bytes:
     except FileNotFoundError as error:
         # fsspec calls a file of a web server absent whatever the answer was, or if there was none.
         cause = error.__cause__
-        if cause and isinstance(cause, (*http_errors(), TimeoutError)) and getattr(cause, "status", None) != 404:
+        of_server = isinstance(cause, (*http_errors(), TimeoutError)) and getattr(cause, "status", None) != 404
+        if cause is not None and of_server:
             raise cause from None
         raise
 

@@ -7,9 +7,13 @@ import subprocess
 
 import pytest
 from extraction_runs import SLOWER, descendants
+from fake_hub import FakeHub
+from hub_stores import DATASET, TOKEN
 
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.make_shards import FolderSource, make_shards
+from zpipe.pipeline.publish import push_store
+from zpipe.schemas import lease as leases
 
 
 @pytest.fixture
@@ -66,3 +70,34 @@ def start(command, teacher_flags, many, tmp_path):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         running.wait(30)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    from huggingface_hub.utils import close_session
+
+    with FakeHub(tmp_path / "hub", token=TOKEN) as served:
+        served.patch(monkeypatch)
+        monkeypatch.setattr(leases, "SETTLE_S", 0)  # no other process takes these folders
+        yield served
+        assert served.leaked == []
+        close_session()
+
+
+@pytest.fixture(scope="module")
+def published(store, tmp_path_factory):
+    """What a push of the store leaves in its repository."""
+    from huggingface_hub.utils import close_session
+
+    with FakeHub(tmp_path_factory.mktemp("hub")) as served, pytest.MonkeyPatch.context() as patch:
+        served.patch(patch)
+        push_store(store, DATASET)
+        close_session()
+        return served.files("me/maps")
+
+
+@pytest.fixture
+def pushed(hub, published):
+    """A Hub that holds the store."""
+    hub.put("me/maps", published)
+    return hub

@@ -1,17 +1,10 @@
-"""Stores that are pushed to a Hub and pulled from it, from object stores, web servers and folders."""
+"""Stores that are pushed to a Hub: whole or not there, nothing twice, nothing private, no other store overwritten."""
 
-import functools
-import hashlib
-import http.server
 import io
 import json
-import os
 import shutil
-import signal
 import socket
-import subprocess
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,88 +12,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_hub import FakeHub
+from hub_stores import ADDRESS, DATASET, TOKEN, copied, killed_when, of_shards, started
 
 import zpipe
 from zpipe.pipeline import hub as hub_module
 from zpipe.pipeline import publish
 from zpipe.pipeline.download import pull_store
-from zpipe.pipeline.hub import HubDataset, parse_address
+from zpipe.pipeline.hub import HubDataset
 from zpipe.pipeline.publish import PushConfig, push_store
 from zpipe.pipeline.verify import verify_store
-from zpipe.schemas import lease as leases
-from zpipe.schemas.errors import DamageError, UsageError, ZpipeError
-from zpipe.schemas.manifest import read_manifest, write_extraction, write_manifest
-from zpipe.schemas.relevance_store import INDEX_SCHEMA, IndexFile, index_path, read_stored, write_shard
+from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.manifest import read_manifest, write_manifest
+from zpipe.schemas.relevance_store import INDEX_SCHEMA, IndexFile, index_path, write_shard
 
 # huggingface_hub uploads large files by an argument that its HTTP library has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 
-ADDRESS = "hf://datasets/me/maps"
-DATASET = HubDataset(name="me/maps")
-TOKEN = "hf_canaryCANARYcanary"
 
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    from huggingface_hub.utils import close_session
-
-    with FakeHub(tmp_path / "hub", token=TOKEN) as served:
-        served.patch(monkeypatch)
-        monkeypatch.setattr(leases, "SETTLE_S", 0)  # no other process takes these folders
-        yield served
-        assert served.leaked == []
-        close_session()
-
-
-@pytest.fixture(scope="module")
-def published(store, tmp_path_factory):
-    """What a push of the store leaves in its repository."""
-    from huggingface_hub.utils import close_session
-
-    with FakeHub(tmp_path_factory.mktemp("hub")) as served, pytest.MonkeyPatch.context() as patch:
-        served.patch(patch)
-        push_store(store, DATASET)
-        close_session()
-        return served.files("me/maps")
-
-
-@pytest.fixture
-def pushed(hub, published):
-    """A Hub that holds the store."""
-    hub.put("me/maps", published)
-    return hub
-
-
-def of_shards(files):
-    return {name: data for name, data in files.items() if name.startswith(("maps/", "index/"))}
-
-
-def damaged(data):
-    return data[:-1] + bytes([data[-1] ^ 1])
-
-
-def copied(store, folder, *, stems=None, **changes):
-    """A copy of a store with the first shards alone, or with another provenance, written anew and whole."""
-    manifest = read_manifest(store)
-    maps = zpipe.open_maps(store)
-    provenance = replace(manifest.provenance, **changes)
-    shards, statuses = [], {}
-    for shard in manifest.shards:
-        if stems is None or shard.stem in stems:
-            index = maps.index(shard.stem).replace_schema_metadata(None)
-            seal = {"input_sha256": shard.input_sha256, "fingerprint": provenance.fingerprint()}
-            write_shard(folder, shard.stem, read_stored(store, shard.stem), index, **seal)
-            shards.append(replace(shard, index_sha256=IndexFile(index_path(folder, shard.stem)).sha256))
-            for status in index["status"].to_pylist():
-                statuses[status] = statuses.get(status, 0) + 1
-    write_extraction(folder, provenance)
-    write_manifest(folder, replace(manifest, provenance=provenance, shards=tuple(shards), statuses=statuses))
-    assert verify_store(folder) == []
-    return folder
-
-
-# --------------------------------------------------------------------------------------------------- there and back
+# ----------------------------------------------------------------------------------------------------- there and back
 
 
 def test_a_store_comes_back_as_it_was(hub, store, tmp_path, contents, cli):
@@ -170,22 +99,6 @@ def test_another_branch(hub, store, tmp_path, cli):
     assert pull_store(f"{ADDRESS}@v2", tmp_path / "a").manifest.count == 18
 
 
-def test_a_pull_reads_one_commit(pushed, store, tmp_path, monkeypatch):
-    """What is pushed meanwhile is not mixed in."""
-    from zpipe.pipeline import download
-
-    original = download.claim_store
-
-    def meanwhile(root):
-        files = dict.fromkeys(of_shards(pushed.files("me/maps")))
-        pushed.put("me/maps", files)
-        original(root)
-
-    monkeypatch.setattr(download, "claim_store", meanwhile)
-    pull_store(ADDRESS, tmp_path / "back")
-    assert verify_store(tmp_path / "back") == []
-
-
 def test_a_dry_run_asks_nothing(hub, store, cli):
     done = cli("maps", "push", store, ADDRESS, "--dry-run")
     assert (
@@ -204,7 +117,37 @@ def test_private_means_private(hub, store):
     assert set(hub.files("me/open")) == {".gitattributes"}
 
 
-# -------------------------------------------------------------------------------------------------- what is private
+def test_an_array_of_zeros_needs_no_chunk(hub, store, tmp_path):
+    own = Path(shutil.copytree(store, tmp_path / "own"))
+    manifest = read_manifest(own)
+    first = manifest.shards[0]
+    index = IndexFile(index_path(own, first.stem)).table().to_pydict()
+    rows = len(index["key"])
+    index |= {"status": ["zero"] * rows, "scale": [0.0] * rows}
+    index |= {name: [float("nan")] * rows for name in ("entropy", "top10_mass")}
+    zeros = np.zeros((rows, *manifest.provenance.grid), np.float16)
+    seal = {"input_sha256": first.input_sha256, "fingerprint": manifest.provenance.fingerprint()}
+    write_shard(own, first.stem, zeros, pa.table(index, schema=INDEX_SCHEMA), **seal)
+    shutil.rmtree(own / "maps" / f"{first.stem}.zarr" / "c")
+    shards = (replace(first, index_sha256=IndexFile(index_path(own, first.stem)).sha256), *manifest.shards[1:])
+    write_manifest(own, replace(manifest, shards=shards, statuses={"ok": 18 - rows, "zero": rows}))
+    assert verify_store(own) == []
+    push_store(own, DATASET)
+    pull_store(ADDRESS, tmp_path / "back")
+    assert verify_store(tmp_path / "back") == [] and not (tmp_path / "back/maps" / f"{first.stem}.zarr" / "c").exists()
+
+
+def test_the_index_opens_as_a_table(pushed):
+    """What the viewer of the Hub does with the files that the card names."""
+    rows = [
+        pq.read_table(io.BytesIO(data)).num_rows
+        for name, data in pushed.files("me/maps").items()
+        if name.startswith("index/")
+    ]
+    assert sum(rows) == 18
+
+
+# ---------------------------------------------------------------------------------------------------- what is private
 
 
 def test_nothing_private_is_published(hub, store, tmp_path):
@@ -232,7 +175,7 @@ def test_a_path_in_the_fingerprint_is_refused(hub, store, tmp_path):
     assert hub.requests == []
 
 
-# ------------------------------------------------------------------------------------------------------ other stores
+# ------------------------------------------------------------------------------------------------------- other stores
 
 
 def test_another_store_is_not_overwritten(pushed, store, tmp_path):
@@ -285,51 +228,7 @@ def test_a_file_that_the_hub_ignores_leaves_the_store_unfinished(hub, store, mon
     assert "manifest.json" not in hub.files("me/maps")
 
 
-def test_a_folder_of_something_else_is_left_alone(pushed, store, tmp_path, contents, cli):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("x")
-    done = cli("maps", "pull", ADDRESS, tmp_path / "mine")
-    assert done.code == 2 and "holds something else (thesis.tex); give an empty or new folder" in done.error
-    assert contents(tmp_path / "mine") == {"thesis.tex": b"x"}
-    other = copied(store, tmp_path / "other", method="rollout")
-    before = contents(other)
-    done = cli("maps", "pull", ADDRESS, other)
-    assert done.code == 2 and f"other: holds a store of other maps than {ADDRESS}; give a new folder" in done.error
-    assert contents(other) == before
-
-
-def test_shards_of_ones_own_are_not_replaced(hub, store, tmp_path):
-    """The same teacher on another machine: maps that differ in the last bits, or of other tars."""
-    push_store(copied(store, tmp_path / "part", stems=["shard-00000"]), DATASET)
-    own = Path(shutil.copytree(store, tmp_path / "own"))
-    with pytest.raises(UsageError, match="own: holds shard shard-00001, which hf://datasets/me/maps lacks; give a new"):
-        pull_store(ADDRESS, own)
-    assert verify_store(own) == []
-
-
-def test_one_writer_at_a_time(pushed, tmp_path):
-    from leases import holder_of
-
-    (tmp_path / "back").mkdir()
-    holder_of(tmp_path / "back")
-    with pytest.raises(ZpipeError, match="has been writing to this store since noon; wait for it"):
-        pull_store(ADDRESS, tmp_path / "back")
-
-
-# --------------------------------------------------------------------------------------------------------- resuming
-
-
-def started(command, served, *arguments):
-    environment = os.environ | served.environment()
-    return subprocess.Popen(command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def killed_when(running, condition):
-    end = time.monotonic() + 60
-    while not condition() and running.poll() is None and time.monotonic() < end:
-        time.sleep(0.002)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait(10) == -signal.SIGKILL
+# ---------------------------------------------------------------------------------------------- resuming and refusals
 
 
 def test_a_push_that_was_killed_is_resumed(hub, store, command):
@@ -352,82 +251,6 @@ def test_a_push_that_was_killed_is_resumed(hub, store, command):
     settled = {name: count for name, count in hub.sent.items() if count > 1}
     assert len(settled) <= 5  # what was in flight when the process was killed
     assert "manifest.json" in hub.files("me/maps")
-
-
-def test_a_pull_that_was_killed_is_resumed(pushed, published, store, tmp_path, command, contents):
-    back = tmp_path / "back"
-    held = threading.Event()
-    last = hashlib.sha256(published["maps/shard-00003.zarr/c/0/0/0"]).hexdigest()
-    original = pushed.content
-
-    def slow(sha256):
-        if sha256 == last:
-            held.wait(30)
-        return original(sha256)
-
-    pushed.content = slow
-    try:
-        running = started(command, pushed, "maps", "pull", ADDRESS, back)
-        killed_when(running, lambda: len(list(back.glob("index/shard-*.parquet"))) == 3)
-    finally:
-        held.set()
-    assert not (back / "manifest.json").exists()
-    pushed.requests.clear()
-    assert pull_store(ADDRESS, back).kept == 3
-    assert {line.partition("shard-")[2][:5] for line in pushed.requests if "shard-" in line} == {"00003"}
-    assert of_shards(contents(back)) == of_shards(contents(store)) and verify_store(back) == []
-
-
-def test_a_signal_ends_a_pull_that_waits_for_the_server(pushed, tmp_path, command):
-    pushed.refuse(r"resolve/.*/maps/", 429, Retry_After="300")
-    environment = os.environ | pushed.environment()
-    line = command("maps", "pull", ADDRESS, tmp_path / "back")
-    with subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as running:
-        end = time.monotonic() + 60
-        while not any("/maps/" in line for line in pushed.requests) and time.monotonic() < end:
-            time.sleep(0.01)
-        time.sleep(0.2)
-        running.send_signal(signal.SIGTERM)
-        error = running.communicate(timeout=30)[1].decode()
-    assert "error: terminated; run the same command again to resume" in error and "Traceback" not in error
-    pushed.faults.clear()
-    assert pull_store(ADDRESS, tmp_path / "back").manifest.count == 18
-
-
-def test_a_damaged_shard_is_fetched_again(pushed, store, tmp_path, contents):
-    back = tmp_path / "back"
-    pull_store(ADDRESS, back)
-    chunk = back / "maps" / "shard-00001.zarr" / "c" / "0" / "0" / "0"
-    chunk.write_bytes(damaged(chunk.read_bytes()))
-    index_path(back, "shard-00002").unlink()
-    assert pull_store(ADDRESS, back).kept == 2
-    assert of_shards(contents(back)) == of_shards(contents(store)) and verify_store(back) == []
-
-
-# -------------------------------------------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    ("pattern", "status", "headers", "told"),
-    [
-        (r"GET /api", 401, {}, "access is denied (401): it does not exist, is private, or is gated; check the address"),
-        (r"resolve", 403, {"X_Error_Code": "GatedRepo"}, "access is gated (403); accept its terms on its page"),
-        (r"resolve", 403, {}, "access is forbidden (403); set HF_TOKEN to a token that may do this"),
-        (r"GET /api", 404, {"X_Error_Code": "RepoNotFound"}, "there is no such repository or file (404)"),
-        (r"GET /api", 404, {"X_Error_Code": "RevisionNotFound"}, "there is no such revision (404)"),
-        (r"resolve", 429, {"Retry_After": "4000"}, "too many requests (429); wait 4000 s, then run again to resume"),
-        (r"cdn", 429, {"RateLimit": '"api";r=0;t=1234'}, "too many requests (429); wait 1234 s"),
-        (r"resolve", 500, {}, "the server fails (500); wait some minutes, then run again to resume"),
-        (r"cdn", 503, {}, "the server fails (503)"),
-        (r"resolve", 418, {}, "the request was refused (418"),
-    ],
-)
-def test_a_pull_that_is_refused_is_one_line(pushed, tmp_path, cli, monkeypatch, pattern, status, headers, told):
-    monkeypatch.setattr(hub_module, "RETRIES", 1)
-    pushed.refuse(pattern, status, body=json.dumps({"error": f"token {TOKEN} is bad"}).encode(), **headers)
-    done = cli("maps", "pull", ADDRESS, tmp_path / "back")
-    assert done.code == 1 and done.error.startswith(f"error: {ADDRESS}") and told in done.error
-    assert TOKEN not in done.stderr and not (tmp_path / "back" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -454,21 +277,6 @@ def test_a_push_that_is_refused_is_one_line(hub, store, cli, monkeypatch, patter
     assert cli("maps", "push", store, ADDRESS).code == 0
 
 
-def test_patience_is_rewarded(pushed, tmp_path):
-    pushed.refuse(r"shard-00001.parquet", 429, times=1, Retry_After="1")
-    pushed.refuse(r"shard-00002.parquet", 503, times=2)
-    pushed.cut(r"cdn", times=3)
-    pull_store(ADDRESS, tmp_path / "back")
-    assert verify_store(tmp_path / "back") == []
-
-
-def test_a_long_wait_is_announced(pushed, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub_module, "ANNOUNCED_WAIT_S", 1)
-    pushed.refuse(r"shard-00001.parquet", 429, times=1, Retry_After="1")
-    with pytest.warns(UserWarning, match="too many requests: the server asks to wait 1 s"):
-        pull_store(ADDRESS, tmp_path / "back")
-
-
 def test_without_the_token_a_private_repository_is_unknown(hub, store, tmp_path, monkeypatch, cli):
     push_store(store, DATASET, PushConfig(private=True))
     monkeypatch.setenv("HF_TOKEN", "")
@@ -485,270 +293,3 @@ def test_a_hub_that_is_dead_is_one_line(hub, store, tmp_path, cli, monkeypatch):
         done = cli("maps", *arguments)
         assert done.code == 1 and "can't be reached" in done.error and "check the network" in done.error
     assert not (tmp_path / "back").exists()
-
-
-def test_a_token_that_no_header_may_hold_is_not_shown(pushed, tmp_path, cli, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", f"{TOKEN}\u00e4")
-    done = cli("maps", "pull", ADDRESS, tmp_path / "back")
-    assert done.code == 1 and "CANARY" not in done.error
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "hf://me/maps",
-        "hf://models/me/maps",
-        "hf://datasets/me",
-        "hf://datasets/me/maps/index",
-        "hf://datasets/../maps",
-        "hf://datasets/me/maps@../x",
-        "hf://datasets/me/maps@a b",
-        "hf://datasets/me/ma--ps",
-        "hf://datasets/me/maps?token=x",
-        "hf://me:secret@datasets/me/maps",
-        "s3://bucket/maps",
-        "",
-    ],
-)
-def test_addresses_that_are_none(address):
-    with pytest.raises(UsageError):
-        parse_address(address)
-
-
-def test_addresses():
-    assert parse_address("hf://datasets/me/maps.v1_a-b/") == HubDataset(name="me/maps.v1_a-b")
-    assert str(parse_address("hf://datasets/me/maps@refs/pr/1")) == "hf://datasets/me/maps@refs/pr/1"
-
-
-# ---------------------------------------------------------------------------------------------------- hostile remotes
-
-
-def altered(pushed, **changes):
-    manifest = json.loads(pushed.files("me/maps")["manifest.json"])
-    manifest["shards"][0] |= changes
-    manifest.pop("count", None)
-    pushed.put("me/maps", {"manifest.json": json.dumps(manifest).encode()})
-
-
-@pytest.mark.parametrize("stem", ["../../x", "/etc/x", "a/b", "..", "", "x\n", "shard-00001"])
-def test_a_manifest_that_names_other_files_is_refused(pushed, tmp_path, contents, cli, stem):
-    altered(pushed, stem=stem)
-    done = cli("maps", "pull", ADDRESS, tmp_path / "back")
-    assert done.code == 1 and f"{ADDRESS}/manifest.json: shard" in done.error
-    assert not (tmp_path / "back").exists()
-
-
-@pytest.mark.parametrize("count", [10**9, 2**53])
-def test_a_manifest_of_huge_shards_is_refused(pushed, tmp_path, count):
-    altered(pushed, count=count)
-    with pytest.raises(DamageError, match=f"shard shard-00000 has {count} samples, more than the"):
-        pull_store(ADDRESS, tmp_path / "back")
-
-
-def test_files_larger_than_they_can_be_are_not_read(pushed, tmp_path, monkeypatch, cli):
-    zeros = bytes(1 << 21)
-    names = ["index/shard-00000.parquet", "maps/shard-00001.zarr/zarr.json", "maps/shard-00002.zarr/c/0/0/0"]
-    pushed.put("me/maps", dict.fromkeys(names, zeros))
-    done = cli("maps", "pull", ADDRESS, tmp_path / "back")
-    assert done.code == 1 and "3 of 4 shards are damaged there or on the way; run again to resume" in done.error
-    assert len(done.details) == 3 and all("too many for a file of its kind" in line for line in done.details)
-    assert [path.name for path in (tmp_path / "back" / "index").iterdir()] == ["shard-00003.parquet"]
-
-
-def test_damage_is_named_after_two_attempts(pushed, store, tmp_path, contents, cli):
-    files = pushed.files("me/maps")
-    chunk = "maps/shard-00002.zarr/c/0/0/0"
-    changes = {
-        "index/shard-00000.parquet": files["index/shard-00001.parquet"],  # the index of another shard
-        "maps/shard-00001.zarr/zarr.json": files["maps/shard-00001.zarr/zarr.json"].replace(b"float16", b"float64"),
-        chunk: damaged(files[chunk]),
-        "maps/shard-00003.zarr/zarr.json": None,
-    }
-    pushed.put("me/maps", changes)
-    done = cli("maps", "pull", ADDRESS, tmp_path / "back")
-    assert done.code == 1 and "4 of 4 shards are damaged" in done.error
-    for line, said in zip(
-        done.details,
-        (
-            "shard-00000: its index is not the one that the manifest lists",
-            "shard-00001: its maps can't be read (zarr.json describes no array of maps",
-            "shard-00002: its maps",
-            "shard-00003: a file of it is missing",
-        ),
-        strict=True,
-    ):
-        assert said in line
-    assert len([line for line in pushed.requests if chunk in line]) == 2
-    assert of_shards(contents(tmp_path / "back")) == {} and not (tmp_path / "back" / "manifest.json").exists()
-    pushed.put("me/maps", {name: files[name] for name in changes})
-    assert pull_store(ADDRESS, tmp_path / "back").kept == 0
-    assert of_shards(contents(tmp_path / "back")) == of_shards(contents(store))
-
-
-def test_an_index_of_another_store_that_the_manifest_lists_is_refused(pushed, store, tmp_path):
-    other = copied(store, tmp_path / "other", method="rollout")
-    data = index_path(other, "shard-00000").read_bytes()
-    pushed.put("me/maps", {"index/shard-00000.parquet": data})
-    altered(pushed, index_sha256=hashlib.sha256(data).hexdigest())
-    with pytest.raises(ZpipeError, match="1 of 4 shards") as error:
-        pull_store(ADDRESS, tmp_path / "back")
-    assert "its index is that of other maps than the manifest's" in error.value.details[0]
-
-
-def test_an_index_that_is_no_index_is_refused(pushed, tmp_path):
-    for data in (b"PAR1 nothing PAR1", b""):
-        pushed.put("me/maps", {"index/shard-00000.parquet": data})
-        altered(pushed, index_sha256=hashlib.sha256(data).hexdigest())
-        with pytest.raises(ZpipeError, match="1 of 4 shards") as error:
-            pull_store(ADDRESS, tmp_path / "back")
-        assert "its map index can't be read" in error.value.details[0] and ".tmp-" not in error.value.details[0]
-
-
-@pytest.mark.parametrize(
-    "data", [b"", b"[]", b"{}", b"[" * 100_000, b"\xff\xfe", b'{"format": "zpipe-relevance-store"}']
-)
-def test_a_manifest_that_is_none_is_one_line(pushed, tmp_path, cli, data):
-    pushed.put("me/maps", {"manifest.json": data})
-    done = cli("maps", "pull", ADDRESS, tmp_path / "back")
-    assert done.code == 1 and f"{ADDRESS}/manifest.json" in done.error and not (tmp_path / "back").exists()
-
-
-# ------------------------------------------------------------------------------------------------ from other places
-
-
-@pytest.fixture
-def website(tmp_path):
-    """A plain web server that lists nothing: `website(folder) -> URL`."""
-    servers = []
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
-
-        def list_directory(self, path):
-            self.send_error(403)
-
-    def serve(folder):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_address[1]}"
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def test_from_a_web_server(website, store, tmp_path, cli, contents):
-    pytest.importorskip("aiohttp")
-    url = website(store)
-    done = cli("maps", "pull", url, tmp_path / "back")
-    assert done.code == 0, done.stderr
-    assert contents(tmp_path / "back") == contents(store)
-    (tmp_path / "empty").mkdir()
-    done = cli("maps", "pull", website(tmp_path / "empty"), tmp_path / "other")
-    assert done.code == 1 and "holds no finished relevance store" in done.error
-
-
-@pytest.mark.parametrize(
-    ("status", "headers", "told"),
-    [
-        (403, {}, "access is denied (403); check the address, or ask its owner"),
-        (429, {"Retry-After": "4000"}, "too many requests (429); wait 4000 s"),
-        (503, {}, "the server fails (503)"),
-        (None, {}, "can't be reached"),
-    ],
-)
-def test_a_web_server_that_refuses_is_one_line(tmp_path, cli, monkeypatch, status, headers, told):
-    pytest.importorskip("aiohttp")
-    monkeypatch.setattr(hub_module, "RETRIES", 1)
-
-    class Refusing(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_HEAD = do_GET
-
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        url = f"http://127.0.0.1:{server.server_address[1]}/store"
-        if status is not None:
-            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        else:
-            server.server_close()
-        done = cli("maps", "pull", url, tmp_path / "back")
-        assert done.code == 1 and done.error.startswith(f"error: {url}/manifest.json: ") and told in done.error
-        if status is not None:
-            server.shutdown()
-    assert not (tmp_path / "back").exists()
-
-
-def test_from_a_folder(store, store_copy, tmp_path, contents, cli):
-    pull_store(str(store), tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(store)
-    done = cli("maps", "pull", tmp_path / "back", tmp_path / "back")
-    assert done.code == 2 and "is the store itself" in done.error
-    done = cli("maps", "pull", tmp_path / "nowhere", tmp_path / "x")
-    assert done.code == 1 and "nowhere: holds no finished relevance store" in done.error
-    chunk = store_copy / "maps" / "shard-00000.zarr" / "c" / "0" / "0" / "0"
-    chunk.unlink()
-    os.mkfifo(chunk)
-    done = cli("maps", "pull", store_copy, tmp_path / "y")
-    assert done.code == 1 and "is a FIFO, not a regular file" in done.error
-
-
-def test_from_and_to_an_object_store(store, tmp_path, contents):
-    from zpipe.schemas.storage import as_path
-
-    there = f"memory://{tmp_path.name}/store"
-    pull_store(str(store), as_path(there))
-    assert verify_store(as_path(there)) == [] and pull_store(str(store), as_path(there)).kept == 4
-    pull_store(there, tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(store)
-    with pytest.raises(ZpipeError, match="nowhere: holds no finished relevance store"):
-        pull_store("memory://nowhere", tmp_path / "x")
-
-
-def test_an_array_of_zeros_needs_no_chunk(hub, store, tmp_path):
-    own = Path(shutil.copytree(store, tmp_path / "own"))
-    manifest = read_manifest(own)
-    first = manifest.shards[0]
-    index = IndexFile(index_path(own, first.stem)).table().to_pydict()
-    rows = len(index["key"])
-    index |= {"status": ["zero"] * rows, "scale": [0.0] * rows}
-    index |= {name: [float("nan")] * rows for name in ("entropy", "top10_mass")}
-    zeros = np.zeros((rows, *manifest.provenance.grid), np.float16)
-    seal = {"input_sha256": first.input_sha256, "fingerprint": manifest.provenance.fingerprint()}
-    write_shard(own, first.stem, zeros, pa.table(index, schema=INDEX_SCHEMA), **seal)
-    shutil.rmtree(own / "maps" / f"{first.stem}.zarr" / "c")
-    shards = (replace(first, index_sha256=IndexFile(index_path(own, first.stem)).sha256), *manifest.shards[1:])
-    write_manifest(own, replace(manifest, shards=shards, statuses={"ok": 18 - rows, "zero": rows}))
-    assert verify_store(own) == []
-    push_store(own, DATASET)
-    pull_store(ADDRESS, tmp_path / "back")
-    assert verify_store(tmp_path / "back") == [] and not (tmp_path / "back/maps" / f"{first.stem}.zarr" / "c").exists()
-
-
-def test_a_full_disk_is_one_line(pushed, small_disk, cli):
-    small_disk.fill(leave=30_000)
-    done = cli("maps", "pull", ADDRESS, small_disk.root / "back")
-    assert done.code == 1 and "No space left on device" in done.error
-    small_disk.fill(leave=1 << 19)
-    assert cli("maps", "pull", ADDRESS, small_disk.root / "back").code == 0
-
-
-def test_the_index_opens_as_a_table(pushed):
-    """What the viewer of the Hub does with the files that the card names."""
-    rows = [
-        pq.read_table(io.BytesIO(data)).num_rows
-        for name, data in pushed.files("me/maps").items()
-        if name.startswith("index/")
-    ]
-    assert sum(rows) == 18
