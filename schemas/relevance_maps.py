@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
@@ -97,7 +97,13 @@ class RelevanceMaps:
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
-    def __getitem__(self, key: str | bytes | slice | Sequence[str]) -> np.ndarray:
+    @overload
+    def __getitem__(self, key: str | bytes) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, key: slice | Sequence[str]) -> np.ndarray: ...
+
+    def __getitem__(self, key: Any) -> np.ndarray:
         if isinstance(key, str):
             stem, row = self.place(key)
             return self.shard(stem)[row]
@@ -106,7 +112,7 @@ class RelevanceMaps:
         if isinstance(key, bytes):
             return self._of_image(key)
         if isinstance(key, Sequence):
-            return np.stack([self[one] for one in cast("Sequence[str]", key)]) if key else self._empty(0)
+            return np.stack([self[one] for one in key]) if key else self._empty(0)
         kind = type(key).__name__
         raise TypeError(f"maps[...] takes a key, a list of keys or a slice, got {kind}; or zpipe.image_digest(data)")
 

@@ -80,8 +80,13 @@ MORE_COLUMNS = pa.schema(
 )
 
 
+TEXTS = [field.name for field in INDEX_SCHEMA if pa.types.is_string(field.type)]
+
+
 def index_schema(names: Collection[str]) -> pa.Schema:
     """The schema of an index: `INDEX_SCHEMA`, and those of `MORE_COLUMNS` that are among the names."""
+    if not any(name in names for name in MORE_COLUMNS.names):
+        return INDEX_SCHEMA
     return pa.schema([*INDEX_SCHEMA, *(field for field in MORE_COLUMNS if field.name in names)])
 
 
@@ -226,15 +231,18 @@ class IndexFile:
         path: The file.
         what: What messages call it. The index of a tar's images has some of the columns only.
         again: What makes it again.
+        texts: Its columns of texts; naming them is only faster.
 
     Raises:
         DamageError: The file is not what was written, or larger than an index is; the properties raise it too.
         ZpipeError: The file is absent or can't be read.
     """
 
-    def __init__(self, path: Path, *, what: str = "map index", again: str = "extract again") -> None:
+    def __init__(
+        self, path: Path, *, what: str = "map index", again: str = "extract again", texts: Sequence[str] = TEXTS
+    ) -> None:
         self.path = path
-        self._what, self._again = what, again
+        self._what, self._again, self._texts = what, again, list(texts)
         try:
             self._data = read_file(path, MAX_INDEX_BYTES)
         except FileNotFoundError as error:
@@ -266,16 +274,34 @@ class IndexFile:
         return ShardSeal(**values)
 
     @cached_property
-    def _about(self) -> pq.FileMetaData:
+    def _file(self) -> pq.ParquetFile:
         try:
-            return pq.read_metadata(pa.BufferReader(self._data))
+            try:
+                # Texts are read as dictionaries: a text that is repeated a million times takes no more than one.
+                return pq.ParquetFile(pa.BufferReader(self._data), read_dictionary=self._texts)
+            except KeyError:  # one is missing, as `table` will say if it is asked for
+                schema = pq.read_metadata(pa.BufferReader(self._data)).schema
+                paths = {schema.column(number).path for number in range(len(schema))}
+                texts = [name for name in self._texts if name in paths]
+                return pq.ParquetFile(pa.BufferReader(self._data), read_dictionary=texts)
         except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
+            raise self._damage(first_line(error)) from error
+
+    @property
+    def _about(self) -> pq.FileMetaData:
+        return self._file.metadata
+
+    @cached_property
+    def _schema(self) -> pa.Schema:
+        try:
+            return self._about.schema.to_arrow_schema()
+        except (pa.ArrowException, OSError, KeyError, ValueError, NotImplementedError) as error:
             raise self._damage(first_line(error)) from error
 
     @cached_property
     def columns(self) -> list[str]:
         """The names of its columns: those of `INDEX_SCHEMA`, and those of `MORE_COLUMNS` that it has."""
-        return index_schema(self._about.schema.to_arrow_schema().names).names
+        return index_schema(self._schema.names).names
 
     def table(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The rows, with all columns or with those that are named.
@@ -288,15 +314,12 @@ class IndexFile:
         if unknown := [name for name in names if name not in schema.names]:
             known = ", ".join(index_schema(MORE_COLUMNS.names).names)
             raise UsageError(f"{self.path}: no column {unknown[0]!r}; the columns of an index are {known}")
-        if "image_digest" in names and "image_digest" not in self.columns:
+        if "image_digest" in names and "image_digest" not in self._schema.names:
             raise UsageError(f"{self.path}: has no digests of the images; add them: zpipe maps digest STORE SHARDS")
         try:
-            # Texts are read as dictionaries: a text that is repeated a million times takes no more than one.
-            texts = [name for name in names if pa.types.is_string(schema.field(name).type)]
             self._check_description(self._about, [schema.field(name) for name in names])
-            with pq.ParquetFile(pa.BufferReader(self._data), metadata=self._about, read_dictionary=texts) as file:
-                # One thread, because callers read many shards in parallel.
-                table = file.read(columns=names, use_threads=False).replace_schema_metadata(None)
+            # One thread, because callers read many shards in parallel.
+            table = self._file.read(columns=names, use_threads=False).replace_schema_metadata(None)
             parts = [self._column(name, table[name]) for name in names]
         except (pa.ArrowException, OSError, KeyError, ValueError, NotImplementedError) as error:
             raise self._damage(first_line(error)) from error
@@ -304,13 +327,12 @@ class IndexFile:
 
     def _check_description(self, about: pq.FileMetaData, fields: Sequence[pa.Field]) -> None:
         """Check what the file says about its columns, before any of them is unpacked."""
-        schema = about.schema.to_arrow_schema()
         groups = [about.row_group(number) for number in range(about.num_row_groups)]
         rows = max(about.num_rows, sum(group.num_rows for group in groups))
         if rows > MAX_ROWS:
             raise self._damage(f"{rows} rows are more than {MAX_ROWS}")
         for name, wanted in ((field.name, field.type) for field in fields):
-            found = [field.type for field in schema if field.name == name]
+            found = [field.type for field in self._schema if field.name == name]
             found = [each.value_type if pa.types.is_dictionary(each) else each for each in found]
             if found != [wanted]:
                 said = printable(", ".join(map(str, found)))[:60] or "missing"

@@ -79,7 +79,8 @@ def _index_of_images(folder: Path, entry: ShardEntry) -> IndexFile:
         raise ZpipeError(
             f"{as_path(folder) / INDEX_NAME}: {entry.name} has no digests of its images; {_remedy(folder)}"
         )
-    return IndexFile(images_path(folder, entry.stem), what="index of images", again=f"run {_command(folder)}")
+    again = f"run {_command(folder)}"
+    return IndexFile(images_path(folder, entry.stem), what="index of images", again=again, texts=["key"])
 
 
 def _command(folder: Path) -> str:
