@@ -58,6 +58,7 @@ class ArchiveImages:
         self._offsets, self._sizes = array("q"), array("q")
         try:
             with open_file(path) as file:
+                self._state = _state(file)
                 if split == "train":
                     self._list_classes(file)
                 else:
@@ -102,14 +103,21 @@ class ArchiveImages:
         """Read an image. Any threads may do so at the same time.
 
         Raises:
-            ZpipeError: The archive cannot be read or was cut off since it was listed.
+            ZpipeError: The archive cannot be read, or was altered since it was listed.
         """
         name, size = self.names[number], self._sizes[number]
         try:
             with open_file(self.path) as file:
+                # In another file, the places that were listed would be those of other images.
+                same = _state(file) == self._state
                 data = os.pread(file.fileno(), size, self._offsets[number])
         except OSError as error:
             raise ZpipeError(f"{self.path}: can't be read ({error.strerror}); check the disk or mount") from error
-        if len(data) != size:
-            raise ZpipeError(f"{self.path}: ends inside {name}: it was altered while it was read; run again")
+        if not same or len(data) != size:
+            raise ZpipeError(f"{self.path}: was altered since it was listed; run again")
         return record_of(data, f"{self.path.name}: {name}", key=key, label=label, check=check)
+
+
+def _state(file: BinaryIO) -> tuple[int, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

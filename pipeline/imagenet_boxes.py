@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from zpipe.pipeline.imagenet_names import WNID, canonical_key, labels
-from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.errors import ZpipeError, first_line
 from zpipe.schemas.names import printable
 from zpipe.schemas.storage import open_file
 from zpipe.schemas.tar_file import Unzipped, read_members
@@ -186,7 +186,7 @@ def read_xml(data: bytes, where: str) -> list[Box]:
     try:
         root = ElementTree.fromstring(data)
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # an unknown encoding is a LookupError
-        raise ZpipeError(f"{where}: not readable as XML ({error}); {_REMEDY}") from error
+        raise ZpipeError(f"{where}: not readable as XML ({printable(first_line(error))}); {_REMEDY}") from error
     boxes = []
     for item in root.iterfind("object"):
         edges = [item.findtext(f"bndbox/{edge}") or "" for edge in _EDGES]
