@@ -9,11 +9,12 @@ from typing import Any
 
 from zpipe.pipeline.datasets import Cifar10Source, Flowers102Source
 from zpipe.pipeline.image_folder import FolderSource
+from zpipe.pipeline.parquet import ParquetSource
 from zpipe.pipeline.sources import NumberedSource, SceneSource, Source, scene_config
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.sample import KEY_RULES
-from zpipe.schemas.storage import as_local
+from zpipe.schemas.storage import as_local, as_path, is_remote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,12 @@ class SourceConfig:
     """Split of the embedded scenes or of a published data set."""
     image_size: int | None = None
     """Width and height of an embedded scene in pixels; None for the default."""
+    image_column: str | None = None
+    """Column of the images of a data set in Parquet; None to find it."""
+    label_column: str | None = None
+    """Column of its labels; None to find it, ``none`` for none."""
+    images: str | None = None
+    """Folder of the images of COCO; None to find it beside the annotations."""
     scene: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of `zpipe.pipeline.scenes.SceneConfig`."""
 
@@ -53,11 +60,26 @@ def _published(source: type[Cifar10Source] | type[Flowers102Source]) -> Callable
     return opened
 
 
+def _parquet(path: str, config: SourceConfig) -> ParquetSource:
+    place = as_path(path)
+    return ParquetSource(
+        place if is_remote(place) else place.expanduser(),
+        split=config.split,
+        shard_size=config.shard_size,
+        shuffle_seed=config.order_seed,
+        image_column=config.image_column,
+        label_column=config.label_column,
+    )
+
+
 # What follows a colon: PATH or URL, and the settings -> a source. Its `warning`, if any, is shown.
 NAMED: Mapping[str, Callable[[str, SourceConfig], Any]] = {
     "cifar10": _published(Cifar10Source),
     "flowers102": _published(Flowers102Source),
+    "parquet": _parquet,
 }
+# The sources that have a setting.
+OWNERS: Mapping[str, str] = {"image_column": "parquet", "label_column": "parquet", "images": "coco"}
 
 
 def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = print) -> Source:
@@ -80,6 +102,9 @@ def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = p
     if config.scene or config.image_size:
         raise UsageError("--image-size and --set belong to the embedded scenes; other sources have neither")
     name, colon, path = text.partition(":")
+    for setting, owner in OWNERS.items():
+        if getattr(config, setting) is not None and name != owner:
+            raise UsageError(f"--{setting.replace('_', '-')} belongs to {owner}:; {text} has no such setting")
     if not colon or name not in NAMED:
         if config.split != SourceConfig.split:
             raise UsageError(f"--split {config.split}: an image folder has no splits; give the folder of that split")
