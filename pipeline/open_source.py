@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zpipe.pipeline.annotations import CocoSource, VocSource
 from zpipe.pipeline.datasets import Cifar10Source, Flowers102Source
 from zpipe.pipeline.image_folder import FolderSource
 from zpipe.pipeline.parquet import ParquetSource
@@ -53,7 +54,9 @@ class SourceConfig:
         return self.seed if self.shuffle else None
 
 
-def _published(source: type[Cifar10Source] | type[Flowers102Source]) -> Callable[[str, SourceConfig], NumberedSource]:
+def _published(
+    source: type[Cifar10Source] | type[Flowers102Source] | type[VocSource],
+) -> Callable[[str, SourceConfig], NumberedSource]:
     def opened(path: str, config: SourceConfig) -> NumberedSource:
         return source(_local(path), split=config.split, shard_size=config.shard_size, shuffle_seed=config.order_seed)
 
@@ -72,11 +75,20 @@ def _parquet(path: str, config: SourceConfig) -> ParquetSource:
     )
 
 
+def _coco(path: str, config: SourceConfig) -> CocoSource:
+    if config.split != SourceConfig.split:
+        raise UsageError(f"--split {config.split}: a file of COCO is one split; give that of another")
+    images = None if config.images is None else _local(config.images)
+    return CocoSource(_local(path), images=images, shard_size=config.shard_size, shuffle_seed=config.order_seed)
+
+
 # What follows a colon: PATH or URL, and the settings -> a source. Its `warning`, if any, is shown.
 NAMED: Mapping[str, Callable[[str, SourceConfig], Any]] = {
     "cifar10": _published(Cifar10Source),
     "flowers102": _published(Flowers102Source),
     "parquet": _parquet,
+    "voc": _published(VocSource),
+    "coco": _coco,
 }
 # The sources that have a setting.
 OWNERS: Mapping[str, str] = {"image_column": "parquet", "label_column": "parquet", "images": "coco"}

@@ -21,7 +21,7 @@ def make_shards_command(
             "cifar10:PATH (cifar-10-binary.tar.gz or its folder); "
             "flowers102:FOLDER (with 102flowers.tgz or jpg/, imagelabels.mat, setid.mat); "
             "parquet:PATH (files, a folder of them, or a URL such as hf://datasets/OWNER/NAME); "
-            
+            "voc:FOLDER (VOCdevkit); coco:FILE (instances_*.json); "
             "or 'scenes', the embedded data."
         ),
     ],
