@@ -106,6 +106,10 @@ def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = p
         UsageError: There is no such source, or it does not have a setting that was given.
         ZpipeError: A file of the source is broken.
     """
+    name, colon, path = text.partition(":")
+    for setting, owner in OWNERS.items():
+        if getattr(config, setting) is not None and name != owner:
+            raise UsageError(f"--{setting.replace('_', '-')} belongs to {owner}:; {text} has no such setting")
     if text == "scenes":
         scene = scene_config(config.image_size, dict(config.scene))
         return SceneSource(
@@ -113,10 +117,6 @@ def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = p
         )
     if config.scene or config.image_size:
         raise UsageError("--image-size and --set belong to the embedded scenes; other sources have neither")
-    name, colon, path = text.partition(":")
-    for setting, owner in OWNERS.items():
-        if getattr(config, setting) is not None and name != owner:
-            raise UsageError(f"--{setting.replace('_', '-')} belongs to {owner}:; {text} has no such setting")
     if not colon or name not in NAMED:
         if config.split != SourceConfig.split:
             raise UsageError(f"--split {config.split}: an image folder has no splits; give the folder of that split")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -222,14 +223,17 @@ class ParquetSource:
     def _choose_columns(self, image: str | None, label: str | None) -> Columns:
         name = next(iter(self._sizes))
         where = str(self._root / name)
-        # Without such a buffer, the first value would take the whole of its row group.
+        # With a buffer, a first value takes a page, some 1 MB, and not the whole of its row group.
         with self._opened(name, pre_buffer=False, buffer_size=1 << 16) as file:
-
-            def is_image(column: str) -> bool:
-                return _begins_like_image(*_first_value(file, column))
-
-            columns = choose_columns(file.schema_arrow, where, image=image, label=label, is_image=is_image)
-            data, path = _first_value(file, columns.image)
+            first_value = cache(partial(_first_value, file))
+            columns = choose_columns(
+                file.schema_arrow,
+                where,
+                image=image,
+                label=label,
+                is_image=lambda column: _begins_like_image(*first_value(column)),
+            )
+            data, path = first_value(columns.image)
             if not data and path:
                 raise _files_beside(where, path)
         return columns

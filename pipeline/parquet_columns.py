@@ -162,7 +162,7 @@ def _choose_label(schema: pa.Schema, features: dict[str, Any], where: str, given
 
 def _field(schema: pa.Schema, name: str, where: str, option: str) -> pa.Field:
     if name not in schema.names:
-        raise UsageError(f"{option} {name}: {where} has no such column; it has {shown(schema.names)}")
+        raise UsageError(f"{option} {printable(name)}: {where} has no such column; it has {shown(schema.names)}")
     return schema.field(name)
 
 

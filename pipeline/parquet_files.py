@@ -48,12 +48,8 @@ class ParquetFiles:
 
 
 @contextmanager
-def reading(where: Path | str, remedy: str = "fetch it again") -> Iterator[None]:
-    """Turn what reading a Parquet file, or listing a folder of them, may raise into one line.
-
-    Args:
-        where: What is read.
-        remedy: What to do about a file that is damaged.
+def reading(where: Path | str) -> Iterator[None]:
+    """Turn what reading a Parquet file, or listing a folder of them, may raise into one line that names `where`.
 
     Raises:
         ZpipeError: It cannot be read.
@@ -64,19 +60,25 @@ def reading(where: Path | str, remedy: str = "fetch it again") -> Iterator[None]
     except ImportError as error:
         raise UsageError(f"{where}: {first_line(error)}; {remedy_for_import(Path(str(where)))}") from error
     except storage_errors(pa.ArrowException, ValueError, NotImplementedError, KeyError) as error:
+        reason = printable(redacted(first_line(error)))
         if (status := _http_status(error)) is not None:
-            raise ZpipeError(
-                f"{where}: can't be read (HTTP {status}); {_remedy_for_http(status, str(where))}"
-            ) from error
-        if isinstance(error, FileNotFoundError):
+            # The message of the library may hold a signed address.
+            reason, remedy = f"HTTP {status}", _remedy_for_http(status, str(where))
+        elif isinstance(error, FileNotFoundError):
             raise UsageError(f"{where}: no such file or folder; check the path") from error
-        if isinstance(error, pa.ArrowException) or not isinstance(error, storage_errors()):
-            damage = printable(redacted(first_line(error)))
-            raise ZpipeError(f"{where}: not readable as Parquet ({damage}); {remedy}") from error
-        cure = (
-            remedy_for(error) if getattr(error, "errno", None) else "check the connection, and run it again to resume"
-        )
-        raise ZpipeError(f"{where}: can't be read ({printable(redacted(first_line(error)))}); {cure}") from error
+        elif _is_damage(error):
+            raise ZpipeError(f"{where}: not readable as Parquet ({reason}); fetch it again") from error
+        elif getattr(error, "errno", None):
+            remedy = remedy_for(error)
+        else:
+            remedy = "check the connection, and run the same command again to resume"
+        raise ZpipeError(f"{where}: can't be read ({reason}); {remedy}") from error
+
+
+def _is_damage(error: BaseException) -> bool:
+    # pyarrow tells damaged pages by a plain OSError without a number.
+    plain = type(error) is OSError and not error.errno
+    return plain or isinstance(error, pa.ArrowException) or not isinstance(error, storage_errors())
 
 
 def _http_status(error: BaseException | None) -> int | None:
@@ -174,7 +176,9 @@ def _list_remote(path: Path) -> tuple[Path, dict[str, int]]:
             return path.parent, {path.name: int(found["size"])}
     # Links of a web page may lead anywhere, so they are not followed.
     web = str(path).startswith("http")
-    entries = store.ls(inside, detail=True) if web else store.find(inside, maxdepth=MAX_DEPTH, detail=True).values()
+    entries = (
+        store.ls(remote.path, detail=True) if web else store.find(inside, maxdepth=MAX_DEPTH, detail=True).values()
+    )
     sizes: dict[str, int] = {}
     for entry in entries:
         name = str(entry["name"]).removeprefix(f"{inside}/")
