@@ -96,7 +96,7 @@ class DetectionSource(NumberedSource):
     def record(self, number: int) -> Record | Rejected:
         """See `NumberedSource`."""
         file = self._files[number]
-        record = read_record(self._folder / file, file, key=self._keys[number], label=None)
+        record = read_record(self._folder / file, file, key=self._keys[number], label=None, check=self._check)
         if isinstance(record, Rejected):
             return record
         found = self.objects(number)
@@ -129,6 +129,7 @@ class VocSource(DetectionSource):
         split: Name of a list in `ImageSets/Main`: ``train``, ``val``, ``trainval`` or ``test``.
         shard_size: Images per part.
         shuffle_seed: Seed of the order of images; None keeps the order of the source.
+        check: Whether images are decoded as a check.
 
     Raises:
         UsageError: The folder is none of these, holds several years, or has no such split.
@@ -139,7 +140,9 @@ class VocSource(DetectionSource):
     FLAG = "difficult"
     IMAGES, ANNOTATIONS, LISTS = "JPEGImages", "Annotations", "ImageSets/Main"
 
-    def __init__(self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None) -> None:
+    def __init__(
+        self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None, check: bool = True
+    ) -> None:
         root = self._find(path)
         stems = self._read_split(root, split)
         self._list_images(root / self.IMAGES, [f"{stem}.jpg" for stem in stems], root / self.LISTS / f"{split}.txt")
@@ -152,7 +155,7 @@ class VocSource(DetectionSource):
         if self.classes is not VOC_CLASSES:
             self.warning = f"{root}: {len(names)} classes, not VOC's; they are numbered as they occur in this split"
         self._label_of = {name: label for label, name in enumerate(self.classes)}
-        super().__init__(path, split, len(stems), shard_size, shuffle_seed)
+        super().__init__(path, split, len(stems), shard_size, shuffle_seed, check=check)
 
     def _find(self, path: Path) -> Path:
         """The folder of one year."""
@@ -242,6 +245,7 @@ class CocoSource(DetectionSource):
             folder of the file.
         shard_size: Images per part.
         shuffle_seed: Seed of the order of images; None keeps the order of the source.
+        check: Whether images are decoded as a check.
 
     Raises:
         UsageError: There is no such file or folder.
@@ -251,7 +255,9 @@ class CocoSource(DetectionSource):
     name = "coco"
     FLAG = "iscrowd"
 
-    def __init__(self, path: Path, *, images: Path | None, shard_size: int, shuffle_seed: int | None) -> None:
+    def __init__(
+        self, path: Path, *, images: Path | None, shard_size: int, shuffle_seed: int | None, check: bool = True
+    ) -> None:
         if not path.is_file():
             raise UsageError(f"{path}: no such file; give a file of annotations, instances_*.json")
         what, remedy = "COCO's annotations of boxes", "give instances_*.json, or fetch it again"
@@ -264,7 +270,7 @@ class CocoSource(DetectionSource):
         categories = sorted(found.categories, key=lambda category: category.id)
         self.classes = tuple(category.name for category in categories)
         self._keep_boxes(path, found, {category.id: label for label, category in enumerate(categories)})
-        super().__init__(path, path.stem, len(self._files), shard_size, shuffle_seed)
+        super().__init__(path, path.stem, len(self._files), shard_size, shuffle_seed, check=check)
 
     def _find(self, path: Path, images: Path | None) -> Path:
         if images is not None:

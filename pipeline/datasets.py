@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import io
 import os
-import zlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import ClassVar
@@ -23,7 +22,7 @@ from zpipe.pipeline.sources import NumberedSource, Record, Rejected, choose_spli
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.shard_index import digest_keys
 from zpipe.schemas.storage import open_file, read_file
-from zpipe.schemas.tar_file import read_members
+from zpipe.schemas.tar_file import Unzipped, read_members
 
 MAX_UNPACKED_BYTES = 1 << 31  # the published archives unpack to 186 and 349 MB
 
@@ -42,6 +41,7 @@ class Cifar10Source(NumberedSource):
         split: ``train`` or ``val``.
         shard_size: Images per part.
         shuffle_seed: Seed of the order of images; None keeps the order of the source.
+        check: Whether images that keep their bytes are decoded as a check.
 
     Raises:
         UsageError: The path is absent, or an argument makes no sense.
@@ -54,7 +54,9 @@ class Cifar10Source(NumberedSource):
     SIDE, BATCH, NUM_CLASSES = 32, 10_000, 10
     RECORD = 1 + 3 * SIDE * SIDE  # bytes
 
-    def __init__(self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None) -> None:
+    def __init__(
+        self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None, check: bool = True
+    ) -> None:
         choose_split(self.name, split, self.SPLITS)
         names = self.SPLITS[split]
         where, files = self._read(path, (*names, self.NAMES))
@@ -69,7 +71,7 @@ class Cifar10Source(NumberedSource):
         expected = self.BATCH * len(names)
         if len(self._places) != expected:
             self.warning = f"{where}: {len(self._places)} images; CIFAR-10's {split} split has {expected}"
-        super().__init__(path, split, len(self._places), shard_size, shuffle_seed)
+        super().__init__(path, split, len(self._places), shard_size, shuffle_seed, check=check)
 
     def _read(self, path: Path, wanted: tuple[str, ...]) -> tuple[Path, dict[str, bytes]]:
         """The archive or folder, and its files of these names."""
@@ -81,7 +83,7 @@ class Cifar10Source(NumberedSource):
             files = {name: _read(folder / name, largest) for name in wanted if (folder / name).is_file()}
         else:
             where = path / self.ARCHIVE if path.is_dir() and (path / self.ARCHIVE).is_file() else path
-            files = _read_archive(where, self.FOLDER, wanted, largest) if where.is_file() else {}
+            files = read_archive(where, self.FOLDER, wanted, largest) if where.is_file() else {}
         for name in wanted:
             if name not in files:
                 raise ZpipeError(
@@ -137,6 +139,7 @@ class Flowers102Source(NumberedSource):
         split: ``train``, ``val``, ``test`` or ``trainval``.
         shard_size: Images per part.
         shuffle_seed: Seed of the order of images; None keeps the order of the source.
+        check: Whether images that keep their bytes are decoded as a check.
 
     Raises:
         UsageError: The path is absent, or an argument makes no sense.
@@ -149,7 +152,9 @@ class Flowers102Source(NumberedSource):
     FOLDER, ARCHIVE, LABELS, SPLIT_FILE = "jpg", "102flowers.tgz", "imagelabels.mat", "setid.mat"
     LARGEST = 16 << 20  # bytes of an image; the official ones are far smaller
 
-    def __init__(self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None) -> None:
+    def __init__(
+        self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None, check: bool = True
+    ) -> None:
         choose_split(self.name, split, self.SPLITS)
         lists = self.SPLITS[split]
         _check_there(path, f"give the folder that holds {self.ARCHIVE}, {self.LABELS} and {self.SPLIT_FILE}")
@@ -164,7 +169,7 @@ class Flowers102Source(NumberedSource):
         self._files = [f"image_{number:05d}.jpg" for number in numbers]
         self._labels = (labels[numbers - 1] - 1).tolist()
         self._folder, self._archived = self._find(path, frozenset(self._files))
-        super().__init__(path, split, len(self._files), shard_size, shuffle_seed)
+        super().__init__(path, split, len(self._files), shard_size, shuffle_seed, check=check)
 
     def _find(self, path: Path, wanted: frozenset[str]) -> tuple[Path, dict[str, bytes]]:
         """The folder or archive of the images, and their bytes if it is an archive."""
@@ -172,7 +177,7 @@ class Flowers102Source(NumberedSource):
         if path.is_dir() and not where.is_dir():
             where = path / self.ARCHIVE
             _check_there(where, f"put it there, or what it unpacks to, {self.FOLDER}/")
-        archived = _read_archive(where, self.FOLDER, wanted, self.LARGEST) if where.is_file() else {}
+        archived = read_archive(where, self.FOLDER, wanted, self.LARGEST) if where.is_file() else {}
         missing = sorted(wanted - (set(archived) if where.is_file() else set(os.listdir(where))))
         if missing:
             raise ZpipeError(
@@ -191,8 +196,8 @@ class Flowers102Source(NumberedSource):
         name = self._files[number]
         file, key, label = f"{self.FOLDER}/{name}", name.removesuffix(".jpg"), self._labels[number]
         if self._archived:
-            return record_of(self._archived[name], file, key=key, label=label)
-        return read_record(self._folder / name, file, key=key, label=label)
+            return record_of(self._archived[name], file, key=key, label=label, check=self._check)
+        return read_record(self._folder / name, file, key=key, label=label, check=self._check)
 
 
 def _read(path: Path, largest: int) -> bytes:
@@ -207,7 +212,7 @@ def _check_there(path: Path, remedy: str) -> None:
         raise UsageError(f"{path}: no such file or folder; {remedy}")
 
 
-def _read_archive(path: Path, folder: str, wanted: Collection[str], largest: int) -> dict[str, bytes]:
+def read_archive(path: Path, folder: str, wanted: Collection[str], largest: int) -> dict[str, bytes]:
     """The contents of the plain files `folder`/name of a .tar.gz, for each wanted name that it holds, by name."""
     contents: dict[str, bytes] = {}
 
@@ -225,31 +230,15 @@ def _read_archive(path: Path, folder: str, wanted: Collection[str], largest: int
     except OSError as error:
         raise ZpipeError(f"{path}: can't be read ({error.strerror}); fetch it again") from error
     with packed, gzip.open(packed) as unpacked:
+        whole = Unzipped(unpacked, path, MAX_UNPACKED_BYTES, "fetch it again")
         # The tar is read to its end, and the checksum comes after it.
-        for member in read_members(_Unpacked(unpacked, path), path, amount, remedy="fetch it again"):
+        for member in read_members(whole, path, amount, remedy="fetch it again"):
             name = place(member.name)
             if name and name in contents and member.data is not None:
                 raise ZpipeError(f"{path}: holds {name} twice; fetch it again")
             if name and member.data is not None:
                 contents[name] = member.data
     return contents
-
-
-class _Unpacked:
-    """What a gzip file holds, up to a bound: a small one may hold any amount of zeros."""
-
-    def __init__(self, file: gzip.GzipFile, path: Path) -> None:
-        self._file, self._path, self._left = file, path, MAX_UNPACKED_BYTES
-
-    def read(self, size: int) -> bytes:
-        try:
-            data = self._file.read(size)
-        except (zlib.error, EOFError, OSError) as error:
-            raise ZpipeError(f"{self._path}: not a whole .tar.gz ({error}); fetch it again") from error
-        self._left -= len(data)
-        if self._left < 0:
-            raise ZpipeError(f"{self._path}: unpacks to more than {MAX_UNPACKED_BYTES} bytes; fetch it again")
-        return data
 
 
 def _read_lists(path: Path, names: tuple[str, ...], top: int) -> dict[str, np.ndarray]:

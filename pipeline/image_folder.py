@@ -20,7 +20,7 @@ import numpy as np
 
 from zpipe.pipeline.class_names import check_class_folders, order_warnings
 from zpipe.pipeline.labels_csv import LABELS_NAME, read_labels
-from zpipe.pipeline.sources import Record, Rejected, check_seed, read_record
+from zpipe.pipeline.sources import Record, Rejected, check_seed, read_record, unchecked
 from zpipe.schemas.account import Account, no_image
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -59,6 +59,7 @@ class FolderSource:
         shard_size: Images per part.
         shuffle_seed: Seed of the order of images; None keeps the order of the source.
         key_rule: How a key is made of a file name: a name of `zpipe.schemas.sample.KEY_RULES`.
+        check: Whether images that keep their bytes are decoded as a check.
 
     Raises:
         UsageError: The folder is absent, holds no images or splits in place of classes, or an argument makes no sense.
@@ -66,7 +67,9 @@ class FolderSource:
             it.
     """
 
-    def __init__(self, root: Path, *, shard_size: int, shuffle_seed: int | None, key_rule: str) -> None:
+    def __init__(
+        self, root: Path, *, shard_size: int, shuffle_seed: int | None, key_rule: str, check: bool = True
+    ) -> None:
         check_choice("--keys", key_rule, KEY_RULES)
         self.root = as_local(root)
         if not self.root.is_dir():
@@ -78,6 +81,8 @@ class FolderSource:
             check_seed(shuffle_seed)
         self.shard_size = shard_size
         self._settings = {"shard_size": shard_size, "shuffle_seed": shuffle_seed, "key_rule": key_rule}
+        self._settings |= unchecked(check)
+        self._check = check
         self.account = Account()
         """What is no image, or in no part."""
         self.rejected: tuple[Rejected, ...] = ()
@@ -163,7 +168,7 @@ class FolderSource:
             yield from pool.map(self._read, files)
 
     def _read(self, file: _SourceFile) -> Record | Rejected:
-        return read_record(self.root / file.path, file.path, key=file.key, label=file.label)
+        return read_record(self.root / file.path, file.path, key=file.key, label=file.label, check=self._check)
 
 
 class _Walk:

@@ -10,6 +10,7 @@ from typing import Any
 from zpipe.pipeline.annotations import CocoSource, VocSource
 from zpipe.pipeline.datasets import Cifar10Source, Flowers102Source
 from zpipe.pipeline.image_folder import FolderSource
+from zpipe.pipeline.imagenet import ImageNetSource
 from zpipe.pipeline.parquet import ParquetSource
 from zpipe.pipeline.sources import NumberedSource, SceneSource, Source, scene_config
 from zpipe.schemas.choices import check_choice
@@ -34,6 +35,8 @@ class SourceConfig:
     """Number of embedded scenes."""
     split: str = "train"
     """Split of the embedded scenes or of a published data set."""
+    check: bool = True
+    """Whether images that keep their bytes are decoded as a check. If not, only their headers are read."""
     image_size: int | None = None
     """Width and height of an embedded scene in pixels; None for the default."""
     image_column: str | None = None
@@ -55,10 +58,16 @@ class SourceConfig:
 
 
 def _published(
-    source: type[Cifar10Source] | type[Flowers102Source] | type[VocSource],
+    source: type[Cifar10Source] | type[Flowers102Source] | type[ImageNetSource] | type[VocSource],
 ) -> Callable[[str, SourceConfig], NumberedSource]:
     def opened(path: str, config: SourceConfig) -> NumberedSource:
-        return source(_local(path), split=config.split, shard_size=config.shard_size, shuffle_seed=config.order_seed)
+        return source(
+            _local(path),
+            split=config.split,
+            shard_size=config.shard_size,
+            shuffle_seed=config.order_seed,
+            check=config.check,
+        )
 
     return opened
 
@@ -72,6 +81,7 @@ def _parquet(path: str, config: SourceConfig) -> ParquetSource:
         shuffle_seed=config.order_seed,
         image_column=config.image_column,
         label_column=config.label_column,
+        check=config.check,
     )
 
 
@@ -79,13 +89,20 @@ def _coco(path: str, config: SourceConfig) -> CocoSource:
     if config.split != SourceConfig.split:
         raise UsageError(f"--split {config.split}: a file of COCO is one split; give that of another")
     images = None if config.images is None else _local(config.images)
-    return CocoSource(_local(path), images=images, shard_size=config.shard_size, shuffle_seed=config.order_seed)
+    return CocoSource(
+        _local(path),
+        images=images,
+        shard_size=config.shard_size,
+        shuffle_seed=config.order_seed,
+        check=config.check,
+    )
 
 
-# What follows a colon: PATH or URL, and the settings -> a source. Its `warning`, if any, is shown.
+# What follows a colon: PATH or URL, and the settings -> a source. Its `note` and `warning`, if any, are shown.
 NAMED: Mapping[str, Callable[[str, SourceConfig], Any]] = {
     "cifar10": _published(Cifar10Source),
     "flowers102": _published(Flowers102Source),
+    "imagenet": _published(ImageNetSource),
     "parquet": _parquet,
     "voc": _published(VocSource),
     "coco": _coco,
@@ -100,7 +117,7 @@ def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = p
     Args:
         text: `scenes`, `NAME:PATH` of one of `NAMED`, or a folder of images.
         config: Its settings.
-        warn: Called with a line if the data set does not look complete.
+        warn: Called with a line on what the source was taken for, and if the data set does not look complete.
 
     Raises:
         UsageError: There is no such source, or it does not have a setting that was given.
@@ -111,6 +128,8 @@ def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = p
         if getattr(config, setting) is not None and name != owner:
             raise UsageError(f"--{setting.replace('_', '-')} belongs to {owner}:; {text} has no such setting")
     if text == "scenes":
+        if not config.check:
+            raise UsageError("--no-check belongs to images that are read; the embedded scenes are made")
         scene = scene_config(config.image_size, dict(config.scene))
         return SceneSource(
             count=config.count, split=config.split, seed=config.seed, config=scene, shard_size=config.shard_size
@@ -121,7 +140,11 @@ def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = p
         if config.split != SourceConfig.split:
             raise UsageError(f"--split {config.split}: an image folder has no splits; give the folder of that split")
         folder = FolderSource(
-            as_local(text), shard_size=config.shard_size, shuffle_seed=config.order_seed, key_rule=config.keys
+            as_local(text),
+            shard_size=config.shard_size,
+            shuffle_seed=config.order_seed,
+            key_rule=config.keys,
+            check=config.check,
         )
         for line in folder.warnings:
             warn(f"warning: {line}")
@@ -129,6 +152,8 @@ def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = p
     if config.keys != SourceConfig.keys:
         raise UsageError(f"--keys belongs to image folders; {name} has keys of its own")
     source: Source = NAMED[name](path, config)
+    if note := getattr(source, "note", ""):
+        warn(f"note: {note}")
     if warning := getattr(source, "warning", ""):
         warn(f"warning: {warning}")
     return source

@@ -25,7 +25,7 @@ import xxhash
 from zpipe.pipeline.imagenet_names import canonical_key
 from zpipe.pipeline.parquet_columns import NO_LABEL, Columns, check_classes, choose_columns, shown
 from zpipe.pipeline.parquet_files import find_parquet, reading
-from zpipe.pipeline.sources import MAX_IMAGE_BYTES, Record, Rejected, check_seed, record_of
+from zpipe.pipeline.sources import MAX_IMAGE_BYTES, Record, Rejected, check_seed, record_of, unchecked
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.image_formats import HEAD_BYTES, IMAGE_SUFFIXES, sniff_format
 from zpipe.schemas.names import check_key, printable
@@ -94,6 +94,7 @@ class ParquetSource:
         shuffle_seed: Seed of the order of images; None keeps the order of the source.
         image_column: Name of the column of images; None to find it by its content.
         label_column: Name of the column of labels; None to find it by its name or the metadata, ``none`` for none.
+        check: Whether images are decoded as a check.
 
     Raises:
         UsageError: There is no such data set, split or column, or several can be meant.
@@ -109,10 +110,11 @@ class ParquetSource:
         shuffle_seed: int | None,
         image_column: str | None = None,
         label_column: str | None = None,
+        check: bool = True,
     ) -> None:
         if shuffle_seed is not None:
             check_seed(shuffle_seed)
-        self._path, self._shard_size, self._seed = path, shard_size, shuffle_seed
+        self._path, self._shard_size, self._seed, self._check = path, shard_size, shuffle_seed, check
         found = find_parquet(path, split)
         self._root, self._split, self._sizes = found.root, found.split, found.sizes
         self._footers: dict[str, pq.FileMetaData] = {}
@@ -174,6 +176,7 @@ class ParquetSource:
             "image_column": self._columns.image,
             "label_column": self._columns.label,
             "keys": "row" if self._unnamed else "stem",
+            **unchecked(self._check),
             "listing_sha256": self._listing,
         }
 
@@ -295,7 +298,7 @@ class ParquetSource:
         if len(data) > MAX_IMAGE_BYTES:
             return Rejected(file=where, reason=f"has more than {MAX_IMAGE_BYTES} bytes")
         label = self._label_of.get(label) if columns.is_named else None if label == -1 else label
-        record = record_of(data, where, key=self._key(group.first + row, path), label=label)
+        record = record_of(data, where, key=self._key(group.first + row, path), label=label, check=self._check)
         if isinstance(record, Rejected):
             return record
         meta, notes = _plain_values(values)

@@ -138,6 +138,7 @@ class NumberedSource(ABC):
         count: Number of images.
         shard_size: Images per part.
         shuffle_seed: Seed of the order of images; None keeps the order of the source.
+        check: Whether images that keep their bytes are decoded as a check.
     """
 
     name: str
@@ -147,8 +148,11 @@ class NumberedSource(ABC):
     warning = ""
     """What the user should know, one line."""
 
-    def __init__(self, path: Path, split: str, count: int, shard_size: int, shuffle_seed: int | None) -> None:
-        self._settings = {"split": split, "shard_size": shard_size, "shuffle_seed": shuffle_seed}
+    def __init__(
+        self, path: Path, split: str, count: int, shard_size: int, shuffle_seed: int | None, *, check: bool = True
+    ) -> None:
+        self._settings = {"split": split, "shard_size": shard_size, "shuffle_seed": shuffle_seed} | unchecked(check)
+        self._check = check
         self._source = f"{self.name}:{path}"
         self._shard_size = shard_size
         self._order = np.arange(count)
@@ -186,6 +190,11 @@ def choose_split(name: str, split: str, splits: Collection[str]) -> None:
         raise UsageError(f"--split {split}: {name} has {', '.join(splits)}")
 
 
+def unchecked(check: bool) -> dict[str, bool]:
+    """What `Source.describe` says of images that are not decoded; nothing of others, as in folders begun before."""
+    return {} if check else {"check": False}
+
+
 def check_seed(seed: int) -> None:
     """Raise :class:`UsageError` for a seed below 0."""
     if seed < 0:
@@ -207,8 +216,13 @@ class InspectedImage(NamedTuple):
     """What is worth telling, for an account."""
 
 
-def inspect_image(data: bytes) -> InspectedImage:
+def inspect_image(data: bytes, *, check: bool = True) -> InspectedImage:
     """Decode an image completely, and write it as PNG if its format is none that shards hold.
+
+    Args:
+        data: The file.
+        check: Whether an image that keeps its bytes is decoded, too. If not, only its header is read, and damage after
+            it passes unnoticed.
 
     Raises:
         OSError, ValueError: It cannot be decoded, or is a decompression bomb.
@@ -217,8 +231,9 @@ def inspect_image(data: bytes) -> InspectedImage:
         with open_image(data) as image:
             notes = pixel_notes(image)
             kept = SUFFIX_OF_FORMAT.get(image.format or "")
-            if kept is not None and not image.mode.startswith(("I", "F")):
-                image.load()
+            if kept is not None and not (check and image.mode.startswith(("I", "F"))):
+                if check:
+                    image.load()
                 return InspectedImage(kept, image.width, image.height, data, notes)
             rgb = to_rgb(image)
             if kept is not None:
@@ -232,7 +247,7 @@ def inspect_image(data: bytes) -> InspectedImage:
         raise ValueError(f"broken image: {error}") from error
 
 
-def read_record(path: Path, file: str, *, key: str, label: int | None) -> Record | Rejected:
+def read_record(path: Path, file: str, *, key: str, label: int | None, check: bool = True) -> Record | Rejected:
     """Read an image file into a record.
 
     Args:
@@ -240,6 +255,7 @@ def read_record(path: Path, file: str, *, key: str, label: int | None) -> Record
         file: What the source calls it.
         key: Its key.
         label: Its class.
+        check: Whether it is decoded as a check.
 
     Raises:
         ZpipeError: This process has too many open files, which is no fault of the image.
@@ -250,13 +266,13 @@ def read_record(path: Path, file: str, *, key: str, label: int | None) -> Record
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise ZpipeError(f"{path}: can't be read ({error.strerror}); raise `ulimit -n`") from error
         return Rejected(file=file, reason=error.strerror or str(error))
-    return record_of(data, file, key=key, label=label)
+    return record_of(data, file, key=key, label=label, check=check)
 
 
-def record_of(data: bytes, file: str, *, key: str, label: int | None) -> Record | Rejected:
+def record_of(data: bytes, file: str, *, key: str, label: int | None, check: bool = True) -> Record | Rejected:
     """The same for an image file that is in memory."""
     try:
-        found = inspect_image(data)
+        found = inspect_image(data, check=check)
     except (OSError, ValueError) as error:
         return Rejected(file=file, reason=str(error).split("\n")[0])
     meta = {"width": found.width, "height": found.height, "source": file}

@@ -9,7 +9,9 @@ Python's `tarfile`, GNU tar and bsdtar write them; no sparse files.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +54,68 @@ class Member(NamedTuple):
     """Its first bytes, as many as were asked for; None if it is a link, a device or a FIFO."""
 
 
+class ListedMember(NamedTuple):
+    """Where the contents of a member of a tar lie."""
+
+    name: str
+    """Its name; bytes that are no UTF-8 are surrogates."""
+    offset: int
+    """Where its contents begin, counted from the start of the tar."""
+    size: int
+    """Its number of bytes; -1 if it is a link, a device or a FIFO."""
+
+
+class Section:
+    """A part of a file as a file of its own, for a tar inside a tar. The file is not to be used otherwise meanwhile.
+
+    Args:
+        file: The file.
+        start: Where the part begins.
+        size: Its number of bytes.
+    """
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        file.seek(start)
+        self._file, self._left = file, size
+
+    def read(self, size: int) -> bytes:
+        """Read the next bytes, none at the end of the part."""
+        data = self._file.read(max(0, min(size, self._left)))
+        self._left -= len(data)
+        return data
+
+    def seek(self, size: int, whence: int) -> None:
+        """Pass over bytes; `whence` is 1, the current place. Beyond the end there are no bytes to read."""
+        self._file.seek(size, whence)
+        self._left -= size
+
+
+class Unzipped:
+    """What a gzip file holds, up to a bound: a small one may hold any amount of zeros.
+
+    Args:
+        file: The file.
+        path: Its name, for messages.
+        max_bytes: The bound.
+        remedy: What to do about a file that is not whole.
+    """
+
+    def __init__(self, file: gzip.GzipFile, path: Path, max_bytes: int, remedy: str) -> None:
+        self._file, self._path, self._left, self._remedy = file, path, max_bytes, remedy
+        self._max_bytes = max_bytes
+
+    def read(self, size: int) -> bytes:
+        """Read the next bytes. Raises :class:`ZpipeError` if the file is not whole or holds more than the bound."""
+        try:
+            data = self._file.read(size)
+        except (zlib.error, EOFError, OSError) as error:
+            raise ZpipeError(f"{self._path}: not a whole .tar.gz ({error}); {self._remedy}") from error
+        self._left -= len(data)
+        if self._left < 0:
+            raise ZpipeError(f"{self._path}: unpacks to more than {self._max_bytes} bytes; {self._remedy}")
+        return data
+
+
 class HashingFile:
     """Hashes what is read from a file, so that checking the digest takes no second read."""
 
@@ -87,6 +151,28 @@ def read_members(
         ZpipeError: The tar is truncated, damaged or compressed, holds a sparse member or one that is too large, or
             cannot be read.
     """
+    for member, _, _ in _checked(file, path, amount, remedy):
+        yield member
+
+
+def list_members(file: Readable, path: Path | str, *, remedy: str = REMEDY) -> Iterator[ListedMember]:
+    """Yield where the members of a tar lie, in order, by reading its headers only, and check that it is whole.
+
+    Args:
+        file: The tar, opened at its start. It is read to its end, with seeks if it has a `seek`.
+        path: The tar, for messages.
+        remedy: What to do about a tar that is not whole.
+
+    Raises:
+        ZpipeError: As :func:`read_members`.
+    """
+    for member, offset, size in _checked(file, path, lambda name, size: 0, remedy):
+        yield ListedMember(member.name, offset, -1 if member.data is None else size)
+
+
+def _checked(
+    file: Readable, path: Path | str, amount: Callable[[str, int], int], remedy: str
+) -> Iterator[tuple[Member, int, int]]:
     try:
         yield from _members(file, path, amount)
     except _Damaged as error:
@@ -107,11 +193,14 @@ class _Header:
     size: int
 
 
-def _members(file: Readable, path: Path | str, amount: Callable[[str, int], int]) -> Iterator[Member]:
+def _members(file: Readable, path: Path | str, amount: Callable[[str, int], int]) -> Iterator[tuple[Member, int, int]]:
+    """The members, the places of their contents in the tar, and their sizes."""
     first = True
     extended: dict[str, str] = {}  # for the next member
+    place = 0
     while True:
         block = file.read(TAR_BLOCK)
+        place += TAR_BLOCK
         if first and block[257:262] != b"ustar":
             _check_kind(block, path)
         first = False
@@ -122,6 +211,7 @@ def _members(file: Readable, path: Path | str, amount: Callable[[str, int], int]
         header = _header(block)
         if header.kind in (_LONG_NAME, _LONG_LINK, _PAX_GLOBAL, *_PAX):
             text = _extended_header(file, header)
+            place += header.size + -header.size % TAR_BLOCK
             if header.kind == _LONG_NAME:
                 extended.setdefault("path", _text(text.partition(b"\0")[0]))
             elif header.kind in _PAX:
@@ -141,12 +231,14 @@ def _members(file: Readable, path: Path | str, amount: Callable[[str, int], int]
                 )
             data = _read(file, wanted, name)
             _skip(file, size - wanted + -size % TAR_BLOCK, name)
-            yield Member(name, data)
+            yield Member(name, data), place, size
+            place += size + -size % TAR_BLOCK
         elif header.kind in _NO_DATA:
             if header.kind != _FOLDER:
-                yield Member(name, None)
+                yield Member(name, None), place, 0
         elif header.kind != b"\0":  # kinds that are not known have contents
             _skip(file, size + -size % TAR_BLOCK, name)
+            place += size + -size % TAR_BLOCK
     _check_end(file)
 
 

@@ -20,6 +20,7 @@ def make_shards_command(
             help="Folder of images (one sub-folder per class, or a labels.csv); "
             "cifar10:PATH (cifar-10-binary.tar.gz or its folder); "
             "flowers102:FOLDER (with 102flowers.tgz or jpg/, imagelabels.mat, setid.mat); "
+            "imagenet:FOLDER (with the official archives, Kaggle's ILSVRC/, or train/ and val/); "
             "parquet:PATH (files, a folder of them, or a URL such as hf://datasets/OWNER/NAME); "
             "voc:FOLDER (VOCdevkit); coco:FILE (instances_*.json); "
             "or 'scenes', the embedded data."
@@ -46,7 +47,8 @@ def make_shards_command(
         str,
         typer.Option(
             help="(not for image folders) train or val of scenes and cifar10; "
-            "train, val, test or trainval of flowers102 and voc; any that the files of parquet have."
+            "train, val, test or trainval of flowers102 and voc; train, val or test of imagenet; any that the files of "
+            "parquet have."
         ),
     ] = "train",
     image_column: Annotated[
@@ -70,6 +72,14 @@ def make_shards_command(
             "Repeatable.",
         ),
     ] = None,
+    no_check: Annotated[
+        bool,
+        typer.Option(
+            "--no-check",
+            help="Read only the header of images that keep their bytes (JPEG, PNG, WebP), to save the time of decoding "
+            "them; damage after it is found by whoever decodes them.",
+        ),
+    ] = False,
     index_only: Annotated[
         bool, typer.Option("--index-only", help="SOURCE is a folder or URL of tars: only write their shards.json.")
     ] = False,
@@ -106,6 +116,7 @@ def make_shards_command(
             label_column=label_column,
             images=images,
             scene=parse_settings(settings, "--set"),
+            check=not no_check,
         )
         report = make_shards(open_source(source, config, warn), output, progress=progress)
         tell(

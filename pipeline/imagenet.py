@@ -1,0 +1,276 @@
+"""ImageNet (ILSVRC 2012) as a source of shards, from whichever of its packagings lies on the disk.
+
+A folder holds the official archives, Kaggle's tree, or an unpacked tree. All give the same keys, labels and class
+names; the images are in the order of their keys before they are shuffled. So the same images with the same boxes give
+the same tars, byte for byte. Memory holds some 170 bytes an image, and 40 more for each box.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from zpipe.pipeline.imagenet_archives import ArchiveImages, find_archive
+from zpipe.pipeline.imagenet_boxes import (
+    MAX_XML_BYTES,
+    Box,
+    BoxTable,
+    box_meta,
+    read_box_archive,
+    read_solutions,
+    read_xml,
+)
+from zpipe.pipeline.imagenet_devkit import KIT, NUM_VAL, read_devkit
+from zpipe.pipeline.imagenet_names import NUM_CLASSES, WNID, canonical_key, labels, wnids
+from zpipe.pipeline.sources import NumberedSource, Record, Rejected, choose_split, read_record
+from zpipe.schemas.account import Account, no_image
+from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.image_formats import IMAGE_SUFFIXES
+from zpipe.schemas.names import check_key, printable
+from zpipe.schemas.storage import read_file
+
+KAGGLE_DATA, KAGGLE_BOXES = Path("ILSVRC", "Data", "CLS-LOC"), Path("ILSVRC", "Annotations", "CLS-LOC")
+BOX_ARCHIVES = {"train": "ILSVRC2012_bbox_train_v2.tar.gz", "val": "ILSVRC2012_bbox_val_v3.tgz"}
+
+
+class _Images(Protocol):
+    """The images of one split, numbered as they were found."""
+
+    names: list[str]
+    labels: array[int]
+
+    def record(self, number: int, *, key: str, label: int | None, check: bool) -> Record | Rejected: ...
+
+
+class ImageNetSource(NumberedSource):
+    """ImageNet's 1,000 classes: a folder with the official archives, Kaggle's tree, or an unpacked tree.
+
+    A label is the index of the class among the sorted wnids, also if only some classes are there; the test split has
+    no labels. Boxes are read from `LOC_*_solution.csv`, `ILSVRC2012_bbox_*`, or Kaggle's XML files, the first of these
+    that is there; `key.json` has them as `boxes` and `box_labels`, and a single one as `box`.
+
+    Args:
+        path: The folder.
+        split: ``train``, ``val`` or ``test``.
+        shard_size: Images per part.
+        shuffle_seed: Seed of the order of images; None takes them in the order of their keys.
+        check: Whether images that keep their bytes are decoded as a check.
+
+    Raises:
+        UsageError: The folder holds nothing of this split, or an argument makes no sense.
+        ZpipeError: A file is not ImageNet's or not whole, or the labels of the validation images are missing.
+    """
+
+    name = "imagenet"
+    SPLITS: ClassVar = {"train": 1_281_167, "val": NUM_VAL, "test": 100_000}
+
+    def __init__(
+        self, path: Path, *, split: str, shard_size: int, shuffle_seed: int | None, check: bool = True
+    ) -> None:
+        choose_split(self.name, split, self.SPLITS)
+        self.classes = wnids()
+        self.account = Account()
+        """What is no image."""
+        self._split = split
+        self.rejected: tuple[Rejected, ...] = ()
+        """Images in no part."""
+        self._images, what, used = self._find(path, split)
+        keys = [canonical_key(name) for name in self._images.names]
+        self._places = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+        self._check_keys(path, keys)
+        self._table: BoxTable | None = None
+        self._boxes_of: Callable[[int], list[Box]] = lambda place: []
+        if split == "val":
+            used += self._label(path, keys)
+        if split != "test":
+            used += self._find_boxes(path, keys)
+        self.note = f"{path}: {what} ({', '.join(dict.fromkeys(used))})"
+        """What the folder was taken for, and which of its files are used."""
+        self.warning = self._incomplete(path)
+        super().__init__(path, split, len(keys), shard_size, shuffle_seed, check=check)
+
+    def _find(self, path: Path, split: str) -> tuple[_Images, str, list[str]]:
+        """The images, the kind of packaging, and what of it is used."""
+        if path.is_dir() and (archive := find_archive(path, split)) is not None:
+            images = ArchiveImages(archive, split)
+            return images, "the official archives", [archive.name]
+        for below, what in ((KAGGLE_DATA, "Kaggle's tree"), (Path(), "an unpacked tree")):
+            if (path / below / split).is_dir():
+                tree = _TreeImages(path / below / split, split, self.account)
+                self.rejected = tuple(tree.rejected)
+                return tree, what, [f"{below / split}/"]
+        raise UsageError(
+            f"{path}: holds nothing of ImageNet's {split} split; give the folder with ILSVRC2012_img_{split}.tar, with "
+            f"Kaggle's ILSVRC/, or with {split}/"
+        )
+
+    def _check_keys(self, path: Path, keys: list[str]) -> None:
+        if not keys:
+            raise UsageError(f"{path}: holds no image of ImageNet's {self._split} split; give the folder above it")
+        before = ""
+        for place in self._places.tolist():
+            key, name = keys[place], self._images.names[place]
+            check_key(key, f"{path}: {printable(name)}")
+            if key == before:
+                raise ZpipeError(f"{path}: {name} has the key {key!r} of another image; remove one of them")
+            before = key
+
+    def _label(self, path: Path, keys: list[str]) -> list[str]:
+        """Label the validation images that lie in no class folder; what their labels were read from."""
+        found = self._images.labels
+        flat = [place for place, label in enumerate(found) if label < 0]
+        if not flat:
+            return []
+        solutions = path / f"LOC_{self._split}_solution.csv"
+        if solutions.exists():
+            label_of = {key: _label_of(boxes, key, solutions) for key, boxes in read_solutions(solutions)}
+            used = solutions
+        else:
+            kit = read_devkit(path)
+            if kit is None:
+                raise ZpipeError(
+                    f"{path}: the labels of the val split are missing; put {KIT}.tar.gz there, or Kaggle's "
+                    f"{solutions.name}"
+                )
+            used, numbered = kit
+            label_of = {f"ILSVRC2012_val_{number:08d}": label for number, label in enumerate(numbered.tolist(), 1)}
+        for place in flat:
+            label = label_of.get(keys[place])
+            if label is None:
+                raise ZpipeError(
+                    f"{used}: has no label for {printable(keys[place])}; give that of ImageNet's val split"
+                )
+            found[place] = label
+        return [str(used.relative_to(path))]
+
+    def _find_boxes(self, path: Path, keys: list[str]) -> list[str]:
+        """Open the boxes; what they are read from."""
+        solutions, archive = path / f"LOC_{self._split}_solution.csv", path / BOX_ARCHIVES[self._split]
+        folder = path / KAGGLE_BOXES / self._split
+        for file, read in ((solutions, read_solutions), (archive, read_box_archive)):
+            if file.exists():
+                self._table = BoxTable(read(file), {key: place for place, key in enumerate(keys)}, file)
+                self._boxes_of = self._table.of
+                return [file.name]
+        if folder.is_dir():
+            self._boxes_of = lambda place: self._read_boxes(folder, canonical_key(self._images.names[place]))
+            return [f"{KAGGLE_BOXES / self._split}/"]
+        return []
+
+    def _read_boxes(self, folder: Path, key: str) -> list[Box]:
+        path = (folder / key.partition("_")[0] if self._split == "train" else folder) / f"{key}.xml"
+        try:
+            data = read_file(path, MAX_XML_BYTES)
+        except FileNotFoundError:  # not every training image has boxes
+            return []
+        except OSError as error:
+            raise ZpipeError(f"{path}: can't be read ({error.strerror}); fix its permissions") from error
+        return read_xml(data, str(path))
+
+    def _incomplete(self, path: Path) -> str:
+        count, expected = len(self._images.names), self.SPLITS[self._split]
+        present = len(set(self._images.labels) - {-1})
+        if count == expected and (present == NUM_CLASSES or self._split == "test"):
+            return ""
+        of = "" if self._split == "test" else f" of {present} classes"
+        wanted = "" if self._split == "test" else f" of {NUM_CLASSES}"
+        return f"{path}: {count} images{of}; ImageNet's {self._split} split has {expected}{wanted}"
+
+    def digest(self) -> str:
+        """See `NumberedSource`."""
+        # Like a folder source, it is identified by its files and their labels; and by the boxes that are in memory.
+        digest = hashlib.sha256()
+        for place in self._places.tolist():
+            digest.update(f"{self._images.names[place]}\t{self._images.labels[place]}\n".encode())
+        digest.update(self._table.content() if self._table else b"")
+        return digest.hexdigest()
+
+    def record(self, number: int) -> Record | Rejected:
+        """See `NumberedSource`."""
+        place = int(self._places[number])
+        name, label = self._images.names[place], self._images.labels[place]
+        record = self._images.record(
+            place, key=canonical_key(name), label=None if label < 0 else label, check=self._check
+        )
+        if isinstance(record, Rejected):
+            return record
+        boxes, notes = box_meta(self._boxes_of(place), record.label)
+        # The published name, wherever the file lies, so that all packagings give the same tars.
+        meta = record.meta | {"source": name.rpartition("/")[2]} | boxes
+        return replace(record, meta=meta, notes=record.notes + notes)
+
+
+def _label_of(boxes: list[Box], key: str, path: Path) -> int:
+    found = {box.label for box in boxes}
+    label = found.pop()
+    if found or label is None:
+        raise ZpipeError(
+            f"{path}: {printable(key)}: its boxes have several classes, a val image has one; fetch it again"
+        )
+    return label
+
+
+class _TreeImages:
+    """The images in the folder of a split: in folders named by wnid, or flat, except for the training split."""
+
+    def __init__(self, root: Path, split: str, account: Account) -> None:
+        self._root = root
+        self.names: list[str] = []
+        """Paths of the image files below the folder."""
+        self.labels = array("h")
+        """Label of each image; -1 if it lies in no class folder."""
+        self.rejected: list[Rejected] = []
+        """Training images that lie in no class folder."""
+        for entry in self._entries(root, account):
+            if not _is(entry, os.path.isdir, entry.is_dir):
+                self._add(entry, entry.name, -1, account)
+            elif WNID.fullmatch(entry.name) is None:
+                account.leave_out("folder that is no class of ImageNet")
+            elif entry.name not in labels():
+                raise ZpipeError(f"{entry.path}: is none of ImageNet's 1,000 classes; move it away")
+            else:
+                for file in self._entries(Path(entry.path), account):
+                    self._add(file, f"{entry.name}/{file.name}", labels()[entry.name], account)
+        if split == "train" and -1 in self.labels:
+            flat = [place for place, label in enumerate(self.labels) if label < 0]
+            self.rejected = [Rejected(file=self.names[place], reason="lies in no class folder") for place in flat]
+            self.names = [name for name, label in zip(self.names, self.labels, strict=True) if label >= 0]
+            self.labels = array("h", (label for label in self.labels if label >= 0))
+
+    def _entries(self, folder: Path, account: Account) -> Iterator[os.DirEntry[str]]:
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        account.leave_out("hidden")
+                    else:
+                        yield entry
+        except OSError as error:
+            raise ZpipeError(f"{folder}: can't be listed ({error.strerror}); give yourself permission") from error
+
+    def _add(self, entry: os.DirEntry[str], name: str, label: int, account: Account) -> None:
+        suffix = os.path.splitext(name)[1][1:].lower()
+        if not _is(entry, os.path.isfile, entry.is_file):
+            account.leave_out("no file")
+        elif suffix not in IMAGE_SUFFIXES:
+            account.leave_out(no_image(suffix))
+        else:
+            self.names.append(name)
+            self.labels.append(label)
+
+    def record(self, number: int, *, key: str, label: int | None, check: bool) -> Record | Rejected:
+        """Read an image."""
+        name = self.names[number]
+        return read_record(self._root / name, name, key=key, label=label, check=check)
+
+
+def _is(entry: os.DirEntry[str], of_link: Callable[[str], bool], of_entry: Callable[[], bool]) -> bool:
+    # The methods of an entry raise errors for links in a circle; the functions for paths cost a look at each file.
+    return of_link(entry.path) if entry.is_symlink() else of_entry()
