@@ -705,6 +705,16 @@ def test_images_that_are_none_are_put_aside(tmp_path, pictures, cli):
     assert {sample.image for sample in samples_of(tmp_path / "out")} == {pictures[0], pictures[3]}
 
 
+def test_damage_after_the_header_passes_where_nothing_is_decoded(tmp_path, pictures):
+    cut = pictures[1][:-20]
+    path = write(tmp_path / "x.parquet", {"image": images([pictures[0], cut, b"text"], ["a", "b", "c"])})
+    report = make(path, tmp_path / "out", check=False)
+    assert [item.file for item in report.quarantined] == ["x.parquet:2"]
+    assert [sample.image for sample in samples_of(tmp_path / "out")] == [pictures[0], cut]
+    with pytest.raises(ZpipeError, match="check = False, now it is None"):
+        make(path, tmp_path / "out")
+
+
 def test_an_image_that_lies_beside_is_named_with_its_row(tmp_path, pictures, cli):
     columns = {"image": images([pictures[0], pictures[1], None], ["a.jpg", "b.jpg", "c\x1b.jpg"])}
     path = write(tmp_path / "x.parquet", columns)
