@@ -20,7 +20,7 @@ import numpy as np
 
 from zpipe.pipeline.class_names import check_class_folders, order_warnings
 from zpipe.pipeline.labels_csv import LABELS_NAME, read_labels
-from zpipe.pipeline.sources import Record, Rejected, check_seed, read_record, unchecked
+from zpipe.pipeline.sources import Record, Rejected, check_seed, in_threads, read_record, unchecked
 from zpipe.schemas.account import Account, no_image
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -163,9 +163,7 @@ class FolderSource:
     def records(self, part: int) -> Iterator[Record | Rejected]:
         """See `Source`."""
         files = self._files[part * self.shard_size : (part + 1) * self.shard_size]
-        # PIL releases the interpreter lock while it decodes, so threads use every core.
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            yield from pool.map(self._read, files)
+        yield from in_threads(self._read, files)
 
     def _read(self, file: _SourceFile) -> Record | Rejected:
         return read_record(self.root / file.path, file.path, key=file.key, label=file.label, check=self._check)

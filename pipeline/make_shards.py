@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import webdataset as wds
 
 from zpipe.pipeline.image_folder import FolderSource
 from zpipe.pipeline.shard_reader import read_samples, scan_shards
@@ -32,7 +31,6 @@ from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
     ShardIndex,
-    digest_file,
     digest_keys,
     find_shards,
     has_index,
@@ -40,6 +38,7 @@ from zpipe.schemas.shard_index import (
     write_index,
 )
 from zpipe.schemas.storage import as_local, read_file
+from zpipe.schemas.tar_writer import TarWriter
 
 __all__ = ["FolderSource", "MakeShardsReport", "Record", "Rejected", "SceneSource", "index_shards", "make_shards"]
 
@@ -169,22 +168,20 @@ def _write_shard(source: Source, part: int, parts: int, out: Path) -> _Part:
     keys: list[str] = []
     rejected: list[Rejected] = []
     noted: Counter[str] = Counter()
-    with commit(path) as tmp, open(tmp, "wb") as file:
-        # With a fixed time and owner, the same source gives the same bytes.
-        with wds.TarWriter(file, user="zpipe", group="zpipe", mtime=0, format="PAX_FORMAT") as tar:
-            for record in source.records(part):
-                if isinstance(record, Rejected):
-                    rejected.append(record)
-                    continue
-                keys.append(record.key)
-                noted.update(record.notes)
-                members = {"__key__": record.key, record.suffix: record.image}
-                if record.label is not None:
-                    members["cls"] = str(record.label).encode()
-                tar.write(members | {"json": json.dumps(record.meta).encode()})
-        file.flush()
-        size, digest = os.path.getsize(tmp), digest_file(tmp)
-    entry = ShardEntry(name=path.name, count=len(keys), bytes=size, sha256=digest, keys_sha256=digest_keys(keys))
+    with commit(path) as tmp, open(tmp, "wb") as file, TarWriter(file, owner="zpipe") as tar:
+        for record in source.records(part):
+            if isinstance(record, Rejected):
+                rejected.append(record)
+                continue
+            keys.append(record.key)
+            noted.update(record.notes)
+            members = {record.suffix: record.image, "json": json.dumps(record.meta).encode()}
+            if record.label is not None:
+                members["cls"] = str(record.label).encode()
+            for suffix, data in sorted(members.items()):
+                tar.add(f"{record.key}.{suffix}", data)
+        digest = tar.finish()
+    entry = ShardEntry(name=path.name, count=len(keys), bytes=tar.size, sha256=digest, keys_sha256=digest_keys(keys))
     if not keys:
         path.unlink()
     return _Part(part=part, entry=entry if keys else None, rejected=tuple(rejected), noted=dict(noted))

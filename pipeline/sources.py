@@ -11,11 +11,11 @@ import io
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -28,6 +28,10 @@ from zpipe.schemas.images import DECODE_ERRORS, open_image, pixel_notes, to_rgb
 from zpipe.schemas.storage import read_file
 
 MAX_IMAGE_BYTES = 1 << 29  # of a file: 8,192 x 8,192 pixels of 8 bytes
+IMAGES_PER_TASK = 8
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,9 +175,7 @@ class NumberedSource(ABC):
     def records(self, part: int) -> Iterator[Record | Rejected]:
         """See `Source`."""
         numbers = self._order[part * self._shard_size : (part + 1) * self._shard_size].tolist()
-        # PIL releases the interpreter lock.
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            yield from pool.map(self.record, numbers)
+        yield from in_threads(self.record, numbers)
 
     @abstractmethod
     def digest(self) -> str:
@@ -182,6 +184,15 @@ class NumberedSource(ABC):
     @abstractmethod
     def record(self, number: int) -> Record | Rejected:
         """The image of a number."""
+
+
+def in_threads(read: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+    """Read items on every core, and yield the results in order. PIL releases the interpreter lock while it decodes."""
+    # Handing over a single image takes as long as reading its header.
+    groups = [items[first : first + IMAGES_PER_TASK] for first in range(0, len(items), IMAGES_PER_TASK)]
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        for results in pool.map(lambda group: [read(item) for item in group], groups):
+            yield from results
 
 
 def choose_split(name: str, split: str, splits: Collection[str]) -> None:

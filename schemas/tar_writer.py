@@ -1,0 +1,125 @@
+"""Write plain files into a tar that is determined by their names and contents alone, and hash it on the way.
+
+Owner, mode and time are fixed, so that the same samples give the same bytes, and the SHA-256 takes no second read. The
+format is pax, as Python's `tarfile` writes it: ustar headers, and an extended one for a name that is longer than 100
+bytes or not ASCII.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import BinaryIO, Self
+
+from zpipe.schemas.tar_file import TAR_BLOCK
+
+RECORD = 20 * TAR_BLOCK  # a tar ends at a multiple of this
+_NAME_BYTES = 100
+_CHUNK = 1 << 22  # bytes that are hashed and written at once
+_ZEROS = bytes(RECORD)
+
+
+class TarWriter:
+    """Appends members to a tar. A thread of its own hashes and writes, at most `2 * _CHUNK` bytes behind `add`.
+
+    It is a context manager that waits for this thread; the tar is whole only after `finish`.
+
+    Args:
+        file: Where to write, opened at its start.
+        owner: Name of the user and of the group of each member.
+    """
+
+    def __init__(self, file: BinaryIO, owner: str) -> None:
+        self._file, self._owner = file, owner
+        self._hash = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._writing: Future[None] | None = None
+        self._pieces: list[bytes] = []
+        self._held = 0
+        self.size = 0
+        """Number of bytes of the tar so far."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
+
+    def add(self, name: str, data: bytes) -> None:
+        """Append a plain file of less than 8 GiB.
+
+        Args:
+            name: Its name.
+            data: Its contents.
+
+        Raises:
+            OSError: What was added before could not be written.
+        """
+        head = b""
+        if not name.isascii() or len(name) > _NAME_BYTES:
+            record = _pax_record(b"path", name.encode())
+            head = _header("././@PaxHeader", len(record), b"x") + record + _ZEROS[: -len(record) % TAR_BLOCK]
+        head += _header(name, len(data), b"0", mode=0o444, owner=self._owner)
+        self._append(head, data, _ZEROS[: -len(data) % TAR_BLOCK])
+
+    def finish(self) -> str:
+        """Append the end mark, and flush the file.
+
+        Returns:
+            SHA-256 (hex) of the tar.
+
+        Raises:
+            OSError: The tar could not be written.
+        """
+        self._append(_ZEROS[: 2 * TAR_BLOCK])
+        self._append(_ZEROS[: -self.size % RECORD])
+        self._flush()
+        self._wait()
+        self._file.flush()
+        return self._hash.hexdigest()
+
+    def _append(self, *pieces: bytes) -> None:
+        self._pieces += pieces
+        size = sum(map(len, pieces))
+        self._held += size
+        self.size += size
+        if self._held >= _CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._wait()
+        self._writing = self._thread.submit(self._write, self._pieces)
+        self._pieces, self._held = [], 0
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def _write(self, pieces: list[bytes]) -> None:
+        # In one piece, because each call waits for the threads that decode images to give way.
+        data = b"".join(pieces)
+        self._file.write(data)
+        self._hash.update(data)
+
+
+def _header(name: str, size: int, kind: bytes, *, mode: int = 0, owner: str = "") -> bytes:
+    """A ustar header: numbers are octal, texts end with zero bytes."""
+    who = owner.encode("ascii").ljust(32, b"\0")
+    fields = b"".join(
+        (
+            name.encode("ascii", "replace")[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0"),
+            b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (mode, 0, 0, size, 0),  # mode, user, group, size, time
+            b" " * 8,  # the checksum counts as spaces
+            kind + bytes(100),  # and what a link leads to
+            b"ustar\x0000" + who + who + bytes(8 + 8 + 155 + 12),  # devices, prefix, padding
+        )
+    )
+    return b"%b%06o\0 %b" % (fields[:148], sum(fields), fields[156:])
+
+
+def _pax_record(key: bytes, value: bytes) -> bytes:
+    """`LENGTH KEY=VALUE` and a line break; the length counts its own digits."""
+    rest = len(key) + len(value) + 3
+    length = rest + len(str(rest))
+    length = rest + len(str(length))
+    return b"%d %b=%b\n" % (length, key, value)
