@@ -105,17 +105,17 @@ class DetectionSource(NumberedSource):
             said = "{} x {} pixels, and its annotation says {} x {}".format(*size, *found.size)
             return Rejected(file=file, reason=f"has {said}")
         boxes = np.clip(found.boxes, 0, np.array([*size, *size], np.float64))
-        kept = np.flatnonzero((boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3]))
+        kept = np.flatnonzero((boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3])).tolist()
         cut = int((boxes[kept] != found.boxes[kept]).any(axis=1).sum())
         notes = ["with a box cut at the edge of its image"] * cut
         notes += ["with a box without area (left out)"] * (len(boxes) - len(kept))
         meta = {
             "boxes": boxes[kept].tolist(),
-            "box_labels": [int(found.labels[i]) for i in kept],
+            "box_labels": [found.labels[i] for i in kept],
             self.FLAG: [int(found.flag[i]) for i in kept],
         }
         alone = {"box": meta["boxes"][0]} if len(kept) == 1 else {}
-        return replace(record, meta=record.meta | meta | alone | found.more, notes=(*record.notes, *notes))
+        return replace(record, meta=record.meta | meta | alone | dict(found.more), notes=(*record.notes, *notes))
 
 
 class VocSource(DetectionSource):
@@ -358,7 +358,7 @@ def read_voc_xml(data: bytes, where: str) -> tuple[tuple[int, int] | None, list[
         raise _no_voc(where, f"its root is not <annotation> but <{printable(root.tag[:60])}>")
     size = root.find("size")
     width, height = (0, 0) if size is None else (int(_number(size, name, where)) for name in ("width", "height"))
-    objects = []
+    objects: list[VocObject] = []
     for item in root.findall("object"):
         name = (item.findtext("name") or "").strip()
         bounds = item.find("bndbox")

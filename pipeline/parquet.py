@@ -286,18 +286,19 @@ class ParquetSource:
     def _record(self, table: pa.Table, number: int, row: int) -> Record | Rejected:
         group, columns = self._groups[number], self._columns
         where = f"{group.file}:{group.first_in_file + row}"
-        with reading(self._root / where):
+        with reading(f"{self._root}/{where}"):
             image = table[columns.image][row].as_py()
-            label = table[columns.label][row].as_py() if columns.label else None
+            value = table[columns.label][row].as_py() if columns.label else None
             values = {name: table[name][row].as_py() for name in columns.values}
         data, path = _parts(image)
         if not data:
             if path:
-                raise _files_beside(str(self._root / where), path)
+                raise _files_beside(f"{self._root}/{where}", path)
             return Rejected(file=where, reason="has no image")
         if len(data) > MAX_IMAGE_BYTES:
             return Rejected(file=where, reason=f"has more than {MAX_IMAGE_BYTES} bytes")
-        label = self._label_of.get(label) if columns.is_named else None if label == -1 else label
+        # A name is known, because all were read before.
+        label = None if value in (None, -1) else self._label_of[value] if columns.is_named else int(value)
         record = record_of(data, where, key=self._key(group.first + row, path), label=label, check=self._check)
         if isinstance(record, Rejected):
             return record
@@ -324,7 +325,10 @@ def _open(path: Path, size: int) -> BinaryIO:
 
 def _parts(image: Any) -> tuple[bytes | None, str | None]:
     """The bytes and the path of a value of the column of images."""
-    return (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+    if not isinstance(image, dict):
+        return image, None
+    path = image.get("path")
+    return image.get("bytes"), path if isinstance(path, str) else None
 
 
 def _first_value(file: pq.ParquetFile, column: str) -> tuple[bytes | None, str | None]:

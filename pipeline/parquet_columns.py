@@ -104,7 +104,7 @@ def choose_columns(
     kind = schema.field(image).type
     return Columns(
         image=image,
-        has_path=pa.types.is_struct(kind) and "path" in {entry.name for entry in kind},
+        has_path=pa.types.is_struct(kind) and any(entry.name == "path" and _is_text(entry.type) for entry in kind),
         label=label,
         is_named=label is not None and _is_text(schema.field(label).type),
         classes=(_classes(features, label, where) or ()) if label else (),
@@ -222,7 +222,7 @@ def _listed_names(feature: Any) -> list[str] | None:
         return None
     names = feature.get("names")
     if isinstance(names, dict):  # by their numbers
-        names = [names.get(str(number)) for number in range(len(names))]
+        names = [names.get(str(number), "") for number in range(len(names))]
     return [str(name) for name in names] if isinstance(names, list) else []
 
 

@@ -140,9 +140,8 @@ def find_parquet(path: Path, split: str) -> ParquetFiles:
             f"{path}: holds several data sets with this split, in {_few([each or '.' for each in configs])}; give the "
             f"folder of one, such as {printable(str(root / configs[-1]))}"
         )
-    return ParquetFiles(
-        root=root, split=wanted, sizes={name: sizes[name] for name in chosen}, warning=_missing(path, chosen)
-    )
+    warning = _missing(path, chosen) if root == path else ""  # whoever gives one file wants no others
+    return ParquetFiles(root=root, split=wanted, sizes={name: sizes[name] for name in chosen}, warning=warning)
 
 
 def _list_local(path: Path) -> tuple[Path, dict[str, int]]:

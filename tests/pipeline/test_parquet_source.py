@@ -205,6 +205,12 @@ def test_images_of_every_binary_type(tmp_path, pictures, kind):
     assert [sample.image for sample in samples_of(tmp_path / "out")] == pictures[:4]
 
 
+def test_a_path_that_is_no_text_names_nothing(tmp_path, pictures):
+    kind = pa.struct([("path", pa.int64()), ("bytes", pa.binary())])
+    path = write(tmp_path / "x.parquet", {"image": (kind, [{"bytes": data, "path": 7} for data in pictures[:2]])})
+    assert keys_of(open_parquet(path), 0) == ["train-00000000", "train-00000001"]
+
+
 # ---------------------------------------------------------------------------------------------------------------- keys
 
 
@@ -414,6 +420,8 @@ def test_a_data_set_that_lacks_files_is_told(plain, tmp_path, cli):
     (plain / "data" / "train-00001-of-00003.parquet").unlink()
     done = cli("make-shards", f"parquet:{plain}", tmp_path / "out")
     assert done.code == 0 and f"warning: {plain}: 2 files; their names say that there are 3" in done.stderr
+    done = cli("make-shards", f"parquet:{plain}/data/train-00000-of-00003.parquet", tmp_path / "one")
+    assert done.code == 0 and "warning" not in done.stderr
 
 
 def test_the_folder_of_a_split_and_a_file_have_the_split_that_they_are_named_after(plain, tmp_path):
@@ -607,7 +615,7 @@ def test_a_data_set_of_the_hub_is_read_by_its_name(hub, plain, process, tmp_path
     assert tars_of(contents, tmp_path / "out") == tars_of(contents, tmp_path / "local")
     assert read_index(tmp_path / "out").source == "parquet:hf://datasets/owner/photos"
     assert "canary" not in done.stdout + done.stderr
-    line = ("make-shards", "parquet:hf://datasets/owner/photos/data", tmp_path / "of", "--shard-size", 5)
+    line = ("make-shards", "parquet:hf://datasets/owner/photos@main/data", tmp_path / "of", "--shard-size", 5)
     assert process(*line).code == 0
     assert read_index(tmp_path / "of").classes == tuple(NAMES)
 
