@@ -1,63 +1,48 @@
 """Image data sets in Parquet, such as those of the Hugging Face Hub, as a source of shards.
 
-A row group is the unit of reading. In memory are the row groups of one tar, some 8 bytes for each image of the data set
-(16 while names are compared), and of a remote data set the footer of each file, some 100 kB.
+A row group is the unit of reading. In memory are the row groups of one tar; while a data set is opened, also 24 bytes for
+each of its images, by which names are compared; and of a remote data set the footer of each file, some 100 kB.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import xxhash
 
 from zpipe.pipeline.imagenet_names import canonical_key
-from zpipe.pipeline.parquet_columns import NO_LABEL, Columns, check_classes, choose_columns, shown
+from zpipe.pipeline.parquet_columns import Columns, check_classes, choose_columns, shown
 from zpipe.pipeline.parquet_files import find_parquet, reading
+from zpipe.pipeline.parquet_scan import (
+    ROWS_AT_ONCE,
+    SMALLER,
+    Scan,
+    begins_like_image,
+    bytes_and_path,
+    check_size,
+    files_beside,
+    first_value,
+    scan_file,
+    why_numbered,
+)
 from zpipe.pipeline.sources import MAX_IMAGE_BYTES, Record, Rejected, check_seed, record_of, unchecked
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.image_formats import HEAD_BYTES, IMAGE_SUFFIXES, sniff_format
-from zpipe.schemas.names import check_key, printable
-from zpipe.schemas.shard_index import digest_keys, rows_with_repeated_hashes
+from zpipe.schemas.shard_index import digest_keys
 from zpipe.schemas.storage import is_remote, map_files, open_file
 
-MAX_GROUP_BYTES = 1 << 30  # of the columns that are read, unpacked
-MAX_GROUP_ROWS = 1 << 24
 MAX_PART_BYTES = 1 << 33  # of the row groups of one tar
-MAX_LABEL = 999_999_999  # as in a labels.csv
 MAX_TEXT_BYTES = 1 << 10  # of a plain value
-MAX_PATH_LENGTH = 1 << 12
-# A repeated value is stored once and unpacked for each row, so that the bound above is checked every few rows.
-ROWS_AT_ONCE, SMALL_ROWS_AT_ONCE = 16, 1 << 10
 RECORDS_AT_ONCE = 64
-_SMALLER = "write it again with smaller row groups"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Scan:
-    """What is known of a file before its images are read."""
-
-    rows: np.ndarray
-    """Rows of each row group, int64."""
-    sizes: np.ndarray
-    """Bytes of each row group in the columns that are read, unpacked, int64."""
-    hashes: np.ndarray
-    """Hash of the key that each image would have by the name of its file, int64 [sum of `rows`]."""
-    nameless: str = ""
-    """Why an image has no key by the name of its file, if one has none."""
-    classes: frozenset[str] = frozenset()
-    """The labels, if they are names of classes."""
 
 
 class _Group(NamedTuple):
@@ -70,7 +55,7 @@ class _Group(NamedTuple):
     rows: int
     """How many rows it has."""
     size: int
-    """Bytes in the columns that are read, unpacked."""
+    """Bytes, unpacked, as for `Scan.sizes`."""
     first: int
     """Number of its first row in the data set."""
     first_in_file: int
@@ -125,7 +110,7 @@ class ParquetSource:
         self.classes = tuple(sorted(named)) if self._columns.is_named else self._columns.classes
         check_classes(self.classes, str(path))
         self._label_of = {name: label for label, name in enumerate(self.classes)}
-        self._unnamed = _why_numbered(scans)
+        self._unnamed = why_numbered(scans)
         self._groups = _groups_in(scans)
         self._draw_order()
         self._listing = digest_keys([*map(repr, self._sizes.items()), *map(repr, self._groups), *self.classes])
@@ -147,10 +132,13 @@ class ParquetSource:
             raise UsageError(f"{self._path}: its files hold no rows; give another data set")
         upto = np.concatenate([[0], np.cumsum(sizes)])
         largest = max(int(upto[last + 1] - upto[first]) for first, last in map(self._ends_of, range(self.parts())))
-        if largest > MAX_PART_BYTES:
+        self._check_part(largest)
+
+    def _check_part(self, size: int) -> None:
+        if size > MAX_PART_BYTES:
             raise ZpipeError(
-                f"{self._path}: the row groups of one tar unpack to {largest} bytes, more than {MAX_PART_BYTES}; give "
-                f"a smaller --shard-size, or {_SMALLER}"
+                f"{self._path}: the row groups of one tar unpack to {size} bytes, more than {MAX_PART_BYTES}; give a "
+                f"smaller --shard-size, or {SMALLER}"
             )
 
     def _ends_of(self, part: int) -> tuple[int, int]:
@@ -191,7 +179,11 @@ class ParquetSource:
         groups = [int(group) for group in self._order[first : last + 1]]
         tables, self._last = {group: self._last[group] for group in groups if group in self._last}, {}
         missing = [group for group in groups if group not in tables]
-        tables |= zip(missing, map_files(self._root, self._read_group, missing), strict=True)
+        size = 0
+        for group, table in zip(missing, map_files(self._root, self._read_group, missing), strict=True):
+            tables[group] = table
+            size += table.nbytes
+            self._check_part(size)  # a file may state less than it holds
         self._last = {groups[-1]: tables[groups[-1]]}
         # PIL releases the interpreter lock. The images of a few records at a time are copied out of the row groups.
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -228,46 +220,22 @@ class ParquetSource:
         where = str(self._root / name)
         # With a buffer, a first value takes a page, some 1 MB, and not the whole of its row group.
         with self._opened(name, pre_buffer=False, buffer_size=1 << 16) as file:
-            first_value = cache(partial(_first_value, file))
+            value_of = cache(partial(first_value, file))
             columns = choose_columns(
                 file.schema_arrow,
                 where,
                 image=image,
                 label=label,
-                is_image=lambda column: _begins_like_image(*first_value(column)),
+                is_image=lambda column: begins_like_image(*value_of(column)),
             )
-            data, path = first_value(columns.image)
+            data, path = value_of(columns.image)
             if not data and path:
-                raise _files_beside(where, path)
+                raise files_beside(where, path)
         return columns
 
-    def _scan(self, name: str) -> _Scan:
-        where = str(self._root / name)
-        columns = self._columns
-        hashes: list[np.ndarray] = []
-        nameless = "" if columns.has_path else "the images have no names of files"
-        classes: set[str] = set()
+    def _scan(self, name: str) -> Scan:
         with self._opened(name) as file:
-            columns.check(file.schema_arrow, where, next(iter(self._sizes)))
-            rows, sizes = _groups_of(file.metadata, columns, where)
-            small = [columns.label] if columns.label else []
-            small += [f"{columns.image}.path"] if columns.has_path else []
-            row = 0
-            batches = file.iter_batches(batch_size=SMALL_ROWS_AT_ONCE, columns=small) if small else ()
-            for batch in batches:
-                if columns.label:
-                    found = _checked_labels(batch[columns.label], columns, where, row)
-                    check_classes(found - classes, where)
-                    classes |= found
-                if not nameless:
-                    keys = [_key_of(path) for path in pc.struct_field(batch[columns.image], "path").to_pylist()]
-                    nameless = _why_nameless(keys, where, row)
-                    hashes.append(np.array([xxhash.xxh3_64_intdigest(key.encode()) for key in keys], np.uint64))
-                row += batch.num_rows
-        if small and row != rows.sum():
-            raise ZpipeError(f"{where}: says that it has {rows.sum()} rows, and has {row}; fetch it again")
-        joined = np.concatenate([np.zeros(0, np.uint64), *hashes]).view(np.int64)
-        return _Scan(rows=rows, sizes=sizes, hashes=joined, nameless=nameless, classes=frozenset(classes))
+            return scan_file(file, self._columns, str(self._root / name), next(iter(self._sizes)))
 
     def _read_group(self, number: int) -> pa.Table:
         group = self._groups[number]
@@ -277,7 +245,7 @@ class ParquetSource:
             columns = list(self._columns.types)
             for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group.number], columns=columns):
                 size += batch.nbytes
-                _check_size(size, where)
+                check_size(size, where)
                 batches.append(batch)
         if sum(batch.num_rows for batch in batches) != group.rows:
             raise ZpipeError(f"{where}: has other than the {group.rows} rows that it says; fetch it again")
@@ -290,10 +258,10 @@ class ParquetSource:
             image = table[columns.image][row].as_py()
             value = table[columns.label][row].as_py() if columns.label else None
             values = {name: table[name][row].as_py() for name in columns.values}
-        data, path = _parts(image)
+        data, path = bytes_and_path(image)
         if not data:
             if path:
-                raise _files_beside(f"{self._root}/{where}", path)
+                raise files_beside(f"{self._root}/{where}", path)
             return Rejected(file=where, reason="has no image")
         if len(data) > MAX_IMAGE_BYTES:
             return Rejected(file=where, reason=f"has more than {MAX_IMAGE_BYTES} bytes")
@@ -323,59 +291,7 @@ def _open(path: Path, size: int) -> BinaryIO:
     return opened
 
 
-def _parts(image: Any) -> tuple[bytes | None, str | None]:
-    """The bytes and the path of a value of the column of images."""
-    if not isinstance(image, dict):
-        return image, None
-    path = image.get("path")
-    return image.get("bytes"), path if isinstance(path, str) else None
-
-
-def _first_value(file: pq.ParquetFile, column: str) -> tuple[bytes | None, str | None]:
-    """Bytes and path of the first image of a file that has either."""
-    for group in range(file.metadata.num_row_groups):
-        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, row_groups=[group], columns=[column]):
-            for value in batch[column]:
-                data, path = _parts(value.as_py())
-                if data or path:
-                    return data, path
-    return None, None
-
-
-def _begins_like_image(data: bytes | None, path: str | None) -> bool:
-    if data:
-        return sniff_format(data[:HEAD_BYTES]) is not None
-    return path is not None and path.rpartition(".")[2].lower() in IMAGE_SUFFIXES
-
-
-def _files_beside(where: str, path: str) -> ZpipeError:
-    return ZpipeError(
-        f"{where}: holds the name of an image file, {printable(path)[:80]}, and not the image; pack the folder of "
-        "these files instead"
-    )
-
-
-def _groups_of(about: pq.FileMetaData, columns: Columns, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of each row group of a file, and the bytes that the columns that are read unpack to."""
-    rows, sizes = [], []
-    for number in range(about.num_row_groups):
-        group = about.row_group(number)
-        chunks = [group.column(place) for place in range(group.num_columns)]
-        read = [chunk for chunk in chunks if any(f"{chunk.path_in_schema}.".startswith(f"{n}.") for n in columns.types)]
-        rows.append(group.num_rows)
-        sizes.append(sum(chunk.total_uncompressed_size for chunk in read))
-        _check_size(sizes[-1], f"{where}: row group {number}")
-        if not 0 <= rows[-1] <= MAX_GROUP_ROWS:
-            raise ZpipeError(f"{where}: row group {number} has {rows[-1]} rows, not 0 to {MAX_GROUP_ROWS}; {_SMALLER}")
-    return np.array(rows, np.int64), np.array(sizes, np.int64)
-
-
-def _check_size(size: int, where: str) -> None:
-    if size > MAX_GROUP_BYTES:
-        raise ZpipeError(f"{where} unpacks to more than {MAX_GROUP_BYTES} bytes; {_SMALLER}")
-
-
-def _groups_in(scans: Mapping[str, _Scan]) -> list[_Group]:
+def _groups_in(scans: Mapping[str, Scan]) -> list[_Group]:
     """The row groups of all files that have rows; others would be in no part."""
     groups = []
     first = 0
@@ -387,47 +303,6 @@ def _groups_in(scans: Mapping[str, _Scan]) -> list[_Group]:
             first += rows
             first_in_file += rows
     return groups
-
-
-def _checked_labels(labels: pa.Array, columns: Columns, where: str, first: int) -> set[str]:
-    """The names of classes among the labels of some rows; whole numbers are checked, `first` is that of the first."""
-    if columns.is_named:
-        return set(labels.unique().to_pylist()) - {None}
-    top = len(columns.classes) - 1 if columns.classes else MAX_LABEL
-    bounds = pc.min_max(labels).as_py()
-    if bounds["min"] is not None and (bounds["min"] < -1 or bounds["max"] > top):
-        number, label = next((n, label) for n, label in enumerate(labels.to_pylist()) if not -1 <= (label or 0) <= top)
-        raise ZpipeError(
-            f"{where}:{first + number}: has label {label}, not one of 0 to {top}, or -1 for none; correct the file, or "
-            f"give --label-column {NO_LABEL}"
-        )
-    return set()
-
-
-def _key_of(path: str | None) -> str:
-    """Key by the name of a file; empty if there is none."""
-    return canonical_key(path) if path and len(path) <= MAX_PATH_LENGTH else ""
-
-
-def _why_nameless(keys: Sequence[str], where: str, first: int) -> str:
-    """Why a row has no key by the name of its file, if one has none."""
-    for row, key in enumerate(keys, first):
-        if not key:
-            return f"row {row} of {where} has no name of a file"
-        try:
-            check_key(key, where)
-        except ZpipeError:
-            return f"the name of a file, {printable(key)[:80]}, makes no key"
-    return ""
-
-
-def _why_numbered(scans: Mapping[str, _Scan]) -> str:
-    """Why the keys of a data set are not made from names of files, if they are not."""
-    if nameless := next((scan.nameless for scan in scans.values() if scan.nameless), ""):
-        return nameless
-    # Different names with one hash of 64 bits count as one name: their keys are numbers, too.
-    repeated = next(rows_with_repeated_hashes([scan.hashes for scan in scans.values()]), None)
-    return f"names of files are repeated, in {list(scans)[repeated[0]]}" if repeated else ""
 
 
 def _plain_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
