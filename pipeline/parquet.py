@@ -1,7 +1,7 @@
 """Image data sets in Parquet, such as those of the Hugging Face Hub, as a source of shards.
 
-A row group is the unit of reading. In memory are the row groups of one tar; while a data set is opened, also 24 bytes for
-each of its images, by which names are compared; and of a remote data set the footer of each file, some 100 kB.
+A row group is the unit of reading. In memory are the row groups of one tar; while a data set is opened, also 24 bytes
+for each of its images, by which names are compared; and of a remote data set the footer of each file, some 100 kB.
 """
 
 from __future__ import annotations
