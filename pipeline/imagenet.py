@@ -2,7 +2,7 @@
 
 A folder holds the official archives, Kaggle's tree, or an unpacked tree. All give the same keys, labels and class
 names; the images are in the order of their keys before they are shuffled. So the same images with the same boxes give
-the same tars, byte for byte. Memory holds some 170 bytes an image, and 40 more for each box.
+the same tars, byte for byte. Memory holds some 210 bytes an image, its boxes included, and 260 while they are listed.
 """
 
 from __future__ import annotations
@@ -82,11 +82,9 @@ class ImageNetSource(NumberedSource):
         self.rejected: tuple[Rejected, ...] = ()
         """Images in no part."""
         self._images, what, used = self._find(path, split)
-        keys = [canonical_key(name) for name in self._images.names]
-        self._places = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
-        self._check_keys(path, keys)
+        keys = self._sort(path)
         self._table: BoxTable | None = None
-        self._boxes_of: Callable[[int], list[Box]] = lambda place: []
+        self._xml_folder: Path | None = None
         if split == "val":
             used += self._label(path, keys)
         if split != "test":
@@ -111,26 +109,32 @@ class ImageNetSource(NumberedSource):
             f"Kaggle's ILSVRC/, or with {split}/"
         )
 
-    def _check_keys(self, path: Path, keys: list[str]) -> None:
-        if not keys:
+    def _sort(self, path: Path) -> list[str]:
+        """Number the images in the order of their keys; the keys."""
+        names = self._images.names
+        if not names:
             raise UsageError(f"{path}: holds no image of ImageNet's {self._split} split; give the folder above it")
+        found = np.array([canonical_key(name) for name in names], object)
+        self._places = np.argsort(found, kind="stable")
+        keys: list[str] = found[self._places].tolist()
         before = ""
-        for place in self._places.tolist():
-            key, name = keys[place], self._images.names[place]
-            check_key(key, f"{path}: {printable(name)}")
+        for key, place in zip(keys, self._places, strict=True):
+            check_key(key, f"{path}: {printable(names[place])}")
             if key == before:
-                raise ZpipeError(f"{path}: {name} has the key {key!r} of another image; remove one of them")
+                raise ZpipeError(f"{path}: {names[place]} has the key {key!r} of another image; remove one of them")
             before = key
+        return keys
 
     def _label(self, path: Path, keys: list[str]) -> list[str]:
         """Label the validation images that lie in no class folder; what their labels were read from."""
         found = self._images.labels
-        flat = [place for place, label in enumerate(found) if label < 0]
-        if not flat:
+        if -1 not in found:
             return []
         solutions = path / f"LOC_{self._split}_solution.csv"
         if solutions.exists():
-            label_of = {key: _label_of(boxes, key, solutions) for key, boxes in read_solutions(solutions)}
+            wanted = set(keys)  # so that a file of any length takes no more memory than the images
+            listed = ((key, boxes) for key, boxes in read_solutions(solutions) if key in wanted)
+            label_of = {key: _label_of(boxes, key, solutions) for key, boxes in listed}
             used = solutions
         else:
             kit = read_devkit(path)
@@ -141,13 +145,11 @@ class ImageNetSource(NumberedSource):
                 )
             used, numbered = kit
             label_of = {f"ILSVRC2012_val_{number:08d}": label for number, label in enumerate(numbered.tolist(), 1)}
-        for place in flat:
-            label = label_of.get(keys[place])
-            if label is None:
-                raise ZpipeError(
-                    f"{used}: has no label for {printable(keys[place])}; give that of ImageNet's val split"
-                )
-            found[place] = label
+        for key, place in zip(keys, self._places, strict=True):
+            if found[place] < 0:
+                if key not in label_of:
+                    raise ZpipeError(f"{used}: has no label for {printable(key)}; give that of ImageNet's val split")
+                found[place] = label_of[key]
         return [str(used.relative_to(path))]
 
     def _find_boxes(self, path: Path, keys: list[str]) -> list[str]:
@@ -156,16 +158,20 @@ class ImageNetSource(NumberedSource):
         folder = path / KAGGLE_BOXES / self._split
         for file, read in ((solutions, read_solutions), (archive, read_box_archive)):
             if file.exists():
-                self._table = BoxTable(read(file), {key: place for place, key in enumerate(keys)}, file)
-                self._boxes_of = self._table.of
+                self._table = BoxTable(read(file), keys, file)
                 return [file.name]
         if folder.is_dir():
-            self._boxes_of = lambda place: self._read_boxes(folder, canonical_key(self._images.names[place]))
+            self._xml_folder = folder
             return [f"{KAGGLE_BOXES / self._split}/"]
         return []
 
-    def _read_boxes(self, folder: Path, key: str) -> list[Box]:
-        path = (folder / key.partition("_")[0] if self._split == "train" else folder) / f"{key}.xml"
+    def _boxes(self, number: int, key: str) -> list[Box]:
+        if self._table is not None:
+            return self._table.of(number)
+        if self._xml_folder is None:
+            return []
+        folder = self._xml_folder / key.partition("_")[0] if self._split == "train" else self._xml_folder
+        path = folder / f"{key}.xml"
         try:
             data = read_file(path, MAX_XML_BYTES)
         except FileNotFoundError:  # not every training image has boxes
@@ -187,7 +193,7 @@ class ImageNetSource(NumberedSource):
         """See `NumberedSource`."""
         # Like a folder source, it is identified by its files and their labels; and by the boxes that are in memory.
         digest = hashlib.sha256()
-        for place in self._places.tolist():
+        for place in self._places:
             digest.update(f"{self._images.names[place]}\t{self._images.labels[place]}\n".encode())
         digest.update(self._table.content() if self._table else b"")
         return digest.hexdigest()
@@ -196,12 +202,11 @@ class ImageNetSource(NumberedSource):
         """See `NumberedSource`."""
         place = int(self._places[number])
         name, label = self._images.names[place], self._images.labels[place]
-        record = self._images.record(
-            place, key=canonical_key(name), label=None if label < 0 else label, check=self._check
-        )
+        key = canonical_key(name)
+        record = self._images.record(place, key=key, label=None if label < 0 else label, check=self._check)
         if isinstance(record, Rejected):
             return record
-        boxes, notes = box_meta(self._boxes_of(place), record.label)
+        boxes, notes = box_meta(self._boxes(number, key), record.label)
         # The published name, wherever the file lies, so that all packagings give the same tars.
         meta = record.meta | {"source": name.rpartition("/")[2]} | boxes
         return replace(record, meta=meta, notes=record.notes + notes)

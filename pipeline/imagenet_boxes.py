@@ -12,7 +12,8 @@ import io
 import math
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
@@ -60,19 +61,19 @@ class BoxTable:
 
     Args:
         found: Key and boxes of images, each key at most once.
-        number_of: Number of the image of a key; boxes of other images are passed over.
+        keys: The keys of the images, sorted; their positions are the numbers. Boxes of other images are passed over.
         where: The file that they come from, for messages.
 
     Raises:
         ZpipeError: An image is listed twice.
     """
 
-    def __init__(self, found: Iterable[tuple[str, list[Box]]], number_of: Mapping[str, int], where: Path) -> None:
+    def __init__(self, found: Iterable[tuple[str, list[Box]]], keys: Sequence[str], where: Path) -> None:
         owners, edges, classes = array("q"), array("d"), array("h")
-        listed = np.zeros(len(number_of), bool)
+        listed = np.zeros(len(keys), bool)
         for key, boxes in found:
-            number = number_of.get(key)
-            if number is None:
+            number = bisect_left(keys, key)
+            if number == len(keys) or keys[number] != key:
                 continue
             if listed[number]:
                 raise ZpipeError(f"{where}: lists {printable(key)} twice; {_REMEDY}")
@@ -84,13 +85,13 @@ class BoxTable:
         order = np.argsort(np.asarray(owners, np.int64), kind="stable")
         self._edges = np.asarray(edges, np.float64).reshape(-1, 4)[order]
         self._classes = np.asarray(classes, np.int16)[order]
-        self._first = np.searchsorted(np.asarray(owners, np.int64)[order], np.arange(len(number_of) + 1))
+        self._first = np.searchsorted(np.asarray(owners, np.int64)[order], np.arange(len(keys) + 1))
 
     def of(self, number: int) -> list[Box]:
         """The boxes of an image, in the order of the file."""
         first, end = self._first[number : number + 2]
         rows = zip(self._edges[first:end].tolist(), self._classes[first:end].tolist(), strict=True)
-        return [Box(*edges, None if label < 0 else label) for edges, label in rows]
+        return [Box(x1, y1, x2, y2, None if label < 0 else label) for (x1, y1, x2, y2), label in rows]
 
     def content(self) -> bytes:
         """What determines the boxes, for a digest."""

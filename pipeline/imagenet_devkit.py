@@ -74,7 +74,8 @@ def _labels(files: dict[str, bytes], kit: Path) -> np.ndarray:
 
 def _check_numbers(data: bytes, where: str) -> None:
     """Check that the kit numbers the classes as ILSVRC 2012 did. Higher numbers are synsets above them."""
-    found = dict(read_structs(data, where, "synsets", ("ILSVRC2012_ID", "WNID")))
+    rows = read_structs(data, where, "synsets", ("ILSVRC2012_ID", "WNID"))
+    found = {row[0]: row[1] for row in rows}
     for synset in synsets():
         wnid = found.get(synset.ilsvrc2012_id)
         if wnid != synset.wnid:

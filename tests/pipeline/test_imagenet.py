@@ -1,20 +1,26 @@
 """ImageNet as its owners publish it: all packagings give the same samples, and what may be wrong with them."""
 
 import gzip
+import io
 import json
 import os
 import signal
+import struct
 import subprocess
 import time
+import zlib
 
+import numpy as np
 import packagings
 import pytest
 from packagings import KIT, devkit, hugging_face, image_folder, kaggle, official, published, tar_of, unpack_devkit, xml
+from scipy.io import loadmat, savemat
 from tiny import write_tar
 
 from zpipe.pipeline.imagenet import ImageNetSource
 from zpipe.pipeline.imagenet_names import labels, synsets, wnids
 from zpipe.pipeline.make_shards import make_shards
+from zpipe.pipeline.mat_file import read_structs
 from zpipe.pipeline.open_source import NAMED, SourceConfig, open_source
 from zpipe.pipeline.shard_reader import open_shards, read_samples
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -175,6 +181,43 @@ def test_an_image_keeps_its_label_where_others_are_missing(tmp_path, images, cli
     assert f"warning: {root}: 2 images of 2 classes; ImageNet's val split has 50000 of 1000\n" in done.stderr
     found = {key: sample.label for key, sample in samples_of(tmp_path / "out").items()}
     assert found == {key: labels()[wnid] for key, wnid, _ in rows[3:5]}
+
+
+def test_a_struct_array_is_read_as_scipy_reads_it_or_refused_in_a_line():
+    fields = ("ILSVRC2012_ID", "WNID", "words", "children")
+    data = packagings.meta_mat()
+    rows = read_structs(data, "meta.mat", "synsets", fields)
+    expected = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
+    assert [row[:3] for row in rows] == [tuple(item)[:3] for item in expected]
+    assert {row[3] for row in rows} == {None}  # an array, not a number
+    buffer = io.BytesIO()
+    savemat(buffer, {"synsets": loadmat(io.BytesIO(data))["synsets"][:20]}, do_compression=True)
+    data = buffer.getvalue()
+    assert read_structs(data, "meta.mat", "synsets", fields) == rows[:20]
+    rng = np.random.default_rng(0)
+    damaged = [data[: len(data) * part // 20] for part in range(20)]
+    for _ in range(60):
+        changed = bytearray(data)
+        changed[rng.integers(124, len(data))] = rng.integers(0, 256)
+        damaged.append(bytes(changed))
+    # Damage under a checksum that fits.
+    (size,) = struct.unpack_from("<I", data, 132)
+    plain = zlib.decompress(data[136 : 136 + size])
+    for _ in range(200):
+        changed = bytearray(plain)
+        changed[rng.integers(0, 4000)] = rng.integers(0, 256)
+        packed = zlib.compress(bytes(changed), 1)
+        damaged.append(data[:128] + struct.pack("<II", 15, len(packed)) + packed)
+    refused = 0
+    for part in damaged:
+        try:
+            read_structs(part, "meta.mat", "synsets", fields)
+        except ZpipeError as error:
+            assert str(error).startswith("meta.mat: ") and "\n" not in str(error)
+            refused += 1
+    assert refused > 80
+    with pytest.raises(ZpipeError, match=r"meta\.mat: has no struct array 'synsets' with ID; fetch it again"):
+        read_structs(data, "meta.mat", "synsets", ("ID",))
 
 
 # ------------------------------------------------------------------------------------------------- what lies elsewhere

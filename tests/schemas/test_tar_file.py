@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from zpipe.pipeline.shard_reader import open_shards
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.sample import group_members, group_samples, head_bytes, member_bytes
-from zpipe.schemas.tar_file import HashingFile, read_members
+from zpipe.schemas.tar_file import HashingFile, Section, list_members, read_members
 from zpipe.train.data.stream import list_shards
 
 READERS = {"extraction": open_shards, "training": list_shards}
@@ -326,3 +326,47 @@ def test_a_good_tar_without_samples_is_told_what_it_holds(tmp_path, by):
         "is KEY.jpg (or jpeg, png, webp, ...) with KEY.cls or KEY.json, and KEY has no dot: rename the members, or "
         "remove the tar"
     )
+
+
+# ----------------------------------------------------------------------------------------- places, and tars inside tars
+
+
+def archive(files, form):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+FILES = st.lists(
+    st.tuples(st.text("abc\u00e4/", min_size=1, max_size=300).map(lambda name: name + "x"), st.binary(max_size=1500)),
+    max_size=5,
+)
+
+
+@given(st.lists(FILES, max_size=4), st.sampled_from(FORMATS))
+@settings(deadline=None)
+def test_members_of_tars_inside_a_tar_lie_where_they_are_listed(inner, form):
+    tars = [(f"{number}.tar", archive(files, form)) for number, files in enumerate(inner)]
+    data = archive(tars, form)
+    file = io.BytesIO(data)
+    places = list(list_members(file, "x.tar"))
+    assert [(place.name, data[place.offset : place.offset + place.size]) for place in places] == tars
+    for place, files in zip(places, inner, strict=True):
+        found = list(list_members(Section(file, place.offset, place.size), "x.tar: inner"))
+        starts = [place.offset + member.offset for member in found]
+        contents = [data[start : start + member.size] for start, member in zip(starts, found, strict=True)]
+        assert list(zip((member.name for member in found), contents, strict=True)) == files
+
+
+@pytest.mark.parametrize("size", [0, 100, 512, 2560, 5000, 12_288, 13_000, 13_311])
+def test_a_tar_inside_a_tar_ends_where_its_part_of_the_file_ends(size):
+    inner = archive([("a.jpg", bytes(2000)), ("b.jpg", bytes(9000))], tarfile.PAX_FORMAT)
+    file = io.BytesIO(inner + inner)
+    # Headers, contents and the end mark take 512 + 2,048 + 512 + 9,216 + 1,024 bytes.
+    assert len(list(list_members(Section(file, 0, 13_312), "x.tar"))) == 2
+    with pytest.raises(ZpipeError, match="not a whole tar"):
+        list(list_members(Section(file, 0, size), "x.tar"))
