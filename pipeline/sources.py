@@ -242,10 +242,13 @@ def inspect_image(data: bytes, *, check: bool = True) -> InspectedImage:
         with open_image(data) as image:
             notes = pixel_notes(image)
             kept = SUFFIX_OF_FORMAT.get(image.format or "")
+            width, height = image.size
             if kept is not None and not (check and image.mode.startswith(("I", "F"))):
                 if check:
+                    # Of a JPEG all data are decoded, but few pixels computed of them: half the time, the same errors.
+                    image.draft(None, (1, 1))
                     image.load()
-                return InspectedImage(kept, image.width, image.height, data, notes)
+                return InspectedImage(kept, width, height, data, notes)
             rgb = to_rgb(image)
             if kept is not None:
                 return InspectedImage(kept, image.width, image.height, data, notes)
