@@ -7,14 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from zpipe.pipeline.annotations import CocoSource, VocSource
 from zpipe.pipeline.datasets import Cifar10Source, Flowers102Source
 from zpipe.pipeline.image_folder import FolderSource
 from zpipe.pipeline.imagenet import ImageNetSource
+from zpipe.pipeline.parquet import ParquetSource
 from zpipe.pipeline.sources import NumberedSource, SceneSource, Source, scene_config
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.sample import KEY_RULES
-from zpipe.schemas.storage import as_local
+from zpipe.schemas.storage import as_local, as_path, is_remote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,12 @@ class SourceConfig:
     """Whether images that keep their bytes are decoded as a check. If not, only their headers are read."""
     image_size: int | None = None
     """Width and height of an embedded scene in pixels; None for the default."""
+    image_column: str | None = None
+    """Column of the images of a data set in Parquet; None to find it."""
+    label_column: str | None = None
+    """Column of its labels; None to find it, ``none`` for none."""
+    images: str | None = None
+    """Folder of the images of COCO; None to find it beside the annotations."""
     scene: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of `zpipe.pipeline.scenes.SceneConfig`."""
 
@@ -50,7 +58,7 @@ class SourceConfig:
 
 
 def _published(
-    source: type[Cifar10Source] | type[Flowers102Source] | type[ImageNetSource],
+    source: type[Cifar10Source] | type[Flowers102Source] | type[ImageNetSource] | type[VocSource],
 ) -> Callable[[str, SourceConfig], NumberedSource]:
     def opened(path: str, config: SourceConfig) -> NumberedSource:
         return source(
@@ -64,12 +72,43 @@ def _published(
     return opened
 
 
+def _parquet(path: str, config: SourceConfig) -> ParquetSource:
+    place = as_path(path)
+    return ParquetSource(
+        place if is_remote(place) else place.expanduser(),
+        split=config.split,
+        shard_size=config.shard_size,
+        shuffle_seed=config.order_seed,
+        image_column=config.image_column,
+        label_column=config.label_column,
+        check=config.check,
+    )
+
+
+def _coco(path: str, config: SourceConfig) -> CocoSource:
+    if config.split != SourceConfig.split:
+        raise UsageError(f"--split {config.split}: a file of COCO is one split; give that of another")
+    images = None if config.images is None else _local(config.images)
+    return CocoSource(
+        _local(path),
+        images=images,
+        shard_size=config.shard_size,
+        shuffle_seed=config.order_seed,
+        check=config.check,
+    )
+
+
 # What follows a colon: PATH or URL, and the settings -> a source. Its `note` and `warning`, if any, are shown.
 NAMED: Mapping[str, Callable[[str, SourceConfig], Any]] = {
     "cifar10": _published(Cifar10Source),
     "flowers102": _published(Flowers102Source),
     "imagenet": _published(ImageNetSource),
+    "parquet": _parquet,
+    "voc": _published(VocSource),
+    "coco": _coco,
 }
+# The sources that have a setting.
+OWNERS: Mapping[str, str] = {"image_column": "parquet", "label_column": "parquet", "images": "coco"}
 
 
 def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = print) -> Source:
@@ -84,6 +123,10 @@ def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = p
         UsageError: There is no such source, or it does not have a setting that was given.
         ZpipeError: A file of the source is broken.
     """
+    name, colon, path = text.partition(":")
+    for setting, owner in OWNERS.items():
+        if getattr(config, setting) is not None and name != owner:
+            raise UsageError(f"--{setting.replace('_', '-')} belongs to {owner}:; {text} has no such setting")
     if text == "scenes":
         if not config.check:
             raise UsageError("--no-check belongs to images that are read; the embedded scenes are made")
@@ -93,7 +136,6 @@ def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = p
         )
     if config.scene or config.image_size:
         raise UsageError("--image-size and --set belong to the embedded scenes; other sources have neither")
-    name, colon, path = text.partition(":")
     if not colon or name not in NAMED:
         if config.split != SourceConfig.split:
             raise UsageError(f"--split {config.split}: an image folder has no splits; give the folder of that split")

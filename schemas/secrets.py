@@ -27,7 +27,7 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 # What stands before a colon in names that zpipe takes: `hf-hub:org/model@revision` has no password.
-_PREFIXES = ("timm", "hf-hub", "hf_hub", "local-dir", "class", "cifar10", "flowers102")
+_PREFIXES = ("timm", "hf-hub", "hf_hub", "local-dir", "class", "cifar10", "flowers102", "parquet", "voc", "coco")
 
 
 def holds_secret(text: str) -> bool:

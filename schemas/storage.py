@@ -21,7 +21,8 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.secrets import refuse_secret
 
 # The file systems of fsspec that are allowed. Others read archives, caches or repositories, or fill in templates.
-PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "http", "https", "memory")
+PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hdfs", "http", "https", "hf", "memory")
+READ_ONLY = ("hf",)  # each file that is written to the Hugging Face Hub is a commit of its own
 
 TMP_PREFIX = ".tmp-"
 MAX_NAME_BYTES = 255  # of a file name, on nearly all file systems
@@ -111,6 +112,13 @@ def _upath(path: Path) -> Any:
     return path
 
 
+def _writable(path: Path) -> Any:
+    """The same for a path that will be written to. Raises :class:`UsageError` if its protocol is one of `READ_ONLY`."""
+    if str(path).partition("://")[0] in READ_ONLY:
+        raise UsageError(f"{path}: is only read here; give a local path or one of an object store")
+    return path
+
+
 def storage_options(path: Path) -> dict[str, Any] | None:
     """The options with which other libraries open the store of a remote path; None for a local path."""
     return dict(_upath(path).storage_options) if is_remote(path) else None
@@ -128,6 +136,9 @@ def storage_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
         ("google.auth.exceptions", "GoogleAuthError"),
         ("gcsfs.retry", "HttpError"),
         ("aiohttp", "ClientError"),
+        # of huggingface_hub, where the connection fails
+        ("httpx", "HTTPError"),
+        ("httpx2", "HTTPError"),
     ):
         if module in sys.modules:
             errors.append(getattr(sys.modules[module], name))
@@ -141,11 +152,16 @@ def check_reachable(path: Path) -> None:
     try:
         path.exists()
     except ImportError as error:
-        raise UsageError(f"{path}: {str(error).splitlines()[0]}; install the extra s3 or gcs") from error
+        raise UsageError(f"{path}: {str(error).splitlines()[0]}; {remedy_for_import(path)}") from error
     except storage_errors() as error:
         raise ZpipeError(
             f"{path}: can't be reached ({str(error).splitlines()[0]}); check credentials and endpoint"
         ) from error
+
+
+def remedy_for_import(path: Path) -> str:
+    """What to install where the library of a store is missing."""
+    return "pip install huggingface_hub" if str(path).startswith("hf:") else "install the extra s3 or gcs"
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
@@ -192,7 +208,7 @@ def read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:
 def upload(local: Path, path: Path) -> None:
     """Replace a remote file or folder by a local one. A file appears in one step, the files of a folder one by one."""
     if not local.is_dir():
-        _upath(path).fs.put_file(str(local), _upath(path).path)
+        _writable(path).fs.put_file(str(local), _upath(path).path)
         return
     remove(path)
     for child in sorted(local.rglob("*")):
@@ -204,7 +220,7 @@ def remove(path: Path) -> None:
     """Remove a file or a folder tree, which may be absent."""
     if is_remote(path):
         if path.exists():
-            _upath(path).fs.rm(_upath(path).path, recursive=True)
+            _writable(path).fs.rm(_upath(path).path, recursive=True)
     elif path.is_dir() and not path.is_symlink():
         import shutil
 
@@ -285,7 +301,7 @@ def create_exclusively(path: Path, data: bytes) -> bool:
     """
     if is_remote(path):
         try:
-            _upath(path).fs.pipe_file(_upath(path).path, data, mode="create")
+            _writable(path).fs.pipe_file(_upath(path).path, data, mode="create")
         except FileExistsError:
             return False
         return True

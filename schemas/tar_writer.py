@@ -8,13 +8,13 @@ bytes or not ASCII.
 from __future__ import annotations
 
 import hashlib
+import tarfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import BinaryIO, Self
 
 from zpipe.schemas.tar_file import TAR_BLOCK
 
 RECORD = 20 * TAR_BLOCK  # a tar ends at a multiple of this
-_NAME_BYTES = 100
 _CHUNK = 1 << 22  # bytes that are hashed and written at once
 _ZEROS = bytes(RECORD)
 
@@ -55,11 +55,9 @@ class TarWriter:
         Raises:
             OSError: What was added before could not be written.
         """
-        head = b""
-        if not name.isascii() or len(name) > _NAME_BYTES:
-            record = _pax_record(b"path", name.encode())
-            head = _header("././@PaxHeader", len(record), b"x") + record + _ZEROS[: -len(record) % TAR_BLOCK]
-        head += _header(name, len(data), b"0", mode=0o444, owner=self._owner)
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.uname, info.gname = len(data), 0o444, self._owner, self._owner
+        head = info.tobuf(tarfile.PAX_FORMAT)
         self._append(head, data, _ZEROS[: -len(data) % TAR_BLOCK])
 
     def finish(self) -> str:
@@ -100,26 +98,3 @@ class TarWriter:
         data = b"".join(pieces)
         self._file.write(data)
         self._hash.update(data)
-
-
-def _header(name: str, size: int, kind: bytes, *, mode: int = 0, owner: str = "") -> bytes:
-    """A ustar header: numbers are octal, texts end with zero bytes."""
-    who = owner.encode("ascii").ljust(32, b"\0")
-    fields = b"".join(
-        (
-            name.encode("ascii", "replace")[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0"),
-            b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (mode, 0, 0, size, 0),  # mode, user, group, size, time
-            b" " * 8,  # the checksum counts as spaces
-            kind + bytes(100),  # and what a link leads to
-            b"ustar\x0000" + who + who + bytes(8 + 8 + 155 + 12),  # devices, prefix, padding
-        )
-    )
-    return b"%b%06o\0 %b" % (fields[:148], sum(fields), fields[156:])
-
-
-def _pax_record(key: bytes, value: bytes) -> bytes:
-    """`LENGTH KEY=VALUE` and a line break; the length counts its own digits."""
-    rest = len(key) + len(value) + 3
-    length = rest + len(str(rest))
-    length = rest + len(str(length))
-    return b"%d %b=%b\n" % (length, key, value)

@@ -21,6 +21,8 @@ def make_shards_command(
             "cifar10:PATH (cifar-10-binary.tar.gz or its folder); "
             "flowers102:FOLDER (with 102flowers.tgz or jpg/, imagelabels.mat, setid.mat); "
             "imagenet:FOLDER (with the official archives, Kaggle's ILSVRC/, or train/ and val/); "
+            "parquet:PATH (files, a folder of them, or a URL such as hf://datasets/OWNER/NAME); "
+            "voc:FOLDER (VOCdevkit); coco:FILE (instances_*.json); "
             "or 'scenes', the embedded data."
         ),
     ],
@@ -46,9 +48,19 @@ def make_shards_command(
         str,
         typer.Option(
             help="(not for image folders) train or val of scenes and cifar10; "
-            "train, val, test or trainval of flowers102; train, val or test of imagenet."
+            "train, val, test or trainval of flowers102 and voc; train, val or test of imagenet; any that the files of "
+            "parquet have."
         ),
     ] = "train",
+    image_column: Annotated[
+        str | None, typer.Option(help="(parquet only) Column of the images, where it can't be told.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="(parquet only) Column of the labels, where it can't be told; 'none' for none.")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="(coco only) Folder of the images, where they are not beside the annotations.")
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(help="(embedded scenes only) Width and height of a scene in pixels.")
     ] = None,
@@ -116,6 +128,9 @@ def make_shards_command(
             count=count,
             split=split,
             image_size=image_size,
+            image_column=image_column,
+            label_column=label_column,
+            images=images,
             scene=parse_settings(settings, "--set"),
             check=not no_check,
         )

@@ -6,7 +6,7 @@ figures.py  points -> curves and histograms
 tables.py   points -> tables and the headline
 gallery.py  the answers of the models to a few samples
 page.py     all of this -> one HTML file
-page.html, page.css, *.js: the page itself, without a build step
+page.html, page.css and the scripts are the page itself, without a build step
 """
 
 from zpipe.train.report.page import ReportConfig, report

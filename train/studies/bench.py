@@ -285,7 +285,7 @@ class Bench:
         Args:
             opened: the run.
             setting: what the study varied.
-            *zoomings: fields of `EvalConfig`: alphas, budgets, keeps or prune.
+            zoomings: fields of `EvalConfig`: alphas, budgets, keeps or prune.
             scores: the name of the source of the scores; None for that of the training.
             zoomer: the zoomer to use instead of the run's own.
         """
