@@ -17,7 +17,7 @@ from zpipe.schemas.manifest import MANIFEST, MANIFEST_NAME, read_extraction, rea
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_store import IndexFile, index_path, index_schema
 from zpipe.schemas.shard_index import ShardEntry
-from zpipe.schemas.storage import as_path, remove
+from zpipe.schemas.storage import as_path, names_in, remove
 
 PREVIOUS_NAME = "manifest.previous.json"  # while digests are being added
 
@@ -43,23 +43,22 @@ def add_digests(root: str | Path, shards: str | Path, *, progress: Progress = si
     provenance = read_extraction(root) or read_manifest(root).provenance
     before = next((path for path in (root / MANIFEST_NAME, root / PREVIOUS_NAME) if path.exists()), None)
     classes = () if before is None else MANIFEST.read(before).classes
-    tars = open_shards(source, progress=progress)[0]
-    store = WantedStore(root=root, source=source, tars=tars, provenance=provenance, classes=classes)
+    tars, index = open_shards(source, progress=progress)
+    field = index.label_field
+    store = WantedStore(root=root, source=source, tars=tars, provenance=provenance, classes=classes, label_field=field)
+    _check_whole(store)
     claim_store(root)
     with held_lease(root) as lease:
         plan = prepare(store, replace=False, progress=progress)
         if plan.todo:
-            raise ZpipeError(
-                f"{root}: {len(plan.todo)} shards are not finished, {plan.todo[0][1].stem} the first; run "
-                "extract-teacher-maps again, which adds the digests too"
-            )
+            raise _unfinished(root, plan.todo[0][1].stem)
         lacking = [item for item in tars if "image_digest" not in IndexFile(index_path(root, item[1].stem)).columns]
         if lacking and (root / MANIFEST_NAME).exists():
             # It lists the digests of the indexes as they were; the names of the classes are needed again.
             write_bytes(root / PREVIOUS_NAME, (root / MANIFEST_NAME).read_bytes())
             remove(root / MANIFEST_NAME)
         for number, (path, entry) in enumerate(lacking, start=1):
-            plan.kept[entry.stem] = _add(root, path, entry)
+            plan.kept[entry.stem] = _add(root, path, entry, field)
             lease.check()
             progress("digest", number, len(lacking))
         commit_manifest(store, audit(store, plan, progress))
@@ -67,11 +66,29 @@ def add_digests(root: str | Path, shards: str | Path, *, progress: Progress = si
     return len(lacking)
 
 
-def _add(root: Path, path: Path, entry: ShardEntry) -> str:
+def _check_whole(store: WantedStore) -> None:
+    """Check, before anything is changed, that the tars are those of the store and that no shard of it is missing."""
+    stems = {entry.stem for entry in store.entries}
+    found = {name.removesuffix(".parquet") for name in names_in(store.root / "index")}
+    if other := sorted(found - stems):
+        raise ZpipeError(
+            f"{store.root}: has maps of {other[0]}.tar, which is not in {store.source}; give all tars of the store"
+        )
+    if missing := sorted(stems - found):
+        raise _unfinished(store.root, missing[0])
+
+
+def _unfinished(root: Path, stem: str) -> ZpipeError:
+    return ZpipeError(
+        f"{root}: shard {stem} is not finished; run the command that made the store again, then add the digests"
+    )
+
+
+def _add(root: Path, path: Path, entry: ShardEntry, label_field: str | None) -> str:
     """Write the index of a shard anew, with digests. Returns its SHA-256."""
     file = IndexFile(index_path(root, entry.stem))
     table = file.table()
-    digests = {sample.key: image_digest(sample.image) for sample in read_samples(path, entry)}
+    digests = {sample.key: image_digest(sample.image) for sample in read_samples(path, entry, label_field=label_field)}
     if list(digests) != table["key"].to_pylist():
         raise ZpipeError(f"{file.path}: its keys are not those of {path}; extract again")
     column = pa.array(list(digests.values()), pa.binary(DIGEST_BYTES))

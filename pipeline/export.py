@@ -20,7 +20,6 @@ from zpipe.schemas.manifest import MapShard
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps, normalise_minmax
 from zpipe.schemas.storage import is_remote
-from zpipe.schemas.tensor_kinds import encode
 
 Values = Literal["raw", "minmax"]
 
@@ -144,10 +143,12 @@ def _schema(maps: RelevanceMaps) -> pa.Schema:
 def _tables(maps: RelevanceMaps, schema: pa.Schema, values: Values, progress: Progress) -> Iterator[pa.Table]:
     done = 0
     for shard in maps.manifest.shards:
-        shard_maps = _shard_values(maps, shard, values)
-        stored = encode(maps.kind, shard_maps)[0] if values == "raw" else shard_maps.astype(np.float16)
-        flat = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), stored[0].size)
         table = maps.index(shard.stem, schema.names[:-1])
+        if values == "raw":
+            stored = maps.stored_shard(shard.stem, table)
+        else:
+            stored = _shard_values(maps, shard, values).astype(np.float16)
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), math.prod(stored.shape[1:]))
         yield pa.table([*table.columns, flat], schema=schema)
         done += shard.count
         progress("export", done, len(maps))

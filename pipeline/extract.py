@@ -23,7 +23,9 @@ from zpipe.pipeline.store_plan import (
     claim_store,
     clear_unfinished,
     commit_manifest,
+    is_being_replaced,
     prepare,
+    remove_store,
 )
 from zpipe.pipeline.teacher import Teacher, TeacherSpec, load_teacher
 from zpipe.pipeline.worker import MAPS, SAVED, ShardReport, ShardTask, WorkerSpec, frame_of
@@ -238,14 +240,18 @@ def _extract(
     stores: Mapping[str, WantedStore], spec: WorkerSpec, config: ExtractConfig, lease: Lease, progress: Progress
 ) -> ExtractReport:
     store = stores[MAPS]
-    plans = {}
+    if config.replace and not is_being_replaced(store):
+        for name in SAVED:  # before the maps, whose mark says that all of them were removed
+            remove_store(store.root / name)
+    # The maps first: their record marks the folder that holds the others as ours.
+    plans = {MAPS: prepare(store, replace=config.replace, progress=progress)}
     for name, each in stores.items():
         if name != MAPS:
             claim_store(each.root)
-        plans[name] = prepare(each, replace=config.replace, progress=progress)
+            plans[name] = prepare(each, replace=False, progress=progress)
     tasks = []
     for path, entry in store.tars:
-        if lacking := tuple(name for name, plan in plans.items() if entry.stem not in plan.kept):
+        if lacking := tuple(name for name in stores if entry.stem not in plans[name].kept):
             absolute = str(path if is_remote(path) else path.resolve())
             tasks.append(ShardTask(path=absolute, entry=entry, stores=lacking, label_field=store.label_field))
     done = store.count - sum(task.entry.count for task in tasks)
@@ -273,7 +279,7 @@ def _extract(
         provenance=store.provenance,
         problems=_problems(audited, tally.reports),
         top1=audited.top1,
-        notes=_notes(audited, plans[MAPS], tally.reports, config),
+        notes=_notes(audited, list(plans.values()), tally.reports, config),
     )
 
 
@@ -463,8 +469,8 @@ def _problems(audited: Audit, reports: list[ShardReport]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _notes(audited: Audit, plan: Plan, reports: list[ShardReport], config: ExtractConfig) -> tuple[str, ...]:
-    notes = [*plan.notes, *(note for report in reports for note in report.notes)]
+def _notes(audited: Audit, plans: Sequence[Plan], reports: list[ShardReport], config: ExtractConfig) -> tuple[str, ...]:
+    notes = [*(note for plan in plans for note in plan.notes), *(note for report in reports for note in report.notes)]
     top1 = audited.top1
     if top1 is not None and top1 < MIN_PLAUSIBLE_TOP1 and config.explain.needs_label and config.weights != "random":
         notes.append(

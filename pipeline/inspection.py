@@ -17,13 +17,13 @@ from zpipe.pipeline.shard_reader import read_samples
 from zpipe.schemas.atomic import check_out_file, commit
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.images import DECODE_ERRORS, open_image, to_rgb
-from zpipe.schemas.manifest import StoreManifest
+from zpipe.schemas.manifest import EXTRACTION_NAME, MANIFEST_NAME, StoreManifest
 from zpipe.schemas.names import printable
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.relevance_store import OK, count_correct_labels
 from zpipe.schemas.sample import Sample
 from zpipe.schemas.shard_index import find_tar
-from zpipe.schemas.storage import as_path, folder_bytes
+from zpipe.schemas.storage import as_path, file_sizes, folder_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +86,17 @@ def store_statistics(root: Path) -> StoreStatistics:
     }
     return StoreStatistics(
         manifest=maps.manifest,
-        size_bytes=folder_bytes(as_path(root)),
-        teacher_top1=correct / labelled if labelled else None,
+        size_bytes=_own_bytes(as_path(root)),
+        teacher_top1=correct / labelled if labelled and maps.kind.is_relevance else None,
         **{name: _quantiles(values) for name, values in measures.items()},
         histograms={name: _histogram(values) for name, values in measures.items()},
     )
+
+
+def _own_bytes(root: Path) -> int:
+    """Size of a store in bytes, without the stores inside it."""
+    names = (EXTRACTION_NAME, MANIFEST_NAME)
+    return sum(file_sizes(root, names).values()) + sum(folder_bytes(root / name) for name in ("index", "maps"))
 
 
 def _quantiles(values: np.ndarray) -> tuple[float, ...]:

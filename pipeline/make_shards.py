@@ -31,7 +31,15 @@ from zpipe.schemas.formats import Count, Text, check_format, decode_json, header
 from zpipe.schemas.names import printable
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.sample import check_label_field
-from zpipe.schemas.shard_images import Images, digest_images, image_row, images_path, write_images
+from zpipe.schemas.shard_images import (
+    IMAGES_SUFFIX,
+    Images,
+    digest_images,
+    has_images,
+    image_row,
+    images_path,
+    write_images,
+)
 from zpipe.schemas.shard_index import (
     INDEX_NAME,
     ShardEntry,
@@ -39,6 +47,7 @@ from zpipe.schemas.shard_index import (
     digest_keys,
     find_shards,
     has_index,
+    index_command,
     open_index,
     read_index,
     write_index,
@@ -136,8 +145,15 @@ def make_shards(source: Source, out: Path, *, progress: Progress = silent) -> Ma
             f"{out}: not one readable image, {printable(rejected[0].file)}: {rejected[0].reason}; "
             "check the source folder"
         )
+    earlier = read_index(out) if has_index(out) else None
+    if earlier is not None:  # digests of images that were added to it since
+        added = {entry.sha256: entry.images_sha256 for entry in earlier.shards}
+        entries = tuple(
+            entry if entry.images_sha256 else replace(entry, images_sha256=added.get(entry.sha256, ""))
+            for entry in entries
+        )
     index = ShardIndex(shards=entries, classes=source.classes, source=str(first["source"]), account=account)
-    if not has_index(out) or read_index(out) != index:
+    if earlier != index:
         _write_quarantine(out, rejected)
         write_index(out, index)
     return MakeShardsReport(
@@ -176,19 +192,24 @@ def index_shards(
     check_label_field(label_field)
     if output is None and not str(source).startswith("@") and has_index(as_path(source)):
         earlier = read_index(as_path(source))
-        if label_field is None and not all(entry.images_sha256 for entry in earlier.shards):
+        if label_field is None and not all(has_images(as_path(source), entry) for entry in earlier.shards):
             return _add_digests(as_path(source), earlier, progress)
     tars = list_tars(source)
     folder = _folder_of_all(source, tars) if output is None else as_path(output)
     if is_web(folder):
         raise UsageError(f"{folder}: can't be written to; give a folder for the index as OUTPUT")
     if output is not None:
-        claim_folder(folder, INDEX_NAME, "shard index")
+        claim_folder(folder, INDEX_NAME, "shard index", own=IMAGES_SUFFIX)
     if has_index(folder):
         raise UsageError(
             f"{folder / INDEX_NAME}: is there already, and commands that read these shards use it; delete it to index "
             "them again, or give another OUTPUT folder"
         )
+    # What an index beside the tars says of labels and classes holds for one elsewhere, too.
+    one_folder = all(tar.parent == tars[0].parent for tar in tars)
+    beside = read_index(tars[0].parent) if one_folder and has_index(tars[0].parent) else None
+    if beside is not None and label_field is None:
+        label_field = beside.label_field
     index = scan_shards(
         tars,
         source="" if output is None else str(source),
@@ -196,6 +217,9 @@ def index_shards(
         images_to=folder,
         progress=progress,
     )
+    if beside is not None:
+        _check_unchanged(tars, index.shards, beside)
+        index = replace(index, classes=beside.classes if label_field == beside.label_field else ())
     if output is not None:
         folders = {tar.parent: str(tar.parent if is_remote(tar) else tar.parent.absolute()) for tar in tars}
         entries = (replace(entry, folder=folders[tar.parent]) for tar, entry in zip(tars, index.shards, strict=True))
@@ -206,19 +230,26 @@ def index_shards(
 
 def _add_digests(folder: Path, earlier: ShardIndex, progress: Progress) -> ShardIndex:
     """Write an earlier index again, with the digests of the images."""
+    if is_web(folder):
+        raise UsageError(f"{folder}: can't be written to; give a folder for the index: {index_command(folder)}")
     tars, entries, _ = open_index(folder)
     scanned = scan_shards(tars, label_field=earlier.label_field, images_to=folder, progress=progress)
-    shards = []
-    for tar, entry, found in zip(tars, entries, scanned.shards, strict=True):
-        if entry.sha256 and entry.sha256 != found.sha256:
-            raise ZpipeError(
-                f"{tar}: its SHA-256 is {found.sha256[:12]}, {INDEX_NAME} says {entry.sha256[:12]}: altered; "
-                "restore it or make the shards again"
-            )
-        shards.append(replace(entry, images_sha256=found.images_sha256))
-    index = replace(earlier, shards=tuple(shards))
+    _check_unchanged(tars, scanned.shards, earlier)
+    pairs = zip(entries, scanned.shards, strict=True)
+    index = replace(earlier, shards=tuple(replace(entry, images_sha256=found.images_sha256) for entry, found in pairs))
     write_index(folder, index)
     return index
+
+
+def _check_unchanged(tars: Sequence[Path], scanned: Sequence[ShardEntry], earlier: ShardIndex) -> None:
+    """Check that tars are still what an earlier index says of those of their names."""
+    known = {entry.name: entry.sha256 for entry in earlier.shards}
+    for tar, found in zip(tars, scanned, strict=True):
+        if known.get(found.name) and known[found.name] != found.sha256:
+            raise ZpipeError(
+                f"{tar}: its SHA-256 is {found.sha256[:12]}, {INDEX_NAME} says {known[found.name][:12]}: altered; "
+                "restore it or make the shards again"
+            )
 
 
 def _folder_of_all(source: str | Path, tars: Sequence[Path]) -> Path:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 
@@ -60,6 +62,7 @@ def save_tensors(
             that are finished are kept.
     """
     check_choice("kind", kind, KINDS)
+    shape = tuple(map(operator.index, shape))
     root, source, origin = as_path(out), as_path(shards), _provenance(name, kind, shape)
     tars, index = open_shards(source)
     store = WantedStore(root=root, source=source, tars=tars, provenance=origin, label_field=index.label_field)
@@ -81,7 +84,7 @@ def _provenance(name: str, kind: Kind, shape: tuple[int, ...]) -> Provenance:
     sizes = dict(zip(KINDS[kind].axes, shape, strict=False))
     grid = (sizes.get("h", 1), sizes.get("w", 1))
     try:
-        return Provenance(
+        origin = Provenance(
             teacher="",
             teacher_args={},
             weights="",
@@ -103,13 +106,14 @@ def _provenance(name: str, kind: Kind, shape: tuple[int, ...]) -> Provenance:
             kind=kind,
             shape=shape,
         )
-    except ValueError as error:
+        return msgspec.convert(origin.to_json(), Provenance)  # within the bounds of a file that is read again
+    except (ValueError, msgspec.ValidationError) as error:
         raise UsageError(f"{error}; axes of {kind}: {', '.join(KINDS[kind].axes)}") from error
 
 
 def _write(store: WantedStore, path: Path, entry: ShardEntry, function: Callable[[Sample], np.ndarray]) -> None:
     kind, shape = KINDS[store.provenance.kind], store.provenance.sample_shape
-    raw = np.empty((entry.count, *shape), np.int64 if kind.dtype.kind == "i" else np.float32)
+    raw = np.empty((entry.count, *shape), np.int32 if kind.dtype.kind == "i" else np.float32)
     rows = []
     for number, sample in enumerate(_samples(path, entry, store.label_field)):
         array = np.asarray(function(sample))
@@ -117,9 +121,10 @@ def _write(store: WantedStore, path: Path, entry: ShardEntry, function: Callable
             raise ZpipeError(
                 f"{path}: key {sample.key}: an array of shape {array.shape}, not {shape}; mend the function"
             )
-        raw[number] = array
-        if not np.array_equal(raw[number], array) and kind.dtype.kind == "i":
-            raise ZpipeError(f"{path}: key {sample.key}: a label map holds whole numbers; mend the function")
+        if kind.dtype.kind == "i" and not _is_int32(array):
+            raise ZpipeError(f"{path}: key {sample.key}: a label map holds whole numbers of 32 bits; mend the function")
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and its sample nonfinite
+            raw[number] = array
         try:
             with open_image(sample.image) as image:
                 size = image.size
@@ -143,6 +148,13 @@ def _write(store: WantedStore, path: Path, entry: ShardEntry, function: Callable
     index = pa.table({field.name: pa.array(columns[field.name], field.type) for field in index_schema(columns)})
     fingerprint = store.provenance.fingerprint()
     write_shard(store.root, entry.stem, stored, index, input_sha256=entry.sha256, fingerprint=fingerprint)
+
+
+def _is_int32(array: np.ndarray) -> bool:
+    """Whether an array holds whole numbers of 32 bits, whatever its type."""
+    if array.dtype.kind not in "iufb":
+        return False
+    return bool(np.all((array >= -(2**31)) & (array < 2**31)) and np.all(array == np.floor(array)))
 
 
 def _samples(path: Path, entry: ShardEntry, label_field: str | None) -> Iterator[Sample]:

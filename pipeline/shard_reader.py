@@ -185,7 +185,7 @@ def scan_shards(
                 progress("index-shards", len(entries), len(tars), images=account.taken, **facts)
         finally:
             pool.shutdown(cancel_futures=True)  # after an error, the other tars need not be read
-    _check_unique(tars, hashes)
+    _check_unique(tars, hashes, label_field)
     return ShardIndex(
         shards=tuple(entries),
         source=source or str(tars[0].parent),
@@ -195,12 +195,12 @@ def scan_shards(
     )
 
 
-def _check_unique(tars: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:
+def _check_unique(tars: Sequence[Path], hashes: Sequence[np.ndarray], label_field: str | None) -> None:
     """Compare the keys themselves where hashes are repeated; only those tars are read again."""
     owner: dict[str, Path] = {}
     for number, rows in rows_with_repeated_hashes(hashes):
         tar = tars[number]
-        images = _read_images(tar)[0]
+        images = _read_images(tar, label_field)[0]
         for key in (images[row][0] for row in rows):
             if key in owner:
                 raise ZpipeError(

@@ -209,18 +209,35 @@ def _start_over(store: WantedStore) -> None:
     A mark says what is being replaced by what. It is written after the removal and deleted after the manifest is
     written, so that neither an interrupted removal nor a finished store is resumed.
     """
+    if is_being_replaced(store):
+        return
+    # The manifest goes before what it lists. The file that marks a store is replaced: in between, it is unfinished.
+    for name in (REPLACING_NAME, MANIFEST_NAME, "index", "maps"):
+        remove(store.root / name)
+    write_extraction(store.root, store.provenance)
+    write_json(store.root / REPLACING_NAME, REPLACING.header | {"replacement": _replacement(store)})
+
+
+def is_being_replaced(store: WantedStore) -> bool:
+    """Whether a replacement by this same store was begun and interrupted; what it replaces is gone then."""
+    mark = store.root / REPLACING_NAME
+    interrupted = mark.is_file() and not (store.root / MANIFEST_NAME).exists()
+    return interrupted and REPLACING.read(mark).replacement == _replacement(store)
+
+
+def _replacement(store: WantedStore) -> str:
+    """Digest of what replaces a store: provenance and tars."""
     replacement = hashlib.sha256(store.provenance.fingerprint().encode())
     for entry in store.entries:
         replacement.update(f"\n{entry.stem} {entry.sha256}".encode())
-    mark = store.root / REPLACING_NAME
-    interrupted = mark.is_file() and not (store.root / MANIFEST_NAME).exists()
-    if interrupted and REPLACING.read(mark).replacement == replacement.hexdigest():
-        return
-    # The manifest goes before what it lists, and the file that marks a store last: in between, the store is unfinished.
-    for name in (REPLACING_NAME, MANIFEST_NAME, "index", "maps", EXTRACTION_NAME):
-        remove(store.root / name)
-    write_extraction(store.root, store.provenance)
-    write_json(mark, REPLACING.header | {"replacement": replacement.hexdigest()})
+    return replacement.hexdigest()
+
+
+def remove_store(root: Path) -> None:
+    """Remove a store inside another one; the file that marks it as ours goes last."""
+    if (root / EXTRACTION_NAME).exists():
+        for name in (REPLACING_NAME, MANIFEST_NAME, "index", "maps", EXTRACTION_NAME):
+            remove(root / name)
 
 
 def _finished_shards(

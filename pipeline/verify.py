@@ -19,7 +19,6 @@ from zpipe.schemas.relevance_store import (
     ZERO,
     IndexFile,
     concentration,
-    decode_maps,
     digest_maps,
     index_path,
     maps_path,
@@ -140,10 +139,10 @@ def _contradictions(table: pa.Table, stored: np.ndarray, origin: Provenance) -> 
     values = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
     status, scale = values["status"], values["scale"]
     kind, axes = KINDS[origin.kind], tuple(range(1, stored.ndim))
-    peak = np.abs(stored.astype(np.float32)).max(axis=axes)  # [n], NaN where a map has one
+    peak = np.abs(stored).max(axis=axes).astype(np.float32)  # [n], NaN where a map has one
     finite, usable, seen = np.isfinite(peak) & np.isfinite(scale), status == OK, status != UNDECODABLE
     whole = (peak == 1) & (scale > 0)
-    if not kind.is_relevance:  # logits may be zeros, and whole numbers are stored as they are
+    if not kind.is_relevance or not origin.teacher:  # logits and masks may be zeros; whole numbers stay as they are
         whole |= (scale == 1) if kind.dtype.kind == "i" else (peak == 0) & (scale == 0)
     fits = np.where(usable, finite & whole, ~finite | (kind.dtype.kind == "i"))
     fits = np.where(status == ZERO, finite & (peak == 0) & (scale == 0), fits)
@@ -154,15 +153,16 @@ def _contradictions(table: pa.Table, stored: np.ndarray, origin: Provenance) -> 
     left, top, right, bottom = (values[f"frame_{edge}"] for edge in ("x1", "y1", "x2", "y2"))
     inside = (left >= 0) & (top >= 0) & (left < right) & (top < bottom)
     inside &= (right <= sizes[0] + FRAME_SLACK) & (bottom <= sizes[1] + FRAME_SLACK)
-    entropy, mass = concentration(decode_maps(stored, np.ones_like(scale)), kind)
     first = stored[:, 0] if kind.axes == "khw" else stored
+    entropy, mass = concentration(first.astype(np.float32), KINDS["map"] if kind.is_relevance else kind)
     # Where nearly all of a map is negative, float16 has lost the rest, which these two measure.
-    measured = usable & (first.reshape(len(first), -1).max(axis=1) > MEASURABLE)
+    measured = usable & (first.max(axis=tuple(range(1, first.ndim))) > MEASURABLE)
     is_answered = usable & bool(origin.teacher)  # a store of other tensors knows no classes
     wrong = {
         "status {status} does not fit its map, of scale {scale:g}": ~fits,
         "predicted class {predicted} is none of the teacher's": ~known[0] & ((classes[0] != -1) | is_answered),
         "target class {target} is none of the teacher's": ~known[1] & (classes[1] != -1),
+        "its targets {targets} are not classes of its maps": _odd_targets(table, origin),
         "predicted probability {predicted_probability:g} is impossible": _impossible(probable[0], known[0]),
         "target probability {target_probability:g} is impossible": _impossible(probable[1], known[0] & known[1]),
         "target probability {target_probability:g} is above the predicted class's": probable[1] > probable[0] + 1e-6,
@@ -172,6 +172,21 @@ def _contradictions(table: pa.Table, stored: np.ndarray, origin: Provenance) -> 
         "its frame does not lie in the image": seen & (sizes > 0).all(axis=0) & ~inside,
     }
     return {said: np.flatnonzero(rows) for said, rows in wrong.items()}
+
+
+def _odd_targets(table: pa.Table, origin: Provenance) -> np.ndarray:
+    """Where the classes of class maps are not the teacher's, not one for each map, or do not begin with `target`."""
+    if origin.kind != "class-maps":
+        return np.zeros(len(table), bool)
+    if "targets" not in table.column_names:
+        return np.ones(len(table), bool)
+    count, lists = origin.sample_shape[0], table["targets"].to_pylist()
+    pairs = zip(lists, table["target"].to_pylist(), strict=True)
+    fits = [
+        len(classes) == count and classes[0] == first and all(-1 <= one < origin.num_classes for one in classes)
+        for classes, first in pairs
+    ]
+    return ~np.array(fits, bool)
 
 
 def _impossible(probability: np.ndarray, known: np.ndarray) -> np.ndarray:

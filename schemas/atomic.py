@@ -108,7 +108,7 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, text.encode(errors="backslashreplace"))
 
 
-def claim_folder(path: Path, marker: str, what: str, *, lease: str | None = None) -> None:
+def claim_folder(path: Path, marker: str, what: str, *, lease: str | None = None, own: str = "/") -> None:
     """Make sure that `path` is a folder that we may write to: absent, empty, or one that holds our marker file.
 
     Args:
@@ -117,6 +117,8 @@ def claim_folder(path: Path, marker: str, what: str, *, lease: str | None = None
         what: What messages call the content of the folder.
         lease: Name of the file by which runs agree on who writes. The folder may hold it alone, and only the run that
             has the lease may remove temporary files (``.tmp-*``); without a lease they are removed here.
+
+        own: Suffix of files that an interrupted run may have left before the marker.
 
     Raises:
         UsageError: The folder holds something else, or cannot be used.
@@ -133,7 +135,7 @@ def claim_folder(path: Path, marker: str, what: str, *, lease: str | None = None
         raise UsageError(
             f"{path}: can't be used for the {what} ({first_line(error)}); {remedy_for(error)}, or give another path"
         ) from error
-    foreign = [name for name in entries if not name.startswith(TMP_PREFIX) and name != lease]
+    foreign = [name for name in entries if not name.startswith(TMP_PREFIX) and name != lease and not name.endswith(own)]
     if foreign and not (path / marker).is_file():
         raise UsageError(f"{path}: holds something else ({foreign[0]}); give an empty or new folder for the {what}")
     if lease is None:

@@ -16,7 +16,8 @@ class Matches(NamedTuple):
     rows: np.ndarray
     """int64 [m], the row of each image, the first one of several; -1 where there is none."""
     doubtful: list[tuple[int, np.ndarray]]
-    """Images of which several rows have the digest, and none or several of them the label; and these rows."""
+    """Images of which several rows have the digest, and none or several of them the label, and these rows; once for
+    each digest and label."""
 
 
 def digest_column(column: pa.ChunkedArray) -> np.ndarray:
@@ -82,12 +83,16 @@ class DigestRows:
         some = end > begin
         found[some] = self._order[begin[some]]
         doubtful = []
+        chosen: dict[tuple[int, int], int] = {}  # a placeholder may occur ten thousand times
         for image in np.flatnonzero(end - begin > 1).tolist():
-            rows = self._order[begin[image] : end[image]]
-            alike = rows[labels[rows] == wanted[image]]
-            found[image] = alike[0] if len(alike) else rows[0]
-            if len(alike) != 1:
-                doubtful.append((image, alike if len(alike) else rows))
+            case = (int(begin[image]), int(wanted[image]))
+            if case not in chosen:
+                rows = self._order[begin[image] : end[image]]
+                alike = rows[labels[rows] == wanted[image]]
+                chosen[case] = int(alike[0] if len(alike) else rows[0])
+                if len(alike) != 1:
+                    doubtful.append((image, alike if len(alike) else rows))
+            found[image] = chosen[case]
         return Matches(found, doubtful)
 
 

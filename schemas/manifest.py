@@ -241,6 +241,8 @@ def _check_shards(manifest: StoreManifest, count: int | None, path: Path | str) 
             raise DamageError(f"{path}: shard {stem!r} is no name of a file in this store; {MANIFEST.remedy}")
         if times > 1:
             raise DamageError(f"{path}: shard {stem!r} is listed twice; {MANIFEST.remedy}")
+    if empty := [shard.stem for shard in manifest.shards if not shard.count]:
+        raise DamageError(f"{path}: shard {empty[0]!r} has no samples; {MANIFEST.remedy}")
     if count is not None and count != manifest.count:
         raise DamageError(f"{path}: its count is {count}, its shards have {manifest.count} samples; {MANIFEST.remedy}")
 

@@ -41,6 +41,8 @@ def normalise_minmax(maps: np.ndarray) -> np.ndarray:
 
 def same_map(one: np.ndarray, other: np.ndarray) -> bool:
     """Whether two maps of one image differ by no more than batches and processors make them: 1 % of their range."""
+    if one.dtype.kind == "i":
+        return np.array_equal(one, other)
     span = max(float(np.ptp(one)), float(np.ptp(other)))
     return bool(np.abs(one - other).max() <= 0.01 * span) or np.array_equal(one, other, equal_nan=True)
 
@@ -127,7 +129,7 @@ class RelevanceMaps:
         rows = self._digest_rows.rows(digest) if len(digest) == DIGEST_BYTES else np.zeros(0, np.int64)
         if not len(rows):
             raise KeyError(f"{self.path}: no map for the image with digest {digest.hex()}")
-        maps = [self.row(row) for row in rows.tolist()]
+        maps = [self.shard(stem)[row] for stem, row in map(self.place_of_row, rows.tolist())]
         if not all(same_map(maps[0], other) for other in maps[1:]):
             keys = [self.key_of_row(row) for row in rows[:2].tolist()]
             raise ZpipeError(
@@ -141,9 +143,11 @@ class RelevanceMaps:
         return self.manifest.shards[shard].stem, row - int(self._ends[shard]) + self.manifest.shards[shard].count
 
     def row(self, row: int) -> np.ndarray:
-        """The map in a row of the whole store."""
+        """The map in a row of the whole store; its shard is not kept."""
         stem, place = self.place_of_row(row)
-        return self.shard(stem)[place]
+        index = self.index(stem, ["scale"])
+        scale = index["scale"].to_numpy()[place : place + 1]
+        return self.decoded(self.stored_shard(stem, index)[place : place + 1], scale)[0]
 
     def key_of_row(self, row: int) -> str:
         """Key of a row of the whole store."""

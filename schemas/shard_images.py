@@ -17,17 +17,18 @@ from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.image_digest import image_digest
 from zpipe.schemas.image_join import digest_column
 from zpipe.schemas.relevance_store import IndexFile, index_schema
-from zpipe.schemas.shard_index import INDEX_NAME, ShardEntry
+from zpipe.schemas.shard_index import INDEX_NAME, ShardEntry, index_command
 from zpipe.schemas.storage import as_path
 
 COLUMNS = ("key", "label", "image_digest")
 NO_LABEL = -1
+IMAGES_SUFFIX = ".images.parquet"
 Images = list[tuple[str, int, bytes]]  # key, label and digest of each image of a tar
 
 
 def images_path(folder: Path, stem: str) -> Path:
     """The index of a tar's images, in the folder of `shards.json`."""
-    return as_path(folder) / f"{stem}.images.parquet"
+    return as_path(folder) / f"{stem}{IMAGES_SUFFIX}"
 
 
 def image_row(key: str, label: int | None, image: bytes) -> tuple[str, int, bytes]:
@@ -64,7 +65,7 @@ def read_images(folder: Path, entry: ShardEntry) -> tuple[np.ndarray, np.ndarray
     """
     file = _index_of_images(folder, entry)
     table = file.table(["label", "image_digest"])
-    if _digest_table(table) != entry.images_sha256:
+    if len(table) != entry.count or _digest_table(table) != entry.images_sha256:
         raise ZpipeError(f"{file.path}: is not what {INDEX_NAME} lists: damaged or altered; {_remedy(folder)}")
     return table["label"].to_numpy(), digest_column(table["image_digest"])
 
@@ -79,16 +80,23 @@ def _index_of_images(folder: Path, entry: ShardEntry) -> IndexFile:
         raise ZpipeError(
             f"{as_path(folder) / INDEX_NAME}: {entry.name} has no digests of its images; {_remedy(folder)}"
         )
-    again = f"run {_command(folder)}"
+    again = f"run {index_command(folder)}"
     return IndexFile(images_path(folder, entry.stem), what="index of images", again=again, texts=["key"])
 
 
-def _command(folder: Path) -> str:
-    return f"zpipe make-shards --index-only {folder}"
+def has_images(folder: Path, entry: ShardEntry) -> bool:
+    """Whether the index of a tar's images is there and whole; it costs reading it."""
+    if not entry.images_sha256 or not images_path(folder, entry.stem).is_file():
+        return False
+    try:
+        read_images(folder, entry)
+    except ZpipeError:
+        return False
+    return True
 
 
 def _remedy(folder: Path) -> str:
-    return f"{_command(folder)} reads the tars once and adds them"
+    return f"{index_command(folder)} reads the tars once and adds them"
 
 
 def _table(images: Images) -> pa.Table:

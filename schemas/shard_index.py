@@ -354,7 +354,7 @@ def index_command(path: str | Path) -> str:
     path = as_path(path)
     if is_pattern(path) or is_web(path):
         return f"zpipe make-shards --index-only {shlex.quote(str(path))} OUTPUT"
-    return f"zpipe make-shards --index-only {path.parent if path.suffix == '.tar' else path}"
+    return f"zpipe make-shards --index-only {shlex.quote(str(path.parent if path.suffix == '.tar' else path))}"
 
 
 def check_listed(folder: Path, tars: list[Path], index: ShardIndex, *, whole_folder: bool) -> list[ShardEntry]:

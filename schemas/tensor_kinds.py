@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 
 Kind = Literal["map", "class-maps", "features", "label-map", "vector"]
+BLOCK_VALUES = 1 << 20  # encoded at once: float64 takes four times as much as what is stored
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,15 @@ def encode(kind: TensorKind, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not np.array_equal(stored, raw):
             raise ValueError("a label map holds whole numbers of 32 bits")
         return stored, np.ones(len(raw), np.float32)
+    stored, scales = np.empty(raw.shape, kind.dtype), np.empty(len(raw), np.float32)
+    step = max(1, BLOCK_VALUES // max(1, raw[:1].size))
+    for start in range(0, len(raw), step):
+        block = slice(start, start + step)
+        stored[block], scales[block] = _encode_block(raw[block])
+    return stored, scales
+
+
+def _encode_block(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     raw = raw.astype(np.float64)
     axes, broadcast = tuple(range(1, raw.ndim)), (-1, *[1] * (raw.ndim - 1))
     finite = np.isfinite(raw).all(axis=axes)  # [n]

@@ -1,5 +1,6 @@
 """Tars of other programs, as they are: patterns and lists of them, their index elsewhere, labels from any field."""
 
+import dataclasses
 import gzip
 import http.server
 import json
@@ -7,23 +8,26 @@ import threading
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tiny import encode as encoded
 from tiny import store as make_store
-from tiny import write_tar
+from tiny import write_shards, write_tar
 
 import zpipe
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.inspection import show_map
-from zpipe.pipeline.make_shards import index_shards
+from zpipe.pipeline.make_shards import FolderSource, index_shards, make_shards
 from zpipe.pipeline.shard_reader import open_shards, read_samples
 from zpipe.pipeline.verify import verify_store
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.sample import group_samples
-from zpipe.schemas.shard_index import read_index
+from zpipe.schemas.shard_index import read_index, write_index
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.stream import list_shards, read_tar
 
 SPLITS = {"train": 3, "validation": 2}
+PNG = encoded(np.zeros((4, 4, 3), np.uint8))
 
 
 def listed(path):
@@ -325,3 +329,37 @@ def test_a_pattern_is_resumed_and_verified_like_a_folder(public, tmp_path, teach
     other = RelevanceLoader(public / "i1k-train-000[01].tar", tmp_path / "maps", batch_size=2, image_size=32)
     with pytest.raises(UsageError, match="the state was taken over other shards"):
         other.load_state_dict(state)
+
+
+def test_an_index_elsewhere_keeps_the_classes_and_can_be_made_again_after_a_failure(tmp_path):
+    tars = write_shards(tmp_path / "tars", [{"a.png": PNG, "a.cls": b"0"}, {"b.png": PNG, "b.cls": b"1"}])
+    write_index(tars, dataclasses.replace(read_index(tars), classes=("ant", "bee")))
+    broken = (tars / "shard-00001.tar").read_bytes()
+    (tars / "shard-00001.tar").write_bytes(broken[:700])
+    with pytest.raises(ZpipeError):
+        index_shards(tars, tmp_path / "out")
+    (tars / "shard-00001.tar").write_bytes(broken)
+    assert index_shards(tars, tmp_path / "out").classes == ("ant", "bee")
+    assert len(list((tmp_path / "out").glob("*.images.parquet"))) == 2
+    write_tar(tars / "shard-00001.tar", {"c.png": PNG, "c.cls": b"1"})
+    with pytest.raises(ZpipeError, match=r"shard-00001.tar: its SHA-256 is .*: altered"):
+        index_shards(f"{tars}/shard-0000?.tar", tmp_path / "other")
+
+
+def test_digests_that_were_added_to_shards_stay_when_make_shards_runs_again(photos, tmp_path):
+    source = FolderSource(photos, shard_size=5, shuffle_seed=0, key_rule="stem")
+    make_shards(source, tmp_path / "out")
+    progress = tmp_path / "out" / "make-shards.jsonl"
+    lines = [json.loads(line) for line in progress.read_text().splitlines()]
+    for line in lines[1:]:
+        del line["entry"]["images_sha256"]  # as earlier versions wrote it
+    progress.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    index = read_index(tmp_path / "out")
+    bare = tuple(dataclasses.replace(entry, images_sha256="") for entry in index.shards)
+    write_index(tmp_path / "out", dataclasses.replace(index, shards=bare))
+    for path in (tmp_path / "out").glob("*.images.parquet"):
+        path.unlink()
+    index_shards(tmp_path / "out")
+    assert read_index(tmp_path / "out") == index
+    assert make_shards(source, tmp_path / "out").written == 0
+    assert read_index(tmp_path / "out") == index

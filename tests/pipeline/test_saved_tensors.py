@@ -7,13 +7,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import TEACHER, scenes
+from tiny import TEACHER, encode, scenes, write_tar
 
 import zpipe
 from zpipe.pipeline import add_digests as adding
+from zpipe.pipeline import extract as extraction
 from zpipe.pipeline.add_digests import add_digests
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
+from zpipe.pipeline.inspection import store_statistics
+from zpipe.pipeline.make_shards import index_shards
 from zpipe.pipeline.save_tensors import save_tensors
 from zpipe.pipeline.shard_reader import framed_batches, open_shards, read_samples
 from zpipe.pipeline.teacher import load_teacher
@@ -239,3 +242,136 @@ def test_a_store_that_mixes_shards_with_and_without_digests_is_read(earlier, sha
     assert len(table) == 12 and "image_digest" not in table.column_names and isinstance(table, pa.Table)
     assert add_digests(earlier, shards) == 2
     assert "image_digest" in zpipe.open_maps(earlier).table().column_names
+
+
+# ------------------------------------------------------------------------------------- interruptions and replacements
+
+
+def fail_at(monkeypatch, name, number):
+    """Make a function of the extraction raise KeyboardInterrupt at its n-th call."""
+    real, calls = getattr(extraction, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(extraction, name, counted)
+
+
+BOTH = ("logits", "features")
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("prepare", 1), ("prepare", 2), ("prepare", 3), ("audit", 2), ("commit_manifest", 2)]
+)
+def test_an_extraction_of_several_stores_is_resumed_wherever_it_was_interrupted(
+    shards, saved, tmp_path, monkeypatch, contents, name, number
+):
+    out = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        fail_at(patch, name, number)
+        with pytest.raises(KeyboardInterrupt):
+            extract_teacher_maps(shards, out, settings("top:3", save=BOTH))
+    report = extract_teacher_maps(shards, out, settings("top:3", save=BOTH))
+    assert report.extracted == (3 if name == "prepare" else 0)
+    assert contents(out) == contents(saved)
+
+
+def test_a_refused_extraction_leaves_no_store_behind(shards, tmp_path):
+    extract_teacher_maps(shards, tmp_path / "store", settings())
+    with pytest.raises(ZpipeError, match="made with target"):
+        extract_teacher_maps(shards, tmp_path / "store", settings("predicted", save=BOTH))
+    assert sorted(path.name for path in (tmp_path / "store").iterdir() if path.is_dir()) == ["index", "maps"]
+
+
+def test_a_replacement_takes_all_stores_of_the_folder_and_keeps_what_it_finished(shards, saved, tmp_path, monkeypatch):
+    out = shutil.copytree(saved, tmp_path / "store")
+    extract_teacher_maps(shards, out, settings("predicted", replace=True))
+    assert not list(out.glob("*/manifest.json")) and verify_store(out, shards) == []
+    with monkeypatch.context() as patch:
+        fail_at(patch, "commit_manifest", 2)  # that of the logits is written
+        with pytest.raises(KeyboardInterrupt):
+            extract_teacher_maps(shards, out, settings("top:2", replace=True, save=BOTH))
+    assert extract_teacher_maps(shards, out, settings("top:2", replace=True, save=BOTH)).extracted == 0
+    assert [verify_store(root, shards) for root in (out, out / "logits", out / "features")] == [[]] * 3
+
+
+def test_the_size_of_a_store_is_its_own_and_logits_have_no_top1(shards, saved, tmp_path):
+    extract_teacher_maps(shards, tmp_path / "alone", settings("top:3"))
+    alone, both = store_statistics(tmp_path / "alone"), store_statistics(saved)
+    assert alone.size_bytes == both.size_bytes and both.teacher_top1 == alone.teacher_top1 is not None
+    assert store_statistics(saved / "logits").teacher_top1 is None
+
+
+# ------------------------------------------------------------------------------------------- what verification notices
+
+
+def test_empty_masks_are_whole_and_wrong_target_classes_are_damage(shards, saved, tmp_path):
+    save_tensors(shards, tmp_path / "empty", lambda _: np.zeros((2, 2)), name="mask", kind="map", shape=(2, 2))
+    assert verify_store(tmp_path / "empty", shards) == []
+    for wrong in ([[99, -7, 5]], [[1, 2]], None):
+        out = shutil.copytree(saved, tmp_path / f"wrong {wrong}")
+        manifest = read_manifest(out)
+        path = index_path(out, "shard-00000")
+        table = pq.read_table(path)
+        place, kept = table.schema.get_field_index("targets"), table["targets"].to_pylist()
+        if wrong:
+            column = pa.array(wrong * len(table), table.schema.field(place).type)
+        else:  # the right classes in another order
+            column = pa.array([row[::-1] for row in kept], table.schema.field(place).type)
+        pq.write_table(table.set_column(place, table.schema.field(place), column), path)
+        first = changed(manifest.shards[0], index_sha256=digest_file(path))
+        write_manifest(out, changed(manifest, shards=(first, *manifest.shards[1:])))
+        assert any("are not classes of its maps" in problem for problem in verify_store(out, shards))
+
+
+@pytest.mark.parametrize("shape", [(0,), (2**40,), (5000, 1), (1, -1)])
+def test_shapes_that_no_store_holds_are_refused(shards, tmp_path, shape):
+    kind = "vector" if len(shape) == 1 else "map"
+    with pytest.raises(UsageError, match="axes of"):
+        save_tensors(shards, tmp_path / "x", lambda _: np.zeros(shape), name="x", kind=kind, shape=shape)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("value", [2**40, np.nan, np.inf, -(2**31) - 1])
+def test_label_maps_hold_whole_numbers_of_32_bits(shards, tmp_path, value):
+    with pytest.raises(ZpipeError, match=r"shard-00000.tar: key .*: a label map holds whole numbers of 32 bits"):
+        save_tensors(shards, tmp_path / "x", lambda _: np.full((1, 1), value), name="x", kind="label-map", shape=(1, 1))
+
+
+def test_values_beyond_float32_are_not_finite(shards, tmp_path):
+    save_tensors(shards, tmp_path / "x", lambda _: np.full(3, 1e300), name="x", kind="vector", shape=(np.int64(3),))
+    assert zpipe.open_maps(tmp_path / "x").manifest.statuses == {"nonfinite": 12}
+
+
+def test_a_manifest_of_empty_shards_is_refused(saved, tmp_path):
+    out = shutil.copytree(saved, tmp_path / "store")
+    manifest = read_manifest(out)
+    write_manifest(out, changed(manifest, shards=(changed(manifest.shards[0], count=0), *manifest.shards[1:])))
+    with pytest.raises(ZpipeError, match="has no samples"):
+        zpipe.open_maps(out)
+
+
+def test_a_store_with_a_lost_index_gets_no_digests_and_keeps_its_manifest(earlier, shards):
+    index_path(earlier, "shard-00001").unlink()
+    with pytest.raises(ZpipeError, match="shard shard-00001 is not finished; run the command that made the store"):
+        add_digests(earlier, shards)
+    assert read_manifest(earlier).classes[0] == "digit 0"
+    with pytest.raises(ZpipeError, match=r"has maps of shard-00000.tar, which is not in .*; give all tars"):
+        add_digests(earlier, shards / "shard-00002.tar")
+    assert read_manifest(earlier).count == 12
+
+
+def test_digests_are_added_where_labels_are_in_another_field(tmp_path):
+    image = encode(np.full((8, 8, 3), 9, np.uint8))
+    write_tar(tmp_path / "tars" / "a.tar", {"k.png": image, "k.json": b'{"label": "cat", "id": 3}'})
+    index_shards(tmp_path / "tars", label_field="id")
+    extract_teacher_maps(tmp_path / "tars", tmp_path / "store", settings())
+    path, manifest = index_path(tmp_path / "store", "a"), read_manifest(tmp_path / "store")
+    pq.write_table(pq.read_table(path).drop_columns("image_digest"), path)
+    shard = changed(manifest.shards[0], index_sha256=digest_file(path))
+    write_manifest(tmp_path / "store", changed(manifest, shards=(shard,)))
+    assert add_digests(tmp_path / "store", tmp_path / "tars") == 1
+    assert zpipe.image_digest(image) in zpipe.open_maps(tmp_path / "store")

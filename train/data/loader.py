@@ -194,10 +194,10 @@ class RelevanceLoader:
         """A store joined with the shards."""
         if name in BATCH_FIELDS or not name.isidentifier():
             raise UsageError(f"maps: {name!r} can't name a tensor of a batch; give another name")
-        path = store.path if isinstance(store, RelevanceMaps) else store
-        maps = RelevanceMaps(path)
-        if maps.kind.is_relevance and maps.manifest.provenance.teacher:
-            maps = RelevanceMaps(path, normalise="minmax")  # masks that a user wrote keep their values
+        maps = store if isinstance(store, RelevanceMaps) else RelevanceMaps(store)
+        # Maps of a teacher; masks that a user wrote keep their values.
+        scaled = maps.kind.is_relevance and maps.manifest.provenance.teacher
+        maps = RelevanceMaps(maps.path, normalise="minmax" if scaled else None, check=maps.check)
         check_frame(maps, self.view)
         if self.missing == "uniform" and not maps.kind.is_relevance:
             raise UsageError(

@@ -124,7 +124,7 @@ class TarStore:
     def read(self, number: int) -> _TarTensors:
         """See `MapSource`."""
         stem, maps = self._shards[number].entry.stem, self.maps
-        centre = maps.manifest.provenance.frame != "full"
+        centre = maps.manifest.provenance.frame != "full" and maps.kind.is_dense
         table = maps.index(stem, ["key", "status", "scale", *(FRAME_COLUMNS if centre else ())])
         scale = table["scale"].to_numpy()
         stored = maps.stored_shard(stem, table)
@@ -192,7 +192,8 @@ class ImageStore:
             self._check_alike(image, rows)
         found = self._rows >= 0
         self.count, self.found = len(self._rows), int(found.sum())
-        self.relabelled = int((labels[self._rows[found]] != wanted[found]).sum())
+        other = labels[self._rows[found]] != wanted[found]
+        self.relabelled = int((other & (labels[self._rows[found]] >= 0) & (wanted[found] >= 0)).sum())
 
     def _check_alike(self, image: int, rows: np.ndarray) -> None:
         """Check that these rows of the store, which are one image, have the same map."""
@@ -246,7 +247,7 @@ class ImageStore:
         Raises:
             ZpipeError: It does not fit onto the disk, or the store can't be read.
         """
-        assert len(self._values) == len(self.maps)
+        _ = self._values
 
     @cached_property
     def _values(self) -> np.ndarray:

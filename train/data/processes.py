@@ -57,7 +57,10 @@ def start_workers(dataset: BatchParts, workers: int) -> Iterator[Part | ZpipeErr
     Raises:
         ZpipeError: If the processes can't be started.
     """
-    options: dict[str, Any] = {"prefetch_factor": PREFETCH, "worker_init_fn": begin_worker} if workers else {}
+    options: dict[str, Any] = {}
+    if workers:
+        # Forked, they share what the loader holds: stores that are joined by image, lists of rows.
+        options = {"prefetch_factor": PREFETCH, "worker_init_fn": begin_worker, "multiprocessing_context": "fork"}
     # A generator of its own: the loader does not draw from the user's.
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, generator=torch.Generator(), **options)
     with deferred_signals():

@@ -113,6 +113,7 @@ def calibration(
         damaged=config.damaged,
         join=config.join,
     )
+    loader.report_coverage(progress)
     match_run(opened, loader.index, loader.path, config.classes)
     source = choose_run_source(opened, config.scores, loader.maps)
     ready = OpenRun(opened, source, device=config.device)

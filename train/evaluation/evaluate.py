@@ -85,6 +85,7 @@ def evaluate(
         damaged=config.damaged,
         join=config.join,
     )
+    loader.report_coverage(progress)
     batches = Tally(loader)
     about = identity(opened, EVALUATION if opened.kind == "vit" else ZOOMER_EVALUATION)
     about["setting"] = unusual({"weights": config.weights})

@@ -152,6 +152,7 @@ def judge(run: Path, shards: Path, maps: Path, config: JudgeConfig, *, progress:
     loader = eval_loader(
         run_opened.preprocessing, shards, maps, **sizes, missing="skip", damaged=config.damaged, join=config.join
     )
+    loader.report_coverage(progress)
     if not loader.sample_count:
         raise UsageError(f"{maps}: has no usable map of a sample in {shards}; give the shards that it was made from")
     answers = Answers(opened.model.num_classes, match_run(run_opened, loader.index, loader.path, config.classes))

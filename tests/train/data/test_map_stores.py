@@ -1,5 +1,6 @@
 """Stores that are joined with images of other tars, and several stores of any kind under one crop."""
 
+import dataclasses
 import shutil
 from types import SimpleNamespace
 
@@ -8,15 +9,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ramps import KEYS, load
-from tiny import encode, rewrite_store, scenes, store, write_shards
+from tiny import TEACHER, encode, rewrite_store, scenes, store, write_shards
 
 import zpipe
 from zpipe.pipeline.export import export_numpy, export_parquet
+from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.make_shards import index_shards
 from zpipe.pipeline.save_tensors import save_tensors
 from zpipe.pipeline.shard_reader import open_shards, read_samples
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.geometry import Box
+from zpipe.schemas.image_join import DigestRows, digest_column
+from zpipe.schemas.relevance_maps import same_map
+from zpipe.schemas.shard_images import digest_images, images_path, write_images
+from zpipe.schemas.shard_index import read_index, write_index
 from zpipe.train.data import map_stores
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.transforms import View, ViewConfig, view_maps
@@ -296,3 +302,72 @@ def test_an_index_elsewhere_joins_by_image(data, packed, tmp_path):
         load((shards, data[1]), augment="eval", join="image", seed=4) for shards in (packed, tmp_path / "index")
     )
     assert all(torch.equal(a["relevance"], b["relevance"]) for a, b in zip(one, other, strict=True))
+
+
+def test_logits_of_the_teachers_own_view_serve_every_crop(tmp_path):
+    shards = scenes(tmp_path / "shards", 4, shard_size=4)
+    config = ExtractConfig(
+        teacher="deit_tiny_patch16_224",
+        weights="random",
+        num_classes=10,
+        teacher_args=TEACHER,
+        executor="local",
+        frame="center",
+        save=("logits",),
+    )
+    extract_teacher_maps(shards, tmp_path / "maps", config)
+    for join in ("tar", "image"):
+        loader = RelevanceLoader(
+            shards, {"logits": tmp_path / "maps" / "logits"}, batch_size=4, image_size=8, join=join
+        )
+        assert next(iter(loader))["logits"].shape == (4, 10)
+
+
+def test_indexes_of_images_that_do_not_fit_their_tars_are_refused(data, packed, tmp_path):
+    shards = shutil.copytree(packed, tmp_path / "shards")
+    index = read_index(shards)
+    entry = index.shards[1]
+    table = pq.read_table(images_path(shards, entry.stem)).slice(1)
+    images = [tuple(row.values()) for row in table.to_pylist()]
+    write_images(shards, entry.stem, images)
+    forged = dataclasses.replace(entry, images_sha256=digest_images(images))
+    write_index(shards, dataclasses.replace(index, shards=(index.shards[0], forged, *index.shards[2:])))
+    with pytest.raises(ZpipeError, match="damaged or altered"):
+        RelevanceLoader(shards, data[1], batch_size=2, join="image")
+
+
+def test_a_lost_index_of_images_is_made_again_by_the_command_that_is_named(data, packed, tmp_path, cli):
+    shards = shutil.copytree(packed, tmp_path / "shards")
+    before = (shards / "shards.json").read_bytes()
+    images_path(shards, "shard-00002").unlink()
+    images_path(shards, "shard-00001").write_bytes(b"PAR1")
+    for stem in ("shard-00001", "shard-00002"):
+        with pytest.raises(ZpipeError, match=f"{stem}.*; .*zpipe make-shards --index-only {shards}") as error:
+            RelevanceLoader(shards / f"{stem}.tar", data[1], batch_size=1, join="image")
+        assert "\n" not in str(error.value)
+    assert cli("make-shards", "--index-only", shards).code == 0
+    assert (shards / "shards.json").read_bytes() == before
+    assert len(RelevanceLoader(shards, data[1], batch_size=2, join="image")) == 12
+
+
+def test_many_copies_of_one_image_take_no_more_than_their_rows(tmp_path):
+    image = encode(np.zeros((4, 4, 3), np.uint8))
+    members = {
+        f"{number:05d}.{suffix}": value for number in range(800) for suffix, value in (("png", image), ("cls", b"1"))
+    }
+    shards = write_shards(tmp_path / "shards", [members])
+    root = store(shards, tmp_path / "maps")
+    slope = np.add.outer(np.arange(4.0), np.arange(4.0))
+    rewrite_store(root, {f"{number:05d}": slope for number in range(800)})
+    found = RelevanceLoader(shards, root, batch_size=2, join="image")
+    assert found.coverage == [f"{root}: 800 of 800 images have a map"]
+    maps = zpipe.open_maps(root)
+    table = maps.table(["image_digest", "label"])
+    digests = digest_column(table["image_digest"])
+    matches = DigestRows(digests).match(table["label"].to_numpy(), digests, table["label"].to_numpy())
+    assert len(matches.doubtful) == 1 and (matches.rows == 0).all()
+
+
+def test_label_maps_of_one_image_are_the_same_only_if_all_labels_are():
+    labels = np.array([[0, 1000]], np.int32)
+    assert same_map(labels, labels) and not same_map(labels, labels + 7)
