@@ -159,7 +159,7 @@ def _what(origin: Provenance) -> str:
         what = {
             "map": "One map per image.",
             "class-maps": f"{first} maps per image, one for each class.",
-            "features": f"Features of each image: {origin.sample_shape[-1]} values for each cell of a grid.",
+            "features": f"{origin.sample_shape[-1]} values for each cell of a grid over each image.",
             "label-map": "One label map per image: a whole number for each cell of a grid.",
             "vector": f"One vector of {first} values per image.",
         }[origin.kind]
@@ -220,7 +220,7 @@ def _measures(statistics: StoreStatistics) -> list[tuple[str, str]]:
     origin = statistics.manifest.provenance
     kind = KINDS[origin.kind]
     rows = []
-    if origin.teacher:
+    if _is_relevance(origin):
         top1 = "no labels" if statistics.teacher_top1 is None else f"{statistics.teacher_top1:.1%}"
         rows.append(("teacher's top-1", top1))
     measures = {"entropy": statistics.entropy, "top-10 % mass": statistics.top10_mass} if kind.is_relevance else {}
