@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zpipe.pipeline.hub import http_errors, is_hub_address, parse_address, patiently, pinned, read_from_hub
+from zpipe.pipeline.hub import http_errors, is_denied, is_hub_address, parse_address, patiently, pinned, read_from_hub
 from zpipe.pipeline.store_plan import claim_store, clear_unfinished
 from zpipe.schemas.atomic import commit, write_bytes
 from zpipe.schemas.errors import DamageError, UsageError, ZpipeError, first_line, remedy_for
@@ -34,7 +35,7 @@ from zpipe.schemas.manifest import (
     read_manifest,
     write_extraction,
 )
-from zpipe.schemas.map_array import BLOSC_HEADER, MAX_DESCRIPTION_BYTES, read_array
+from zpipe.schemas.map_array import BLOSC_HEADER, MAX_DESCRIPTION_BYTES, chunk_name, read_array
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_store import (
     MAX_INDEX_BYTES,
@@ -47,6 +48,7 @@ from zpipe.schemas.relevance_store import (
     read_stored,
 )
 from zpipe.schemas.storage import as_path, check_reachable, is_remote, names_in, read_file, remove, storage_errors
+from zpipe.schemas.tensor_kinds import KINDS, SAVED
 
 THREADS = 16  # shards that are downloaded at a time, as far as `MEMORY` allows
 MEMORY = 1 << 30  # bytes that these shards may take
@@ -54,6 +56,7 @@ WINDOW = 64  # shards that are begun ahead of the first unfinished one
 
 # A row of an index: a key and 15 numbers, some 60 bytes packed. The rest of the file is its description.
 INDEX_ROW_BYTES = 1024
+INDEX_CLASS_BYTES = 8  # in a row, for each of the classes of class maps
 INDEX_BYTES = 1 << 20
 
 # Reads the file of a name, of at most so many bytes.
@@ -73,23 +76,53 @@ class _Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Store:
+    """A store at a source: the one that is asked for, or one inside it."""
+
+    folder: str
+    """Its folder inside the store that is asked for, a name of `SAVED`; empty for that store itself."""
+    where: str
+    """What messages call it."""
+    data: bytes
+    """Its manifest file."""
+    manifest: StoreManifest
+    """Its manifest."""
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its files begin with at the source."""
+        return f"{self.folder}/" if self.folder else ""
+
+    def below(self, root: Path) -> Path:
+        """Where it is written if the store that is asked for is written to `root`."""
+        return root / self.folder if self.folder else root
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pulled:
     """What became of a download."""
 
     manifest: StoreManifest
     """The manifest of the store."""
+    shards: int
+    """Number of its shards, those of the stores inside it included."""
     kept: int
-    """Number of shards that were there already."""
+    """Number of these shards that were there already."""
+    inner: tuple[str, ...]
+    """Names of the stores inside it that were downloaded too."""
+    notes: tuple[str, ...] = ()
+    """What the user should know: whether there is a store inside it could not be found out."""
 
 
-def pull_store(source: str, root: Path, *, progress: Progress = silent) -> Pulled:
-    """Download a store, or what is missing of it.
+def pull_store(source: str, root: Path, *, maps_only: bool = False, progress: Progress = silent) -> Pulled:
+    """Download a store and the stores inside it, such as its logits, or what is missing of them.
 
-    At most 16 shards are in memory at a time; the disk takes what the store does.
+    At most 16 shards are in memory at a time; the disk takes what the stores do.
 
     Args:
         source: ``hf://datasets/OWNER/NAME[@REVISION]``, another URL, or a folder.
         root: Folder or URL of the store: new, empty, or one that the same download has begun.
+        maps_only: Leave the stores inside it out.
         progress: Reports the shards.
 
     Returns:
@@ -101,16 +134,21 @@ def pull_store(source: str, root: Path, *, progress: Progress = silent) -> Pulle
     """
     root = as_path(root)
     opened = _opened(source)
-    data, manifest = _published_manifest(opened)
+    stores, notes = _published_stores(opened, maps_only)
     if not is_remote(root) and not is_hub_address(source) and root.resolve() == Path(source).resolve():
         raise UsageError(f"{root}: is the store itself; give another folder")
     claim_store(root)
     with held_lease(root) as lease:
-        clear_unfinished(root)
-        todo = _missing_shards(root, manifest, opened.where, progress)
-        total, kept = len(manifest.shards), len(manifest.shards) - len(todo)
+        todo: list[tuple[_Store, MapShard]] = []
+        for store in reversed(stores):  # that of the maps first: its record marks the folder as ours
+            place = store.below(root)
+            claim_store(place)
+            clear_unfinished(place)
+            todo = [(store, shard) for shard in _missing_shards(place, store, progress)] + todo
+        total = sum(len(store.manifest.shards) for store in stores)
+        kept = total - len(todo)
         problems: list[str] = []
-        with closing(_in_threads(partial(_fetched, root, manifest, opened), todo, manifest, opened)) as fetched:
+        with closing(_in_threads(partial(_fetched, root, opened.read), todo, opened)) as fetched:
             for number, problem in enumerate(fetched, start=1):
                 lease.check()
                 problems += [problem] if problem else []
@@ -121,10 +159,13 @@ def pull_store(source: str, root: Path, *, progress: Progress = silent) -> Pulle
                 "resume, or ask its owner",
                 problems,
             )
-        # A store that was whole keeps its own manifest, which may know the folder of its shards.
-        if not (root / MANIFEST_NAME).exists() or read_manifest(root).shards != manifest.shards:
-            write_bytes(root / MANIFEST_NAME, data)
-    return Pulled(manifest=manifest, kept=kept)
+        for store in stores:
+            place = store.below(root)
+            # A store that was whole keeps its own manifest, which may know the folder of its shards.
+            if not (place / MANIFEST_NAME).exists() or read_manifest(place).shards != store.manifest.shards:
+                write_bytes(place / MANIFEST_NAME, store.data)
+    inner = tuple(store.folder for store in stores[:-1])
+    return Pulled(manifest=stores[-1].manifest, shards=total, kept=kept, inner=inner, notes=notes)
 
 
 def _opened(source: str) -> _Source:
@@ -180,34 +221,56 @@ def _bounded(request: Read, name: str, max_bytes: int) -> bytes:
         raise
 
 
-def _published_manifest(source: _Source) -> tuple[bytes, StoreManifest]:
-    where = source.where
+def _published_stores(source: _Source, maps_only: bool) -> tuple[list[_Store], tuple[str, ...]]:
+    """The stores at a source, the one that is asked for last, and what could not be found out.
+
+    Stores inside it are found by their manifests, as web servers list nothing.
+    """
     try:
-        data = source.read(MANIFEST_NAME, MANIFEST.max_bytes)
+        stores = [_published_store(source, "")]
     except FileNotFoundError as error:
         raise ZpipeError(
-            f"{where}: holds no finished relevance store (no {MANIFEST_NAME}); check the address, or wait until its "
-            "upload is finished"
+            f"{source.where}: holds no finished relevance store (no {MANIFEST_NAME}); check the address, or wait until "
+            "its upload is finished"
         ) from error
-    manifest = decode_manifest(data, f"{where}/{MANIFEST_NAME}")
-    most = max_rows(manifest.provenance.grid)
+    notes = []
+    for folder in () if maps_only else SAVED:
+        try:
+            stores.insert(-1, _published_store(source, folder))
+        except FileNotFoundError:
+            continue
+        except ZpipeError as error:
+            if not is_denied(error):
+                raise
+            # Some servers say so of every file that is absent.
+            notes.append(f"{source.where}/{folder}: access is denied, if it exists, and left out; ask its owner")
+    return stores, tuple(notes)
+
+
+def _published_store(source: _Source, folder: str) -> _Store:
+    name = f"{folder}/{MANIFEST_NAME}" if folder else MANIFEST_NAME
+    data = source.read(name, MANIFEST.max_bytes)
+    manifest = decode_manifest(data, f"{source.where}/{name}")
+    most = max_rows(manifest.provenance.sample_shape, KINDS[manifest.provenance.kind].dtype)
     for shard in manifest.shards:
         if shard.count > most:
             raise DamageError(
-                f"{where}/{MANIFEST_NAME}: shard {shard.stem} has {shard.count} samples, more than the {most} of a "
+                f"{source.where}/{name}: shard {shard.stem} has {shard.count} samples, more than the {most} of a "
                 "shard; ask its owner"
             )
-    return data, manifest
+    where = f"{source.where}/{folder}" if folder else source.where
+    return _Store(folder=folder, where=where, data=data, manifest=manifest)
 
 
-def _missing_shards(root: Path, manifest: StoreManifest, where: str, progress: Progress) -> list[MapShard]:
-    """The shards that have to be downloaded; those that are there are read whole.
+def _missing_shards(root: Path, store: _Store, progress: Progress) -> list[MapShard]:
+    """The shards that have to be downloaded to `root`; those that are there are read whole.
 
     A manifest that lists one of them is removed: the store is not whole any more.
 
     Raises:
         UsageError: The folder holds a store of other maps.
     """
+    manifest, where = store.manifest, store.where
     earlier = read_manifest(root) if (root / MANIFEST_NAME).exists() else None
     begun = earlier.provenance if earlier else read_extraction(root)
     if begun is None:
@@ -245,58 +308,61 @@ def _is_whole(root: Path, manifest: StoreManifest, shard: MapShard) -> bool:
     return True
 
 
-def _threads(manifest: StoreManifest) -> int:
+def _threads(todo: Sequence[tuple[_Store, MapShard]]) -> int:
     """How many shards may be downloaded at a time: each is in memory packed and unpacked."""
-    largest = max((sum(_limits(manifest, shard)) * 2 for shard in manifest.shards), default=1)
+    largest = max((sum(_limits(store.manifest, shard)) * 2 for store, shard in todo), default=1)
     return max(1, min(THREADS, MEMORY // largest))
 
 
 def _limits(manifest: StoreManifest, shard: MapShard) -> tuple[int, int]:
-    """Largest sizes in bytes of the index and of the chunk of maps of a shard."""
-    rows, columns = manifest.provenance.grid
-    values = shard.count * rows * columns * np.dtype(np.float16).itemsize
-    return min(MAX_INDEX_BYTES, INDEX_BYTES + shard.count * INDEX_ROW_BYTES), values + BLOSC_HEADER.size
+    """Largest sizes in bytes of the index and of the chunk of a shard."""
+    origin = manifest.provenance
+    values = shard.count * math.prod(origin.sample_shape) * KINDS[origin.kind].dtype.itemsize
+    row = INDEX_ROW_BYTES + (origin.sample_shape[0] * INDEX_CLASS_BYTES if origin.kind == "class-maps" else 0)
+    return min(MAX_INDEX_BYTES, INDEX_BYTES + shard.count * row), values + BLOSC_HEADER.size
 
 
 def _in_threads(
-    function: Callable[[MapShard], str], shards: Sequence[MapShard], manifest: StoreManifest, source: _Source
+    function: Callable[[tuple[_Store, MapShard]], str], todo: Sequence[tuple[_Store, MapShard]], source: _Source
 ) -> Generator[str, None, None]:
-    """Yield `function(shard)` for each shard, in order."""
-    with ThreadPoolExecutor(max_workers=_threads(manifest)) as pool:
+    """Yield `function(each)` for each store and shard, in order."""
+    with ThreadPoolExecutor(max_workers=_threads(todo)) as pool:
         try:
-            for start in range(0, len(shards), WINDOW):
-                yield from pool.map(function, shards[start : start + WINDOW])
+            for start in range(0, len(todo), WINDOW):
+                yield from pool.map(function, todo[start : start + WINDOW])
         finally:
             source.stopped.set()  # or the pool would wait for threads that wait for the server
 
 
-def _fetched(root: Path, manifest: StoreManifest, source: _Source, shard: MapShard) -> str:
+def _fetched(root: Path, read: Read, item: tuple[_Store, MapShard]) -> str:
     """Download a shard; a damaged one twice. Returns what is wrong with it, empty if nothing is."""
+    store, shard = item
     problem = ""
     for _ in range(2):
         try:
-            _fetch(root, manifest, source.read, shard)
+            _fetch(store.below(root), store, read, shard)
             return ""
         except FileNotFoundError:
-            problem = f"{source.where}: shard {shard.stem}: a file of it is missing"
+            problem = f"{store.where}: shard {shard.stem}: a file of it is missing"
         except DamageError as error:
-            problem = f"{source.where}: shard {shard.stem}: {error}"
+            problem = f"{store.where}: shard {shard.stem}: {error}"
     return problem
 
 
-def _fetch(root: Path, manifest: StoreManifest, read: Read, shard: MapShard) -> None:
-    """Download a shard, check it, and write it: the index last.
+def _fetch(root: Path, store: _Store, read: Read, shard: MapShard) -> None:
+    """Download a shard of a store, check it, and write it to `root`: the index last.
 
     Raises:
         FileNotFoundError: The source lacks one of its files.
         DamageError: It is not what the manifest says.
         ZpipeError: It can't be read or written.
     """
+    manifest = store.manifest
     index_limit, maps_limit = _limits(manifest, shard)
-    index = read(f"index/{shard.stem}.parquet", index_limit)
+    index = read(f"{store.prefix}index/{shard.stem}.parquet", index_limit)
     if hashlib.sha256(index).hexdigest() != shard.index_sha256:
         raise DamageError("its index is not the one that the manifest lists")
-    folder, chunk = f"maps/{shard.stem}.zarr", "c/0/0/0"
+    folder, chunk = f"{store.prefix}maps/{shard.stem}.zarr", chunk_name(1 + len(manifest.provenance.sample_shape))
     files = {"zarr.json": read(f"{folder}/zarr.json", MAX_DESCRIPTION_BYTES)}
     with suppress(FileNotFoundError):  # Zarr may leave out a chunk of zeros; the digest of the maps says whether it did
         files[chunk] = read(f"{folder}/{chunk}", maps_limit)
@@ -331,5 +397,6 @@ def _checked_index(path: Path, manifest: StoreManifest, shard: MapShard) -> Shar
 
 
 def _check_maps(stored: np.ndarray, manifest: StoreManifest, shard: MapShard, seal: ShardSeal) -> None:
-    if stored.shape != (shard.count, *manifest.provenance.grid) or digest_maps(stored) != seal.maps_sha256:
+    shape, dtype = (shard.count, *manifest.provenance.sample_shape), KINDS[manifest.provenance.kind].dtype
+    if (stored.shape, stored.dtype.name) != (shape, dtype.name) or digest_maps(stored) != seal.maps_sha256:
         raise DamageError("its maps are not those that its index was written for")

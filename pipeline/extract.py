@@ -28,7 +28,7 @@ from zpipe.pipeline.store_plan import (
     remove_store,
 )
 from zpipe.pipeline.teacher import Teacher, TeacherSpec, load_teacher
-from zpipe.pipeline.worker import MAPS, SAVED, ShardReport, ShardTask, WorkerSpec, frame_of
+from zpipe.pipeline.worker import MAPS, ShardReport, ShardTask, WorkerSpec, frame_of
 from zpipe.schemas.account import Account
 from zpipe.schemas.atomic import clear_temporaries
 from zpipe.schemas.choices import check_choice
@@ -39,6 +39,7 @@ from zpipe.schemas.manifest import Provenance
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_store import BY_NAME, OK
 from zpipe.schemas.storage import as_path, is_remote
+from zpipe.schemas.tensor_kinds import SAVED
 
 Executor = Literal["ray", "local"]
 

@@ -244,6 +244,11 @@ def _answer(error: BaseException | None) -> tuple[int | None, Any]:
     return None, {}
 
 
+def is_denied(error: ZpipeError) -> bool:
+    """Whether a request failed because access is denied."""
+    return isinstance(error.__cause__, PermissionError) or _answer(error.__cause__)[0] in (401, 403)
+
+
 def explained(where: object, error: Exception) -> ZpipeError:
     """The one line that a user reads about an error of the Hub, or of another web server.
 

@@ -64,7 +64,8 @@ class Histogram:
 
 
 def _histogram(values: np.ndarray, steps: int = 32) -> Histogram:
-    values = values[np.isfinite(values)]  # a map without positive cells has neither entropy nor mass
+    # A map without positive cells has neither entropy nor mass; in float32 there may be no 32 bins between neighbours.
+    values = values[np.isfinite(values)].astype(np.float64)
     if not len(values):
         return Histogram(counts=(), low=math.nan, high=math.nan)
     counts, edges = np.histogram(values, bins=steps)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from zpipe.pipeline.data_card import data_card
 from zpipe.pipeline.hub import HubDataset, patiently, read_from_hub, session
-from zpipe.pipeline.inspection import StoreStatistics, store_statistics
+from zpipe.pipeline.inspection import store_statistics
 from zpipe.pipeline.verify import verify_store
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import (
@@ -29,12 +29,15 @@ from zpipe.schemas.manifest import (
     StoreManifest,
     decode_extraction,
     decode_manifest,
+    read_manifest,
     write_extraction,
     write_manifest,
 )
+from zpipe.schemas.map_array import chunk_name, read_array
 from zpipe.schemas.progress import Progress, silent
-from zpipe.schemas.relevance_store import index_path, maps_path
+from zpipe.schemas.relevance_store import IndexFile, index_path, maps_path
 from zpipe.schemas.storage import as_local, names_in
+from zpipe.schemas.tensor_kinds import SAVED
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -58,6 +61,8 @@ class PushConfig:
     """Create the repository as a private one."""
     license: str | None = None
     """Identifier of the licence of the maps, as the Hub lists them; None states none."""
+    maps_only: bool = False
+    """Leave the stores inside the store out, such as its logits."""
     replace: bool = False
     """Replace the other store that the repository holds."""
     dry_run: bool = False
@@ -75,7 +80,7 @@ class Pushed:
     size_bytes: int
     """Size of the store in bytes."""
     left_out: tuple[str, ...]
-    """Names in the store's folder that are no part of the store, and were not sent."""
+    """Names in the store's folder that are no part of a store, and were not sent."""
     card: str
     """The data card."""
 
@@ -84,8 +89,9 @@ class Pushed:
 class _Publication:
     """What a repository shall hold."""
 
-    manifest: StoreManifest
-    """The manifest, without what is private."""
+    manifests: dict[str, StoreManifest]
+    """Prefix of the names of a store's files -> its manifest, without what is private; that of the store itself, whose
+    prefix is empty, is the first."""
     files: dict[str, Path]
     """Name in the repository -> file, of all that is published as it is."""
     first: dict[str, bytes]
@@ -97,9 +103,9 @@ class _Publication:
 def push_store(
     root: Path, dataset: HubDataset, config: PushConfig | None = None, *, progress: Progress = silent
 ) -> Pushed:
-    """Verify a store and publish it.
+    """Verify a store and the stores inside it, such as its logits, and publish them.
 
-    Only the files of the store are sent: those that its manifest lists. Of what its manifest says of this machine, the
+    Only the files of the stores are sent: those that their manifests list. Of what a manifest says of this machine, the
     source of the shards and the place of the weights, only the last part of the path is published. Memory grows by
     some 140 bytes per sample, for the quantiles of the card, and 1 KB per file: a shard has three.
 
@@ -111,14 +117,15 @@ def push_store(
 
     Raises:
         UsageError: The repository holds something else, or is public though a private one was asked for.
-        ZpipeError: The store is damaged, or the Hub refuses a request.
+        ZpipeError: A store is damaged, or the Hub refuses a request.
     """
     config = config or PushConfig()
     root = as_local(root)
-    if problems := verify_store(root, progress=progress):
+    inner = [] if config.maps_only else [name for name in SAVED if (root / name / MANIFEST_NAME).exists()]
+    roots = {"": root} | {f"{name}/": root / name for name in inner}
+    if problems := [problem for path in roots.values() for problem in verify_store(path, progress=progress)]:
         raise ZpipeError(f"{root}: {len(problems)} problems; nothing was sent", problems)
-    statistics = store_statistics(root)
-    publication = _publication(root, statistics, dataset, config.license)
+    publication = _publication(roots, dataset, config.license)
     described = [*publication.first.values(), *publication.last.values()]
     size = sum(path.stat().st_size for path in publication.files.values()) + sum(map(len, described))
     sent = 0 if config.dry_run else _send(publication, dataset, config, progress)
@@ -126,31 +133,63 @@ def push_store(
         files=len(publication.files) + len(described),
         sent=sent,
         size_bytes=size,
-        left_out=tuple(name for name in names_in(root) if name not in _OF_A_STORE),
+        left_out=tuple(_left_out(roots)),
         card=publication.last[CARD_NAME].decode(),
     )
 
 
-def _publication(root: Path, statistics: StoreStatistics, dataset: HubDataset, license: str | None) -> _Publication:
-    manifest = _publishable(statistics.manifest, root)
+def _left_out(roots: Mapping[str, Path]) -> Iterator[str]:
+    """The names in the folders of stores that are no part of them."""
+    for prefix, root in roots.items():
+        for name in names_in(root):
+            if name not in _OF_A_STORE and f"{prefix}{name}/" not in roots:
+                yield prefix + name
+
+
+def _publication(roots: Mapping[str, Path], dataset: HubDataset, license: str | None) -> _Publication:
+    """What is published of stores, which are whole.
+
+    Args:
+        roots: Prefix of the names of a store's files in the repository -> its folder.
+        dataset: Where it is published, for the card.
+        license: Identifier of the licence, for the card.
+    """
+    manifests = {prefix: _publishable(read_manifest(root), root) for prefix, root in roots.items()}
     files: dict[str, Path] = {}
+    first: dict[str, bytes] = {}
+    last: dict[str, bytes] = {}
+    for prefix, manifest in manifests.items():
+        for path in _shard_files(roots[prefix], manifest):
+            files[prefix + path.relative_to(roots[prefix]).as_posix()] = path
+        with tempfile.TemporaryDirectory(prefix="zpipe-") as scratch:
+            write_manifest(Path(scratch), manifest)
+            write_extraction(Path(scratch), manifest.provenance)
+            first[prefix + EXTRACTION_NAME] = (Path(scratch) / EXTRACTION_NAME).read_bytes()
+            last[prefix + MANIFEST_NAME] = (Path(scratch) / MANIFEST_NAME).read_bytes()
+    root, manifest = roots[""], manifests[""]
+    own = sum(path.stat().st_size for name, path in files.items() if name.startswith(("maps/", "index/")))
+    own += len(first[EXTRACTION_NAME]) + len(last[MANIFEST_NAME])
+    statistics = replace(store_statistics(root), manifest=manifest, size_bytes=own)
+    card = data_card(
+        statistics,
+        str(dataset),
+        license=license,
+        has_digests=all("image_digest" in IndexFile(index_path(root, each.stem)).columns for each in manifest.shards),
+        inner={prefix.rstrip("/"): inner for prefix, inner in manifests.items() if prefix},
+    )
+    return _Publication(manifests=manifests, files=files, first=first, last={CARD_NAME: card.encode()} | last)
+
+
+def _shard_files(root: Path, manifest: StoreManifest) -> Iterator[Path]:
+    """The files of the shards of a store."""
+    chunk = chunk_name(1 + len(manifest.provenance.sample_shape))
     for shard in manifest.shards:
         array = maps_path(root, shard.stem)
-        # An array of zeros may have no chunk.
-        for path in (array / "zarr.json", array / "c" / "0" / "0" / "0", index_path(root, shard.stem)):
-            if path.is_file():
-                files[path.relative_to(root).as_posix()] = path
-    with tempfile.TemporaryDirectory(prefix="zpipe-") as scratch:
-        write_manifest(Path(scratch), manifest)
-        write_extraction(Path(scratch), manifest.provenance)
-        content = {name: (Path(scratch) / name).read_bytes() for name in (EXTRACTION_NAME, MANIFEST_NAME)}
-    card = data_card(replace(statistics, manifest=manifest), str(dataset), license=license)
-    return _Publication(
-        manifest=manifest,
-        files=files,
-        first={EXTRACTION_NAME: content[EXTRACTION_NAME]},
-        last={CARD_NAME: card.encode(), MANIFEST_NAME: content[MANIFEST_NAME]},
-    )
+        yield from (array / "zarr.json", index_path(root, shard.stem))
+        if (array / chunk).is_file():
+            yield array / chunk
+        elif read_array(array)[1]:  # an array of zeros may have no chunk
+            raise ZpipeError(f"{array}: its chunk is not {chunk}, as its manifest has it; extract again")
 
 
 def _publishable(manifest: StoreManifest, root: Path) -> StoreManifest:
@@ -246,6 +285,7 @@ def _send(publication: _Publication, dataset: HubDataset, config: PushConfig, pr
     repository.create(config.private)
     remote = repository.files()
     opening, stale = _opening(repository, publication, remote, config.replace)
+    remote = {name: file for name, file in remote.items() if name not in opening}
     marks = {name: data for name, data in publication.first.items() if not _is_same(remote.get(name), data)}
     if marks or opening:
         repository.commit("Begin a relevance store", dict(marks), opening)
@@ -272,42 +312,73 @@ def _send(publication: _Publication, dataset: HubDataset, config: PushConfig, pr
 def _opening(
     repository: _Repository, publication: _Publication, remote: dict[str, RepoFile], may_replace: bool
 ) -> tuple[list[str], list[str]]:
-    """What has to be removed from the repository: its manifest, before any file; and files of another store, after it.
+    """What has to be removed from the repository: its manifests, before any file; and files of other stores, after it.
 
     Raises:
         UsageError: It holds something else, or another store that may not be replaced.
     """
-    dataset, wanted = repository.dataset, publication.manifest
-    listed = _finished(repository, remote)
-    provenance = listed.provenance if listed else _begun(repository, remote)
+    dataset = repository.dataset
     foreign = [name for name in remote if name not in _BESIDE_A_STORE]
-    if foreign and provenance is None:
+    if foreign and EXTRACTION_NAME not in remote and MANIFEST_NAME not in remote:
         raise UsageError(f"{dataset}: holds something else ({foreign[0]}); give a new repository, or one of a store")
-    differs = provenance is not None and provenance.fingerprint() != wanted.provenance.fingerprint()
+    prefixes = ["", *(f"{name}/" for name in SAVED)]
+    is_changed = False
+    for prefix in prefixes:
+        listed = _finished(repository, remote, prefix)
+        provenance = listed.provenance if listed else _begun(repository, remote, prefix)
+        if provenance is None:
+            continue
+        wanted = publication.manifests.get(prefix)
+        why = _difference(provenance, listed, wanted)
+        if why and not may_replace:
+            name = f"{dataset}/{prefix}".rstrip("/")
+            raise UsageError(f"{name}: holds another store, {why}; give --replace, or another repository")
+        # A store that only grows can be read meanwhile.
+        is_changed |= bool(why) or (listed is not None and wanted is not None and not _grows(listed, wanted))
+    published = {*publication.files, *publication.first, *publication.last}
+    ours = tuple(f"{prefix}{folder}/" for prefix in prefixes for folder in ("maps", "index"))
+    marks = tuple(f"{prefix}{name}" for prefix in prefixes for name in (EXTRACTION_NAME, MANIFEST_NAME))
+    manifests = [
+        f"{prefix}{MANIFEST_NAME}" for prefix in prefixes if is_changed and f"{prefix}{MANIFEST_NAME}" in remote
+    ]
+    stale = [name for name in remote if (name.startswith(ours) or name in marks) and name not in published]
+    return manifests, [name for name in stale if name not in manifests]
+
+
+def _difference(provenance: Provenance, listed: StoreManifest | None, wanted: StoreManifest | None) -> str:
+    """Why a store of the repository is not one that this push completes; empty if it is.
+
+    Args:
+        provenance: Its provenance.
+        listed: Its manifest, if it is finished.
+        wanted: The manifest that is to be published in its place, if any.
+    """
+    if wanted is None:
+        return "which this one lacks"
+    if provenance.fingerprint() != wanted.provenance.fingerprint():
+        return "of other maps"
     lost = sorted({shard.stem for shard in listed.shards} - {shard.stem for shard in wanted.shards}) if listed else []
-    if (differs or lost) and not may_replace:
-        why = f"has a shard {lost[0]} that this one lacks" if lost and not differs else "of other maps"
-        raise UsageError(f"{dataset}: holds another store, {why}; give --replace, or another repository")
-    stale = [name for name in remote if name.startswith(("maps/", "index/")) and name not in publication.files]
-    # A store that only grows can be read meanwhile.
-    changes = listed is not None and not set(listed.shards) <= set(wanted.shards)
-    return ([MANIFEST_NAME] if changes or (differs and listed) else []), stale
+    return f"has a shard {lost[0]} that this one lacks" if lost else ""
 
 
-def _finished(repository: _Repository, remote: dict[str, RepoFile]) -> StoreManifest | None:
-    """The manifest that the repository holds, if any."""
-    if MANIFEST_NAME not in remote:
+def _grows(listed: StoreManifest, wanted: StoreManifest) -> bool:
+    return set(listed.shards) <= set(wanted.shards)
+
+
+def _finished(repository: _Repository, remote: dict[str, RepoFile], prefix: str) -> StoreManifest | None:
+    """The manifest of a store that the repository holds, if any."""
+    name = prefix + MANIFEST_NAME
+    if name not in remote:
         return None
-    data = repository.read(MANIFEST_NAME, MANIFEST.max_bytes)
-    return decode_manifest(data, f"{repository.dataset}/{MANIFEST_NAME}")
+    return decode_manifest(repository.read(name, MANIFEST.max_bytes), f"{repository.dataset}/{name}")
 
 
-def _begun(repository: _Repository, remote: dict[str, RepoFile]) -> Provenance | None:
-    """The provenance of the store that an interrupted push began, if any."""
-    if EXTRACTION_NAME not in remote:
+def _begun(repository: _Repository, remote: dict[str, RepoFile], prefix: str) -> Provenance | None:
+    """The provenance of a store that an interrupted push began, if any."""
+    name = prefix + EXTRACTION_NAME
+    if name not in remote:
         return None
-    data = repository.read(EXTRACTION_NAME, EXTRACTION.max_bytes)
-    return decode_extraction(data, f"{repository.dataset}/{EXTRACTION_NAME}")
+    return decode_extraction(repository.read(name, EXTRACTION.max_bytes), f"{repository.dataset}/{name}")
 
 
 def _is_same(remote: RepoFile | None, content: Path | bytes) -> bool:

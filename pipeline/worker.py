@@ -40,7 +40,7 @@ from zpipe.schemas.relevance_store import (
 )
 from zpipe.schemas.shard_index import ShardEntry
 from zpipe.schemas.storage import as_path
-from zpipe.schemas.tensor_kinds import KINDS, Kind, TensorKind, encode
+from zpipe.schemas.tensor_kinds import KINDS, SAVED, TensorKind, encode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,6 @@ class WorkerSpec:
 
 
 MAPS = ""  # name of the store of maps among those that are filled in one pass
-SAVED: dict[str, Kind] = {"logits": "vector", "features": "features"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,11 @@ class _Description:
     storage_transformers: Annotated[tuple[str, ...], msgspec.Meta(max_length=0)] = ()
 
 
+def chunk_name(axes: int) -> str:
+    """Name of the chunk of an array with so many axes, below the folder of the array: ``c/0/0/0`` for maps."""
+    return "/".join(["c", *"0" * axes])
+
+
 def write_array(path: Path, stored: np.ndarray, key_index: str) -> None:
     """Write maps as an array of one chunk, in a new local folder.
 
@@ -111,7 +116,7 @@ def read_array(path: Path) -> tuple[np.ndarray, bool]:
     shape, dtype = _described(read_file(path / "zarr.json", MAX_DESCRIPTION_BYTES))
     size = math.prod(shape) * dtype.itemsize
     try:
-        data = read_file(path.joinpath("c", *"0" * len(shape)), size + BLOSC_HEADER.size)
+        data = read_file(path / chunk_name(len(shape)), size + BLOSC_HEADER.size)
     except FileNotFoundError:
         return np.zeros(shape, dtype), False
     return _unpacked(data, size, dtype).reshape(shape), True

@@ -57,6 +57,8 @@ KINDS: dict[str, TensorKind] = {
     "label-map": TensorKind("hw", np.dtype("<i4")),
     "vector": TensorKind("d", np.dtype("<f2")),
 }
+# Stores that an extraction may fill in the same pass, in folders of these names inside the store of the maps.
+SAVED: dict[str, Kind] = {"logits": "vector", "features": "features"}
 
 
 def encode(kind: TensorKind, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,19 +6,42 @@ import subprocess
 import time
 from dataclasses import replace
 
+import numpy as np
+
 import zpipe
 from zpipe.pipeline.hub import HubDataset
+from zpipe.pipeline.save_tensors import save_tensors
 from zpipe.pipeline.verify import verify_store
 from zpipe.schemas.manifest import read_manifest, write_extraction, write_manifest
 from zpipe.schemas.relevance_store import IndexFile, index_path, read_stored, write_shard
 
 ADDRESS = "hf://datasets/me/maps"
 DATASET = HubDataset(name="me/maps")
+SHAPES = {"map": (3, 2), "class-maps": (3, 2, 2), "features": (2, 3, 5), "label-map": (4, 4), "vector": (7,)}
 TOKEN = "hf_canaryCANARYcanary"
 
 
 def of_shards(files):
     return {name: data for name, data in files.items() if name.startswith(("maps/", "index/"))}
+
+
+def saved(shards, folder, kind, shape=None):
+    """A store of any tensors, which differ from sample to sample."""
+    shape = shape or SHAPES[kind]
+
+    def tensor(sample):
+        values = np.arange(1, np.prod(shape) + 1) * (sample.label + 1) + len(sample.image)
+        return values.reshape(shape) if kind == "label-map" else values.reshape(shape) / 7
+
+    save_tensors(shards, folder, tensor, name=kind, kind=kind, shape=shape)
+    return folder
+
+
+def with_logits(shards, store):
+    """Put stores of other tensors into a store, where an extraction puts them."""
+    for name, kind in (("logits", "vector"), ("features", "features")):
+        saved(shards, store / name, kind)
+    return store
 
 
 def damaged(data):

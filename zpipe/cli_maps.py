@@ -158,6 +158,9 @@ def maps_export(
         tell(f"{output}: {len(maps)} maps")
 
 
+MapsOnly = Annotated[
+    bool, typer.Option("--maps-only", help="Leave out the stores inside it, such as its logits and features.")
+]
 Address = Annotated[str, typer.Argument(metavar="ADDRESS", help="hf://datasets/OWNER/NAME, or with @BRANCH.")]
 
 
@@ -167,6 +170,7 @@ def maps_push(
     address: Address,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; default main.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    maps_only: MapsOnly = False,
     license: Annotated[
         str | None, typer.Option(help="Licence of the maps, an identifier of the Hub such as cc-by-4.0.")
     ] = None,
@@ -175,15 +179,19 @@ def maps_push(
 ) -> None:
     """Publish a store as a data set on the Hugging Face Hub, with a data card; run again to resume.
 
-    Log in with `hf auth login` or set HF_TOKEN. Of the source of the shards and of the place of the weights, only the
-    last part of the path is published.
+    The stores inside it (of `--save logits,features`) are published with it. Log in with `hf auth login` or set
+    HF_TOKEN. Of the source of the shards and of the place of the weights, only the last part of the path is published.
     """
     with reporting() as progress:
         from zpipe.pipeline.hub import parse_address
         from zpipe.pipeline.publish import PushConfig, push_store
 
-        dataset = parse_address(address if revision is None else f"{address.rstrip('/')}@{revision}")
-        config = PushConfig(private=private, license=license, replace=replace, dry_run=dry_run)
+        dataset = parse_address(address)
+        if revision is not None:
+            if "@" in address:
+                raise UsageError(f"{address}: names a branch, and --revision {revision} too; give one of them")
+            dataset = parse_address(f"{address.rstrip('/')}@{revision}")
+        config = PushConfig(maps_only=maps_only, private=private, license=license, replace=replace, dry_run=dry_run)
         pushed = push_store(store, dataset, config, progress=progress)
         size = f"{pushed.files} files, {pushed.size_bytes / 1e6:.1f} MB"
         tell(f"{pushed.card}\n{dataset}: would hold {size}" if dry_run else f"{dataset}: {size}, {pushed.sent} sent")
@@ -202,14 +210,20 @@ def maps_pull(
         Path,
         typer.Argument(parser=path_or_url, metavar="STORE", help="Folder or URL: new, empty, or of the same store."),
     ],
+    maps_only: MapsOnly = False,
 ) -> None:
     """Download a store, check every shard against its digests, and write the manifest last; run again to resume."""
     with reporting() as progress:
         from zpipe.pipeline.download import pull_store
 
-        pulled = pull_store(source, store, progress=progress)
-        shards = len(pulled.manifest.shards)
-        tell(f"{store}: {pulled.manifest.count} maps in {shards} shards, {pulled.kept} of them were there")
+        pulled = pull_store(source, store, maps_only=maps_only, progress=progress)
+        for note in pulled.notes:
+            warn(note)
+        origin = pulled.manifest.provenance
+        what = "maps" if origin.kind == "map" else f"samples of kind {origin.kind}"
+        inner = f", with {' and '.join(pulled.inner)}," if pulled.inner else ""
+        shards = f"{pulled.shards} shards, {pulled.kept} of them were there"
+        tell(f"{store}: {pulled.manifest.count} {what}{inner} in {shards}")
 
 
 @maps_app.command("judge", short_help="Test how faithful maps are to a model.")

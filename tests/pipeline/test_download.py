@@ -10,10 +10,11 @@ import signal
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hub_stores import ADDRESS, DATASET, TOKEN, copied, damaged, killed_when, of_shards, started
+from hub_stores import ADDRESS, DATASET, TOKEN, copied, damaged, killed_when, of_shards, saved, started, with_logits
 from leases import holder_of
 
 from zpipe.pipeline import download
@@ -23,6 +24,7 @@ from zpipe.pipeline.hub import HubDataset, parse_address
 from zpipe.pipeline.publish import push_store
 from zpipe.pipeline.verify import verify_store
 from zpipe.schemas.errors import DamageError, UsageError, ZpipeError
+from zpipe.schemas.manifest import read_manifest
 from zpipe.schemas.relevance_store import index_path
 from zpipe.schemas.storage import as_path
 
@@ -402,6 +404,79 @@ def test_from_and_to_an_object_store(store, tmp_path, contents):
     assert contents(tmp_path / "back") == contents(store)
     with pytest.raises(ZpipeError, match="nowhere: holds no finished relevance store"):
         pull_store("memory://nowhere", tmp_path / "x")
+
+
+@pytest.mark.parametrize("place", ["folder", "memory", "web"])
+def test_the_stores_inside_are_found_without_a_listing(website, store_copy, shards, tmp_path, contents, place):
+    own = with_logits(shards, store_copy)
+    source = str(own)
+    if place == "memory":
+        source = f"memory://{tmp_path.name}/inner"
+        pull_store(str(own), as_path(source))
+    elif place == "web":
+        pytest.importorskip("aiohttp")
+        source = website(own)
+    pulled = pull_store(source, tmp_path / "back")
+    assert (pulled.shards, set(pulled.inner), pulled.notes) == (12, {"logits", "features"}, ())
+    assert contents(tmp_path / "back") == contents(own)
+    assert pull_store(source, tmp_path / "alone", maps_only=True).inner == ()
+    assert not (tmp_path / "alone" / "logits").exists()
+    later = pull_store(source, tmp_path / "alone")
+    assert later.kept == 4 and contents(tmp_path / "alone") == contents(own)
+
+
+def test_a_store_inside_that_is_damaged_leaves_the_whole_unfinished(store_copy, shards, tmp_path):
+    own = with_logits(shards, store_copy)
+    chunk = own / "logits/maps/shard-00001.zarr/c/0/0"
+    data = chunk.read_bytes()
+    chunk.write_bytes(damaged(data))
+    with pytest.raises(ZpipeError, match="1 of 12 shards are damaged") as error:
+        pull_store(str(own), tmp_path / "back")
+    assert error.value.details[0].startswith(f"{own}/logits: shard shard-00001: its maps")
+    assert not list((tmp_path / "back").rglob("manifest.json"))
+    chunk.write_bytes(data)
+    assert pull_store(str(own), tmp_path / "back").kept == 11
+    assert verify_store(tmp_path / "back" / "logits", shards) == []
+
+
+def test_a_folder_in_the_place_of_a_store_inside_is_left_alone(store_copy, shards, tmp_path):
+    own = with_logits(shards, store_copy)
+    pull_store(str(own), tmp_path / "back", maps_only=True)
+    (tmp_path / "back" / "logits").mkdir()
+    (tmp_path / "back" / "logits" / "thesis.tex").write_text("x")
+    with pytest.raises(UsageError, match="back/logits: holds something else"):
+        pull_store(str(own), tmp_path / "back")
+    assert [path.name for path in (tmp_path / "back" / "logits").iterdir()] == ["thesis.tex"]
+    assert verify_store(tmp_path / "back") == []
+
+
+def test_a_server_that_denies_what_is_absent_is_asked_no_more(store, tmp_path, cli):
+    """As object stores answer those who may not list a bucket."""
+    pytest.importorskip("aiohttp")
+
+    class Denying(http.server.SimpleHTTPRequestHandler):
+        def send_error(self, code, *arguments):
+            super().send_error(403 if code == 404 else code, *arguments)
+
+        def log_message(self, *arguments):
+            pass
+
+    serving = functools.partial(Denying, directory=store.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serving) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/{store.name}"
+        done = cli("maps", "pull", url, tmp_path / "back")
+        server.shutdown()
+    assert done.code == 0 and verify_store(tmp_path / "back") == []
+    assert f"{url}/logits: access is denied, if it exists, and left out; ask its owner" in done.stderr
+
+
+def test_the_index_of_many_classes_is_not_too_large(shards, tmp_path):
+    """Each row of the index of class maps lists its classes."""
+    manifest = read_manifest(saved(shards, tmp_path / "own", "class-maps", (1000, 1, 1)))
+    wide = replace(manifest.shards[0], count=10_000)
+    few = read_manifest(saved(shards, tmp_path / "few", "class-maps", (1, 1, 1)))
+    assert download._limits(manifest, wide)[0] - download._limits(few, wide)[0] >= 10_000 * 999 * 4
 
 
 def test_a_full_disk_is_one_line(pushed, small_disk, cli):

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_stores import ADDRESS, DATASET, TOKEN, copied, killed_when, of_shards, started
+from hub_stores import ADDRESS, DATASET, SHAPES, TOKEN, copied, killed_when, of_shards, saved, started, with_logits
 
 import zpipe
 from zpipe.pipeline import hub as hub_module
@@ -41,6 +41,76 @@ def test_a_store_comes_back_as_it_was(hub, store, tmp_path, contents, cli):
     assert cli("maps", "verify", tmp_path / "back").code == 0
     assert read_manifest(tmp_path / "back").provenance.fingerprint() == read_manifest(store).provenance.fingerprint()
     assert set(contents(tmp_path / "back")) == set(contents(store))  # no lease, no card, nothing temporary
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_stores_of_all_kinds_come_back_with_their_values(hub, shards, tmp_path, contents, kind):
+    own = saved(shards, tmp_path / "own", kind)
+    assert push_store(own, DATASET).files == 15  # three files for each of the four shards
+    pull_store(ADDRESS, tmp_path / "back")
+    assert of_shards(contents(tmp_path / "back")) == of_shards(contents(own))
+    assert verify_store(tmp_path / "back", shards) == []
+    np.testing.assert_array_equal(zpipe.open_maps(tmp_path / "back").array(), zpipe.open_maps(own).array())
+    assert pull_store(ADDRESS, tmp_path / "back").kept == 4
+
+
+def test_a_chunk_that_would_not_be_sent_is_an_error(hub, shards, tmp_path, monkeypatch):
+    own = saved(shards, tmp_path / "own", "vector")
+    monkeypatch.setattr(publish, "chunk_name", lambda axes: "c/0/0/0")
+    with pytest.raises(ZpipeError, match="shard-00000.zarr: its chunk is not c/0/0/0"):
+        push_store(own, DATASET)
+    assert hub.requests == []
+
+
+def test_the_stores_inside_a_store_come_with_it(hub, store_copy, shards, tmp_path, contents, cli, monkeypatch):
+    monkeypatch.setattr(publish, "COMMIT_FILES", 10)
+    own = with_logits(shards, store_copy)
+    done = cli("maps", "push", own, ADDRESS)
+    assert done.code == 0 and "43 files" in done.stdout and "no part of the store" not in done.stderr
+    trees = list(hub.repositories["datasets/me/maps"].commits.values())
+    manifests = ["manifest.json", "logits/manifest.json", "features/manifest.json"]
+    assert [[name in tree for name in manifests] for tree in trees] == [[False] * 3] * (len(trees) - 1) + [[True] * 3]
+    assert push_store(own, DATASET).sent == 0
+    done = cli("maps", "pull", ADDRESS, tmp_path / "back")
+    assert done.code == 0
+    assert "18 maps, with logits and features, in 12 shards, 0 of them were there" in done.stdout
+    assert set(contents(tmp_path / "back")) == set(contents(own))
+    for name in ("", "logits", "features"):
+        assert verify_store(tmp_path / "back" / name, shards) == []
+    assert pull_store(ADDRESS, tmp_path / "back").kept == 12
+
+
+def test_the_stores_inside_are_verified_and_unfinished_ones_are_named(hub, store_copy, shards):
+    own = with_logits(shards, store_copy)
+    (own / "features" / "manifest.json").unlink()
+    assert push_store(own, DATASET).left_out == ("features",)
+    assert "logits/manifest.json" in hub.files("me/maps") and "features/manifest.json" not in hub.files("me/maps")
+    index_path(own / "logits", "shard-00001").unlink()
+    with pytest.raises(ZpipeError, match="problems; nothing was sent"):
+        push_store(own, DATASET)
+    assert push_store(own, HubDataset(name="me/other"), PushConfig(maps_only=True)).left_out == ("features", "logits")
+    assert not [name for name in hub.files("me/other") if name.startswith("logits/")]
+
+
+def test_another_store_inside_replaces_the_whole(hub, store_copy, shards, tmp_path):
+    """Until the last commit there is no store, not one with a part of the other; what is the same is not sent again."""
+    push_store(with_logits(shards, store_copy), DATASET)
+    shutil.rmtree(store_copy / "features")
+    with pytest.raises(UsageError, match="me/maps/features: holds another store, which this one lacks; give --replace"):
+        push_store(store_copy, DATASET)
+    shutil.rmtree(store_copy / "logits")
+    saved(shards, store_copy / "logits", "vector", (5,))
+    with pytest.raises(UsageError, match="me/maps/logits: holds another store, of other maps; give --replace"):
+        push_store(store_copy, DATASET)
+    before = len(hub.repositories["datasets/me/maps"].commits)
+    push_store(store_copy, DATASET, PushConfig(replace=True))
+    trees = list(hub.repositories["datasets/me/maps"].commits.values())[before:]
+    assert [[name for name in tree if name.endswith("manifest.json")] for tree in trees[:-1]] == [[]] * (len(trees) - 1)
+    assert {"manifest.json", "logits/manifest.json"} <= set(trees[-1])
+    assert not [name for name in trees[-1] if name.startswith("features/")]
+    assert pull_store(ADDRESS, tmp_path / "back").inner == ("logits",)
+    assert zpipe.open_maps(tmp_path / "back" / "logits").array().shape == (18, 5)
+    assert verify_store(tmp_path / "back") == verify_store(tmp_path / "back" / "logits") == []
 
 
 def test_only_files_of_the_store_go(hub, store_copy):
@@ -99,6 +169,12 @@ def test_another_branch(hub, store, tmp_path, cli):
     assert pull_store(f"{ADDRESS}@v2", tmp_path / "a").manifest.count == 18
 
 
+def test_a_branch_is_named_once(hub, store, cli):
+    done = cli("maps", "push", store, f"{ADDRESS}@v1", "--revision", "v2")
+    assert done.code == 2 and f"{ADDRESS}@v1: names a branch, and --revision v2 too; give one of them" in done.error
+    assert hub.requests == []
+
+
 def test_a_dry_run_asks_nothing(hub, store, cli):
     done = cli("maps", "push", store, ADDRESS, "--dry-run")
     assert (
@@ -132,7 +208,7 @@ def test_an_array_of_zeros_needs_no_chunk(hub, store, tmp_path):
     shards = (replace(first, index_sha256=IndexFile(index_path(own, first.stem)).sha256), *manifest.shards[1:])
     write_manifest(own, replace(manifest, shards=shards, statuses={"ok": 18 - rows, "zero": rows}))
     assert verify_store(own) == []
-    push_store(own, DATASET)
+    assert "`image_digest`" not in push_store(own, DATASET).card  # the index of this shard has none
     pull_store(ADDRESS, tmp_path / "back")
     assert verify_store(tmp_path / "back") == [] and not (tmp_path / "back/maps" / f"{first.stem}.zarr" / "c").exists()
 
