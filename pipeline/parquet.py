@@ -113,7 +113,10 @@ class ParquetSource:
         self._unnamed = why_numbered(scans)
         self._groups = _groups_in(scans)
         self._draw_order()
-        self._listing = digest_keys([*map(repr, self._sizes.items()), *map(repr, self._groups), *self.classes])
+        content = [scan.content for scan in scans.values()]
+        self._listing = digest_keys(
+            [*map(repr, self._sizes.items()), *map(repr, self._groups), *content, *self.classes]
+        )
         self.warning = "; ".join(filter(None, (found.warning, *self._warnings())))
         self._last: dict[int, pa.Table] = {}  # the last row group of a part, which the next part begins with
 

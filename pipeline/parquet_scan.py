@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,8 @@ class Scan:
     """Rows of each row group, int64."""
     sizes: np.ndarray
     """Bytes of each row group, unpacked, int64; where they are many, of the columns that are read."""
+    content: str
+    """SHA-256 (hex) of the labels and the names of files of all rows."""
     hashes: np.ndarray
     """Hash of the key that each image would have by the name of its file, int64 [sum of `rows`]."""
     nameless: str = ""
@@ -61,23 +64,30 @@ def scan_file(file: pq.ParquetFile, columns: Columns, where: str, first: str) ->
     hashes: list[np.ndarray] = []
     nameless = "" if columns.has_path else "the images have no names of files"
     classes: set[str] = set()
+    content = hashlib.sha256()
     small = [columns.label] if columns.label else []
     small += [f"{columns.image}.path"] if columns.has_path else []
     row = 0
     for batch in file.iter_batches(batch_size=SMALL_ROWS_AT_ONCE, columns=small) if small else ():
+        labels: list[Any] = batch[columns.label].to_pylist() if columns.label else [None] * batch.num_rows
+        paths: list[str | None] = [None] * batch.num_rows
         if columns.label:
             found = _checked_labels(batch[columns.label], columns, where, row)
             check_classes(found - classes, where)
             classes |= found
+        if columns.has_path:
+            paths = pc.struct_field(batch[columns.image], "path").to_pylist()
+        content.update("".join(f"{path!r}\t{label!r}\n" for path, label in zip(paths, labels, strict=True)).encode())
         if not nameless:
-            keys = [_key_of(path) for path in pc.struct_field(batch[columns.image], "path").to_pylist()]
+            keys = [_key_of(path) for path in paths]
             nameless = _why_nameless(keys, where, row)
             hashes.append(np.array([xxhash.xxh3_64_intdigest(key.encode()) for key in keys], np.uint64))
         row += batch.num_rows
     if small and row != rows.sum():
         raise ZpipeError(f"{where}: says that it has {rows.sum()} rows, and has {row}; fetch it again")
     joined = np.concatenate([np.zeros(0, np.uint64), *hashes]).view(np.int64)
-    return Scan(rows=rows, sizes=sizes, hashes=joined, nameless=nameless, classes=frozenset(classes))
+    digest = content.hexdigest()
+    return Scan(rows=rows, sizes=sizes, content=digest, hashes=joined, nameless=nameless, classes=frozenset(classes))
 
 
 def bytes_and_path(image: Any) -> tuple[bytes | None, str | None]:

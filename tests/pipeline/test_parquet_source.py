@@ -345,6 +345,28 @@ def test_a_data_set_that_changed_is_not_gone_on_with(plain, pictures, tmp_path):
         make(plain, tmp_path / "out", label_column="none")
 
 
+@pytest.mark.parametrize("kind", [pa.int64(), pa.string()])
+def test_other_labels_or_names_in_a_file_of_the_same_size_are_another_data_set(tmp_path, pictures, kind):
+    path, labels, names = tmp_path / "x.parquet", [0, 1, 2, 1], ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+    sizes = set()
+
+    def wrote(labels, names):
+        columns = {"label": (kind, pa.array(labels).cast(kind)), "image": images(pictures[:4], names)}
+        write(path, columns, compression="none", use_dictionary=False, write_statistics=False)
+        sizes.add(path.stat().st_size)
+
+    wrote(labels, names)
+    make(path, tmp_path / "out")
+    wrote(labels[::-1], names)
+    with pytest.raises(ZpipeError, match="listing_sha256"):
+        make(path, tmp_path / "out")
+    wrote(labels, names[::-1])
+    with pytest.raises(ZpipeError, match="listing_sha256"):
+        make(path, tmp_path / "out")
+    wrote(labels, names)
+    assert make(path, tmp_path / "out").written == 0 and len(sizes) == 1
+
+
 def test_training_reads_what_was_made(plain, tmp_path):
     make(plain, tmp_path / "out", shuffle_seed=2)
     seen = {}
