@@ -45,6 +45,7 @@ class _Images(Protocol):
 
     names: list[str]
     labels: array[int]
+    sizes: array[int]
 
     def record(self, number: int, *, key: str, label: int | None, check: bool) -> Record | Rejected: ...
 
@@ -191,11 +192,14 @@ class ImageNetSource(NumberedSource):
 
     def digest(self) -> str:
         """See `NumberedSource`."""
-        # Like a folder source, it is identified by its files and their labels; and by the boxes that are in memory.
+        # Like a folder source, it is identified by its files and their labels; an archive also by the sizes of its
+        # images. Boxes are part of it if they are in memory; of XML files, which are read one by one, that they exist.
         digest = hashlib.sha256()
         for place in self._places:
             digest.update(f"{self._images.names[place]}\t{self._images.labels[place]}\n".encode())
-        digest.update(self._table.content() if self._table else b"")
+        if len(self._images.sizes):
+            digest.update(np.asarray(self._images.sizes, "<i8")[self._places].tobytes())
+        digest.update(self._table.content() if self._table else b"xml" if self._xml_folder else b"")
         return digest.hexdigest()
 
     def record(self, number: int) -> Record | Rejected:
@@ -231,6 +235,8 @@ class _TreeImages:
         """Paths of the image files below the folder."""
         self.labels = array("h")
         """Label of each image; -1 if it lies in no class folder."""
+        self.sizes = array("q")
+        """Empty: a look at each file would take as long as their listing."""
         self.rejected: list[Rejected] = []
         """Training images that lie in no class folder."""
         for entry in self._entries(root, account):

@@ -54,8 +54,10 @@ class ArchiveImages:
         """Names of the image files."""
         self.labels = array("h")
         """Label of each image; -1 if the archive does not say it."""
+        self.sizes = array("q")
+        """Bytes of each image."""
         self._split = split
-        self._offsets, self._sizes = array("q"), array("q")
+        self._offsets = array("q")
         try:
             with open_file(path) as file:
                 self._state = _state(file)
@@ -90,7 +92,7 @@ class ArchiveImages:
         self.names.append(name)
         self.labels.append(label)
         self._offsets.append(start + member.offset)
-        self._sizes.append(member.size)
+        self.sizes.append(member.size)
 
     def _unknown(self, where: str, name: str, expected: str) -> ZpipeError:
         shown = printable(name)
@@ -105,7 +107,7 @@ class ArchiveImages:
         Raises:
             ZpipeError: The archive cannot be read, or was altered since it was listed.
         """
-        name, size = self.names[number], self._sizes[number]
+        name, size = self.names[number], self.sizes[number]
         try:
             with open_file(self.path) as file:
                 # In another file, the places that were listed would be those of other images.

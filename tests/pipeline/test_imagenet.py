@@ -470,6 +470,27 @@ def test_other_boxes_or_labels_are_another_source(tmp_path, images, boxes):
         make(root, tmp_path / "out", "val")
 
 
+def test_an_archive_of_other_images_with_the_same_names_is_another_source(tmp_path, images):
+    root = official(tmp_path / "in", images, "train")
+    make(root, tmp_path / "out", "train")
+    assert make(root, tmp_path / "out", "train").written == 0
+    first, second, *others = images.items()
+    official(root, dict([(first[0], second[1]), (second[0], first[1]), *others]), "train")
+    with pytest.raises(ZpipeError, match="content_sha256"):
+        make(root, tmp_path / "out", "train")
+
+
+def test_a_run_begun_without_xml_boxes_is_not_resumed_with_them(tmp_path, images, boxes):
+    root = kaggle(tmp_path / "in", images, "train", boxes["train"], as_xml=True)
+    folder = root / "ILSVRC" / "Annotations"
+    folder.rename(tmp_path / "boxes")
+    make(root, tmp_path / "out", "train")
+    assert make(root, tmp_path / "out", "train").written == 0
+    (tmp_path / "boxes").rename(folder)
+    with pytest.raises(ZpipeError, match="content_sha256"):
+        make(root, tmp_path / "out", "train")
+
+
 def test_without_the_check_only_headers_are_read(tmp_path, images, cli):
     """A JPEG that is cut is taken then; what is no image, or no format of shards, is treated as ever."""
     cut = images[WNIDS[0]][0][:-200]
