@@ -19,7 +19,6 @@ import numpy as np
 
 from zpipe.pipeline.imagenet_archives import ArchiveImages, find_archive
 from zpipe.pipeline.imagenet_boxes import (
-    MAX_XML_BYTES,
     Box,
     BoxTable,
     box_meta,
@@ -30,6 +29,7 @@ from zpipe.pipeline.imagenet_boxes import (
 from zpipe.pipeline.imagenet_devkit import KIT, NUM_VAL, read_devkit
 from zpipe.pipeline.imagenet_names import NUM_CLASSES, WNID, canonical_key, labels, wnids
 from zpipe.pipeline.sources import NumberedSource, Record, Rejected, choose_split, read_record
+from zpipe.pipeline.voc_xml import MAX_XML_BYTES
 from zpipe.schemas.account import Account, no_image
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.image_formats import IMAGE_SUFFIXES

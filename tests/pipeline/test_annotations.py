@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from zpipe.pipeline.annotations import MAX_XML_BYTES, VOC_CLASSES, CocoSource, VocSource, read_voc_xml
+from zpipe.pipeline.annotations import VOC_CLASSES, CocoSource, VocSource
 from zpipe.pipeline.make_shards import make_shards
 from zpipe.pipeline.shard_reader import open_shards, read_samples
+from zpipe.pipeline.voc_xml import MAX_XML_BYTES, read_voc_xml
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.shard_index import read_index
 
@@ -208,6 +209,10 @@ XML_DAMAGE = {
     "an entity elsewhere": (
         b'<!DOCTYPE a SYSTEM "/etc/passwd"><annotation>&a;</annotation>',
         "declares a document type",
+    ),
+    "entities in UTF-16": (
+        '<!DOCTYPE a [<!ENTITY a "ha"><!ENTITY b "&a;&a;">]><annotation>&b;</annotation>'.encode("utf-16"),
+        "it declares a document type",
     ),
     "too large": (b" " * (MAX_XML_BYTES + 1), "more than 1048576 bytes"),
     "an unknown encoding": (b"<?xml version='1.0' encoding='hex'?><annotation/>", "hex"),

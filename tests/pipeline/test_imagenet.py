@@ -353,6 +353,22 @@ DAMAGE = {
         ),
         "declares a document type",
     ),
+    "boxes with entities in UTF-16": (
+        lambda root: write_tar(
+            root / "ILSVRC2012_bbox_val_v3.tgz",
+            {
+                "val/ILSVRC2012_val_00000001.xml": '<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>'.encode(
+                    "utf-16"
+                )
+            },
+            "w:gz",
+        ),
+        "declares a document type",
+    ),
+    "boxes without a byte": (
+        lambda root: write_tar(root / "ILSVRC2012_bbox_val_v3.tgz", {"val/ILSVRC2012_val_00000001.xml": b""}, "w:gz"),
+        "bbox_val_v3.tgz: val/ILSVRC2012_val_00000001.xml: not readable as XML .*no element found",
+    ),
     "boxes of an unknown class": (
         lambda root: write_tar(
             root / "ILSVRC2012_bbox_val_v3.tgz",
