@@ -172,13 +172,12 @@ def read_xml(data: bytes, where: str) -> list[Box]:
 
 def _box(edges: Sequence[str | float], name: str, where: str, *, words: bool = False) -> Box:
     """A box with the class `name`, a wnid, or with `words` also any other name."""
-    shown = _shown(" ".join(map(str, edges)))
     try:
         x1, y1, x2, y2 = (float(edge) for edge in edges)
-    except ValueError as error:
-        raise ZpipeError(f"{where}: a box has the edges {shown}; {_REMEDY}") from error
-    if not all(math.isfinite(edge) and abs(edge) <= MAX_COORDINATE for edge in (x1, y1, x2, y2)):
-        raise ZpipeError(f"{where}: a box has the edges {shown}; {_REMEDY}")
+    except ValueError:
+        x1 = y1 = x2 = y2 = math.nan
+    if not all(abs(edge) <= MAX_COORDINATE for edge in (x1, y1, x2, y2)):  # neither is one that is no number
+        raise ZpipeError(f"{where}: a box has the edges {_shown(' '.join(map(str, edges)))}; {_REMEDY}")
     label = labels().get(name)
     if label is None and (not name or not words or WNID.fullmatch(name)):
         raise ZpipeError(f"{where}: a box has the class {_shown(name)}, none of ImageNet's 1,000 wnids; {_REMEDY}")
