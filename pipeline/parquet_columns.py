@@ -23,6 +23,7 @@ RESERVED = ("width", "height", "source", "path", "box", "boxes", "box_labels", "
 MAX_VALUES = 64  # columns of plain values
 MAX_NAME_BYTES = 200
 MAX_CLASSES = 1_000_000
+MAX_LABEL = 999_999_999  # as in a labels.csv
 _SHOWN = 10
 _REMEDY = "write the file again"
 
@@ -47,6 +48,11 @@ class Columns:
     """Columns that are not read."""
     types: dict[str, pa.DataType]
     """Type of each column that is read."""
+
+    @property
+    def top(self) -> int:
+        """The largest number that may be a label."""
+        return len(self.classes) - 1 if self.classes else MAX_LABEL
 
     def check(self, schema: pa.Schema, where: str, first: str) -> None:
         """Check that another file has the same columns and classes.

@@ -22,7 +22,6 @@ from zpipe.schemas.shard_index import rows_with_repeated_hashes
 
 MAX_GROUP_BYTES = 1 << 30
 MAX_GROUP_ROWS = 1 << 24
-MAX_LABEL = 999_999_999  # as in a labels.csv
 MAX_PATH_LENGTH = 1 << 12
 # A repeated value is stored once and unpacked for each row, so that the bound above is checked every few rows.
 ROWS_AT_ONCE, SMALL_ROWS_AT_ONCE = 16, 1 << 10
@@ -155,9 +154,9 @@ def _checked_labels(labels: pa.Array, columns: Columns, where: str, first: int) 
     """The names of classes among the labels of some rows; whole numbers are checked, `first` is that of the first."""
     if columns.is_named:
         return set(labels.unique().to_pylist()) - {None}
-    top = len(columns.classes) - 1 if columns.classes else MAX_LABEL
     bounds = pc.min_max(labels).as_py()
-    if bounds["min"] is not None and (bounds["min"] < -1 or bounds["max"] > top):
+    if bounds["min"] is not None and (bounds["min"] < -1 or bounds["max"] > columns.top):
+        top = columns.top
         number, label = next((n, label) for n, label in enumerate(labels.to_pylist()) if not -1 <= (label or 0) <= top)
         raise ZpipeError(
             f"{where}:{first + number}: has label {label}, not one of 0 to {top}, or -1 for none; correct the file, or "

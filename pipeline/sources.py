@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -204,6 +204,17 @@ def choose_split(name: str, split: str, splits: Collection[str]) -> None:
 def unchecked(check: bool) -> dict[str, bool]:
     """What `Source.describe` says of images that are not decoded; nothing of others, as in folders begun before."""
     return {} if check else {"check": False}
+
+
+def state_of(file: BinaryIO) -> tuple[int, ...]:
+    """What tells whether a local file is still the one that was listed: its device, number, size and time of change."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def altered(where: Path | str) -> ZpipeError:
+    """The error of a file that is no longer the one that was listed."""
+    return ZpipeError(f"{where}: was altered since it was listed; run again")
 
 
 def check_seed(seed: int) -> None:

@@ -345,6 +345,31 @@ def test_a_data_set_that_changed_is_not_gone_on_with(plain, pictures, tmp_path):
         make(plain, tmp_path / "out", label_column="none")
 
 
+def test_a_file_that_changes_while_it_is_packed_is_noticed(plain, tmp_path):
+    source = open_parquet(plain)
+    path = plain / "data" / "train-00001-of-00003.parquet"
+    pq.write_table(pq.read_table(path), path, row_group_size=3)
+    assert len(list(source.records(0))) == 5
+    with pytest.raises(ZpipeError, match=f"{path}: was altered since it was listed; run again"):
+        list(source.records(2))
+
+
+@pytest.mark.parametrize(("kind", "before", "after"), [(pa.string(), "ant", "cat"), (pa.int64(), 1, 10**9)])
+def test_a_remote_label_that_was_not_there_before_is_noticed(tmp_path, pictures, kind, before, after):
+    url = as_path(f"memory://{tmp_path.name}/x.parquet")
+
+    def wrote(label):
+        columns = {"label": (kind, [label] * 2), "image": images(pictures[:2])}
+        path = write(tmp_path / "x.parquet", columns, compression="none", use_dictionary=False, write_statistics=False)
+        url.write_bytes(path.read_bytes())
+
+    wrote(before)
+    source = open_parquet(url)
+    wrote(after)
+    with pytest.raises(ZpipeError, match="x.parquet:0: was altered since it was listed; run again"):
+        list(source.records(0))
+
+
 @pytest.mark.parametrize("kind", [pa.int64(), pa.string()])
 def test_other_labels_or_names_in_a_file_of_the_same_size_are_another_data_set(tmp_path, pictures, kind):
     path, labels, names = tmp_path / "x.parquet", [0, 1, 2, 1], ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
