@@ -244,6 +244,21 @@ def test_what_is_no_image_is_counted(tmp_path, images):
     assert report.count == 15 and report.account.seen == 15 + 5 + 2
 
 
+def test_content_decides_what_is_an_image_and_folders_inside_a_class_are_told(tmp_path, images, cli):
+    root = image_folder(tmp_path / "in", {WNIDS[0]: images[WNIDS[0]]}, "train")
+    wnid = root / "train" / WNIDS[0]
+    for number, path in enumerate(sorted(wnid.iterdir())):
+        path.rename(path.with_suffix(("", ".data", ".JPEG")[number]))
+    (wnid / "images").mkdir()
+    (wnid / "images" / f"{WNIDS[0]}_7.JPEG").write_bytes(images[WNIDS[0]][0])
+    done = cli("make-shards", f"imagenet:{root}", tmp_path / "out")
+    assert done.code == 0 and "seen 4, taken 3, left out 1 (folder inside a class 1), quarantined 0" in done.stdout
+    assert f"{root}: 1 folders inside class folders are not read; move their images up" in done.stderr
+    assert samples_of(tmp_path / "out").keys() == {
+        key for key, _, _ in published({WNIDS[0]: images[WNIDS[0]]}, "train")
+    }
+
+
 def test_the_archive_is_taken_where_a_tree_is_there_too(tmp_path, images):
     root = image_folder(official(tmp_path / "in", images, "train"), {WNIDS[0]: images[WNIDS[0]]}, "train")
     assert make(root, tmp_path / "out", "train").count == 15
