@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 import numpy as np
 
-from zpipe.pipeline.sources import NumberedSource, Record, Rejected, read_record
+from zpipe.pipeline.sources import NumberedSource, Record, Rejected, read_record, refuse_repeated
 from zpipe.pipeline.voc_xml import MAX_PIXEL, MAX_XML_BYTES, VocObject, read_voc_xml
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import Text, read_json
@@ -65,22 +65,20 @@ class DetectionSource(NumberedSource):
         owner: dict[str, str] = {}
         for file, key in zip(files, self._keys, strict=True):
             if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\\" in file:
-                raise ZpipeError(f"{where}: names the file {printable(file)[:80]}, outside of {folder}; correct it")
-            check_key(key, f"{where}: {printable(file)[:80]}")
+                raise ZpipeError(f"{where}: names the file {_shown(file)}, outside of {folder}; correct it")
+            check_key(key, f"{where}: {_shown(file)}")
             if key in owner:
-                raise ZpipeError(
-                    f"{where}: {printable(file)} has the key {key!r} of {printable(owner[key])}; rename one"
-                )
+                raise ZpipeError(f"{where}: {_shown(file)} has the key {key!r} of {_shown(owner[key])}; rename one")
             owner[key] = file
         try:
             there = set(os.listdir(folder))
         except OSError as error:
             raise UsageError(f"{folder}: can't be listed ({error.strerror}); give the folder of the images") from error
-        missing = [file for file in files if file not in there and not ("/" in file and (folder / file).is_file())]
+        missing = [file for file in files if file not in there and not ("/" in file and os.path.isfile(folder / file))]
         if missing:
             raise ZpipeError(
                 f"{folder}: lacks {len(missing)} of the {len(files)} images that {where} lists, "
-                f"{printable(missing[0])} the first; fetch the whole of it"
+                f"{_shown(missing[0])} the first; fetch the whole of it"
             )
 
     @abstractmethod
@@ -110,6 +108,11 @@ class DetectionSource(NumberedSource):
         }
         alone = {"box": meta["boxes"][0]} if len(kept) == 1 else {}
         return replace(record, meta=record.meta | meta | alone | dict(found.more), notes=(*record.notes, *notes))
+
+
+def _shown(file: str) -> str:
+    shown = printable(file)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 class VocSource(DetectionSource):
@@ -263,6 +266,7 @@ class CocoSource(DetectionSource):
         self._image_sizes = [(image.width, image.height) for image in found.images]
         categories = sorted(found.categories, key=lambda category: category.id)
         self.classes = tuple(category.name for category in categories)
+        refuse_repeated(self.classes, path)
         self._keep_boxes(path, found, {category.id: label for label, category in enumerate(categories)})
         super().__init__(path, path.stem, len(self._files), shard_size, shuffle_seed, check=check)
 

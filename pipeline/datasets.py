@@ -17,7 +17,15 @@ import numpy as np
 from PIL import Image
 
 from zpipe.pipeline.mat_file import read_numbers
-from zpipe.pipeline.sources import NumberedSource, Record, Rejected, choose_split, read_record, record_of
+from zpipe.pipeline.sources import (
+    NumberedSource,
+    Record,
+    Rejected,
+    choose_split,
+    read_record,
+    record_of,
+    refuse_repeated,
+)
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.shard_index import digest_keys
 from zpipe.schemas.storage import read_file
@@ -64,6 +72,7 @@ class Cifar10Source(NumberedSource):
             raise ZpipeError(
                 f"{where}: its {self.NAMES} names {len(self.classes)} classes, not {self.NUM_CLASSES}; fetch it again"
             )
+        refuse_repeated(self.classes, f"{where}: its {self.NAMES}")
         self._batches = {name: self._records_of(name, files[name], where) for name in names}
         self._places = [(name, row) for name in names for row in range(len(self._batches[name]))]
         self._split = split

@@ -123,7 +123,9 @@ class ImageNetSource(NumberedSource):
         for key, place in zip(keys, self._places, strict=True):
             check_key(key, f"{path}: {printable(names[place])}")
             if key == before:
-                raise ZpipeError(f"{path}: {names[place]} has the key {key!r} of another image; remove one of them")
+                raise ZpipeError(
+                    f"{path}: {printable(names[place])} has the key {key!r} of another image; remove one of them"
+                )
             before = key
         return keys
 
@@ -193,7 +195,7 @@ class ImageNetSource(NumberedSource):
 
     def _nested(self, path: Path) -> str:
         count = self.account.left_out[NESTED]
-        return f"{path}: {count} folders inside class folders are not read; move their images up" if count else ""
+        return f"{path}: folders inside class folders ({count}) are not read; move their images up" if count else ""
 
     def digest(self) -> str:
         """See `NumberedSource`."""

@@ -164,6 +164,8 @@ class ParquetSource:
             yield f"{self._path}: {self._unnamed}, so that all keys are numbers of rows, {self._key(0, None)}"
         if self._columns.label is None:
             yield f"{self._path}: without labels; --label-column names a column that has them"
+        if self._columns.is_named:
+            yield f"{self._path}: {len(self.classes)} classes, numbered as they occur in this split"
         if self._columns.left_out:
             yield f"{self._path}: columns that are left out: {shown(self._columns.left_out)}"
 

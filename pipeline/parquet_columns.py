@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from zpipe.pipeline.imagenet_names import wnids_of
+from zpipe.pipeline.sources import refuse_repeated
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import decode_json
 from zpipe.schemas.names import printable
@@ -215,7 +216,10 @@ def _classes(features: dict[str, Any], column: str, where: str) -> tuple[str, ..
     if names is None:
         return None
     check_classes(names, where)
-    return wnids_of(names) or tuple(names)
+    wnids = wnids_of(names)  # their English names are no class names: two of them are those of two classes
+    if wnids is None:
+        refuse_repeated(names, where)
+    return wnids or tuple(names)
 
 
 def _listed_names(feature: Any) -> list[str] | None:

@@ -25,6 +25,7 @@ from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.image_formats import SUFFIX_OF_FORMAT
 from zpipe.schemas.images import DECODE_ERRORS, open_image, pixel_notes, to_rgb
+from zpipe.schemas.names import printable
 from zpipe.schemas.storage import read_file
 
 MAX_IMAGE_BYTES = 1 << 29  # of a file: 8,192 x 8,192 pixels of 8 bytes
@@ -204,6 +205,15 @@ def choose_split(name: str, split: str, splits: Collection[str]) -> None:
 def unchecked(check: bool) -> dict[str, bool]:
     """What `Source.describe` says of images that are not decoded; nothing of others, as in folders begun before."""
     return {} if check else {"check": False}
+
+
+def refuse_repeated(names: Sequence[str], where: Path | str) -> None:
+    """Raise :class:`ZpipeError` if two classes have one name, because labels are compared by names."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ZpipeError(f"{where}: two classes are named '{printable(name)[:60]}'; rename one of them")
+        seen.add(name)
 
 
 def state_of(file: BinaryIO) -> tuple[int, ...]:

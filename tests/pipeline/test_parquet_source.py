@@ -149,7 +149,9 @@ def test_labels_of_minus_one_or_null_are_none_and_counted(tmp_path, pictures, cl
 def test_labels_that_are_names_are_numbered_in_their_order(tmp_path, pictures, kind):
     names = ["cat", "ant", None, "Zoo", "ant"]
     columns = {"image": images(pictures[:5]), "class": (kind, names)}
-    make(write(tmp_path / "x.parquet", columns), tmp_path / "out")
+    path = write(tmp_path / "x.parquet", columns)
+    assert "3 classes, numbered as they occur in this split" in open_parquet(path).warning
+    make(path, tmp_path / "out")
     assert read_index(tmp_path / "out").classes == ("Zoo", "ant", "cat")
     assert [sample.label for sample in samples_of(tmp_path / "out")] == [2, 1, None, 0, 1]
 
@@ -463,6 +465,16 @@ def test_files_that_are_not_one_split_are_refused(tmp_path, names, split, told):
         find_parquet(root, split)
 
 
+def test_files_and_folders_that_are_passed_by_are_counted(plain, tmp_path, cli):
+    for name in ("extra", "more/a", "a/b/c/d/e/train"):
+        (plain / f"{name}.parquet").parent.mkdir(parents=True, exist_ok=True)
+        (plain / f"{name}.parquet").write_bytes(b"x")
+    (plain / "linked").symlink_to(plain / "data")
+    done = cli("make-shards", f"parquet:{plain}", tmp_path / "out")
+    counted = "links to folders 1, folders more than 4 levels deep 1, files whose names tell no split 2"
+    assert done.code == 0 and f"warning: {plain}: left out: {counted}\n" in done.stderr
+
+
 def test_a_data_set_that_lacks_files_is_told(plain, tmp_path, cli):
     (plain / "data" / "train-00001-of-00003.parquet").unlink()
     done = cli("make-shards", f"parquet:{plain}", tmp_path / "out")
@@ -557,6 +569,12 @@ def test_class_names_that_are_none_are_refused(tmp_path, pictures, names):
     refused(
         write(tmp_path / "x.parquet", columns, metadata=described(label=class_label(names))), match="a class is named"
     )
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path, pictures):
+    columns = {"image": images(pictures[:2]), "label": (pa.int8(), [0, 2])}
+    path = write(tmp_path / "x.parquet", columns, metadata=described(label=class_label("abcbc")))
+    refused(path, match="x.parquet: two classes are named 'b'; rename one of them")
 
 
 def test_files_of_different_data_sets_are_refused(plain, pictures):
@@ -829,6 +847,7 @@ def test_nothing_but_regular_files_is_read(tmp_path, cli):
     assert done.code == 2 and "no such file or folder" in done.error
     done = cli("make-shards", f"parquet:{tmp_path}", tmp_path / "out")
     assert done.code == 2 and not (tmp_path / "out").exists()
+    assert f"{tmp_path / 'gone.parquet'}: is a link to no file; mend or remove it" in done.error
 
 
 @pytest.mark.parametrize(
