@@ -74,8 +74,8 @@ class FolderSource:
         self.root = as_local(root)
         if not self.root.is_dir():
             raise UsageError(
-                f"{root}: no such folder; give a folder of images, cifar10:PATH, flowers102:PATH, "
-                "or 'scenes' for the embedded data"
+                f"{root}: no such folder; give a folder of images, 'scenes', or NAME:PATH; `zpipe make-shards --help` "
+                "lists the names"
             )
         if shuffle_seed is not None:
             check_seed(shuffle_seed)

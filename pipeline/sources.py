@@ -1,7 +1,8 @@
 """What a source of images is to `zpipe.pipeline.make_shards`, and the embedded scenes.
 
-`zpipe.pipeline.open_source` opens all sources by name; image folders are in `zpipe.pipeline.image_folder`, small
-published data sets in `zpipe.pipeline.datasets`.
+`zpipe.pipeline.open_source` opens all sources by name. Image folders are in `zpipe.pipeline.image_folder`; ImageNet is
+in `zpipe.pipeline.imagenet`, data sets in Parquet in `zpipe.pipeline.parquet`, VOC and COCO in
+`zpipe.pipeline.annotations`, CIFAR-10 and Flowers-102 in `zpipe.pipeline.datasets`.
 """
 
 from __future__ import annotations

@@ -163,6 +163,13 @@ def test_published_labels_of_the_first_validation_images(tmp_path, encode):
     assert tuple(wnids()[label] for label in found) == classes
 
 
+def test_the_test_split_has_no_labels_in_class_folders_either(tmp_path, images):
+    root = image_folder(tmp_path / "in", images, "val")
+    (root / "val").rename(root / "test")
+    make(root, tmp_path / "out", "test")
+    assert [sample.label for sample in samples_of(tmp_path / "out").values()] == [None] * 15
+
+
 def test_the_kit_may_be_unpacked_and_is_checked(tmp_path, images, contents):
     root = official(tmp_path / "in", images, "val")
     make(root, tmp_path / "packed", "val")
@@ -533,7 +540,9 @@ def test_without_the_check_only_headers_are_read(tmp_path, images, cli):
     extra = samples_of(tmp_path / "quick").keys() - samples_of(tmp_path / "checked").keys()
     assert extra == {f"{WNIDS[0]}_10026"} and samples_of(tmp_path / "quick")[extra.pop()].image == cut
     again = cli("make-shards", f"imagenet:{root}", tmp_path / "quick")
-    assert again.code == 1 and "was made with check = False, now it is None" in again.error
+    assert again.code == 1 and "was made with --no-check; give it too, or give another output folder" in again.error
+    again = cli("make-shards", f"imagenet:{root}", tmp_path / "checked", "--no-check")
+    assert again.code == 1 and "was made without --no-check; leave it out, or give another output" in again.error
     first = json.loads((tmp_path / "checked" / "make-shards.jsonl").read_text().splitlines()[0])
     assert "check" not in first  # so that folders begun before there was a choice are still resumed
     assert cli("make-shards", "scenes", tmp_path / "scenes", "--no-check").code == 2
