@@ -8,36 +8,30 @@ read, also that file and some 300 bytes a box.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar, NamedTuple
-from xml.etree.ElementTree import Element, TreeBuilder
-from xml.parsers import expat
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import numpy as np
 
-from zpipe.pipeline.sources import NumberedSource, Record, Rejected, read_record
+from zpipe.pipeline.sources import NumberedSource, Record, Rejected, read_record, refuse_repeated
+from zpipe.pipeline.voc_xml import MAX_PIXEL, MAX_XML_BYTES, VocObject, read_voc_xml
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import Text, read_json
 from zpipe.schemas.names import check_key, printable
 from zpipe.schemas.sample import key_for_file
 from zpipe.schemas.storage import read_file
 
-MAX_XML_BYTES = 1 << 20
 MAX_LIST_BYTES = 1 << 26  # of a split's names
 MAX_COCO_BYTES = 1 << 31  # the annotations of COCO's training split have 450 MB
-MAX_PIXEL = 1 << 31
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,22 +65,20 @@ class DetectionSource(NumberedSource):
         owner: dict[str, str] = {}
         for file, key in zip(files, self._keys, strict=True):
             if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or "\\" in file:
-                raise ZpipeError(f"{where}: names the file {printable(file)[:80]}, outside of {folder}; correct it")
-            check_key(key, f"{where}: {printable(file)[:80]}")
+                raise ZpipeError(f"{where}: names the file {_shown(file)}, outside of {folder}; correct it")
+            check_key(key, f"{where}: {_shown(file)}")
             if key in owner:
-                raise ZpipeError(
-                    f"{where}: {printable(file)} has the key {key!r} of {printable(owner[key])}; rename one"
-                )
+                raise ZpipeError(f"{where}: {_shown(file)} has the key {key!r} of {_shown(owner[key])}; rename one")
             owner[key] = file
         try:
             there = set(os.listdir(folder))
         except OSError as error:
             raise UsageError(f"{folder}: can't be listed ({error.strerror}); give the folder of the images") from error
-        missing = [file for file in files if file not in there and not ("/" in file and (folder / file).is_file())]
+        missing = [file for file in files if file not in there and not ("/" in file and os.path.isfile(folder / file))]
         if missing:
             raise ZpipeError(
                 f"{folder}: lacks {len(missing)} of the {len(files)} images that {where} lists, "
-                f"{printable(missing[0])} the first; fetch the whole of it"
+                f"{_shown(missing[0])} the first; fetch the whole of it"
             )
 
     @abstractmethod
@@ -116,6 +108,11 @@ class DetectionSource(NumberedSource):
         }
         alone = {"box": meta["boxes"][0]} if len(kept) == 1 else {}
         return replace(record, meta=record.meta | meta | alone | dict(found.more), notes=(*record.notes, *notes))
+
+
+def _shown(file: str) -> str:
+    shown = printable(file)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 class VocSource(DetectionSource):
@@ -269,6 +266,7 @@ class CocoSource(DetectionSource):
         self._image_sizes = [(image.width, image.height) for image in found.images]
         categories = sorted(found.categories, key=lambda category: category.id)
         self.classes = tuple(category.name for category in categories)
+        refuse_repeated(self.classes, path)
         self._keep_boxes(path, found, {category.id: label for label, category in enumerate(categories)})
         super().__init__(path, path.stem, len(self._files), shard_size, shuffle_seed, check=check)
 
@@ -326,79 +324,3 @@ class CocoSource(DetectionSource):
             flag=self._crowds[rows].tolist(),
             more={"image_id": int(self._ids[number])},
         )
-
-
-class VocObject(NamedTuple):
-    """An object of a VOC annotation."""
-
-    name: str
-    """Its class."""
-    box: Box
-    """xmin, ymin, xmax, ymax, as the file has them: in VOC's own files, pixels counted from 1, the last one inside."""
-    difficult: bool
-    """Whether the annotators found it hard to recognise."""
-
-
-def read_voc_xml(data: bytes, where: str) -> tuple[tuple[int, int] | None, list[VocObject]]:
-    """Read the size of the image and the objects from an annotation in VOC's XML. The parts of objects are left out.
-
-    Args:
-        data: The file.
-        where: The file, for messages.
-
-    Returns:
-        Width and height in pixels, None if the file states none; and the objects in their order.
-
-    Raises:
-        ZpipeError: It is larger than `MAX_XML_BYTES`, no XML, or no annotation, or it declares a document type, whose
-            entities may grow without bounds.
-    """
-    root = _parse_xml(data, where)
-    if root.tag != "annotation":
-        raise _no_voc(where, f"its root is not <annotation> but <{printable(root.tag[:60])}>")
-    size = root.find("size")
-    width, height = (0, 0) if size is None else (int(_number(size, name, where)) for name in ("width", "height"))
-    objects: list[VocObject] = []
-    for item in root.findall("object"):
-        name = (item.findtext("name") or "").strip()
-        bounds = item.find("bndbox")
-        if not name or bounds is None:
-            raise _no_voc(where, f"object {len(objects)} has no {'bndbox' if name else 'name'}")
-        xmin, ymin, xmax, ymax = (_number(bounds, edge, where) for edge in ("xmin", "ymin", "xmax", "ymax"))
-        difficult = (item.findtext("difficult") or "0").strip() not in ("", "0")
-        objects.append(VocObject(name, (xmin, ymin, xmax, ymax), difficult))
-    return ((width, height) if width > 0 and height > 0 else None), objects
-
-
-def _parse_xml(data: bytes, where: str) -> Element:
-    if len(data) > MAX_XML_BYTES:
-        raise _no_voc(where, f"it has more than {MAX_XML_BYTES} bytes")
-
-    def refuse(*_: Any) -> None:
-        raise _no_voc(where, "it declares a document type, which may hold entities")
-
-    builder, parser = TreeBuilder(), expat.ParserCreate()
-    parser.buffer_text = True
-    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
-    parser.CharacterDataHandler, parser.StartDoctypeDeclHandler = builder.data, refuse
-    try:
-        parser.Parse(data, True)
-    # The last two are what a declaration of an unknown encoding, or of one with several bytes a letter, raises.
-    except (expat.ExpatError, LookupError, ValueError) as error:
-        raise _no_voc(where, str(error).split("\n")[0]) from error
-    return builder.close()
-
-
-def _number(parent: Element, name: str, where: str) -> float:
-    text = (parent.findtext(name) or "").strip()
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not abs(value) < MAX_PIXEL:
-        raise _no_voc(where, f"its {parent.tag} has no number {name}, but {text[:60]!r}")
-    return value
-
-
-def _no_voc(where: str, reason: str) -> ZpipeError:
-    return ZpipeError(f"{where}: not readable as a VOC annotation ({reason}); fetch it again")

@@ -6,7 +6,6 @@ unpickled.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import os
@@ -18,11 +17,19 @@ import numpy as np
 from PIL import Image
 
 from zpipe.pipeline.mat_file import read_numbers
-from zpipe.pipeline.sources import NumberedSource, Record, Rejected, choose_split, read_record, record_of
+from zpipe.pipeline.sources import (
+    NumberedSource,
+    Record,
+    Rejected,
+    choose_split,
+    read_record,
+    record_of,
+    refuse_repeated,
+)
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.shard_index import digest_keys
-from zpipe.schemas.storage import open_file, read_file
-from zpipe.schemas.tar_file import Unzipped, read_members
+from zpipe.schemas.storage import read_file
+from zpipe.schemas.tar_file import read_packed
 
 MAX_UNPACKED_BYTES = 1 << 31  # the published archives unpack to 186 and 349 MB
 
@@ -65,6 +72,7 @@ class Cifar10Source(NumberedSource):
             raise ZpipeError(
                 f"{where}: its {self.NAMES} names {len(self.classes)} classes, not {self.NUM_CLASSES}; fetch it again"
             )
+        refuse_repeated(self.classes, f"{where}: its {self.NAMES}")
         self._batches = {name: self._records_of(name, files[name], where) for name in names}
         self._places = [(name, row) for name in names for row in range(len(self._batches[name]))]
         self._split = split
@@ -220,24 +228,14 @@ def read_archive(path: Path, folder: str, wanted: Collection[str], largest: int)
         parent, _, name = member.removeprefix("./").rpartition("/")
         return name if parent == folder and name in wanted else ""
 
-    def amount(member: str, size: int) -> int:
-        if place(member) and size > largest:  # so that no archive fills the memory
-            raise ZpipeError(f"{path}: its {place(member)} has {size} bytes, more than {largest}; fetch it again")
-        return size if place(member) else 0
-
-    try:
-        packed = open_file(path)
-    except OSError as error:
-        raise ZpipeError(f"{path}: can't be read ({error.strerror}); fetch it again") from error
-    with packed, gzip.open(packed) as unpacked:
-        whole = Unzipped(unpacked, path, MAX_UNPACKED_BYTES, "fetch it again")
-        # The tar is read to its end, and the checksum comes after it.
-        for member in read_members(whole, path, amount, remedy="fetch it again"):
+    for member in read_packed(
+        path, lambda member: bool(place(member)), largest=largest, max_bytes=MAX_UNPACKED_BYTES, remedy="fetch it again"
+    ):
+        if member.data is not None:
             name = place(member.name)
-            if name and name in contents and member.data is not None:
+            if name in contents:
                 raise ZpipeError(f"{path}: holds {name} twice; fetch it again")
-            if name and member.data is not None:
-                contents[name] = member.data
+            contents[name] = member.data
     return contents
 
 

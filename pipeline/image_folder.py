@@ -74,8 +74,8 @@ class FolderSource:
         self.root = as_local(root)
         if not self.root.is_dir():
             raise UsageError(
-                f"{root}: no such folder; give a folder of images, cifar10:PATH, flowers102:PATH, "
-                "or 'scenes' for the embedded data"
+                f"{root}: no such folder; give a folder of images, 'scenes', or NAME:PATH; `zpipe make-shards --help` "
+                "lists the names"
             )
         if shuffle_seed is not None:
             check_seed(shuffle_seed)
@@ -109,9 +109,9 @@ class FolderSource:
         folders, loose = _Walk(self.root, self.account).top()
         check_class_folders(self.root, folders)
         found = [
-            sorted(_images(self.root, _Walk(self.root, self.account).files(name), self.account)) for name in folders
+            sorted(find_images(self.root, _Walk(self.root, self.account).files(name), self.account)) for name in folders
         ]
-        outside = _images(self.root, iter(loose), self.account)
+        outside = find_images(self.root, iter(loose), self.account)
         rows = [(file, label) for label, files in enumerate(found) for _, file in files]
         if not rows:
             held = f"; {len(outside)} images lie in no class folder" if outside else ""
@@ -241,7 +241,7 @@ def _folder_to_skip(entry: os.DirEntry[str]) -> str:
     return ""
 
 
-def _images(root: Path, files: Iterator[str], account: Account) -> list[tuple[str, str]]:
+def find_images(root: Path, files: Iterator[str], account: Account) -> list[tuple[str, str]]:
     """Those of the files that are images, or are named so, with their folders; the others are counted."""
     found: list[str] = []
     others: list[str] = []

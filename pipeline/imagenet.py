@@ -17,9 +17,9 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from zpipe.pipeline.image_folder import find_images
 from zpipe.pipeline.imagenet_archives import ArchiveImages, find_archive
 from zpipe.pipeline.imagenet_boxes import (
-    MAX_XML_BYTES,
     Box,
     BoxTable,
     box_meta,
@@ -30,13 +30,14 @@ from zpipe.pipeline.imagenet_boxes import (
 from zpipe.pipeline.imagenet_devkit import KIT, NUM_VAL, read_devkit
 from zpipe.pipeline.imagenet_names import NUM_CLASSES, WNID, canonical_key, labels, wnids
 from zpipe.pipeline.sources import NumberedSource, Record, Rejected, choose_split, read_record
-from zpipe.schemas.account import Account, no_image
+from zpipe.pipeline.voc_xml import MAX_XML_BYTES
+from zpipe.schemas.account import Account
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.image_formats import IMAGE_SUFFIXES
 from zpipe.schemas.names import check_key, printable
 from zpipe.schemas.storage import read_file
 
 KAGGLE_DATA, KAGGLE_BOXES = Path("ILSVRC", "Data", "CLS-LOC"), Path("ILSVRC", "Annotations", "CLS-LOC")
+NESTED = "folder inside a class"
 BOX_ARCHIVES = {"train": "ILSVRC2012_bbox_train_v2.tar.gz", "val": "ILSVRC2012_bbox_val_v3.tgz"}
 
 
@@ -45,6 +46,7 @@ class _Images(Protocol):
 
     names: list[str]
     labels: array[int]
+    sizes: array[int]
 
     def record(self, number: int, *, key: str, label: int | None, check: bool) -> Record | Rejected: ...
 
@@ -91,7 +93,7 @@ class ImageNetSource(NumberedSource):
             used += self._find_boxes(path, keys)
         self.note = f"{path}: {what} ({', '.join(dict.fromkeys(used))})"
         """What the folder was taken for, and which of its files are used."""
-        self.warning = self._incomplete(path)
+        self.warning = "; ".join(filter(None, (self._incomplete(path), self._nested(path))))
         super().__init__(path, split, len(keys), shard_size, shuffle_seed, check=check)
 
     def _find(self, path: Path, split: str) -> tuple[_Images, str, list[str]]:
@@ -121,7 +123,9 @@ class ImageNetSource(NumberedSource):
         for key, place in zip(keys, self._places, strict=True):
             check_key(key, f"{path}: {printable(names[place])}")
             if key == before:
-                raise ZpipeError(f"{path}: {names[place]} has the key {key!r} of another image; remove one of them")
+                raise ZpipeError(
+                    f"{path}: {printable(names[place])} has the key {key!r} of another image; remove one of them"
+                )
             before = key
         return keys
 
@@ -189,13 +193,20 @@ class ImageNetSource(NumberedSource):
         wanted = "" if self._split == "test" else f" of {NUM_CLASSES}"
         return f"{path}: {count} images{of}; ImageNet's {self._split} split has {expected}{wanted}"
 
+    def _nested(self, path: Path) -> str:
+        count = self.account.left_out[NESTED]
+        return f"{path}: folders inside class folders ({count}) are not read; move their images up" if count else ""
+
     def digest(self) -> str:
         """See `NumberedSource`."""
-        # Like a folder source, it is identified by its files and their labels; and by the boxes that are in memory.
+        # Like a folder source, it is identified by its files and their labels; an archive also by the sizes of its
+        # images. Boxes are part of it if they are in memory; of XML files, which are read one by one, that they exist.
         digest = hashlib.sha256()
         for place in self._places:
             digest.update(f"{self._images.names[place]}\t{self._images.labels[place]}\n".encode())
-        digest.update(self._table.content() if self._table else b"")
+        if len(self._images.sizes):
+            digest.update(np.asarray(self._images.sizes, "<i8")[self._places].tobytes())
+        digest.update(self._table.content() if self._table else b"xml" if self._xml_folder else b"")
         return digest.hexdigest()
 
     def record(self, number: int) -> Record | Rejected:
@@ -231,18 +242,24 @@ class _TreeImages:
         """Paths of the image files below the folder."""
         self.labels = array("h")
         """Label of each image; -1 if it lies in no class folder."""
+        self.sizes = array("q")
+        """Empty: a look at each file would take as long as their listing."""
         self.rejected: list[Rejected] = []
         """Training images that lie in no class folder."""
+        loose: list[str] = []
         for entry in self._entries(root, account):
             if not _is(entry, os.path.isdir, entry.is_dir):
-                self._add(entry, entry.name, -1, account)
+                loose += self._files(entry, entry.name, account)
             elif WNID.fullmatch(entry.name) is None:
                 account.leave_out("folder that is no class of ImageNet")
             elif entry.name not in labels():
                 raise ZpipeError(f"{entry.path}: is none of ImageNet's 1,000 classes; move it away")
             else:
-                for file in self._entries(Path(entry.path), account):
-                    self._add(file, f"{entry.name}/{file.name}", labels()[entry.name], account)
+                inside = self._entries(Path(entry.path), account)
+                files = [name for file in inside for name in self._files(file, f"{entry.name}/{file.name}", account)]
+                # The labels of the test split are not published: a folder says nothing of its images.
+                self._add(files, -1 if split == "test" else labels()[entry.name], account)
+        self._add(loose, -1, account)
         if split == "train" and -1 in self.labels:
             flat = [place for place, label in enumerate(self.labels) if label < 0]
             self.rejected = [Rejected(file=self.names[place], reason="lies in no class folder") for place in flat]
@@ -260,15 +277,17 @@ class _TreeImages:
         except OSError as error:
             raise ZpipeError(f"{folder}: can't be listed ({error.strerror}); give yourself permission") from error
 
-    def _add(self, entry: os.DirEntry[str], name: str, label: int, account: Account) -> None:
-        suffix = os.path.splitext(name)[1][1:].lower()
-        if not _is(entry, os.path.isfile, entry.is_file):
-            account.leave_out("no file")
-        elif suffix not in IMAGE_SUFFIXES:
-            account.leave_out(no_image(suffix))
-        else:
-            self.names.append(name)
-            self.labels.append(label)
+    def _files(self, entry: os.DirEntry[str], name: str, account: Account) -> list[str]:
+        """The name of an entry if it is a file."""
+        if _is(entry, os.path.isfile, entry.is_file):
+            return [name]
+        account.leave_out(NESTED if _is(entry, os.path.isdir, entry.is_dir) else "no file")
+        return []
+
+    def _add(self, files: list[str], label: int, account: Account) -> None:
+        found = find_images(self._root, iter(files), account)
+        self.names += [name for _, name in found]
+        self.labels.extend([label] * len(found))
 
     def record(self, number: int, *, key: str, label: int | None, check: bool) -> Record | Rejected:
         """Read an image."""

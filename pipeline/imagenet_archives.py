@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from zpipe.pipeline.imagenet_names import labels
-from zpipe.pipeline.sources import MAX_IMAGE_BYTES, Record, Rejected, record_of
+from zpipe.pipeline.sources import MAX_IMAGE_BYTES, Record, Rejected, altered, record_of, state_of
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.names import printable
 from zpipe.schemas.storage import open_file
@@ -54,11 +54,13 @@ class ArchiveImages:
         """Names of the image files."""
         self.labels = array("h")
         """Label of each image; -1 if the archive does not say it."""
+        self.sizes = array("q")
+        """Bytes of each image."""
         self._split = split
-        self._offsets, self._sizes = array("q"), array("q")
+        self._offsets = array("q")
         try:
             with open_file(path) as file:
-                self._state = _state(file)
+                self._state = state_of(file)
                 if split == "train":
                     self._list_classes(file)
                 else:
@@ -90,7 +92,7 @@ class ArchiveImages:
         self.names.append(name)
         self.labels.append(label)
         self._offsets.append(start + member.offset)
-        self._sizes.append(member.size)
+        self.sizes.append(member.size)
 
     def _unknown(self, where: str, name: str, expected: str) -> ZpipeError:
         shown = printable(name)
@@ -105,19 +107,14 @@ class ArchiveImages:
         Raises:
             ZpipeError: The archive cannot be read, or was altered since it was listed.
         """
-        name, size = self.names[number], self._sizes[number]
+        name, size = self.names[number], self.sizes[number]
         try:
             with open_file(self.path) as file:
                 # In another file, the places that were listed would be those of other images.
-                same = _state(file) == self._state
+                same = state_of(file) == self._state
                 data = os.pread(file.fileno(), size, self._offsets[number])
         except OSError as error:
             raise ZpipeError(f"{self.path}: can't be read ({error.strerror}); check the disk or mount") from error
         if not same or len(data) != size:
-            raise ZpipeError(f"{self.path}: was altered since it was listed; run again")
+            raise altered(self.path)
         return record_of(data, f"{self.path.name}: {name}", key=key, label=label, check=check)
-
-
-def _state(file: BinaryIO) -> tuple[int, ...]:
-    found = os.fstat(file.fileno())
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

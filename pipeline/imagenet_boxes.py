@@ -7,33 +7,28 @@ split has boxes for 544,546 of its images.
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import math
-import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 import numpy as np
 
 from zpipe.pipeline.imagenet_names import WNID, canonical_key, labels
-from zpipe.schemas.errors import ZpipeError, first_line
+from zpipe.pipeline.voc_xml import MAX_XML_BYTES, read_voc_xml
+from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.names import printable
 from zpipe.schemas.storage import open_file
-from zpipe.schemas.tar_file import Unzipped, read_members
+from zpipe.schemas.tar_file import read_packed
 
 COLUMNS = ["ImageId", "PredictionString"]
 MAX_LINE = 1 << 16  # characters of a line of a CSV file; the longest published one has some 2,000
-MAX_XML_BYTES = 1 << 20
 MAX_UNPACKED_BYTES = 1 << 33  # of an archive of XML files; that of the training split unpacks to some 1 GB
 MAX_COORDINATE = 1 << 24
 _REMEDY = "fetch it again"
-_EDGES = ("xmin", "ymin", "xmax", "ymax")
-_DECLARATION = re.compile(rb"<!\s*(?:DOCTYPE|ENTITY)", re.IGNORECASE)
 
 
 class Box(NamedTuple):
@@ -154,21 +149,11 @@ def read_box_archive(path: Path) -> Iterator[tuple[str, list[Box]]]:
     Raises:
         ZpipeError: The archive is not whole, or an XML file is malformed; the message names it.
     """
-
-    def amount(member: str, size: int) -> int:
-        if member.endswith(".xml") and size > MAX_XML_BYTES:
-            raise ZpipeError(f"{path}: its {printable(member)} has {size} bytes, more than {MAX_XML_BYTES}; {_REMEDY}")
-        return size if member.endswith(".xml") else 0
-
-    try:
-        packed = open_file(path)
-    except OSError as error:
-        raise ZpipeError(f"{path}: can't be read ({error.strerror}); {_REMEDY}") from error
-    with packed, gzip.open(packed) as unpacked:
-        whole = Unzipped(unpacked, path, MAX_UNPACKED_BYTES, _REMEDY)
-        for member in read_members(whole, path, amount, remedy=_REMEDY):
-            if member.data and member.name.endswith(".xml"):
-                yield canonical_key(member.name), read_xml(member.data, f"{path}: {printable(member.name)}")
+    for member in read_packed(
+        path, lambda name: name.endswith(".xml"), largest=MAX_XML_BYTES, max_bytes=MAX_UNPACKED_BYTES, remedy=_REMEDY
+    ):
+        # A link has no content, and no content is no XML.
+        yield canonical_key(member.name), read_xml(member.data or b"", f"{path}: {printable(member.name)}")
 
 
 def read_xml(data: bytes, where: str) -> list[Box]:
@@ -181,27 +166,18 @@ def read_xml(data: bytes, where: str) -> list[Box]:
     Raises:
         ZpipeError: It is malformed, or names a wnid that is none of ImageNet's 1,000 classes.
     """
-    if _DECLARATION.search(data):  # entities may grow without bound; these files declare none
-        raise ZpipeError(f"{where}: declares a document type, which files of boxes do not; {_REMEDY}")
-    try:
-        root = ElementTree.fromstring(data)
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # an unknown encoding is a LookupError
-        raise ZpipeError(f"{where}: not readable as XML ({printable(first_line(error))}); {_REMEDY}") from error
-    boxes = []
-    for item in root.iterfind("object"):
-        edges = [item.findtext(f"bndbox/{edge}") or "" for edge in _EDGES]
-        boxes.append(_box(edges, (item.findtext("name") or "").strip(), where, words=True))
-    return boxes
+    _, objects = read_voc_xml(data, where)
+    return [_box(item.box, item.name, where, words=True) for item in objects]
 
 
-def _box(edges: list[str], name: str, where: str, *, words: bool = False) -> Box:
+def _box(edges: Sequence[str | float], name: str, where: str, *, words: bool = False) -> Box:
     """A box with the class `name`, a wnid, or with `words` also any other name."""
     try:
         x1, y1, x2, y2 = (float(edge) for edge in edges)
-    except ValueError as error:
-        raise ZpipeError(f"{where}: a box has the edges {_shown(' '.join(edges))}; {_REMEDY}") from error
-    if not all(math.isfinite(edge) and abs(edge) <= MAX_COORDINATE for edge in (x1, y1, x2, y2)):
-        raise ZpipeError(f"{where}: a box has the edges {_shown(' '.join(edges))}; {_REMEDY}")
+    except ValueError:
+        x1 = y1 = x2 = y2 = math.nan
+    if not all(abs(edge) <= MAX_COORDINATE for edge in (x1, y1, x2, y2)):  # neither is one that is no number
+        raise ZpipeError(f"{where}: a box has the edges {_shown(' '.join(map(str, edges)))}; {_REMEDY}")
     label = labels().get(name)
     if label is None and (not name or not words or WNID.fullmatch(name)):
         raise ZpipeError(f"{where}: a box has the class {_shown(name)}, none of ImageNet's 1,000 wnids; {_REMEDY}")

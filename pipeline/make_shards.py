@@ -333,6 +333,9 @@ def _read_progress(out: Path, first: dict[str, Any], source: Source) -> dict[int
         decode_json(line, f"{path}: line {number}", type=_Part, what=what, remedy=remedy)
         for number, line in enumerate(lines[1:-1], 2)
     ]
+    if first.get("check") != begun.get("check"):
+        how = "without --no-check; leave it out" if "check" in first else "with --no-check; give it too"
+        raise ZpipeError(f"{out}: was made {how}, or {remedy}")
     for name in first | begun:  # settings come before digests
         if first.get(name) != begun.get(name) and (name != "files" or name in begun):
             raise ZpipeError(

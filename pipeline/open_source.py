@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,18 @@ class SourceConfig:
     def __post_init__(self) -> None:
         check_choice("--keys", self.keys, KEY_RULES)
 
+    def refuse_others(self, mode: str) -> None:
+        """Raise :class:`UsageError` for a setting that differs from its default, where a mode of the command has none.
+
+        Args:
+            mode: The option of the mode.
+        """
+        options = {"shuffle": "--no-shuffle", "check": "--no-check", "scene": "--set"}
+        for name, default in asdict(SourceConfig()).items():
+            if getattr(self, name) != default:
+                option = options.get(name, f"--{name.replace('_', '-')}")
+                raise UsageError(f"{option} has no meaning with {mode}, which takes tars as they are; leave it out")
+
     @property
     def order_seed(self) -> int | None:
         """Seed of the order of images; None to keep that of the source."""
@@ -87,7 +99,7 @@ def _parquet(path: str, config: SourceConfig) -> ParquetSource:
 
 def _coco(path: str, config: SourceConfig) -> CocoSource:
     if config.split != SourceConfig.split:
-        raise UsageError(f"--split {config.split}: a file of COCO is one split; give that of another")
+        raise UsageError(f"--split {config.split}: a file of COCO is one split; give the file of that split")
     images = None if config.images is None else _local(config.images)
     return CocoSource(
         _local(path),

@@ -35,7 +35,16 @@ from zpipe.pipeline.parquet_scan import (
     scan_file,
     why_numbered,
 )
-from zpipe.pipeline.sources import MAX_IMAGE_BYTES, Record, Rejected, check_seed, record_of, unchecked
+from zpipe.pipeline.sources import (
+    MAX_IMAGE_BYTES,
+    Record,
+    Rejected,
+    altered,
+    check_seed,
+    record_of,
+    state_of,
+    unchecked,
+)
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.shard_index import digest_keys
 from zpipe.schemas.storage import is_remote, map_files, open_file
@@ -103,6 +112,7 @@ class ParquetSource:
         found = find_parquet(path, split)
         self._root, self._split, self._sizes = found.root, found.split, found.sizes
         self._footers: dict[str, pq.FileMetaData] = {}
+        self._states: dict[str, tuple[int, ...]] = {}
         self._columns = self._choose_columns(image_column, label_column)
         names = list(self._sizes)
         scans = dict(zip(names, map_files(self._root, self._scan, names), strict=True))
@@ -113,7 +123,10 @@ class ParquetSource:
         self._unnamed = why_numbered(scans)
         self._groups = _groups_in(scans)
         self._draw_order()
-        self._listing = digest_keys([*map(repr, self._sizes.items()), *map(repr, self._groups), *self.classes])
+        content = [scan.content for scan in scans.values()]
+        self._listing = digest_keys(
+            [*map(repr, self._sizes.items()), *map(repr, self._groups), *content, *self.classes]
+        )
         self.warning = "; ".join(filter(None, (found.warning, *self._warnings())))
         self._last: dict[int, pa.Table] = {}  # the last row group of a part, which the next part begins with
 
@@ -151,6 +164,8 @@ class ParquetSource:
             yield f"{self._path}: {self._unnamed}, so that all keys are numbers of rows, {self._key(0, None)}"
         if self._columns.label is None:
             yield f"{self._path}: without labels; --label-column names a column that has them"
+        if self._columns.is_named:
+            yield f"{self._path}: {len(self.classes)} classes, numbered as they occur in this split"
         if self._columns.left_out:
             yield f"{self._path}: columns that are left out: {shown(self._columns.left_out)}"
 
@@ -210,10 +225,14 @@ class ParquetSource:
     def _opened(self, name: str, **options: Any) -> Iterator[pq.ParquetFile]:
         path = self._root / name
         options |= {"page_checksum_verification": True, "metadata": self._footers.get(name)}
-        with reading(path), _open(path, self._sizes[name]) as file, pq.ParquetFile(file, **options) as parquet:
-            if is_remote(path):
-                self._footers[name] = parquet.metadata
-            yield parquet
+        with reading(path), _open(path, self._sizes[name]) as file:
+            # The labels of another file were not checked. A remote file is told by its labels alone, as they are used.
+            if not is_remote(path) and self._states.setdefault(name, state_of(file)) != state_of(file):
+                raise altered(path)
+            with pq.ParquetFile(file, **options) as parquet:
+                if is_remote(path):
+                    self._footers[name] = parquet.metadata
+                yield parquet
 
     def _choose_columns(self, image: str | None, label: str | None) -> Columns:
         name = next(iter(self._sizes))
@@ -265,8 +284,10 @@ class ParquetSource:
             return Rejected(file=where, reason="has no image")
         if len(data) > MAX_IMAGE_BYTES:
             return Rejected(file=where, reason=f"has more than {MAX_IMAGE_BYTES} bytes")
-        # A name is known, because all were read before.
-        label = None if value in (None, -1) else self._label_of[value] if columns.is_named else int(value)
+        label = self._label_of.get(value, -2) if columns.is_named and value is not None else value
+        if label is not None and not -1 <= label <= columns.top:  # all labels were checked before
+            raise altered(f"{self._root}/{where}")
+        label = None if label == -1 else label
         record = record_of(data, where, key=self._key(group.first + row, path), label=label, check=self._check)
         if isinstance(record, Rejected):
             return record

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from zpipe.pipeline.imagenet_names import wnids_of
+from zpipe.pipeline.sources import refuse_repeated
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import decode_json
 from zpipe.schemas.names import printable
@@ -23,6 +24,7 @@ RESERVED = ("width", "height", "source", "path", "box", "boxes", "box_labels", "
 MAX_VALUES = 64  # columns of plain values
 MAX_NAME_BYTES = 200
 MAX_CLASSES = 1_000_000
+MAX_LABEL = 999_999_999  # as in a labels.csv
 _SHOWN = 10
 _REMEDY = "write the file again"
 
@@ -47,6 +49,11 @@ class Columns:
     """Columns that are not read."""
     types: dict[str, pa.DataType]
     """Type of each column that is read."""
+
+    @property
+    def top(self) -> int:
+        """The largest number that may be a label."""
+        return len(self.classes) - 1 if self.classes else MAX_LABEL
 
     def check(self, schema: pa.Schema, where: str, first: str) -> None:
         """Check that another file has the same columns and classes.
@@ -209,7 +216,10 @@ def _classes(features: dict[str, Any], column: str, where: str) -> tuple[str, ..
     if names is None:
         return None
     check_classes(names, where)
-    return wnids_of(names) or tuple(names)
+    wnids = wnids_of(names)  # their English names are no class names: two of them are those of two classes
+    if wnids is None:
+        refuse_repeated(names, where)
+    return wnids or tuple(names)
 
 
 def _listed_names(feature: Any) -> list[str] | None:

@@ -117,7 +117,7 @@ def find_parquet(path: Path, split: str) -> ParquetFiles:
         ZpipeError: The folder cannot be listed.
     """
     with reading(path):
-        root, sizes = _list_remote(path) if is_remote(path) else _list_local(path)
+        root, sizes, left_out = _list_remote(path) if is_remote(path) else _list_local(path)
     if not sizes:
         raise UsageError(f"{path}: holds no {SUFFIX} file; give a folder of them, or one of them")
     wanted = _canonical(split)
@@ -132,6 +132,7 @@ def find_parquet(path: Path, split: str) -> ParquetFiles:
         chosen = list(places)
     elif wanted in splits:
         chosen = [name for name, (_, each) in places.items() if each == wanted]
+        left_out["files whose names tell no split"] = sum(each is None for _, each in places.values())
     else:
         raise UsageError(f"--split {split}: {path} has {_few(splits)}; give one of them")
     configs = sorted({places[name][0] for name in chosen})
@@ -140,31 +141,43 @@ def find_parquet(path: Path, split: str) -> ParquetFiles:
             f"{path}: holds several data sets with this split, in {_few([each or '.' for each in configs])}; give the "
             f"folder of one, such as {printable(str(root / configs[-1]))}"
         )
-    warning = _missing(path, chosen) if root == path else ""  # whoever gives one file wants no others
+    counted = ", ".join(f"{what} {count}" for what, count in left_out.items() if count)
+    lines = [f"{path}: left out: {counted}"] if counted else []
+    lines += _missing(path, chosen) if root == path else []  # whoever gives one file wants no others
+    warning = "; ".join(lines)
     return ParquetFiles(root=root, split=wanted, sizes={name: sizes[name] for name in chosen}, warning=warning)
 
 
-def _list_local(path: Path) -> tuple[Path, dict[str, int]]:
+def _list_local(path: Path) -> tuple[Path, dict[str, int], dict[str, int]]:
+    """The folder, the sizes of the files below it, and how many of what are left out."""
     if path.is_file():
-        return path.parent, {path.name: path.stat().st_size}
+        return path.parent, {path.name: path.stat().st_size}, {}
     if not path.is_dir():
         raise FileNotFoundError(path)
     sizes: dict[str, int] = {}
+    links = deep = 0
 
     def fail(error: OSError) -> None:
         raise error
 
     for folder, folders, names in os.walk(path, onerror=fail):
         inside = Path(folder).relative_to(path)
-        deepest = len(inside.parts) >= MAX_DEPTH
-        folders[:] = [] if deepest else sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        links += sum(os.path.islink(os.path.join(folder, name)) for name in folders)
+        if len(inside.parts) >= MAX_DEPTH:
+            deep += len(folders)
+            folders.clear()
         for name in names:
             if name.lower().endswith(SUFFIX) and not name.startswith("."):
-                sizes[(inside / name).as_posix()] = os.stat(os.path.join(folder, name)).st_size
-    return path, _bounded(path, sizes)
+                try:
+                    sizes[(inside / name).as_posix()] = os.stat(os.path.join(folder, name)).st_size
+                except FileNotFoundError as error:
+                    raise UsageError(f"{path / inside / name}: is a link to no file; mend or remove it") from error
+    left_out = {"links to folders": links, f"folders more than {MAX_DEPTH} levels deep": deep}
+    return path, _bounded(path, sizes), left_out
 
 
-def _list_remote(path: Path) -> tuple[Path, dict[str, int]]:
+def _list_remote(path: Path) -> tuple[Path, dict[str, int], dict[str, int]]:
     remote: Any = path
     store, inside = remote.fs, remote.path.rstrip("/")
     if path.name.lower().endswith(SUFFIX):
@@ -172,7 +185,7 @@ def _list_remote(path: Path) -> tuple[Path, dict[str, int]]:
         if found["type"] == "file":
             if found.get("size") is None:
                 raise ZpipeError(f"{path}: the server does not tell its size; download it, and give the file")
-            return path.parent, {path.name: int(found["size"])}
+            return path.parent, {path.name: int(found["size"])}, {}
     # Links of a web page may lead anywhere, so they are not followed.
     web = str(path).startswith("http")
     entries = (
@@ -184,7 +197,7 @@ def _list_remote(path: Path) -> tuple[Path, dict[str, int]]:
         if entry["type"] == "file" and name.lower().endswith(SUFFIX) and name != entry["name"]:
             size = entry["size"] if entry.get("size") is not None else store.info(entry["name"])["size"]
             sizes[name] = int(size)
-    return path, _bounded(path, sizes)
+    return path, _bounded(path, sizes), {}
 
 
 def _bounded(path: Path, sizes: dict[str, int]) -> dict[str, int]:
@@ -221,13 +234,13 @@ def _split_in(name: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _missing(path: Path, names: list[str]) -> str:
+def _missing(path: Path, names: list[str]) -> list[str]:
     """A warning if files are numbered `of` more than there are."""
     stems = (name.rpartition("/")[2][: -len(SUFFIX)] for name in names)
     stated = {int(numbered["files"]) for stem in stems if (numbered := _NUMBERED.fullmatch(stem))}
     if not stated or stated == {len(names)}:
-        return ""
-    return f"{path}: {len(names)} files; their names say that there are {' or '.join(map(str, sorted(stated)))}"
+        return []
+    return [f"{path}: {len(names)} files; their names say that there are {' or '.join(map(str, sorted(stated)))}"]
 
 
 def _few(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,6 @@ from zpipe.schemas.shard_index import rows_with_repeated_hashes
 
 MAX_GROUP_BYTES = 1 << 30
 MAX_GROUP_ROWS = 1 << 24
-MAX_LABEL = 999_999_999  # as in a labels.csv
 MAX_PATH_LENGTH = 1 << 12
 # A repeated value is stored once and unpacked for each row, so that the bound above is checked every few rows.
 ROWS_AT_ONCE, SMALL_ROWS_AT_ONCE = 16, 1 << 10
@@ -36,6 +36,8 @@ class Scan:
     """Rows of each row group, int64."""
     sizes: np.ndarray
     """Bytes of each row group, unpacked, int64; where they are many, of the columns that are read."""
+    content: str
+    """SHA-256 (hex) of the labels and the names of files of all rows."""
     hashes: np.ndarray
     """Hash of the key that each image would have by the name of its file, int64 [sum of `rows`]."""
     nameless: str = ""
@@ -61,23 +63,30 @@ def scan_file(file: pq.ParquetFile, columns: Columns, where: str, first: str) ->
     hashes: list[np.ndarray] = []
     nameless = "" if columns.has_path else "the images have no names of files"
     classes: set[str] = set()
+    content = hashlib.sha256()
     small = [columns.label] if columns.label else []
     small += [f"{columns.image}.path"] if columns.has_path else []
     row = 0
     for batch in file.iter_batches(batch_size=SMALL_ROWS_AT_ONCE, columns=small) if small else ():
+        labels: list[Any] = batch[columns.label].to_pylist() if columns.label else [None] * batch.num_rows
+        paths: list[str | None] = [None] * batch.num_rows
         if columns.label:
             found = _checked_labels(batch[columns.label], columns, where, row)
             check_classes(found - classes, where)
             classes |= found
+        if columns.has_path:
+            paths = pc.struct_field(batch[columns.image], "path").to_pylist()
+        content.update("".join(f"{path!r}\t{label!r}\n" for path, label in zip(paths, labels, strict=True)).encode())
         if not nameless:
-            keys = [_key_of(path) for path in pc.struct_field(batch[columns.image], "path").to_pylist()]
+            keys = [_key_of(path) for path in paths]
             nameless = _why_nameless(keys, where, row)
             hashes.append(np.array([xxhash.xxh3_64_intdigest(key.encode()) for key in keys], np.uint64))
         row += batch.num_rows
     if small and row != rows.sum():
         raise ZpipeError(f"{where}: says that it has {rows.sum()} rows, and has {row}; fetch it again")
     joined = np.concatenate([np.zeros(0, np.uint64), *hashes]).view(np.int64)
-    return Scan(rows=rows, sizes=sizes, hashes=joined, nameless=nameless, classes=frozenset(classes))
+    digest = content.hexdigest()
+    return Scan(rows=rows, sizes=sizes, content=digest, hashes=joined, nameless=nameless, classes=frozenset(classes))
 
 
 def bytes_and_path(image: Any) -> tuple[bytes | None, str | None]:
@@ -145,9 +154,9 @@ def _checked_labels(labels: pa.Array, columns: Columns, where: str, first: int) 
     """The names of classes among the labels of some rows; whole numbers are checked, `first` is that of the first."""
     if columns.is_named:
         return set(labels.unique().to_pylist()) - {None}
-    top = len(columns.classes) - 1 if columns.classes else MAX_LABEL
     bounds = pc.min_max(labels).as_py()
-    if bounds["min"] is not None and (bounds["min"] < -1 or bounds["max"] > top):
+    if bounds["min"] is not None and (bounds["min"] < -1 or bounds["max"] > columns.top):
+        top = columns.top
         number, label = next((n, label) for n, label in enumerate(labels.to_pylist()) if not -1 <= (label or 0) <= top)
         raise ZpipeError(
             f"{where}:{first + number}: has label {label}, not one of 0 to {top}, or -1 for none; correct the file, or "

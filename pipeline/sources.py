@@ -1,7 +1,8 @@
 """What a source of images is to `zpipe.pipeline.make_shards`, and the embedded scenes.
 
-`zpipe.pipeline.open_source` opens all sources by name; image folders are in `zpipe.pipeline.image_folder`, small
-published data sets in `zpipe.pipeline.datasets`.
+`zpipe.pipeline.open_source` opens all sources by name. Image folders are in `zpipe.pipeline.image_folder`; ImageNet is
+in `zpipe.pipeline.imagenet`, data sets in Parquet in `zpipe.pipeline.parquet`, VOC and COCO in
+`zpipe.pipeline.annotations`, CIFAR-10 and Flowers-102 in `zpipe.pipeline.datasets`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,7 @@ from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.image_formats import SUFFIX_OF_FORMAT
 from zpipe.schemas.images import DECODE_ERRORS, open_image, pixel_notes, to_rgb
+from zpipe.schemas.names import printable
 from zpipe.schemas.storage import read_file
 
 MAX_IMAGE_BYTES = 1 << 29  # of a file: 8,192 x 8,192 pixels of 8 bytes
@@ -204,6 +206,26 @@ def choose_split(name: str, split: str, splits: Collection[str]) -> None:
 def unchecked(check: bool) -> dict[str, bool]:
     """What `Source.describe` says of images that are not decoded; nothing of others, as in folders begun before."""
     return {} if check else {"check": False}
+
+
+def refuse_repeated(names: Sequence[str], where: Path | str) -> None:
+    """Raise :class:`ZpipeError` if two classes have one name, because labels are compared by names."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ZpipeError(f"{where}: two classes are named '{printable(name)[:60]}'; rename one of them")
+        seen.add(name)
+
+
+def state_of(file: BinaryIO) -> tuple[int, ...]:
+    """What tells whether a local file is still the one that was listed: its device, number, size and time of change."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def altered(where: Path | str) -> ZpipeError:
+    """The error of a file that is no longer the one that was listed."""
+    return ZpipeError(f"{where}: was altered since it was listed; run again")
 
 
 def check_seed(seed: int) -> None:

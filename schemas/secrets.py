@@ -27,7 +27,10 @@ _NAMED = re.compile(
     re.IGNORECASE,
 )
 # What stands before a colon in names that zpipe takes: `hf-hub:org/model@revision` has no password.
-_PREFIXES = ("timm", "hf-hub", "hf_hub", "local-dir", "class", "cifar10", "flowers102", "parquet", "voc", "coco")
+_PREFIXES = (
+    *("timm", "hf-hub", "hf_hub", "local-dir", "class"),
+    *("cifar10", "flowers102", "imagenet", "parquet", "voc", "coco"),  # the sources of `make-shards`
+)
 
 
 def holds_secret(text: str) -> bool:

@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.names import printable
-from zpipe.schemas.storage import storage_errors
+from zpipe.schemas.storage import open_file, storage_errors
 
 TAR_BLOCK = 512  # bytes
 MAX_HEADER_BYTES = 1 << 20  # of an extended header: names, times and attributes of one member
@@ -153,6 +153,38 @@ def read_members(
     """
     for member, _, _ in _checked(file, path, amount, remedy):
         yield member
+
+
+def read_packed(
+    path: Path, wanted: Callable[[str], bool], *, largest: int, max_bytes: int, remedy: str
+) -> Iterator[Member]:
+    """Yield the wanted members of a .tar.gz, in order, each read whole, and check that it is whole to its checksum.
+
+    Args:
+        path: The file.
+        wanted: Says by its name whether a member is wanted.
+        largest: Most bytes of a wanted member.
+        max_bytes: Most bytes that the file may unpack to.
+        remedy: What to do about a file that is not whole.
+
+    Raises:
+        ZpipeError: It cannot be read, unpacks to too much, or as for :func:`read_members`.
+    """
+
+    def amount(name: str, size: int) -> int:
+        if wanted(name) and size > largest:  # so that no archive fills the memory
+            raise ZpipeError(f"{path}: its {printable(name)} has {size} bytes, more than {largest}; {remedy}")
+        return size if wanted(name) else 0
+
+    try:
+        packed = open_file(path)
+    except OSError as error:
+        raise ZpipeError(f"{path}: can't be read ({error.strerror}); {remedy}") from error
+    with packed, gzip.open(packed) as unpacked:
+        # The tar is read to its end, and the checksum comes after it.
+        for member in read_members(Unzipped(unpacked, path, max_bytes, remedy), path, amount, remedy=remedy):
+            if wanted(member.name):
+                yield member
 
 
 def list_members(file: Readable, path: Path | str, *, remedy: str = REMEDY) -> Iterator[ListedMember]:

@@ -47,9 +47,9 @@ def make_shards_command(
     split: Annotated[
         str,
         typer.Option(
-            help="(not for image folders) train or val of scenes and cifar10; "
-            "train, val, test or trainval of flowers102 and voc; train, val or test of imagenet; any that the files of "
-            "parquet have."
+            help="Split of the data set: train or val (scenes, cifar10); train, val or test (imagenet); train, val, "
+            "test or trainval (flowers102, voc); any that is in the names of the files (parquet). Image folders and "
+            "coco have none."
         ),
     ] = "train",
     image_column: Annotated[
@@ -107,19 +107,6 @@ def make_shards_command(
         from zpipe.pipeline.make_shards import index_shards, make_shards
         from zpipe.pipeline.open_source import SourceConfig, open_source
 
-        if index_only:
-            index = index_shards(source, output, label_field=label_field, progress=progress)
-            tell(f"{source}: {index.count} images in {_counted(len(index.shards), 'shard')} indexed; {index.account}")
-            if not index.account.is_whole:
-                raise ZpipeError(
-                    f"{source}: {index.account.images_left_out} images were left out, because a key ends at the first "
-                    "dot of a name; rename them KEY.jpg in new tars, or go on without them: shards.json is written"
-                )
-            return
-        if label_field is not None:
-            raise UsageError("--label-field: is for tars as they are; give --index-only too")
-        if output is None:
-            raise UsageError("give an output folder: zpipe make-shards SOURCE OUTPUT")
         config = SourceConfig(
             shard_size=shard_size,
             keys=keys,
@@ -134,6 +121,20 @@ def make_shards_command(
             scene=parse_settings(settings, "--set"),
             check=not no_check,
         )
+        if index_only:
+            config.refuse_others("--index-only")
+            index = index_shards(source, output, label_field=label_field, progress=progress)
+            tell(f"{source}: {index.count} images in {_counted(len(index.shards), 'shard')} indexed; {index.account}")
+            if not index.account.is_whole:
+                raise ZpipeError(
+                    f"{source}: {index.account.images_left_out} images were left out, because a key ends at the first "
+                    "dot of a name; rename them KEY.jpg in new tars, or go on without them: shards.json is written"
+                )
+            return
+        if label_field is not None:
+            raise UsageError("--label-field: is for tars as they are; give --index-only too")
+        if output is None:
+            raise UsageError("give an output folder: zpipe make-shards SOURCE OUTPUT")
         report = make_shards(open_source(source, config, warn), output, progress=progress)
         tell(
             f"{output}: {report.count} images in {_counted(report.shards, 'shard')} ({report.written} written now), "

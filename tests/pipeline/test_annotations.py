@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from zpipe.pipeline.annotations import MAX_XML_BYTES, VOC_CLASSES, CocoSource, VocSource, read_voc_xml
+from zpipe.pipeline.annotations import VOC_CLASSES, CocoSource, VocSource
 from zpipe.pipeline.make_shards import make_shards
 from zpipe.pipeline.shard_reader import open_shards, read_samples
+from zpipe.pipeline.voc_xml import MAX_XML_BYTES, read_voc_xml
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.shard_index import read_index
 
@@ -209,6 +210,10 @@ XML_DAMAGE = {
         b'<!DOCTYPE a SYSTEM "/etc/passwd"><annotation>&a;</annotation>',
         "declares a document type",
     ),
+    "entities in UTF-16": (
+        '<!DOCTYPE a [<!ENTITY a "ha"><!ENTITY b "&a;&a;">]><annotation>&b;</annotation>'.encode("utf-16"),
+        "it declares a document type",
+    ),
     "too large": (b" " * (MAX_XML_BYTES + 1), "more than 1048576 bytes"),
     "an unknown encoding": (b"<?xml version='1.0' encoding='hex'?><annotation/>", "hex"),
     "no text": (b"\xff\xfe\0", "not well-formed|no element|unclosed"),
@@ -347,6 +352,11 @@ COCO_DAMAGE = {
     "a file elsewhere": (changed("images", 1, file_name="../../secret.jpg"), "outside of"),
     "an absolute file": (changed("images", 1, file_name="/etc/passwd"), "outside of"),
     "a file twice": (changed("images", 1, file_name="252219.png"), "252219.jpg has the key '252219' of 252219.png"),
+    "a category of the same name": (changed("categories", 0, name="dog"), "two classes are named 'dog'; rename one"),
+    "a file twice with long names": (
+        coco_json(images=[{"id": n, "file_name": "x" * 5000 + f"{n}/b", "width": 1, "height": 1} for n in (1, 2)]),
+        "x{77}[.]{3} has the key 'b' of x{77}[.]{3}; rename one",
+    ),
     "an absent file": (changed("images", 1, file_name="\u202ex.jpg"), "U.202E"),
     "no images": (coco_json(images=[]), "lists no images"),
 }
@@ -360,7 +370,16 @@ def test_a_json_that_is_no_coco_is_told_in_a_line(coco, tmp_path, damage):
     with pytest.raises(ZpipeError, match=told) as error:
         make_coco(path, tmp_path / "out")
     assert str(error.value).startswith(f"{path}: ") and str(error.value).isprintable()
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and len(str(error.value)) < 400 + 2 * len(str(path))
+
+
+def test_an_absent_file_with_a_name_that_no_file_has_is_told_in_a_short_line(coco, voc, tmp_path):
+    coco[0].write_text(json.dumps(changed("images", 1, file_name="x" * 5000 + "/b.jpg")))
+    with pytest.raises(ZpipeError, match="lacks 1 of the 3 images .* lists, x{77}[.]{3} the first"):
+        make_coco(coco[0], tmp_path / "out")
+    (voc[0] / "ImageSets" / "Main" / "train.txt").write_text("x" * 5000 + "/b")
+    with pytest.raises(ZpipeError, match="lacks 1 of the 1 images .* lists, x{77}[.]{3} the first"):
+        make_voc(voc[0], tmp_path / "out")
 
 
 @settings(deadline=None, max_examples=50)

@@ -255,7 +255,7 @@ def test_a_cut_or_altered_archive_is_never_half_a_data_set(cifar, flowers, tmp_p
         (["cifar10:{cifar}", "--seed", "-1"], "--seed -1"),
         (["cifar10:{cifar}.gone"], "no such file or folder; give cifar-10-binary.tar.gz"),
         (["flowers102:{flowers}/gone"], "no such file or folder; give the folder"),
-        (["{cifar}"], "no such folder; give a folder of images, cifar10:PATH, flowers102:PATH"),
+        (["{cifar}"], "no such folder; give a folder of images, 'scenes', or NAME:PATH; `zpipe make-shards --help`"),
     ],
 )
 def test_requests_that_make_no_sense(cifar, flowers, tmp_path, cli, args, told):

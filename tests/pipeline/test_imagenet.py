@@ -163,6 +163,13 @@ def test_published_labels_of_the_first_validation_images(tmp_path, encode):
     assert tuple(wnids()[label] for label in found) == classes
 
 
+def test_the_test_split_has_no_labels_in_class_folders_either(tmp_path, images):
+    root = image_folder(tmp_path / "in", images, "val")
+    (root / "val").rename(root / "test")
+    make(root, tmp_path / "out", "test")
+    assert [sample.label for sample in samples_of(tmp_path / "out").values()] == [None] * 15
+
+
 def test_the_kit_may_be_unpacked_and_is_checked(tmp_path, images, contents):
     root = official(tmp_path / "in", images, "val")
     make(root, tmp_path / "packed", "val")
@@ -242,6 +249,21 @@ def test_what_is_no_image_is_counted(tmp_path, images):
     }
     assert [item.file for item in report.quarantined] == ["stray.JPEG", f"{WNIDS[0]}/{WNIDS[0]}_5.JPEG"]
     assert report.count == 15 and report.account.seen == 15 + 5 + 2
+
+
+def test_content_decides_what_is_an_image_and_folders_inside_a_class_are_told(tmp_path, images, cli):
+    root = image_folder(tmp_path / "in", {WNIDS[0]: images[WNIDS[0]]}, "train")
+    wnid = root / "train" / WNIDS[0]
+    for number, path in enumerate(sorted(wnid.iterdir())):
+        path.rename(path.with_suffix(("", ".data", ".JPEG")[number]))
+    (wnid / "images").mkdir()
+    (wnid / "images" / f"{WNIDS[0]}_7.JPEG").write_bytes(images[WNIDS[0]][0])
+    done = cli("make-shards", f"imagenet:{root}", tmp_path / "out")
+    assert done.code == 0 and "seen 4, taken 3, left out 1 (folder inside a class 1), quarantined 0" in done.stdout
+    assert f"{root}: folders inside class folders (1) are not read; move their images up" in done.stderr
+    assert samples_of(tmp_path / "out").keys() == {
+        key for key, _, _ in published({WNIDS[0]: images[WNIDS[0]]}, "train")
+    }
 
 
 def test_the_archive_is_taken_where_a_tree_is_there_too(tmp_path, images):
@@ -352,6 +374,22 @@ DAMAGE = {
             "w:gz",
         ),
         "declares a document type",
+    ),
+    "boxes with entities in UTF-16": (
+        lambda root: write_tar(
+            root / "ILSVRC2012_bbox_val_v3.tgz",
+            {
+                "val/ILSVRC2012_val_00000001.xml": '<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>'.encode(
+                    "utf-16"
+                )
+            },
+            "w:gz",
+        ),
+        "declares a document type",
+    ),
+    "boxes without a byte": (
+        lambda root: write_tar(root / "ILSVRC2012_bbox_val_v3.tgz", {"val/ILSVRC2012_val_00000001.xml": b""}, "w:gz"),
+        "bbox_val_v3.tgz: val/ILSVRC2012_val_00000001.xml: not readable as XML .*no element found",
     ),
     "boxes of an unknown class": (
         lambda root: write_tar(
@@ -470,6 +508,27 @@ def test_other_boxes_or_labels_are_another_source(tmp_path, images, boxes):
         make(root, tmp_path / "out", "val")
 
 
+def test_an_archive_of_other_images_with_the_same_names_is_another_source(tmp_path, images):
+    root = official(tmp_path / "in", images, "train")
+    make(root, tmp_path / "out", "train")
+    assert make(root, tmp_path / "out", "train").written == 0
+    first, second, *others = images.items()
+    official(root, dict([(first[0], second[1]), (second[0], first[1]), *others]), "train")
+    with pytest.raises(ZpipeError, match="content_sha256"):
+        make(root, tmp_path / "out", "train")
+
+
+def test_a_run_begun_without_xml_boxes_is_not_resumed_with_them(tmp_path, images, boxes):
+    root = kaggle(tmp_path / "in", images, "train", boxes["train"], as_xml=True)
+    folder = root / "ILSVRC" / "Annotations"
+    folder.rename(tmp_path / "boxes")
+    make(root, tmp_path / "out", "train")
+    assert make(root, tmp_path / "out", "train").written == 0
+    (tmp_path / "boxes").rename(folder)
+    with pytest.raises(ZpipeError, match="content_sha256"):
+        make(root, tmp_path / "out", "train")
+
+
 def test_without_the_check_only_headers_are_read(tmp_path, images, cli):
     """A JPEG that is cut is taken then; what is no image, or no format of shards, is treated as ever."""
     cut = images[WNIDS[0]][0][:-200]
@@ -481,7 +540,9 @@ def test_without_the_check_only_headers_are_read(tmp_path, images, cli):
     extra = samples_of(tmp_path / "quick").keys() - samples_of(tmp_path / "checked").keys()
     assert extra == {f"{WNIDS[0]}_10026"} and samples_of(tmp_path / "quick")[extra.pop()].image == cut
     again = cli("make-shards", f"imagenet:{root}", tmp_path / "quick")
-    assert again.code == 1 and "was made with check = False, now it is None" in again.error
+    assert again.code == 1 and "was made with --no-check; give it too, or give another output folder" in again.error
+    again = cli("make-shards", f"imagenet:{root}", tmp_path / "checked", "--no-check")
+    assert again.code == 1 and "was made without --no-check; leave it out, or give another output" in again.error
     first = json.loads((tmp_path / "checked" / "make-shards.jsonl").read_text().splitlines()[0])
     assert "check" not in first  # so that folders begun before there was a choice are still resumed
     assert cli("make-shards", "scenes", tmp_path / "scenes", "--no-check").code == 2

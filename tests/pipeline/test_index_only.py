@@ -59,6 +59,20 @@ def public(tmp_path, encode):
     return root
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(["--no-check"], ["--no-shuffle"], ["--split", "val"], ["--shard-size", "10"], ["--keys", "path"]),
+        *(["--images", "x"], ["--image-column", "x"], ["--label-column", "x"], ["--seed", "1"], ["--count", "1"]),
+        *(["--image-size", "32"], ["--set", "pieces=[1,2]"]),
+    ],
+)
+def test_options_that_an_index_has_no_use_for_are_refused(public, cli, option):
+    done = cli("make-shards", "--index-only", public, *option)
+    assert done.code == 2 and f"{option[0]} has no meaning with --index-only" in done.error
+    assert not (public / "shards.json").exists()
+
+
 TRAIN = ["i1k-train-0000.tar", "i1k-train-0001.tar", "i1k-train-0002.tar"]
 VALIDATION = ["i1k-validation-0000.tar", "i1k-validation-0001.tar"]
 PATTERNS = [("i1k-train-*.tar", TRAIN), ("i1k-validation-{0000..0001}.tar", VALIDATION), ("*-000{1,2}.tar", None)]

@@ -149,7 +149,9 @@ def test_labels_of_minus_one_or_null_are_none_and_counted(tmp_path, pictures, cl
 def test_labels_that_are_names_are_numbered_in_their_order(tmp_path, pictures, kind):
     names = ["cat", "ant", None, "Zoo", "ant"]
     columns = {"image": images(pictures[:5]), "class": (kind, names)}
-    make(write(tmp_path / "x.parquet", columns), tmp_path / "out")
+    path = write(tmp_path / "x.parquet", columns)
+    assert "3 classes, numbered as they occur in this split" in open_parquet(path).warning
+    make(path, tmp_path / "out")
     assert read_index(tmp_path / "out").classes == ("Zoo", "ant", "cat")
     assert [sample.label for sample in samples_of(tmp_path / "out")] == [2, 1, None, 0, 1]
 
@@ -345,6 +347,53 @@ def test_a_data_set_that_changed_is_not_gone_on_with(plain, pictures, tmp_path):
         make(plain, tmp_path / "out", label_column="none")
 
 
+def test_a_file_that_changes_while_it_is_packed_is_noticed(plain, tmp_path):
+    source = open_parquet(plain)
+    path = plain / "data" / "train-00001-of-00003.parquet"
+    pq.write_table(pq.read_table(path), path, row_group_size=3)
+    assert len(list(source.records(0))) == 5
+    with pytest.raises(ZpipeError, match=f"{path}: was altered since it was listed; run again"):
+        list(source.records(2))
+
+
+@pytest.mark.parametrize(("kind", "before", "after"), [(pa.string(), "ant", "cat"), (pa.int64(), 1, 10**9)])
+def test_a_remote_label_that_was_not_there_before_is_noticed(tmp_path, pictures, kind, before, after):
+    url = as_path(f"memory://{tmp_path.name}/x.parquet")
+
+    def wrote(label):
+        columns = {"label": (kind, [label] * 2), "image": images(pictures[:2])}
+        path = write(tmp_path / "x.parquet", columns, compression="none", use_dictionary=False, write_statistics=False)
+        url.write_bytes(path.read_bytes())
+
+    wrote(before)
+    source = open_parquet(url)
+    wrote(after)
+    with pytest.raises(ZpipeError, match="x.parquet:0: was altered since it was listed; run again"):
+        list(source.records(0))
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.string()])
+def test_other_labels_or_names_in_a_file_of_the_same_size_are_another_data_set(tmp_path, pictures, kind):
+    path, labels, names = tmp_path / "x.parquet", [0, 1, 2, 1], ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
+    sizes = set()
+
+    def wrote(labels, names):
+        columns = {"label": (kind, pa.array(labels).cast(kind)), "image": images(pictures[:4], names)}
+        write(path, columns, compression="none", use_dictionary=False, write_statistics=False)
+        sizes.add(path.stat().st_size)
+
+    wrote(labels, names)
+    make(path, tmp_path / "out")
+    wrote(labels[::-1], names)
+    with pytest.raises(ZpipeError, match="listing_sha256"):
+        make(path, tmp_path / "out")
+    wrote(labels, names[::-1])
+    with pytest.raises(ZpipeError, match="listing_sha256"):
+        make(path, tmp_path / "out")
+    wrote(labels, names)
+    assert make(path, tmp_path / "out").written == 0 and len(sizes) == 1
+
+
 def test_training_reads_what_was_made(plain, tmp_path):
     make(plain, tmp_path / "out", shuffle_seed=2)
     seen = {}
@@ -414,6 +463,16 @@ def test_files_that_are_not_one_split_are_refused(tmp_path, names, split, told):
         (root / f"{name}.parquet").write_bytes(b"x")
     with pytest.raises(UsageError, match=re.escape(told.format(root=root))):
         find_parquet(root, split)
+
+
+def test_files_and_folders_that_are_passed_by_are_counted(plain, tmp_path, cli):
+    for name in ("extra", "more/a", "a/b/c/d/e/train"):
+        (plain / f"{name}.parquet").parent.mkdir(parents=True, exist_ok=True)
+        (plain / f"{name}.parquet").write_bytes(b"x")
+    (plain / "linked").symlink_to(plain / "data")
+    done = cli("make-shards", f"parquet:{plain}", tmp_path / "out")
+    counted = "links to folders 1, folders more than 4 levels deep 1, files whose names tell no split 2"
+    assert done.code == 0 and f"warning: {plain}: left out: {counted}\n" in done.stderr
 
 
 def test_a_data_set_that_lacks_files_is_told(plain, tmp_path, cli):
@@ -510,6 +569,12 @@ def test_class_names_that_are_none_are_refused(tmp_path, pictures, names):
     refused(
         write(tmp_path / "x.parquet", columns, metadata=described(label=class_label(names))), match="a class is named"
     )
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path, pictures):
+    columns = {"image": images(pictures[:2]), "label": (pa.int8(), [0, 2])}
+    path = write(tmp_path / "x.parquet", columns, metadata=described(label=class_label("abcbc")))
+    refused(path, match="x.parquet: two classes are named 'b'; rename one of them")
 
 
 def test_files_of_different_data_sets_are_refused(plain, pictures):
@@ -719,7 +784,7 @@ def test_damage_after_the_header_passes_where_nothing_is_decoded(tmp_path, pictu
     report = make(path, tmp_path / "out", check=False)
     assert [item.file for item in report.quarantined] == ["x.parquet:2"]
     assert [sample.image for sample in samples_of(tmp_path / "out")] == [pictures[0], cut]
-    with pytest.raises(ZpipeError, match="check = False, now it is None"):
+    with pytest.raises(ZpipeError, match="was made with --no-check; give it too"):
         make(path, tmp_path / "out")
 
 
@@ -782,6 +847,7 @@ def test_nothing_but_regular_files_is_read(tmp_path, cli):
     assert done.code == 2 and "no such file or folder" in done.error
     done = cli("make-shards", f"parquet:{tmp_path}", tmp_path / "out")
     assert done.code == 2 and not (tmp_path / "out").exists()
+    assert f"{tmp_path / 'gone.parquet'}: is a link to no file; mend or remove it" in done.error
 
 
 @pytest.mark.parametrize(

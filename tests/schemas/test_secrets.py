@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from zpipe.pipeline.open_source import NAMED
 from zpipe.pipeline.teacher import TeacherSpec
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.secrets import holds_secret, redacted, refuse_secret
@@ -117,6 +118,12 @@ def test_texts_with_credentials(text):
         with pytest.raises(UsageError) as error:
             function(text)
         assert CANARY not in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_an_at_sign_in_the_path_of_a_source_is_no_password(name):
+    refuse_secret(f"{name}:data/me@work/x")
+    refuse_secret(f"{name}:me@work")
 
 
 @pytest.mark.parametrize("text", ORDINARY)
