@@ -98,7 +98,7 @@ class TarStore:
         known = {shard.stem: shard for shard in maps.manifest.shards}
         for shard in shards:
             stored = known.get(shard.entry.stem)
-            other = "extract from these shards, give the right store, or join by image (--join image)"
+            other = "extract again, give the right store, or join by image (--join image)"
             if stored is None:
                 raise ZpipeError(f"{maps.path}: has no maps for {shard.path}; {other}")
             # The digest of a tar without an index is unknown; its keys are compared when it is read.
