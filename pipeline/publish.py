@@ -332,7 +332,7 @@ def _opening(
         why = _difference(provenance, listed, wanted)
         if why and not may_replace:
             name = f"{dataset}/{prefix}".rstrip("/")
-            raise UsageError(f"{name}: holds another store, {why}; give --replace, or another repository")
+            raise UsageError(f"{name}: holds {why}; give --replace, or another repository")
         # A store that only grows can be read meanwhile.
         is_changed |= bool(why) or (listed is not None and wanted is not None and not _grows(listed, wanted))
     published = {*publication.files, *publication.first, *publication.last}
@@ -346,7 +346,7 @@ def _opening(
 
 
 def _difference(provenance: Provenance, listed: StoreManifest | None, wanted: StoreManifest | None) -> str:
-    """Why a store of the repository is not one that this push completes; empty if it is.
+    """What a store of the repository is if this push does not complete it; empty if it does.
 
     Args:
         provenance: Its provenance.
@@ -354,11 +354,11 @@ def _difference(provenance: Provenance, listed: StoreManifest | None, wanted: St
         wanted: The manifest that is to be published in its place, if any.
     """
     if wanted is None:
-        return "which this one lacks"
+        return "a store, and the one to push has none there"
     if provenance.fingerprint() != wanted.provenance.fingerprint():
-        return "of other maps"
+        return "another store, of other maps"
     lost = sorted({shard.stem for shard in listed.shards} - {shard.stem for shard in wanted.shards}) if listed else []
-    return f"has a shard {lost[0]} that this one lacks" if lost else ""
+    return f"another store, has a shard {lost[0]} that this one lacks" if lost else ""
 
 
 def _grows(listed: StoreManifest, wanted: StoreManifest) -> bool:

@@ -96,7 +96,9 @@ def test_another_store_inside_replaces_the_whole(hub, store_copy, shards, tmp_pa
     """Until the last commit there is no store, not one with a part of the other; what is the same is not sent again."""
     push_store(with_logits(shards, store_copy), DATASET)
     shutil.rmtree(store_copy / "features")
-    with pytest.raises(UsageError, match="me/maps/features: holds another store, which this one lacks; give --replace"):
+    with pytest.raises(
+        UsageError, match="me/maps/features: holds a store, and the one to push has none there; give --r"
+    ):
         push_store(store_copy, DATASET)
     shutil.rmtree(store_copy / "logits")
     saved(shards, store_copy / "logits", "vector", (5,))
