@@ -20,8 +20,8 @@ import numpy as np
 from zpipe.pipeline.image_folder import find_images
 from zpipe.pipeline.imagenet_archives import ArchiveImages, find_archive
 from zpipe.pipeline.imagenet_boxes import (
-    Box,
     BoxTable,
+    LabelledBox,
     box_meta,
     read_box_archive,
     read_solutions,
@@ -169,7 +169,7 @@ class ImageNetSource(NumberedSource):
             return [f"{KAGGLE_BOXES / self._split}/"]
         return []
 
-    def _boxes(self, number: int, key: str) -> list[Box]:
+    def _boxes(self, number: int, key: str) -> list[LabelledBox]:
         if self._table is not None:
             return self._table.of(number)
         if self._xml_folder is None:
@@ -223,7 +223,7 @@ class ImageNetSource(NumberedSource):
         return replace(record, meta=meta, notes=record.notes + notes)
 
 
-def _label_of(boxes: list[Box], key: str, path: Path) -> int:
+def _label_of(boxes: list[LabelledBox], key: str, path: Path) -> int:
     found = {box.label for box in boxes}
     label = found.pop()
     if found or label is None:

@@ -31,7 +31,7 @@ MAX_COORDINATE = 1 << 24
 _REMEDY = "fetch it again"
 
 
-class Box(NamedTuple):
+class LabelledBox(NamedTuple):
     """A box in pixels of the image file, and the class of what it holds."""
 
     x1: float
@@ -63,7 +63,7 @@ class BoxTable:
         ZpipeError: An image is listed twice.
     """
 
-    def __init__(self, found: Iterable[tuple[str, list[Box]]], keys: Sequence[str], where: Path) -> None:
+    def __init__(self, found: Iterable[tuple[str, list[LabelledBox]]], keys: Sequence[str], where: Path) -> None:
         owners, edges, classes = array("q"), array("d"), array("h")
         listed = np.zeros(len(keys), bool)
         for key, boxes in found:
@@ -82,18 +82,18 @@ class BoxTable:
         self._classes = np.asarray(classes, np.int16)[order]
         self._first = np.searchsorted(np.asarray(owners, np.int64)[order], np.arange(len(keys) + 1))
 
-    def of(self, number: int) -> list[Box]:
+    def of(self, number: int) -> list[LabelledBox]:
         """The boxes of an image, in the order of the file."""
         first, end = self._first[number : number + 2]
         rows = zip(self._edges[first:end].tolist(), self._classes[first:end].tolist(), strict=True)
-        return [Box(x1, y1, x2, y2, None if label < 0 else label) for (x1, y1, x2, y2), label in rows]
+        return [LabelledBox(x1, y1, x2, y2, None if label < 0 else label) for (x1, y1, x2, y2), label in rows]
 
     def content(self) -> bytes:
         """What determines the boxes, for a digest."""
         return self._first.tobytes() + self._edges.tobytes() + self._classes.tobytes()
 
 
-def box_meta(boxes: list[Box], label: int | None) -> tuple[dict[str, object], tuple[str, ...]]:
+def box_meta(boxes: list[LabelledBox], label: int | None) -> tuple[dict[str, object], tuple[str, ...]]:
     """What `key.json` says of the boxes of an image.
 
     Args:
@@ -119,7 +119,7 @@ def box_meta(boxes: list[Box], label: int | None) -> tuple[dict[str, object], tu
     return meta, notes
 
 
-def read_solutions(path: Path) -> Iterator[tuple[str, list[Box]]]:
+def read_solutions(path: Path) -> Iterator[tuple[str, list[LabelledBox]]]:
     """Yield the key and the boxes of each image of `LOC_train_solution.csv` or `LOC_val_solution.csv`.
 
     Raises:
@@ -143,7 +143,7 @@ def read_solutions(path: Path) -> Iterator[tuple[str, list[Box]]]:
         raise ZpipeError(f"{path}: can't be read ({error.strerror}); fix its permissions") from error
 
 
-def read_box_archive(path: Path) -> Iterator[tuple[str, list[Box]]]:
+def read_box_archive(path: Path) -> Iterator[tuple[str, list[LabelledBox]]]:
     """Yield the key and the boxes of each XML file of an archive, such as `ILSVRC2012_bbox_val_v3.tgz`.
 
     Raises:
@@ -156,7 +156,7 @@ def read_box_archive(path: Path) -> Iterator[tuple[str, list[Box]]]:
         yield canonical_key(member.name), read_xml(member.data or b"", f"{path}: {printable(member.name)}")
 
 
-def read_xml(data: bytes, where: str) -> list[Box]:
+def read_xml(data: bytes, where: str) -> list[LabelledBox]:
     """The boxes of an XML file: of each `object` its `name` and its `bndbox` with xmin, ymin, xmax and ymax.
 
     Args:
@@ -170,7 +170,7 @@ def read_xml(data: bytes, where: str) -> list[Box]:
     return [_box(item.box, item.name, where, words=True) for item in objects]
 
 
-def _box(edges: Sequence[str | float], name: str, where: str, *, words: bool = False) -> Box:
+def _box(edges: Sequence[str | float], name: str, where: str, *, words: bool = False) -> LabelledBox:
     """A box with the class `name`, a wnid, or with `words` also any other name."""
     try:
         x1, y1, x2, y2 = (float(edge) for edge in edges)
@@ -181,7 +181,7 @@ def _box(edges: Sequence[str | float], name: str, where: str, *, words: bool = F
     label = labels().get(name)
     if label is None and (not name or not words or WNID.fullmatch(name)):
         raise ZpipeError(f"{where}: a box has the class {_shown(name)}, none of ImageNet's 1,000 wnids; {_REMEDY}")
-    return Box(x1, y1, x2, y2, label)
+    return LabelledBox(x1, y1, x2, y2, label)
 
 
 def _shown(text: str) -> str:

@@ -140,14 +140,18 @@ def open_source(text: str, config: SourceConfig, warn: Callable[[str], None] = p
         if getattr(config, setting) is not None and name != owner:
             raise UsageError(f"--{setting.replace('_', '-')} belongs to {owner}:; {text} has no such setting")
     if text == "scenes":
-        if not config.check:
-            raise UsageError("--no-check belongs to images that are read; the embedded scenes are made")
+        if not config.check or not config.shuffle or config.keys != SourceConfig.keys:
+            raise UsageError(
+                "--no-check, --no-shuffle and --keys belong to images that are read; the embedded scenes are made"
+            )
         scene = scene_config(config.image_size, dict(config.scene))
         return SceneSource(
             count=config.count, split=config.split, seed=config.seed, config=scene, shard_size=config.shard_size
         )
-    if config.scene or config.image_size:
-        raise UsageError("--image-size and --set belong to the embedded scenes; other sources have neither")
+    if config.scene or config.image_size or config.count != SourceConfig.count:
+        raise UsageError(
+            "--count, --image-size and --set belong to the embedded scenes; other sources have none of them"
+        )
     if not colon or name not in NAMED:
         if config.split != SourceConfig.split:
             raise UsageError(f"--split {config.split}: an image folder has no splits; give the folder of that split")

@@ -17,6 +17,13 @@ from zpipe.schemas.tar_file import TAR_BLOCK
 RECORD = 20 * TAR_BLOCK  # a tar ends at a multiple of this
 _CHUNK = 1 << 22  # bytes that are hashed and written at once
 _ZEROS = bytes(RECORD)
+_MAX_NAME, _MAX_SIZE = 100, 8**11 - 1  # of a plain header
+
+
+def _plain_header(name: str, size: int, owner: str) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.uname, info.gname = size, 0o444, owner, owner
+    return info.tobuf(tarfile.PAX_FORMAT)
 
 
 class TarWriter:
@@ -31,6 +38,8 @@ class TarWriter:
 
     def __init__(self, file: BinaryIO, owner: str) -> None:
         self._file, self._owner = file, owner
+        self._template = _plain_header("", 0, owner)
+        self._checksum = int(self._template[148:154], 8) - sum(b"%011o" % 0)
         self._hash = hashlib.sha256()
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._writing: Future[None] | None = None
@@ -55,10 +64,7 @@ class TarWriter:
         Raises:
             OSError: What was added before could not be written.
         """
-        info = tarfile.TarInfo(name)
-        info.size, info.mode, info.uname, info.gname = len(data), 0o444, self._owner, self._owner
-        head = info.tobuf(tarfile.PAX_FORMAT)
-        self._append(head, data, _ZEROS[: -len(data) % TAR_BLOCK])
+        self._append(self._header(name, len(data)), data, _ZEROS[: -len(data) % TAR_BLOCK])
 
     def finish(self) -> str:
         """Append the end mark, and flush the file.
@@ -75,6 +81,17 @@ class TarWriter:
         self._wait()
         self._file.flush()
         return self._hash.hexdigest()
+
+    def _header(self, name: str, size: int) -> bytes:
+        if len(name) > _MAX_NAME or not name.isascii() or size > _MAX_SIZE:
+            return _plain_header(name, size, self._owner)
+        # The same bytes; but making them anew takes as long as reading the header of an image.
+        octal = b"%011o" % size
+        total = self._checksum + sum(name.encode()) + sum(octal)
+        head = self._template
+        return b"".join(
+            (name.encode().ljust(_MAX_NAME, b"\0"), head[100:124], octal, head[135:148], b"%06o" % total, head[154:])
+        )
 
     def _append(self, *pieces: bytes) -> None:
         self._pieces += pieces

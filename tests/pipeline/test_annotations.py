@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from zpipe.pipeline import annotations
 from zpipe.pipeline.annotations import VOC_CLASSES, CocoSource, VocSource
 from zpipe.pipeline.make_shards import make_shards
 from zpipe.pipeline.shard_reader import open_shards, read_samples
@@ -371,6 +372,12 @@ def test_a_json_that_is_no_coco_is_told_in_a_line(coco, tmp_path, damage):
         make_coco(path, tmp_path / "out")
     assert str(error.value).startswith(f"{path}: ") and str(error.value).isprintable()
     assert not (tmp_path / "out").exists() and len(str(error.value)) < 400 + 2 * len(str(path))
+
+
+def test_annotations_of_coco_are_bounded(coco, tmp_path, monkeypatch):
+    monkeypatch.setattr(annotations, "MAX_COCO_BYTES", coco[0].stat().st_size - 1)
+    with pytest.raises(ZpipeError, match=f"{coco[0]}: .*has more than .* bytes, too many for a file of its kind"):
+        make_coco(coco[0], tmp_path / "out")
 
 
 def test_an_absent_file_with_a_name_that_no_file_has_is_told_in_a_short_line(coco, voc, tmp_path):

@@ -17,6 +17,7 @@ from packagings import KIT, devkit, hugging_face, image_folder, kaggle, official
 from scipy.io import loadmat, savemat
 from tiny import write_tar
 
+from zpipe.pipeline import imagenet_boxes
 from zpipe.pipeline.imagenet import ImageNetSource
 from zpipe.pipeline.imagenet_names import labels, synsets, wnids
 from zpipe.pipeline.make_shards import make_shards
@@ -410,6 +411,17 @@ def test_wrong_files_are_told_in_a_line(tmp_path, images, damage):
     with pytest.raises(ZpipeError, match=told) as error:
         make(root, tmp_path / "out", "val")
     assert str(root) in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_an_archive_of_boxes_that_unpacks_without_end_is_refused(tmp_path, images, boxes, monkeypatch):
+    root = official(tmp_path / "in", images, "val", boxes["val"])
+    monkeypatch.setattr(imagenet_boxes, "MAX_UNPACKED_BYTES", 5000)
+    with pytest.raises(ZpipeError, match="ILSVRC2012_bbox_val_v3.tgz: unpacks to more than 5000 bytes; fetch it again"):
+        make(root, tmp_path / "out", "val")
+    monkeypatch.undo()
+    write_tar(root / "ILSVRC2012_bbox_val_v3.tgz", {"val/a.xml": bytes((1 << 20) + 1)}, "w:gz")
+    with pytest.raises(ZpipeError, match="its val/a.xml has 1048577 bytes, more than 1048576; fetch it again"):
+        make(root, tmp_path / "out", "val")
 
 
 TRAIN_DAMAGE = {

@@ -719,6 +719,8 @@ def test_scenes_carry_label_and_box(tmp_path, cli):
         (["--set", "image_size=48.5"], "image_size is 48.5; give a whole number"),
         (["--set", "image_size=big"], "image_size is big; give a whole number"),
         (["--set", "pieces"], "write it as key=value"),
+        (["--no-shuffle"], "--no-shuffle and --keys belong to images that are read"),
+        (["--keys", "path"], "--no-shuffle and --keys belong to images that are read"),
     ],
 )
 def test_scene_options_that_make_no_sense(tmp_path, cli, args, told):

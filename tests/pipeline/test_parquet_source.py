@@ -856,6 +856,7 @@ def test_nothing_but_regular_files_is_read(tmp_path, cli):
         (["parquet:{plain}/gone"], "gone: no such file or folder; check the path"),
         (["parquet:{plain}", "--keys", "path"], "--keys belongs to image folders"),
         (["parquet:{plain}", "--seed", "-1"], "--seed -1"),
+        (["parquet:{plain}", "--count", "9"], "--count, --image-size and --set belong to the embedded scenes"),
         (["parquet:{plain}", "--images", "x"], "--images belongs to coco:"),
         (["{plain}", "--image-column", "image"], "--image-column belongs to parquet:"),
         (["scenes", "--label-column", "label"], "--label-column belongs to parquet:"),
