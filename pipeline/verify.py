@@ -118,6 +118,8 @@ def _check_shard(
         raise ZpipeError(
             f"{maps_path(root, shard.stem)}: shape {stored.shape}, {len(table)} rows, expected {expected}; {again}"
         )
+    if stored.dtype != KINDS[manifest.provenance.kind].dtype:
+        raise ZpipeError(f"{maps_path(root, shard.stem)}: its values are {stored.dtype}; {again}")
     if digest_maps(stored) != seal.maps_sha256:
         problems.append(f"{maps_path(root, shard.stem)}: its bytes are not those that were written; {again}")
         return table
