@@ -11,6 +11,7 @@ from zpipe.cli_options import Address, Device, ModelArgs, Shards
 from zpipe.console import count_or_auto, parse_settings, path_or_url, reporting, tell, warn
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.names import printable
+from zpipe.schemas.storage import as_local
 
 
 def make_shards_command(
@@ -135,6 +136,7 @@ def make_shards_command(
             raise UsageError("--label-field: is for tars as they are; give --index-only too")
         if output is None:
             raise UsageError("give an output folder: zpipe make-shards SOURCE OUTPUT")
+        output = as_local(output)
         report = make_shards(open_source(source, config, warn), output, progress=progress)
         tell(
             f"{output}: {report.count} images in {_counted(report.shards, 'shard')} ({report.written} written now), "
