@@ -36,27 +36,29 @@ class DigestRows:
 
     def __init__(self, digests: np.ndarray) -> None:
         high, low = _words(digests)
-        order = np.argsort(high, kind="stable")
+        self._order = np.argsort(high, kind="stable").astype(np.int32)  # no store has 2**31 rows in memory
+        self._high = high[self._order]
         several = np.zeros(len(high), bool)
-        equal = high[order][1:] == high[order][:-1]
+        equal = self._high[1:] == self._high[:-1]
         several[1:] |= equal
         several[:-1] |= equal
-        few = order[several]  # sorting all of them by both halves would take three times as long
-        order[several] = few[np.lexsort((low[few], high[few]))]  # equal digests stand in the order of their rows
-        self._order, self._high, self._low = order, high[order], low[order]
+        few = self._order[several]  # sorting all of them by both halves would take three times as long
+        self._order[several] = few[np.lexsort((low[few], high[few]))]  # equal digests stand in the order of their rows
+        self._low = low[self._order]
 
     def spans(self, digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where equal digests stand in the sorted order: begin and end of each, int64 [m]; begin = end for none.
+        """Where equal digests stand in the sorted order: begin and end of each, int32 [m]; begin = end for none.
 
         Args:
             digests: uint8 [m, 16].
         """
         high, low = _words(digests)
-        begin, end = np.empty(len(high), np.int64), np.empty(len(high), np.int64)
         # Sorted queries walk through memory in one direction, which is several times as fast.
-        order = np.argsort(high, kind="stable")
-        begin[order] = np.searchsorted(self._high, high[order], "left")
-        end[order] = np.searchsorted(self._high, high[order], "right")
+        order = np.argsort(high, kind="stable").astype(np.int32)
+        queries = high[order]
+        begin, end = np.empty(len(high), np.int32), np.empty(len(high), np.int32)
+        begin[order] = np.searchsorted(self._high, queries, "left")
+        end[order] = np.searchsorted(self._high, queries, "right")
         single = np.flatnonzero(end - begin == 1)
         end[single] -= self._low[begin[single]] != low[single]
         for place in np.flatnonzero(end - begin > 1).tolist():
@@ -98,4 +100,4 @@ class DigestRows:
 
 def _words(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     words = np.ascontiguousarray(digests).view(np.uint64).reshape(-1, 2)  # their order does not matter
-    return words[:, 0].copy(), words[:, 1].copy()
+    return words[:, 0].copy(), words[:, 1]

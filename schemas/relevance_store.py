@@ -287,7 +287,7 @@ class IndexFile:
         except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are not UTF-8
             raise self._damage(first_line(error)) from error
 
-    @property
+    @cached_property
     def _about(self) -> pq.FileMetaData:
         return self._file.metadata
 
@@ -319,10 +319,15 @@ class IndexFile:
         try:
             self._check_description(self._about, [schema.field(name) for name in names])
             # One thread, because callers read many shards in parallel.
-            table = self._file.read(columns=names, use_threads=False).replace_schema_metadata(None)
+            with self._file as file:
+                table = file.read(columns=names, use_threads=False).replace_schema_metadata(None)
             parts = [self._column(name, table[name]) for name in names]
         except (pa.ArrowException, OSError, KeyError, ValueError, NotImplementedError) as error:
             raise self._damage(first_line(error)) from error
+        finally:
+            self.__dict__.pop(
+                "_file", None
+            )  # closed: an open one would keep the data until the next garbage collection
         return pa.table(parts, schema=pa.schema([schema.field(name) for name in names]))
 
     def _check_description(self, about: pq.FileMetaData, fields: Sequence[pa.Field]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,14 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from zpipe.schemas.errors import ZpipeError, first_line, remedy_for
 from zpipe.schemas.geometry import Box
+from zpipe.schemas.image_digest import DIGEST_BYTES
 from zpipe.schemas.image_join import DigestRows, digest_column
 from zpipe.schemas.relevance_maps import RelevanceMaps, same_map
-from zpipe.schemas.relevance_store import OK
+from zpipe.schemas.relevance_store import OK, STATUSES
 from zpipe.schemas.shard_images import read_images, read_keys
 from zpipe.schemas.storage import map_files
 from zpipe.train.data.stream import Shard
@@ -175,21 +177,28 @@ class ImageStore:
 
     def __init__(self, maps: RelevanceMaps, shards: Sequence[Shard], folder: Path) -> None:
         self.maps, self._shards, self._folder = maps, shards, folder
-        names = ["image_digest", "label", "status", "scale"]
         centre = maps.manifest.provenance.frame != "full" and maps.kind.is_dense
-        table = maps.table(names + list(FRAME_COLUMNS if centre else ()))
-        self._scale = table["scale"].to_numpy()
-        self._status = table["status"].combine_chunks().dictionary_encode()
-        self._frames = _frames(table) if centre else None
-        labels = table["label"].to_numpy()
-        images = list(map_files(folder, lambda shard: read_images(folder, shard.entry), list(shards)))
-        wanted = np.concatenate([np.zeros(0, np.int32), *(label for label, _ in images)])
-        digests = np.concatenate([np.zeros((0, 16), np.uint8), *(digest for _, digest in images)])
-        matches = DigestRows(digest_column(table["image_digest"])).match(labels, digests, wanted)
+        digests, labels = np.empty((len(maps), DIGEST_BYTES), np.uint8), np.empty(len(maps), np.int32)
+        self._scale, self._status = np.empty(len(maps), np.float32), np.empty(len(maps), np.int8)
+        self._frames = np.empty((len(maps), 4), np.float32) if centre else None
+        names = ["image_digest", "label", "status", "scale", *(FRAME_COLUMNS if centre else ())]
+        tables = map_files(maps.path, lambda shard: maps.index(shard.stem, names), maps.manifest.shards)
+        for rows, table in zip(_spans(shard.count for shard in maps.manifest.shards), tables, strict=True):
+            digests[rows], labels[rows] = digest_column(table["image_digest"]), table["label"].to_numpy()
+            self._scale[rows] = table["scale"].to_numpy()
+            self._status[rows] = pc.index_in(table["status"], pa.array(STATUSES)).to_numpy()
+            if self._frames is not None:
+                self._frames[rows] = _frames(table)
+        known, count = DigestRows(digests), sum(shard.entry.count for shard in shards)
+        digests, wanted = np.empty((count, DIGEST_BYTES), np.uint8), np.empty(count, np.int32)
+        images = map_files(folder, lambda shard: read_images(folder, shard.entry), list(shards))
+        for rows, (label, digest) in zip(_spans(shard.entry.count for shard in shards), images, strict=True):
+            wanted[rows], digests[rows] = label, digest
+        matches = known.match(labels, digests, wanted)
         self._ends = np.cumsum([shard.entry.count for shard in shards], dtype=np.int64)
         self._rows = matches.rows
-        for image, rows in matches.doubtful:
-            self._check_alike(image, rows)
+        for image, candidates in matches.doubtful:
+            self._check_alike(image, candidates)
         found = self._rows >= 0
         self.count, self.found = len(self._rows), int(found.sum())
         other = labels[self._rows[found]] != wanted[found]
@@ -221,9 +230,7 @@ class ImageStore:
 
     def usable(self) -> list[np.ndarray]:
         """See `MapSource`."""
-        is_ok = np.array([status == OK for status in self._status.dictionary.to_pylist()] + [False])
-        codes = np.append(self._status.indices.to_numpy(), len(is_ok) - 1)  # the last one for row -1
-        usable = is_ok[codes[self._rows]]
+        usable = (self._status[self._rows] == STATUSES.index(OK)) & (self._rows >= 0)
         return [np.flatnonzero(rows).astype(np.int32) for rows in np.split(usable, self._ends[:-1])]
 
     def read(self, number: int) -> _ImageTensors:
@@ -235,7 +242,7 @@ class ImageStore:
         """The tensor in a row of the store; -1 for none."""
         if row < 0:
             return Found(ABSENT)
-        status = str(self._status[row])
+        status = STATUSES[self._status[row]]
         if status != OK:
             return Found(status)
         values = self.maps.decoded(np.asarray(self._values[row : row + 1]), self._scale[row : row + 1])[0]
@@ -282,6 +289,14 @@ class _ImageTensors:
 
     def find(self, row: int, key: str) -> Found:
         return self.store.find(int(self.rows[row]))
+
+
+def _spans(counts: Iterable[int]) -> Iterator[slice]:
+    """Where parts of these lengths lie, one after the other."""
+    end = 0
+    for count in counts:
+        end += count
+        yield slice(end - count, end)
 
 
 def _frames(table: pa.Table) -> np.ndarray:
