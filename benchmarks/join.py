@@ -33,7 +33,7 @@ from zpipe.schemas.shard_images import digest_images, write_images
 from zpipe.schemas.shard_index import ShardEntry, ShardIndex, digest_keys, read_index, write_index
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.map_stores import ImageStore
-from zpipe.train.data.stream import Shard
+from zpipe.train.data.stream import Shard, read_tar
 
 BATCH = 64
 
@@ -94,6 +94,7 @@ def compare(photos: Path, rounds: int) -> None:
         for name, loader in loaders(photos, Path(root)).items():
             streams[name] = forever(loader)
             next(streams[name])
+            print(json.dumps({"loader": name, "microseconds a sample": finding(loader)}))
         seconds: dict[str, list[float]] = {name: [] for name in streams}
         for _ in range(rounds):
             for name, stream in streams.items():
@@ -107,6 +108,23 @@ def compare(photos: Path, rounds: int) -> None:
             rate = 4 * BATCH / statistics.median(values)
             spread = f"{statistics.median(ratios):.3f} [{ratios[0]:.3f}, {ratios[-1]:.3f}]"
             print(json.dumps({"loader": name, "images_per_s": round(rate, 1), "of no maps": spread}))
+
+
+def finding(loader: RelevanceLoader) -> dict[str, str]:
+    """Microseconds of CPU time that finding a sample's tensor takes, by the name of the store."""
+    keys = [[sample.key for sample in read_tar(shard)] for shard in loader.shards]
+    found = {}
+    for name, store in loader.stores.items():
+        held = [store.read(number) for number in range(len(loader.shards))]
+        passes = []
+        for _ in range(7):
+            start = time.process_time()
+            for tensors, names in zip(held, keys, strict=True):
+                for row, key in enumerate(names):
+                    tensors.find(row, key)
+            passes.append((time.process_time() - start) / sum(map(len, keys)) * 1e6)
+        found[name] = f"{statistics.median(passes):.1f} [{min(passes):.1f}, {max(passes):.1f}]"
+    return found
 
 
 def forever(loader: RelevanceLoader):
