@@ -39,7 +39,7 @@ CASES = {
     ),
     "target": (
         lambda: ExplainConfig(target="best"),
-        "--target best: choose ground-truth, predicted or class:K",
+        "--target best: choose ground-truth, predicted, class:K or top:K",
     ),
     "keys": (lambda: FolderSource(NONE, key_rule="name", **SOURCE), "--keys name: choose stem or path"),
     "key": (lambda: key_for_file("a/b.jpg", "name"), "--keys name: choose stem or path"),
