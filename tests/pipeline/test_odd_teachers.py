@@ -10,10 +10,11 @@ from zpipe.pipeline.explainer import PRECISIONS, ExplainConfig, Explainer
 from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS
 from zpipe.pipeline.shard_reader import FramedImage
 from zpipe.pipeline.teacher import Teacher
-from zpipe.pipeline.worker import _append_row, _status
+from zpipe.pipeline.worker import _append_row, _Tensors
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.geometry import Box
-from zpipe.schemas.relevance_store import INDEX_SCHEMA, NONFINITE, OK, ZERO, concentration, encode_maps
+from zpipe.schemas.relevance_store import INDEX_SCHEMA, MORE_COLUMNS, NONFINITE, OK, ZERO, index_schema
+from zpipe.schemas.tensor_kinds import KINDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIDE = 16
@@ -94,13 +95,15 @@ def images():
 
 def statuses(explained):
     """The statuses of a batch, after all that a worker does with it up to the store."""
-    columns = {name: [] for name in INDEX_SCHEMA.names}
-    for relevance, logit, target in zip(*explained, strict=True):
-        item = FramedImage(key="k", label=0, pixels=logit, width=SIDE, height=SIDE, frame=Box(0, 0, SIDE, SIDE))
-        _append_row(columns, item, logit, int(target), _status(item, relevance, logit))
-    _, scale = encode_maps(explained.maps)
-    entropy, top_mass = concentration(explained.maps)
-    index = pa.table(columns | {"scale": scale, "entropy": entropy, "top10_mass": top_mass}).cast(INDEX_SCHEMA)
+    columns = {name: [] for name in index_schema(MORE_COLUMNS.names).names}
+    frame = {"width": SIDE, "height": SIDE, "frame": Box(0, 0, SIDE, SIDE), "digest": bytes(16)}
+    batch = [FramedImage(key=f"k{i}", label=0, pixels=logit, **frame) for i, logit in enumerate(explained.logits)]
+    for item, logit, target in zip(batch, explained.logits, explained.targets, strict=True):
+        _append_row(columns, item, logit, np.atleast_1d(target))
+    tensors = _Tensors(KINDS["map"])
+    tensors.add(batch, explained.logits, explained.maps.copy())
+    columns |= tensors.columns()
+    index = pa.table({field.name: pa.array(columns[field.name], field.type) for field in INDEX_SCHEMA})
     for row in index.to_pylist():
         assert row["status"] == NONFINITE or 0 <= row["predicted_probability"] <= 1
     return columns["status"]
