@@ -77,10 +77,10 @@ class _Source:
 
 @dataclass(frozen=True, kw_only=True)
 class _Store:
-    """A store at a source: the one that is asked for, or one inside it."""
+    """One of the stores that are downloaded: the requested store, or a store inside it."""
 
     folder: str
-    """Its folder inside the store that is asked for, a name of `SAVED`; empty for that store itself."""
+    """Its folder inside the requested store, a name of `SAVED`; empty for the requested store."""
     where: str
     """What messages call it."""
     data: bytes
@@ -94,7 +94,7 @@ class _Store:
         return f"{self.folder}/" if self.folder else ""
 
     def below(self, root: Path) -> Path:
-        """Where it is written if the store that is asked for is written to `root`."""
+        """The folder to write this store to when the requested store is written to `root`."""
         return root / self.folder if self.folder else root
 
 
@@ -222,10 +222,12 @@ def _bounded(request: Read, name: str, max_bytes: int) -> bytes:
 
 
 def _published_stores(source: _Source, maps_only: bool) -> tuple[list[_Store], tuple[str, ...]]:
-    """The stores at a source, the one that is asked for last, and what could not be found out.
+    """Find the stores at a source.
 
-    Stores inside it are found by their manifests, as web servers list nothing.
+    Returns:
+        The stores, the requested one last; and a line for each store whose presence the server does not reveal.
     """
+    # Stores inside it are found by their manifests, as web servers list nothing.
     try:
         stores = [_published_store(source, "")]
     except FileNotFoundError as error:

@@ -226,7 +226,8 @@ class ParquetSource:
         path = self._root / name
         options |= {"page_checksum_verification": True, "metadata": self._footers.get(name)}
         with reading(path), _open(path, self._sizes[name]) as file:
-            # The labels of another file were not checked. A remote file is told by its labels alone, as they are used.
+            # If the file was replaced since it was scanned, its labels have not been checked. Object stores have no
+            # state to compare; there, each label is compared when it is used.
             if not is_remote(path) and self._states.setdefault(name, state_of(file)) != state_of(file):
                 raise altered(path)
             with pq.ParquetFile(file, **options) as parquet:

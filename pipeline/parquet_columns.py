@@ -91,7 +91,7 @@ def choose_columns(
         is_image: Tells whether the first values of a column begin like image files.
 
     Raises:
-        UsageError: There is no such column, none can be told, or several can be meant.
+        UsageError: There is no such column, or none or several columns fit.
         ZpipeError: The metadata is damaged.
     """
     twice = next((name for name in schema.names if schema.names.count(name) > 1), None)

@@ -116,7 +116,7 @@ def push_store(
         progress: Reports verification and files.
 
     Raises:
-        UsageError: The repository holds something else, or is public though a private one was asked for.
+        UsageError: The repository holds something else, or is public although `private` is set.
         ZpipeError: A store is damaged, or the Hub refuses a request.
     """
     config = config or PushConfig()

@@ -279,7 +279,7 @@ class IndexFile:
             try:
                 # Texts are read as dictionaries: a text that is repeated a million times takes no more than one.
                 return pq.ParquetFile(pa.BufferReader(self._data), read_dictionary=self._texts)
-            except KeyError:  # one is missing, as `table` will say if it is asked for
+            except KeyError:  # one is missing; `table` raises the error when it is read
                 schema = pq.read_metadata(pa.BufferReader(self._data)).schema
                 paths = {schema.column(number).path for number in range(len(schema))}
                 texts = [name for name in self._texts if name in paths]

@@ -249,7 +249,7 @@ def find_shards(path: Path) -> tuple[Path, list[Path]]:
     if not is_pattern(path) or not is_too_long(path):
         check_reachable(path)
         try:
-            # A web server may answer for a folder as for a file, and sends a whole tar where a folder is asked for.
+            # A web server may answer for a folder as for a file, so testing a tar with `is_dir` may download all of it.
             is_tar = path.suffix == ".tar" and path.is_file()
             is_folder = not is_tar and path.is_dir()
             is_file = is_tar or (not is_folder and path.is_file())

@@ -232,7 +232,7 @@ def remove(path: Path) -> None:
 def file_sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
     """Size in bytes of each named file that exists in a folder; one request for a remote folder.
 
-    A web server is asked for each file.
+    On a web server, one request per file.
 
     Raises:
         ZpipeError: A web server does not say the size of a file.

@@ -22,7 +22,7 @@ from zpipe.pipeline.imagenet import ImageNetSource
 from zpipe.pipeline.imagenet_names import labels, synsets, wnids
 from zpipe.pipeline.make_shards import make_shards
 from zpipe.pipeline.mat_file import read_structs
-from zpipe.pipeline.open_source import NAMED, SourceConfig, open_source
+from zpipe.pipeline.open_source import SourceConfig, open_source
 from zpipe.pipeline.shard_reader import open_shards, read_samples
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.shard_index import read_index
@@ -84,8 +84,6 @@ def tars(out, contents):
 @pytest.mark.parametrize("packaging", PACKAGINGS)
 def test_keys_labels_bytes_and_class_names_are_those_of_the_publication(tmp_path, images, boxes, packaging, split):
     build, name = PACKAGINGS[packaging]
-    if name not in NAMED:
-        pytest.skip(f"there is no source {name}")
     labelled = (boxes["val"],) if (packaging, split) == ("Kaggle", "val") else ()
     root = build(tmp_path / "in", images, split, *labelled)
     make_shards(open_source(f"{name}:{root}", SourceConfig(split=split), lambda line: None), tmp_path / "out")
