@@ -62,8 +62,8 @@ class ExplainConfig:
         if not (self.target in ("ground-truth", "predicted") or numbered):
             raise UsageError(f"--target {self.target}: choose ground-truth, predicted, class:K or top:K")
         if self.top_classes == 0 or (self.top_classes and self.method in CLASS_BLIND):
-            reason = "gives the same map for every class" if self.top_classes else "has no map"
-            raise UsageError(f"--target {self.target}: {self.method} {reason}; choose another target")
+            reason = f"{self.method} gives the same map for every class" if self.top_classes else "K is at least 1"
+            raise UsageError(f"--target {self.target}: {reason}; choose another target, such as top:5 or predicted")
 
     @property
     def needs_label(self) -> bool:

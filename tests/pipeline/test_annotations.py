@@ -2,15 +2,13 @@
 
 import csv
 import json
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from killing import kill_after_three_tars
 
 from zpipe.pipeline import annotations
 from zpipe.pipeline.annotations import VOC_CLASSES, CocoSource, VocSource
@@ -443,15 +441,7 @@ def test_a_killed_run_goes_on(coco, encode, tmp_path, contents, command):
     make_coco(path, tmp_path / "whole", shard_size=1, shuffle_seed=0)
     out = tmp_path / "out"
     args = command("make-shards", f"coco:{path}", out, "--shard-size", 1)
-    running = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while len(list(out.glob("*.tar"))) < 3 and time.monotonic() < deadline:
-            time.sleep(0.001)
-    finally:
-        running.kill()
-        running.wait(30)
-    assert running.returncode == -signal.SIGKILL and not (out / "shards.json").exists()
+    kill_after_three_tars(args, out)
     assert make_coco(path, out, shard_size=1, shuffle_seed=0).written < count + len(COCO_IMAGES)
     assert contents(out) == contents(tmp_path / "whole")
 

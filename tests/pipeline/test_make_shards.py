@@ -5,15 +5,13 @@ import io
 import json
 import os
 import re
-import signal
-import subprocess
 import tarfile
 import threading
-import time
 import warnings
 
 import numpy as np
 import pytest
+from killing import kill_after_three_tars
 from PIL import Image
 from tiny import header, late_profile, write_tar
 
@@ -432,16 +430,8 @@ def test_a_killed_run_goes_on(photos, shards, tmp_path, contents, command):
     out = tmp_path / "out"
     args = ("make-shards", photos, out, "--shard-size", 1)
     make_shards(folder(photos, shard_size=1), tmp_path / "undisturbed")
-    running = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while len(list(out.glob("*.tar"))) < 3 and time.monotonic() < deadline:
-            time.sleep(0.001)
-    finally:
-        running.kill()
-        running.wait(30)
-    made = len(list(out.glob("*.tar")))
-    assert running.returncode == -signal.SIGKILL and 3 <= made < 18 and not (out / "shards.json").exists()
+    made = kill_after_three_tars(command(*args), out)
+    assert made < 18
     log = out / "make-shards.jsonl"
     log.write_bytes(log.read_bytes() + b'{"part": 17, "entry": nu')
     report = make_shards(folder(photos, shard_size=1), out)

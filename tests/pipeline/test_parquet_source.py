@@ -4,11 +4,9 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -19,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
+from killing import kill_after_three_tars
 from PIL import Image
 
 from zpipe.pipeline import parquet, parquet_scan
@@ -319,16 +318,8 @@ def test_a_killed_run_goes_on(plain, tmp_path, contents, command):
     out = tmp_path / "out"
     make(plain, tmp_path / "whole", shard_size=1, shuffle_seed=0)
     args = command("make-shards", f"parquet:{plain}", out, "--shard-size", 1)
-    running = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while len(list(out.glob("*.tar"))) < 3 and time.monotonic() < deadline:
-            time.sleep(0.001)
-    finally:
-        running.kill()
-        running.wait(30)
-    made = len(list(out.glob("*.tar")))
-    assert running.returncode == -signal.SIGKILL and 3 <= made < 24 and not (out / "shards.json").exists()
+    made = kill_after_three_tars(args, out)
+    assert made < 24
     report = make(plain, out, shard_size=1, shuffle_seed=0)
     assert report.count == 24 and 24 - made <= report.written <= 24 - made + 1
     assert contents(out) == contents(tmp_path / "whole")

@@ -121,7 +121,7 @@ def test_what_is_saved_may_be_asked_for_later_and_only_what_is_missing_is_writte
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"target": "top:0"}, "--target top:0: transformer-attribution has no map"),
+        ({"target": "top:0"}, "--target top:0: K is at least 1; choose another target"),
         ({"target": "top:x"}, "choose ground-truth, predicted, class:K or top:K"),
         ({"target": "top:11"}, "has 10 classes"),
         ({"save": ("logit",)}, "--save"),

@@ -184,8 +184,8 @@ class RelevanceLoader:
         self.stores = {name: self._joined(name, store) for name, store in named.items()}
         if self.maps is not None and self.maps.manifest.provenance.kind != "map":
             raise UsageError(
-                f"{self.maps.path}: holds {self.maps.manifest.provenance.kind}, not one map for each image; give the "
-                'loader a name for it: maps={"logits": store}'
+                f"{self.maps.path}: holds {self.maps.manifest.provenance.kind}, not one map for each image; give a "
+                'store of maps (RelevanceLoader takes this one under a name of its own: {"logits": store})'
             )
         if missing != "error":
             self._leave_out_unusable()
