@@ -62,7 +62,7 @@ def parse_address(text: str) -> HubDataset:
         raise UsageError(f"{text}: is no data set on the Hub; write it as hf://datasets/OWNER/NAME[@REVISION]")
     _check_installed(text)
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(found["name"])
@@ -73,7 +73,7 @@ def parse_address(text: str) -> HubDataset:
 
 def _check_installed(text: str) -> None:
     try:
-        from huggingface_hub.utils import disable_progress_bars, logging  # type: ignore[attr-defined]
+        from huggingface_hub.utils import disable_progress_bars, logging
     except ImportError as error:
         raise UsageError(f"{text}: needs huggingface_hub; install the extra hub") from error
     disable_progress_bars()  # ours shows the whole
@@ -116,7 +116,7 @@ def read_from_hub(dataset: HubDataset, name: str, max_bytes: int) -> bytes:
     """
     from huggingface_hub import hf_hub_url, hf_raise_for_status
     from huggingface_hub.errors import EntryNotFoundError
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils import build_hf_headers
 
     url = hf_hub_url(dataset.name, name, repo_type="dataset", revision=dataset.revision)
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
@@ -235,9 +235,9 @@ def _asked_wait_s(headers: Any) -> int | None:
 def _answer(error: BaseException | None) -> tuple[int | None, Any]:
     """Status and headers of the answer that an error, or one of its causes, is about; None if there was no answer."""
     while error is not None:
-        response = getattr(error, "response", None)
+        response: Any = getattr(error, "response", None)
         if getattr(response, "status_code", None) is not None:
-            return int(response.status_code), response.headers  # type: ignore[union-attr]
+            return int(response.status_code), response.headers
         if isinstance(status := getattr(error, "status", None), int):  # aiohttp, with which fsspec reads http
             return status, getattr(error, "headers", None) or {}
         error = error.__cause__
