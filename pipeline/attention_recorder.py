@@ -1,4 +1,4 @@
-"""Attention probabilities of any model, without hooks: calls of scaled dot-product attention are computed explicitly."""
+"""Attention probabilities of any model, without hooks: scaled dot-product attention is computed in explicit steps."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ class AttentionRecorder(TorchFunctionMode):
         **options: Any,
     ) -> tuple[Tensor, None]:
         """Of tokens [Q, B, D] and [N, B, D], as torch.nn.MultiheadAttention passes them."""
-        odd = {name for name in ("attn_mask", "key_padding_mask", "is_causal") if options.get(name) not in (None, False)}
+        masks = ("attn_mask", "key_padding_mask", "is_causal")
+        odd = [name for name in masks if options.get(name) not in (None, False)]
         if weight is None or bias_k is not None or bias_v is not None or add_zero_attn or odd:
             raise ValueError("a torch.nn.MultiheadAttention with masks, separate weights or added tokens is not known")
         biases = (None,) * 3 if bias is None else bias.chunk(3)

@@ -1,7 +1,7 @@
 """A vision transformer as attribution sees it: its blocks, its tokens, and how the answer is read from them.
 
-Families differ in where the answer is read (from a class token, the mean of the patches, a pooling attention) and in the
-names of their parts. A `Classifier` hides that: attribution methods know nothing of families.
+Families differ in where the answer is read (from a class token, the mean of the patches, a pooling attention) and in
+the names of their parts. A `Classifier` hides that: attribution methods know nothing of families.
 
 Symbols in the shape comments: B images, N tokens, D width, F features that the head reads.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import torch
 from timm.models.beit import Beit
@@ -18,6 +19,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from typing_extensions import override
 
 # What a head reads: the class token, the distillation token, the mean of the patch tokens (or of all tokens), or the
 # result of a pooling attention, whose query is a parameter.
@@ -25,69 +27,57 @@ Part = Literal["class", "distilled", "mean", "mean of all", "pool"]
 Targets = Tensor | Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Sizes of a ViT, and what its own head reads."""
+
+    blocks: Sequence[nn.Module]
+    """The transformer blocks in order; each computes one self-attention."""
+    parts: tuple[Part, ...]
+    """What the head reads, each with an equal share in the answer."""
+    image_size: tuple[int, int]
+    """Height and width of the input in pixels."""
+    grid: tuple[int, int]
+    """Height and width of the input in patches."""
+    channels: int
+    """Number of channels of the input."""
+    prefix_tokens: int
+    """Number of tokens before the patches: class, distillation and register tokens."""
+    width: int
+    """D, the width of a token."""
+    num_heads: int
+    """Number of heads of a block's attention."""
+    classes: int
+    """Number of classes of the head; 0 for none."""
+
+
 class Classifier(nn.Module, ABC):
     """A ViT of any family; `forward` gives its logits [B, classes].
 
     Args:
         model: The model, with its own head or none.
+        layout: Its sizes, which become attributes: `blocks`, `image_size`, `grid`, `channels`, `prefix_tokens`,
+            `width`, `num_heads`, `num_classes`, and `tokens`, N.
         head: A head in place of the model's own; None keeps it.
 
     Attributes:
         model: The model.
         head: The head in place of its own, or None.
+        parts: What the head reads.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module, layout: Layout, head: nn.Module | None = None) -> None:
         super().__init__()
         self.model: Any = model
-        self.head = head
+        self.head: Any = head
+        self.blocks = tuple(layout.blocks)
+        self.parts: tuple[Part, ...] = layout.parts if head is None else getattr(head, "parts", layout.parts)
+        self.image_size, self.grid, self.channels = layout.image_size, layout.grid, layout.channels
+        self.prefix_tokens, self.width, self.num_heads = layout.prefix_tokens, layout.width, layout.num_heads
+        self.num_classes = layout.classes if head is None else int(cast(Any, head).num_classes)
+        self.tokens = self.prefix_tokens + self.grid[0] * self.grid[1]
 
     # -- what a family says
-
-    @property
-    @abstractmethod
-    def blocks(self) -> Sequence[nn.Module]:
-        """The transformer blocks in order; each computes one self-attention."""
-
-    @property
-    @abstractmethod
-    def parts(self) -> tuple[Part, ...]:
-        """What the model's own head reads, each with an equal share in the answer."""
-
-    @property
-    @abstractmethod
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the input in pixels."""
-
-    @property
-    @abstractmethod
-    def grid(self) -> tuple[int, int]:
-        """Height and width of the input in patches."""
-
-    @property
-    @abstractmethod
-    def channels(self) -> int:
-        """Number of channels of the input."""
-
-    @property
-    @abstractmethod
-    def prefix_tokens(self) -> int:
-        """Number of tokens before the patches: class, distillation and register tokens."""
-
-    @property
-    @abstractmethod
-    def width(self) -> int:
-        """D, the width of a token."""
-
-    @property
-    @abstractmethod
-    def num_heads(self) -> int:
-        """Number of heads of a block's attention."""
-
-    @property
-    @abstractmethod
-    def own_classes(self) -> int:
-        """Number of classes of the model's own head; 0 for none."""
 
     @abstractmethod
     def run_blocks(self, images: Tensor) -> None:
@@ -106,16 +96,6 @@ class Classifier(nn.Module, ABC):
         """Apply the model's own head to what it reads; [B, F] -> [B, classes]."""
 
     # -- what follows from it
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return self.own_classes if self.head is None else int(self.head.num_classes)
-
-    @property
-    def tokens(self) -> int:
-        """N, the number of tokens of an image."""
-        return self.prefix_tokens + self.grid[0] * self.grid[1]
 
     def forward(self, images: Tensor) -> Tensor:
         """Classify normalised images; [B, C, H, W] -> [B, classes]."""
@@ -150,12 +130,11 @@ class Classifier(nn.Module, ABC):
 
         Where the head reads several parts, each has an equal share.
         """
-        parts = self.parts if self.head is None else getattr(self.head, "parts", self.parts)
-        if parts == ("pool",):
+        if self.parts == ("pool",):
             return None
         weight = next(self.model.parameters())
         row = torch.zeros(self.tokens, dtype=weight.dtype, device=weight.device)
-        for part in parts:
+        for part in self.parts:
             share = torch.zeros_like(row)
             if part == "class":
                 share[0] = 1
@@ -165,7 +144,7 @@ class Classifier(nn.Module, ABC):
                 share[self.prefix_tokens :] = 1 / (self.tokens - self.prefix_tokens)
             else:
                 share[:] = 1 / self.tokens
-            row += share / len(parts)
+            row += share / len(self.parts)
         return row
 
 
@@ -175,59 +154,29 @@ def first(output: Any) -> Tensor:
 
 
 class TimmClassifier(Classifier):
-    """timm's VisionTransformer, Eva (EVA-02, DINOv3) and Beit, with a class token, mean or attention pooling."""
+    """timm's VisionTransformer, Eva (EVA-02, DINOv3) and Beit, with a class token, mean or attention pooling.
 
-    @property
-    def blocks(self) -> Sequence[nn.Module]:
-        return list(self.model.blocks)
+    Args:
+        model: The model.
+        head: A head in place of its own; None keeps it.
+    """
 
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        if getattr(self.model, "attn_pool", None) is not None:
-            return ("pool",)
-        if self.model.global_pool == "token":
-            return ("class",)
-        return ("mean of all" if getattr(self.model, "pool_include_prefix", False) else "mean",)
+    def __init__(self, model: Any, head: nn.Module | None = None) -> None:
+        super().__init__(model, _timm_layout(model, _timm_parts(model)), head)
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        height, width = self.model.patch_embed.img_size
-        return height, width
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        height, width = self.model.patch_embed.grid_size
-        return height, width
-
-    @property
-    def channels(self) -> int:
-        return int(self.model.patch_embed.proj.in_channels)
-
-    @property
-    def prefix_tokens(self) -> int:
-        return int(self.model.num_prefix_tokens)
-
-    @property
-    def width(self) -> int:
-        return int(self.model.embed_dim)
-
-    @property
-    def num_heads(self) -> int:
-        return int(self.model.blocks[0].attn.num_heads)
-
-    @property
-    def own_classes(self) -> int:
-        return int(self.model.num_classes)
-
+    @override
     def run_blocks(self, images: Tensor) -> None:
         self.model.forward_features(images)
 
+    @override
     def normalise(self, tokens: Tensor) -> Tensor:
         return self.model.norm(tokens)
 
+    @override
     def pool(self, tokens: Tensor) -> Tensor:
         return self.model.forward_head(tokens, pre_logits=True)
 
+    @override
     def answer(self, pooled: Tensor) -> Tensor:
         return self.model.head(pooled)
 
@@ -238,27 +187,48 @@ class DistilledClassifier(TimmClassifier):
     Args:
         model: The model.
         head: A head in place of its own; None keeps them.
-        parts: Whose answer counts: that of the class token, of the distillation token, or the mean of both.
+        own: Whose answer counts: that of the class token, of the distillation token, or the mean of both.
     """
 
     def __init__(
-        self, model: nn.Module, head: nn.Module | None = None, parts: tuple[Part, ...] = ("class", "distilled")
+        self, model: Any, head: nn.Module | None = None, own: tuple[Part, ...] = ("class", "distilled")
     ) -> None:
-        super().__init__(model, head)
-        self._parts = parts
+        Classifier.__init__(self, model, _timm_layout(model, own), head)
+        self._own = own
 
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        return self._parts
-
+    @override
     def pool(self, tokens: Tensor) -> Tensor:
-        return torch.cat([tokens[:, ("class", "distilled").index(part)] for part in self._parts], dim=1)  # [B, 1-2 D]
+        return torch.cat([tokens[:, ("class", "distilled").index(part)] for part in self._own], dim=1)  # [B, D or 2D]
 
+    @override
     def answer(self, pooled: Tensor) -> Tensor:
         heads = {"class": self.model.head, "distilled": self.model.head_dist}
-        read = pooled.unflatten(1, (len(self._parts), -1))  # [B, 1 or 2, D]
-        logits = [heads[part](read[:, place]) for place, part in enumerate(self._parts)]
+        read = pooled.unflatten(1, (len(self._own), -1))  # [B, 1 or 2, D]
+        logits = [heads[part](read[:, place]) for place, part in enumerate(self._own)]
         return torch.stack(logits).mean(dim=0)
+
+
+def _timm_parts(model: Any) -> tuple[Part, ...]:
+    if getattr(model, "attn_pool", None) is not None:
+        return ("pool",)
+    if model.global_pool == "token":
+        return ("class",)
+    return ("mean of all" if getattr(model, "pool_include_prefix", False) else "mean",)
+
+
+def _timm_layout(model: Any, parts: tuple[Part, ...]) -> Layout:
+    embed = model.patch_embed
+    return Layout(
+        blocks=tuple(model.blocks),
+        parts=parts,
+        image_size=tuple(embed.img_size),
+        grid=tuple(embed.grid_size),
+        channels=embed.proj.in_channels,
+        prefix_tokens=model.num_prefix_tokens,
+        width=model.embed_dim,
+        num_heads=model.blocks[0].attn.num_heads,
+        classes=model.num_classes,
+    )
 
 
 def as_classifier(model: nn.Module, head: nn.Module | None = None) -> Classifier:
