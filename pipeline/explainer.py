@@ -13,10 +13,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from zpipe.pipeline.classifier import Targets
 from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS
 from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
-from zpipe.pipeline.supported import Targets
 from zpipe.pipeline.teacher import Teacher
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
