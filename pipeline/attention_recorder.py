@@ -1,4 +1,4 @@
-"""Attention probabilities of any model, without hooks: calls of scaled dot-product attention are computed explicitly."""
+"""Attention probabilities of any model, without hooks: scaled dot-product attention is computed in explicit steps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from zpipe.pipeline.classifier import Classifier
 
@@ -48,6 +49,7 @@ class AttentionRecorder(TorchFunctionMode):
         super().__exit__(*raised)
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
 
+    @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from zpipe.pipeline.attention_recorder import AttentionRecorder
 
@@ -37,6 +38,7 @@ class BalancedGradients(AttentionRecorder):
     def __init__(self, *, differentiate: bool = False) -> None:
         super().__init__(change=lambda p: p.detach().requires_grad_(differentiate))
 
+    @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         rule = RULES.get(func)
         if rule is None:
