@@ -94,6 +94,10 @@ def _quotient(func: Callable[..., Any], a: Any, b: Any, **kwargs: Any) -> Any:
     return func(a, b.detach() if isinstance(b, Tensor) else b, **kwargs)
 
 
+def _normalize(_func: object, x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, **_out: None) -> Tensor:
+    return x / x.detach().norm(p, dim, keepdim=True).clamp_min(eps)
+
+
 def _is_activation(x: object) -> bool:
     return isinstance(x, Tensor) and x.requires_grad and not x.is_leaf
 
@@ -101,6 +105,7 @@ def _is_activation(x: object) -> bool:
 RULES: dict[Any, Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     F.rms_norm: _rms_norm,
+    F.normalize: _normalize,
     **dict.fromkeys((F.gelu, F.silu), _gate),
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.rsqrt, Tensor.rsqrt), _constant),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__), _product),

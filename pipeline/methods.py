@@ -54,17 +54,18 @@ def gradient_attention(model: nn.Module, images: Tensor, targets: Targets) -> At
     Arguments, result and exceptions are those of `Method`.
     """
     classifier = _checked(model, images, targets)
-    with _autograd(images) as images, AttentionRecorder(_begin_graph) as recorder:
-        logits = classifier(images)
-    recorder.check(classifier, len(images))
-    chosen, single = resolve_targets(targets, logits.detach())
     rows = []
-    for grads in _gradients(logits, chosen, recorder.recorded):
-        positive = [(a.detach() * g).clamp_(min=0) for a, g in zip(recorder.recorded, grads, strict=True)]
-        row = _first_row(classifier, positive)
-        for matrices in reversed(positive):
-            row = row + _through(row, matrices)
-        rows.append(row)
+    with _autograd(images) as images:
+        with AttentionRecorder(_begin_graph) as recorder:
+            logits = classifier(images)
+        recorder.check(classifier, len(images))
+        chosen, single = resolve_targets(targets, logits.detach())
+        for grads in _gradients(logits, chosen, recorder.recorded):
+            positive = [(a.detach() * g).clamp_(min=0) for a, g in zip(recorder.recorded, grads, strict=True)]
+            row = _first_row(classifier, positive)
+            for matrices in reversed(positive):
+                row = row + _through(row, matrices)
+            rows.append(row)
     return _attribution(classifier, rows, single, logits)
 
 
@@ -87,19 +88,29 @@ def legrad(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
 
 
 def libragrad(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
-    """PLACEHOLDER."""
+    """The sum over blocks of token times gradient at the block's input, by a complete backward pass.
+
+    Source: Mehri et al., CVPR 2025: the corrected backward pass of `zpipe.pipeline.libragrad`, in a sum over layers as
+    their FullGrad+ takes it, of the tokens alone: biases are no part of the image. Relevance may be negative.
+
+    Arguments, result and exceptions are those of `Method`.
+    """
     classifier = _checked(model, images, targets)
-    entered: list[Tensor] = []
+    tokens: list[Tensor] = []  # the input [B, N, D] of each block
 
-    def enter(_block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        entered.append(args[0].detach().requires_grad_())
-        return (entered[0], *args[1:])
+    def begin_block(_block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        tokens.append(args[0])
 
-    hook = classifier.blocks[0].register_forward_pre_hook(enter)
-    with _removed(hook), _autograd(images) as images, BalancedGradients():
-        logits = classifier(images)
-    chosen, single = resolve_targets(targets, logits.detach())
-    rows = [(entered[0].detach() * grad).sum(dim=2) for (grad,) in _gradients(logits, chosen, entered)]
+    hooks = [block.register_forward_pre_hook(begin_block) for block in classifier.blocks]
+    with _autograd(images) as images:
+        with _removed(*hooks), BalancedGradients() as recorder:
+            logits = classifier(images.requires_grad_())
+        recorder.check(classifier, len(images))
+        chosen, single = resolve_targets(targets, logits.detach())
+        rows = []
+        for grads in _gradients(logits, chosen, tokens):
+            shares = [(x.detach() * grad).sum(dim=2) for x, grad in zip(tokens, grads, strict=True)]  # [B, N] each
+            rows.append(torch.stack(shares).sum(dim=0))
     return _attribution(classifier, rows, single, logits)
 
 
@@ -246,7 +257,7 @@ def _legrad_by_block(classifier: Classifier, images: Tensor, targets: Targets) -
     def end_block(_block: nn.Module, _args: object, output: object) -> object:
         waiting.append((recorder.recorded[:], first(output)))
         recorder.recorded.clear()
-        if known is not None and waiting[-1][0]:
+        if known is not None and len(waiting[-1][0]) == 1:
             finish(known)
         cut = first(output).detach()  # the gradient of the blocks above ends here
         return (cut, *output[1:]) if isinstance(output, tuple) else cut
