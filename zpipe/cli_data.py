@@ -203,7 +203,10 @@ def extract_command(
     ] = "same",
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     method: Annotated[
-        str, typer.Option(help="transformer-attribution, gradient-attention, rollout or class-attention.")
+        str,
+        typer.Option(
+            help="transformer-attribution, gradient-attention, legrad, libragrad, rollout or class-attention."
+        ),
     ] = "transformer-attribution",
     target: Annotated[
         str,

@@ -30,7 +30,8 @@ CASES = {
     ),
     "method": (
         lambda: ExplainConfig(method="lrp"),
-        "--method lrp: choose one of transformer-attribution, gradient-attention, rollout, class-attention",
+        "--method lrp: choose one of transformer-attribution, gradient-attention, legrad, libragrad, rollout, "
+        "class-attention",
     ),
     "precision": (
         lambda: ExplainConfig(precision="half"),
