@@ -25,7 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from zpipe.pipeline.classifier import Classifier, as_classifier
-from zpipe.pipeline.explainer import PRECISIONS
+from zpipe.pipeline.explainer import PRECISIONS, precisions_of
 from zpipe.pipeline.methods import DEFAULT_METHOD, METHODS, methods_of
 from zpipe.pipeline.relevance import attribute
 from zpipe.pipeline.shard_reader import frame_image, open_shards, read_samples
@@ -55,7 +55,7 @@ def golden() -> tuple[Classifier, Tensor, Tensor, Tensor]:
 
 
 def photos(run: Path, shards: Path, limit: int) -> tuple[Classifier, Tensor, Tensor]:
-    """The teacher of a run, and normalised photos [limit, 3, H, W] with their classes, evenly spread over the shards."""
+    """The teacher of a run, and normalised photos [limit, 3, H, W] with their classes, spread over the shards."""
     teacher = load_teacher(TeacherSpec(weights=str(run)))
     tars, _ = open_shards(shards)
     frame, step = frame_of(teacher, "full"), max(1, sum(entry.count for _, entry in tars) // limit)
@@ -70,8 +70,9 @@ def against_published(device: str) -> None:
     classifier, images, targets, expected = golden()
     print("                     largest difference            rank correlation     top 20 kept")
     print("precision            median      90 %     worst     median     worst     mean   worst")
-    for name, (dtype, sweep) in PRECISIONS.items():
-        if (sweep == "tf32" and device == "cpu") or name == "bfloat16":  # which transformer attribution does not have
+    for name in precisions_of(DEFAULT_METHOD):
+        dtype, sweep = PRECISIONS[name]
+        if sweep == "tf32" and device == "cpu":
             continue
         inputs = images.to(device, dtype), targets.to(device)
         model = copy.deepcopy(classifier.model).to(device, dtype)
@@ -107,7 +108,7 @@ def against_float64(classifier: Classifier, images: Tensor, targets: Tensor, bat
         exact, _ = maps(method, "float64")
         base, base_times = maps(method, "float32")
         rows = {"float32": (base, base_times)}
-        if method != DEFAULT_METHOD:
+        if "bfloat16" in precisions_of(method):
             rows["bfloat16"] = maps(method, "bfloat16")
         for precision, (found, times) in rows.items():
             rank = spearman(found, exact)

@@ -36,7 +36,7 @@ CASES = {
     "precision": (
         lambda: ExplainConfig(precision="half"),
         "--precision half: choose one of float32, float64, float64+float32, float64+bfloat16, float32+bfloat16, "
-        "float32+tf32",
+        "float32+tf32, bfloat16",
     ),
     "target": (
         lambda: ExplainConfig(target="best"),
