@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from tiny import write_tar
 
 from zpipe.pipeline.explainer import (
-    precisions_of,
     ExplainConfig,
     Explainer,
     available_memory,
     batch_that_fits,
     bytes_per_image,
+    precisions_of,
 )
 from zpipe.pipeline.extract import ExtractConfig
 from zpipe.pipeline.methods import METHODS
