@@ -1,4 +1,4 @@
-"""Attention probabilities of any model, without hooks: scaled dot-product attention is computed in explicit steps."""
+"""Attention probabilities of any model, without hooks: calls of scaled dot-product attention are computed explicitly."""
 
 from __future__ import annotations
 
@@ -11,24 +11,32 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from zpipe.pipeline.classifier import Classifier
+
+SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+
 
 class AttentionRecorder(TorchFunctionMode):
     """While it is active, attention keeps its probabilities, whatever kernel the model would use.
 
     It answers `torch.nn.functional.scaled_dot_product_attention`, which timm and transformers call, and
-    `multi_head_attention_forward`, which `torch.nn.MultiheadAttention` calls, by the same formula in explicit steps.
+    `multi_head_attention_forward`, which `torch.nn.MultiheadAttention` calls, by the same formula in explicit steps. A
+    softmax over the last of four axes counts as attention, too: models without a fused kernel call it.
 
     Args:
         change: Applied to the probabilities [B, H, Q, N] of each call before they weight the values; None keeps them.
+        keep: Computes what `recorded` gets of the probabilities of a call; None keeps all of them.
 
     Attributes:
-        probabilities: Those of each call in order, [B, H, Q, N].
+        recorded: The probabilities of each call in order, [B, H, Q, N], or what `keep` makes of them.
     """
 
-    def __init__(self, change: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, change: Callable[[Tensor], Tensor] | None = None, keep: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
-        self.probabilities: list[Tensor] = []
-        self._change = change
+        self.recorded: list[Tensor] = []
+        self._change, self._keep = change, keep
 
     def __enter__(self) -> AttentionRecorder:
         # In eval mode torch.nn.MultiheadAttention would otherwise compute everything in one kernel.
@@ -46,7 +54,32 @@ class AttentionRecorder(TorchFunctionMode):
             return self._attend(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._multi_head(*args, **kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return self._record(result) if func in SOFTMAX and result.ndim == 4 else result
+
+    def check(self, classifier: Classifier, batch: int) -> None:
+        """Check that what was recorded is one self-attention of all tokens per block, then that of the pooling.
+
+        Raises:
+            ValueError: The model computes its attention in another way.
+        """
+        tokens, pools = classifier.tokens, classifier.readout() is None
+        wanted = [(batch, tokens, tokens)] * len(classifier.blocks) + [(batch, 1, tokens)] * pools
+        if (found := [(x.shape[0], *x.shape[-2:]) for x in self.recorded]) == wanted:
+            return
+        if len(found) != len(wanted):
+            what = f"{len(found)} calls of scaled dot-product attention, {len(wanted)} are expected"
+        else:
+            odd = next(place for place, shape in enumerate(found) if shape != wanted[place])
+            what = f"attention number {odd + 1} is {list(found[odd])}, {list(wanted[odd])} is expected"
+        name = type(classifier.model).__name__
+        raise ValueError(f"a {name} whose attention is not that of all its tokens in each block is not known: {what}")
+
+    def _record(self, probabilities: Tensor) -> Tensor:
+        if self._change is not None:
+            probabilities = self._change(probabilities)
+        self.recorded.append(probabilities if self._keep is None else self._keep(probabilities))
+        return probabilities
 
     def _attend(
         self,
@@ -64,11 +97,7 @@ class AttentionRecorder(TorchFunctionMode):
         scores = (q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)) @ k.mT  # [B, H, Q, N]
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-        probabilities = scores.softmax(dim=-1)
-        if self._change is not None:
-            probabilities = self._change(probabilities)
-        self.probabilities.append(probabilities)
-        return probabilities @ v
+        return self._record(scores.softmax(dim=-1)) @ v
 
     def _multi_head(
         self,
@@ -88,8 +117,7 @@ class AttentionRecorder(TorchFunctionMode):
         **options: Any,
     ) -> tuple[Tensor, None]:
         """Of tokens [Q, B, D] and [N, B, D], as torch.nn.MultiheadAttention passes them."""
-        masks = ("attn_mask", "key_padding_mask", "is_causal")
-        odd = [name for name in masks if options.get(name) not in (None, False)]
+        odd = {name for name in ("attn_mask", "key_padding_mask", "is_causal") if options.get(name) not in (None, False)}
         if weight is None or bias_k is not None or bias_v is not None or add_zero_attn or odd:
             raise ValueError("a torch.nn.MultiheadAttention with masks, separate weights or added tokens is not known")
         biases = (None,) * 3 if bias is None else bias.chunk(3)

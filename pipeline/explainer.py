@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zpipe.pipeline.classifier import Classifier
+from zpipe.pipeline.classifier import Classifier, Targets
 from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS, methods_of
 from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
-from zpipe.pipeline.supported import Targets
 from zpipe.pipeline.teacher import Teacher
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -201,7 +200,7 @@ class Explainer:
 
     def _attribute(self, images: Tensor, targets: Targets) -> Attribution:
         if self._sweep == "model":
-            return METHODS[self.config.method](self._model.model, images, targets)
+            return METHODS[self.config.method](self._model, images, targets)
         return attribute(self._model.model, images, targets, sweep=self._sweep)
 
     def _targets(self, labels: np.ndarray) -> Targets:
