@@ -1,4 +1,4 @@
-"""Attention probabilities of any model, without hooks: calls of scaled dot-product attention are computed explicitly."""
+"""Attention probabilities of any model, without hooks: scaled dot-product attention is computed in explicit steps."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from zpipe.pipeline.classifier import Classifier
 
@@ -29,6 +30,7 @@ class AttentionRecorder(TorchFunctionMode):
 
     Attributes:
         recorded: The probabilities of each call in order, [B, H, Q, N], or what `keep` makes of them.
+        shapes: B, Q and N of each call.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class AttentionRecorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.recorded: list[Tensor] = []
+        self.shapes: list[tuple[int, int, int]] = []
         self._change, self._keep = change, keep
 
     def __enter__(self) -> AttentionRecorder:
@@ -48,6 +51,7 @@ class AttentionRecorder(TorchFunctionMode):
         super().__exit__(*raised)
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
 
+    @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
@@ -63,21 +67,26 @@ class AttentionRecorder(TorchFunctionMode):
         Raises:
             ValueError: The model computes its attention in another way.
         """
-        tokens, pools = classifier.tokens, classifier.readout() is None
-        wanted = [(batch, tokens, tokens)] * len(classifier.blocks) + [(batch, 1, tokens)] * pools
-        if (found := [(x.shape[0], *x.shape[-2:]) for x in self.recorded]) == wanted:
+        tokens = classifier.tokens
+        wanted = [(batch, tokens, tokens)] * len(classifier.blocks)
+        if classifier.readout() is None:
+            wanted.append((batch, 1, tokens))
+        if self.shapes == wanted:
             return
-        if len(found) != len(wanted):
-            what = f"{len(found)} calls of scaled dot-product attention, {len(wanted)} are expected"
+        if len(self.shapes) == len(wanted):
+            place = next(place for place, shape in enumerate(self.shapes) if shape != wanted[place])
+            found = f"attention {place + 1} is {list(self.shapes[place])}, not {list(wanted[place])}"
         else:
-            odd = next(place for place, shape in enumerate(found) if shape != wanted[place])
-            what = f"attention number {odd + 1} is {list(found[odd])}, {list(wanted[odd])} is expected"
-        name = type(classifier.model).__name__
-        raise ValueError(f"a {name} whose attention is not that of all its tokens in each block is not known: {what}")
+            found = f"it calls attention {len(self.shapes)} times, not {len(wanted)} times"
+        raise ValueError(
+            f"a {type(classifier.model).__name__} whose blocks do not each attend once from all tokens to all, by a "
+            f"known function, cannot be explained: {found}"
+        )
 
     def _record(self, probabilities: Tensor) -> Tensor:
         if self._change is not None:
             probabilities = self._change(probabilities)
+        self.shapes.append((probabilities.shape[0], *probabilities.shape[-2:]))
         self.recorded.append(probabilities if self._keep is None else self._keep(probabilities))
         return probabilities
 
@@ -117,7 +126,8 @@ class AttentionRecorder(TorchFunctionMode):
         **options: Any,
     ) -> tuple[Tensor, None]:
         """Of tokens [Q, B, D] and [N, B, D], as torch.nn.MultiheadAttention passes them."""
-        odd = {name for name in ("attn_mask", "key_padding_mask", "is_causal") if options.get(name) not in (None, False)}
+        masks = ("attn_mask", "key_padding_mask", "is_causal")
+        odd = [name for name in masks if options.get(name) not in (None, False)]
         if weight is None or bias_k is not None or bias_v is not None or add_zero_attn or odd:
             raise ValueError("a torch.nn.MultiheadAttention with masks, separate weights or added tokens is not known")
         biases = (None,) * 3 if bias is None else bias.chunk(3)

@@ -2,14 +2,14 @@
 
     transformer-attribution   relevance times gradient, per class (Chefer et al., CVPR 2021; the ZoomViT paper's)
     gradient-attention        attention times gradient, per class (Chefer et al., ICCV 2021, Eq. 5-6 for self-attention)
-    legrad                    gradient of each block's own class score by its attention (Bousselham et al., ICCV 2025)
-    libragrad                 tokens times gradient, by a complete backward pass (Mehri et al., CVPR 2025)
+    legrad                    the gradient of each block's own class score (Bousselham et al., ICCV 2025)
+    libragrad                 tokens times gradient of a complete backward pass (Mehri et al., CVPR 2025)
     rollout                   attention alone, no class (Abnar and Zuidema, ACL 2020)
-    class-attention           the attention of what the head reads in the last block, no class (Caron et al., ICCV 2021)
+    class-attention           what the head reads in the last block, no class (Caron et al., ICCV 2021)
 
-The last two depend on no class: they give the same map for every target. The first one is for the models that
-`check_supported` accepts, the others for any `Classifier`. They start from the tokens that the head reads: the class
-token, the mean of the patches, or the query of a pooling attention.
+The last two depend on no class: they give the same map for every target. The first one explains the models that
+`check_supported` accepts, the others any `Classifier`: where the head reads the mean of the tokens or a pooling
+attention, that row takes the place of the class token's.
 
 Symbols in the shape comments: B images, N tokens, D width, H heads, Q queries (N, or 1 in a pooling attention), K
 target classes per image.
@@ -18,7 +18,7 @@ target classes per image.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -29,46 +29,95 @@ from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
 from zpipe.pipeline.supported import check_request, check_supported, resolve_targets
 
+# Takes a `Classifier`, or a model that `as_classifier` wraps, in eval mode; normalised images [B, C, H, W] in its size,
+# dtype and device; and class numbers [B], or [B, K] for K maps per image, or a function that computes them from the
+# logits. Returns raw maps. Raises ValueError, in one line, if an argument does not fit or the method cannot explain the
+# model. Computes in the dtype of the model, and under autocast in what autocast chooses.
 Method = Callable[[nn.Module, Tensor, Targets], Attribution]
-"""Computes maps and logits of a `Classifier`, or of a model that `as_classifier` wraps. The model is in eval mode and is
-not changed; images [B, C, H, W] are normalised and in its size, dtype and device; targets are class numbers [B], or [B,
-K] for K maps per image, or a function that computes them from the logits. Maps are raw. ValueError: an argument does not
-fit, or the method cannot explain the model."""
 
 
 def transformer_attribution(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
-    """Compute `relevance.attribute` for the model inside a `Classifier`."""
-    if isinstance(model, Classifier):
-        if model.head is not None:
-            raise ValueError("transformer-attribution has no relevance rules for a head in place of the model's own")
-        model = model.model
-    return attribute(model, images, targets)
+    """Compute `relevance.attribute` of the model in a `Classifier`. Autocast has no effect on it."""
+    classifier = as_classifier(model)
+    if reason := _closed_form_refusal(classifier):
+        raise ValueError(reason)
+    return attribute(classifier.model, images, targets)
 
 
 def gradient_attention(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
     """The readout's row of the product over blocks of I + mean over heads of max(0, G_A * A), G_A the gradient.
 
+    Source: Chefer, Gur and Wolf, ICCV 2021, Eq. 5-6. A pooling attention gives the mean over heads of its own max(0,
+    G_A * A) as the row to begin with.
+
     Arguments, result and exceptions are those of `Method`.
     """
     classifier = _checked(model, images, targets)
-    with _autograd(images) as images, AttentionRecorder(_with_grad) as recorder:
-        logits = classifier(images)
-    recorder.check(classifier, len(images))
-    attention = [a.detach() for a in recorder.recorded]  # each [B, H, Q, N]
     rows = []
-    chosen, single = resolve_targets(targets, logits.detach())
-    for grads in _gradients(logits, chosen, recorder.recorded):
-        positive = [(a * g).clamp_(min=0) for a, g in zip(attention, grads, strict=True)]
-        row = _first_row(classifier, positive)
-        for matrices in reversed(positive):
-            row = row + _through(row, matrices)
-        rows.append(row)
+    with _autograd(images) as images:
+        with AttentionRecorder(_begin_graph) as recorder:
+            logits = classifier(images)
+        recorder.check(classifier, len(images))
+        chosen, single = resolve_targets(targets, logits.detach())
+        for grads in _gradients(logits, chosen, recorder.recorded):
+            positive = [(a.detach() * g).clamp_(min=0) for a, g in zip(recorder.recorded, grads, strict=True)]
+            row = _first_row(classifier, positive)
+            for matrices in reversed(positive):
+                row = row + _through(row, matrices)
+            rows.append(row)
+    return _attribution(classifier, rows, single, logits)
+
+
+def legrad(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
+    """The sum over blocks of the positive gradient of the block's own class score by its attention.
+
+    Source: Bousselham et al., "LeGrad: An Explainability Method for Vision Transformers via Feature Formation
+    Sensitivity", ICCV 2025. The score of a block is what norm and head of the model make of the mean over all tokens
+    of its output, and its gradient stays within the block. The positive part is averaged over heads and queries. If
+    the head has a pooling attention, the block's tokens go through that, and the gradient is taken by its
+    probabilities.
+
+    Arguments, result and exceptions are those of `Method`.
+    """
+    classifier = _checked(model, images, targets)
+    legrad_rows = _legrad_by_block if classifier.readout() is not None else _legrad_by_pooling
+    with _autograd(images) as images:
+        rows, single, logits = legrad_rows(classifier, images, targets)
+    return _attribution(classifier, list(rows), single, logits)
+
+
+def libragrad(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
+    """The sum over blocks of token times gradient at the block's input, by a complete backward pass.
+
+    Source: Mehri et al., CVPR 2025: the corrected backward pass of `zpipe.pipeline.libragrad`, in a sum over layers as
+    their FullGrad+ takes it, of the tokens alone: biases are no part of the image. Relevance may be negative.
+
+    Arguments, result and exceptions are those of `Method`.
+    """
+    classifier = _checked(model, images, targets)
+    tokens: list[Tensor] = []  # the input [B, N, D] of each block
+
+    def begin_block(_block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        tokens.append(args[0])
+
+    hooks = [block.register_forward_pre_hook(begin_block) for block in classifier.blocks]
+    with _autograd(images) as images:
+        with _removed(*hooks), BalancedGradients() as recorder:
+            logits = classifier(images.requires_grad_())
+        recorder.check(classifier, len(images))
+        chosen, single = resolve_targets(targets, logits.detach())
+        rows = []
+        for grads in _gradients(logits, chosen, tokens):
+            shares = [(x.detach() * grad).sum(dim=2) for x, grad in zip(tokens, grads, strict=True)]  # [B, N] each
+            rows.append(torch.stack(shares).sum(dim=0))
     return _attribution(classifier, rows, single, logits)
 
 
 @torch.no_grad()
 def rollout(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
     """The readout's row of the product over blocks of (I + mean over heads of A) / 2.
+
+    Source: Abnar and Zuidema, ACL 2020. A pooling attention gives the row to begin with.
 
     Arguments, result and exceptions are those of `Method`; the maps are the same for every target.
     """
@@ -84,56 +133,23 @@ def rollout(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
 def class_attention(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
     """The readout's row of the last block's attention, or the row of the pooling attention, averaged over heads.
 
+    Source: Caron et al., ICCV 2021, for the class token.
+
     Arguments, result and exceptions are those of `Method`; the maps are the same for every target.
     """
     classifier = _checked(model, images, targets)
     logits, attention = _mean_attention(classifier, images)
-    pools = classifier.readout() is None
     row = _first_row(classifier, attention)
-    return _without_class(classifier, row if pools else _through(row, attention[-1]), targets, logits)
-
-
-def legrad(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
-    classifier = _checked(model, images, targets)
-    pools = classifier.readout() is None
-    pending: list[tuple[Tensor, Tensor]] = []  # of each block, its attention [B, H, N, N] and its output [B, N, D]
-    tokens: list[Tensor] = []
-
-    def end_of_block(_block: nn.Module, _args: object, output: object) -> object:
-        """Cut the graph, so that a gradient stays within its block."""
-        tokens.append(first(output))
-        cut = first(output).detach()
-        return (cut, *output[1:]) if isinstance(output, tuple) else cut
-
-    with _autograd(images) as images:
-        hooks = [block.register_forward_hook(end_of_block) for block in classifier.blocks]
-        try:
-            with AttentionRecorder(_with_grad) as recorder:
-                logits = classifier(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    recorder.check(classifier, len(images))
-    chosen, single = resolve_targets(targets, logits.detach())
-    sums = 0
-    with torch.enable_grad():
-        for out in reversed(tokens):
-            if pools:
-                with AttentionRecorder(lambda p: p.detach().requires_grad_()) as pooling:
-                    answer = classifier.read(out.detach())
-                at = pooling.recorded[-1]
-            else:
-                mean = out.mean(dim=1, keepdim=True)  # [B, 1, D]
-                answer = classifier.read(mean.expand(-1, classifier.prefix_tokens + 1, -1))
-                at = recorder.recorded.pop()
-            sums = sums + torch.stack([g[0].clamp_(min=0).mean(dim=(1, 2)) for g in _gradients(answer, chosen, [at])])
-    return _attribution(classifier, list(sums), single, logits)
+    if classifier.readout() is not None:
+        row = _through(row, attention[-1])
+    return _without_class(classifier, row, targets, logits)
 
 
 METHODS: dict[str, Method] = {
     "transformer-attribution": transformer_attribution,
     "gradient-attention": gradient_attention,
     "legrad": legrad,
+    "libragrad": libragrad,
     "rollout": rollout,
     "class-attention": class_attention,
 }
@@ -162,23 +178,7 @@ def _checked(model: nn.Module, images: Tensor, targets: Targets) -> Classifier:
     return classifier
 
 
-@contextmanager
-def _autograd(images: Tensor) -> Iterator[Tensor]:
-    """Record a graph, in whatever mode the caller is. Yields the images as autograd can take them."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield images.clone() if images.is_inference() else images.detach()
-
-
-def _with_grad(probabilities: Tensor) -> Tensor:
-    """Let the graph begin at the first attention: the weights are frozen, and nothing below it is needed."""
-    return probabilities if probabilities.requires_grad else probabilities.requires_grad_()
-
-
-def _gradients(logits: Tensor, targets: Tensor, inputs: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """For each of the K targets [B, K], the gradients of its logit by `inputs`; the graph is freed with the last."""
-    for k in range(targets.shape[1]):
-        score = logits.gather(1, targets[:, k, None]).sum()
-        yield torch.autograd.grad(score, inputs, retain_graph=k + 1 < targets.shape[1])
+# ------------------------------------------------------------------------------------------------ attention alone
 
 
 def _mean_attention(classifier: Classifier, images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -190,7 +190,7 @@ def _mean_attention(classifier: Classifier, images: Tensor) -> tuple[Tensor, lis
 
 
 def _first_row(classifier: Classifier, matrices: list[Tensor]) -> Tensor:
-    """The weights of the last block's tokens [B, N]; a pooling attention is taken off the end of `matrices`."""
+    """The weights [B, N] of the last block's tokens; those of a pooling attention are taken off the end of the list."""
     readout = classifier.readout()
     if readout is None:
         return matrices.pop().mean(dim=1)[:, 0]
@@ -198,7 +198,7 @@ def _first_row(classifier: Classifier, matrices: list[Tensor]) -> Tensor:
 
 
 def _through(row: Tensor, matrices: Tensor) -> Tensor:
-    """Multiply a row [B, N] with the mean over heads of matrices [B, H, N, N]: over rows, which are smaller."""
+    """Multiply a row [B, N] with the mean over heads of [B, H, N, N]: the mean is over rows, not matrices."""
     return (row[:, None, None] @ matrices).mean(dim=1)[:, 0]
 
 
@@ -211,3 +211,95 @@ def _attribution(classifier: Classifier, rows: list[Tensor], single: bool, logit
     """Maps of rows [B, N], one for each of K targets. Prefix tokens have no place in the image and are left out."""
     maps = torch.stack([row[:, classifier.prefix_tokens :].unflatten(1, classifier.grid) for row in rows], dim=1)
     return Attribution(maps[:, 0] if single else maps, logits.detach())
+
+
+# ------------------------------------------------------------------------------------------------------- gradients
+
+
+@contextmanager
+def _autograd(images: Tensor) -> Iterator[Tensor]:
+    """Record a graph, in whatever mode the caller is. Yields the images as autograd can take them."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield images.clone() if images.is_inference() else images.detach()
+
+
+def _begin_graph(probabilities: Tensor) -> Tensor:
+    """Let the graph begin at the first attention: the weights are frozen, and nothing below it is needed."""
+    return probabilities if probabilities.requires_grad else probabilities.requires_grad_()
+
+
+def _gradients(logits: Tensor, targets: Tensor, inputs: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """For each of the K targets [B, K], the gradients of its logit by `inputs`; the last one frees the graph."""
+    for k in range(targets.shape[1]):
+        score = logits.gather(1, targets[:, k, None]).sum()
+        yield torch.autograd.grad(score, inputs, retain_graph=k + 1 < targets.shape[1])
+
+
+# ---------------------------------------------------------------------------------------------------------- LeGrad
+
+
+def _legrad_by_block(classifier: Classifier, images: Tensor, targets: Targets) -> tuple[Tensor, bool, Tensor]:
+    """Rows [K, B, N], whether the targets were [B], and logits [B, classes].
+
+    If the targets are known before the forward pass, the graph of each block is freed at the end of the block.
+    """
+    known = resolve_targets(targets, images)[0] if isinstance(targets, Tensor) else None
+    waiting: list[tuple[list[Tensor], Tensor]] = []  # attention [B, H, N, N] and output [B, N, D] of a block
+    rows = []
+
+    def finish(chosen: Tensor) -> None:
+        attention, out = waiting.pop()
+        mean = out.mean(dim=1, keepdim=True)  # [B, 1, D]
+        answer = classifier.read(mean.expand(-1, classifier.prefix_tokens + 1, -1))
+        rows.append(_positive_means(answer, chosen, attention))
+
+    def end_block(_block: nn.Module, _args: object, output: object) -> object:
+        waiting.append((recorder.recorded[:], first(output)))
+        recorder.recorded.clear()
+        if known is not None and len(waiting[-1][0]) == 1:
+            finish(known)
+        cut = first(output).detach()  # the gradient of the blocks above ends here
+        return (cut, *output[1:]) if isinstance(output, tuple) else cut
+
+    hooks = [block.register_forward_hook(end_block) for block in classifier.blocks]
+    with _removed(*hooks), AttentionRecorder(_begin_graph) as recorder:
+        logits = classifier(images)
+    recorder.check(classifier, len(images))
+    chosen, single = resolve_targets(targets, logits.detach())
+    while waiting:
+        finish(chosen)
+    return torch.stack(rows).sum(dim=0), single, logits
+
+
+def _legrad_by_pooling(classifier: Classifier, images: Tensor, targets: Targets) -> tuple[Tensor, bool, Tensor]:
+    """As `_legrad_by_block`, for a head with a pooling attention."""
+    tokens: list[Tensor] = []  # the output [B, N, D] of each block
+
+    def end_block(_block: nn.Module, _args: object, output: object) -> None:
+        tokens.append(first(output))
+
+    hooks = [block.register_forward_hook(end_block) for block in classifier.blocks]
+    with torch.no_grad(), _removed(*hooks), AttentionRecorder(keep=lambda p: p[:0]) as recorder:
+        logits = classifier(images)
+    recorder.check(classifier, len(images))
+    chosen, single = resolve_targets(targets, logits)
+    rows = []
+    for out in tokens:
+        with AttentionRecorder(_begin_graph) as recorder:
+            answer = classifier.read(out)
+        rows.append(_positive_means(answer, chosen, recorder.recorded))
+    return torch.stack(rows).sum(dim=0), single, logits
+
+
+def _positive_means(logits: Tensor, targets: Tensor, attention: list[Tensor]) -> Tensor:
+    """Positive part of each target's gradient, averaged over heads and queries: [K, B, N]."""
+    return torch.stack([grad.clamp_(min=0).mean(dim=(1, 2)) for (grad,) in _gradients(logits, targets, attention)])
+
+
+@contextmanager
+def _removed(*hooks: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    """Remove hooks at the end of the context."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.callback(hook.remove)
+        yield

@@ -116,7 +116,7 @@ def resolve_targets(targets: Targets, logits: Tensor) -> tuple[Tensor, bool]:
     if not isinstance(targets, Tensor):
         targets = targets(logits)
         _check_targets(targets, *logits.shape)
-    targets = targets.to(logits.device, torch.int64)
+    targets = targets.to(logits.device, torch.int64, copy=True)  # autograd does not take one of inference mode
     single = targets.ndim == 1
     return (targets[:, None] if single else targets), single
 
