@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from zpipe.pipeline.attention_recorder import AttentionRecorder
 from zpipe.pipeline.classifier import Classifier, Targets, as_classifier, first
+from zpipe.pipeline.libragrad import BalancedGradients
 from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
 from zpipe.pipeline.supported import check_request, check_supported, resolve_targets
@@ -159,7 +160,25 @@ CLASS_BLIND = ("rollout", "class-attention")
 
 def methods_of(classifier: Classifier) -> dict[str, str]:
     """Why each method cannot explain a classifier, "" where it can, in the order of `METHODS`."""
-    return {name: _closed_form_refusal(classifier) if name == DEFAULT_METHOD else "" for name in METHODS}
+    unknown = _attention_refusal(classifier)
+    return {name: _closed_form_refusal(classifier) if name == DEFAULT_METHOD else unknown for name in METHODS}
+
+
+def refusal_of(classifier: Classifier, method: str) -> str:
+    """Why a method cannot explain a classifier; empty if it can."""
+    return _closed_form_refusal(classifier) if method == DEFAULT_METHOD else _attention_refusal(classifier)
+
+
+@torch.no_grad()
+def _attention_refusal(classifier: Classifier) -> str:
+    """Why the attention of a model cannot be recorded, tried on one black image; empty if it can."""
+    weight = next(classifier.model.parameters())
+    image = weight.new_zeros(1, classifier.channels, *classifier.image_size)
+    try:
+        _mean_attention(classifier, image)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _closed_form_refusal(classifier: Classifier) -> str:

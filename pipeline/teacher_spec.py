@@ -46,8 +46,8 @@ class TeacherSpec:
     """
 
     name: str | None = None
-    """timm's name of the architecture, or ``torchvision:vit_b_16``, or ``transformers:OWNER/NAME``, a model of the Hub, or
-    ``transformers:CLASS``, one of `zpipe.pipeline.transformers_models.ARCHITECTURES`. None takes that of the
+    """timm's name of the architecture, or ``torchvision:vit_b_16``, or ``transformers:OWNER/NAME``, a model of the Hub,
+    or ``transformers:CLASS``, one of `zpipe.pipeline.transformers_models.ARCHITECTURES`. None takes that of the
     description, else deit_base_patch16_224."""
     weights: str = "pretrained"
     """Where the weights come from:

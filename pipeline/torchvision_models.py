@@ -94,8 +94,8 @@ def pretrained(name: str, model_args: dict[str, Any], num_classes: int | None) -
     size, classes = weights.transforms().crop_size[0], tuple(weights.meta["categories"])
     if model_args not in ({}, {"image_size": size}) or num_classes not in (None, len(classes)):
         raise UsageError(
-            f"teacher {name}: its pretrained weights are for {size} pixels and {len(classes)} classes; leave num_classes "
-            "and model_args out"
+            f"teacher {name}: its pretrained weights are for {size} pixels and {len(classes)} classes; leave "
+            "num_classes and model_args out"
         )
     model = create(name, num_classes=len(classes), image_size=size)
     try:

@@ -215,8 +215,8 @@ def fetch_folder(name: str) -> Path:
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model.bin"]))
     except Exception as error:  # the hub client and its transport each raise their own; all mean no weights
         raise ZpipeError(
-            f"teacher {TRANSFORMERS}{name}: cannot be fetched ({type(error).__name__}: {first_line(error)}); fetch it on a "
-            "machine with network access (hf download) and give the folder as weights"
+            f"teacher {TRANSFORMERS}{name}: cannot be fetched ({type(error).__name__}: {first_line(error)}); fetch it "
+            "on a machine with network access (hf download) and give the folder as weights"
         ) from error
     return folder
 
@@ -270,8 +270,8 @@ def create(architecture: str, model_args: Mapping[str, Any], num_classes: int | 
     """
     if architecture not in ARCHITECTURES:
         raise UsageError(
-            f"teacher {TRANSFORMERS}{architecture}: random weights are for one of {', '.join(ARCHITECTURES)}; a model of the "
-            "Hub is OWNER/NAME, with --weights pretrained"
+            f"teacher {TRANSFORMERS}{architecture}: random weights are for one of {', '.join(ARCHITECTURES)}; a model "
+            "of the Hub is OWNER/NAME, with --weights pretrained"
         )
     model_class = getattr(_library(), architecture)
     fields = dict(model_args) | ({} if num_classes is None else {"num_labels": num_classes})
