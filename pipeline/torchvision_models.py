@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, get_model, get_model_weights, list_models
+from torchvision.models import VisionTransformer, get_model_weights
 from torchvision.models.vision_transformer import EncoderBlock
 from torchvision.transforms._presets import ImageClassification
 from typing_extensions import override
@@ -13,6 +13,15 @@ from typing_extensions import override
 from zpipe.pipeline.classifier import Classifier, Layout
 from zpipe.pipeline.teacher_spec import TORCHVISION
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
+
+# torchvision's own functions take no other sizes than these.
+SIZES = {
+    "vit_b_16": {"patch_size": 16, "num_layers": 12, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072},
+    "vit_b_32": {"patch_size": 32, "num_layers": 12, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072},
+    "vit_l_16": {"patch_size": 16, "num_layers": 24, "num_heads": 16, "hidden_dim": 1024, "mlp_dim": 4096},
+    "vit_l_32": {"patch_size": 32, "num_layers": 24, "num_heads": 16, "hidden_dim": 1024, "mlp_dim": 4096},
+    "vit_h_14": {"patch_size": 14, "num_layers": 32, "num_heads": 16, "hidden_dim": 1280, "mlp_dim": 5120},
+}
 
 
 class TorchvisionClassifier(Classifier):
@@ -68,9 +77,8 @@ def split_name(name: str) -> tuple[str, Any]:
         UsageError: torchvision has no such ViT, or no such weights of it.
     """
     architecture, _, tag = name.removeprefix(TORCHVISION).partition(".")
-    known = list_models(include="vit_*")
-    if architecture not in known:
-        raise UsageError(f"teacher {name}: torchvision has no such ViT; choose one of {', '.join(known)}")
+    if architecture not in SIZES:
+        raise UsageError(f"teacher {name}: torchvision has no such ViT; choose one of {', '.join(SIZES)}")
     weights = get_model_weights(architecture)
     if tag and tag not in weights.__members__:
         raise UsageError(f"teacher {name}: torchvision has no such weights; choose {' or '.join(weights.__members__)}")
@@ -79,8 +87,8 @@ def split_name(name: str) -> tuple[str, Any]:
 
 def create(name: str, **kwargs: Any) -> Any:
     """Build a model with torchvision's initialisation; `kwargs` as its constructor takes them, None for its default."""
-    architecture, _ = split_name(name)
-    return get_model(architecture, weights=None, **{key: value for key, value in kwargs.items() if value is not None})
+    sizes = {"image_size": 224} | SIZES[split_name(name)[0]]
+    return VisionTransformer(**sizes | {key: value for key, value in kwargs.items() if value is not None})
 
 
 def pretrained(name: str, model_args: dict[str, Any], num_classes: int | None) -> tuple[Any, tuple[str, ...]]:

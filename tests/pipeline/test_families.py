@@ -1,52 +1,25 @@
 """A teacher of every family: maps through the whole extraction, resumed, verified, and joined with images."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_families import FAMILIES, tiny_family
+from tiny_teachers import OF_TORCHVISION, of_torchvision, of_transformers
 
-import zpipe.pipeline.families as families
 from zpipe.pipeline import transformers_models
 from zpipe.pipeline.classifier import as_classifier
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.methods import DEFAULT_METHOD, METHODS, methods_of
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher
-from zpipe.pipeline.torchvision_models import VisionTransformer
 from zpipe.pipeline.verify import verify_store
-from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.data.loader import RelevanceLoader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
-TOWER = families.TOWER
-NESTED = ("CLIPForImageClassification", "SiglipForImageClassification")
 CLASSIFIERS = [name for name, kind in transformers_models.ARCHITECTURES.items() if kind.heads]
 TOWERS = [name for name, kind in transformers_models.ARCHITECTURES.items() if not kind.heads]
-
-
-def shaken(model, seed=0):
-    """The model in eval mode with weights large enough for every part of it to matter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * 0.25
-            parameter.copy_(noise + 1 if "norm" in key and key.endswith("weight") else noise)
-    return model.eval().requires_grad_(False)
-
-
-def of_transformers(name, **fields):
-    nested = name in NESTED
-    size = TOWER | {"num_labels": 5} | fields
-    return shaken(transformers_models.create(name, {"vision_config": TOWER} if nested else size, 5 if nested else None))
-
-
-def of_torchvision():
-    size = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 24, "mlp_dim": 48}
-    return shaken(VisionTransformer(num_classes=5, **size))
 
 
 def images(batch=2):
@@ -57,8 +30,8 @@ def settings_of(family, tmp_path):
     """The settings of an extraction with a teacher of the family: a name of timm, torchvision, or a class."""
     if family == "torchvision":
         save_file(of_torchvision().state_dict(), tmp_path / "weights.safetensors")
-        size = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 24, "mlp_dim": 48}
-        return {"teacher": "torchvision:vit_b_16", "weights": str(tmp_path / "weights.safetensors"), "teacher_args": size}
+        weights = str(tmp_path / "weights.safetensors")
+        return {"teacher": "torchvision:vit_b_16", "weights": weights, "teacher_args": OF_TORCHVISION}
     if family in transformers_models.ARCHITECTURES:
         of_transformers(family).save_pretrained(tmp_path / "teacher")
         return {"teacher": None, "weights": str(tmp_path / "teacher"), "teacher_args": {}}
