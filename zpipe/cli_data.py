@@ -238,7 +238,10 @@ def extract_command(
     ] = "same",
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     method: Annotated[
-        str, typer.Option(help="transformer-attribution, gradient-attention, rollout or class-attention.")
+        str,
+        typer.Option(
+            help="transformer-attribution, gradient-attention, legrad, libragrad, rollout or class-attention."
+        ),
     ] = "transformer-attribution",
     target: Annotated[
         str,
@@ -264,8 +267,8 @@ def extract_command(
     precision: Annotated[
         str,
         typer.Option(
-            help="float32, float64, or FORWARD+SWEEP: float64+float32 (almost exact), float64+bfloat16, "
-            "float32+bfloat16, float32+tf32."
+            help="float32 or float64; for transformer-attribution also FORWARD+SWEEP: float64+float32 (almost exact), "
+            "float64+bfloat16, float32+bfloat16, float32+tf32; for the other methods also bfloat16."
         ),
     ] = "float32",
     executor: Annotated[

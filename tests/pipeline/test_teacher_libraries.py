@@ -7,11 +7,9 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_families import tiny_family
 from tiny_teachers import OF_TORCHVISION, of_torchvision, of_transformers
 
 from zpipe.pipeline import transformers_models
-from zpipe.pipeline.classifier import as_classifier
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher, state_digest
 from zpipe.schemas.errors import UsageError, ZpipeError
 
