@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, get_model_weights
-from torchvision.models.vision_transformer import EncoderBlock
-from torchvision.transforms._presets import ImageClassification
+from torchvision.models import VisionTransformer, get_model_weights  # type: ignore[import-untyped]
 from typing_extensions import override
 
 from zpipe.pipeline.classifier import Classifier, Layout
@@ -37,7 +35,7 @@ class TorchvisionClassifier(Classifier):
             raise ValueError(
                 f"of torchvision's models, only a VisionTransformer is known, this is a {type(model).__name__}"
             )
-        blocks = [block for block in model.encoder.layers if type(block) is EncoderBlock]
+        blocks = tuple(model.encoder.layers)
         stem = next(part for part in model.conv_proj.modules() if isinstance(part, nn.Conv2d))
         side = model.image_size // model.patch_size
         layout = Layout(
@@ -119,7 +117,7 @@ def pretrained(name: str, model_args: dict[str, Any], num_classes: int | None) -
 
 def preparation(name: str) -> dict[str, Any]:
     """How images are prepared for torchvision's weights of that name: `mean`, `std`, `interpolation`, `crop_pct`."""
-    view: ImageClassification = split_name(name)[1].transforms()
+    view = split_name(name)[1].transforms()
     return {
         "mean": tuple(view.mean),
         "std": tuple(view.std),

@@ -456,7 +456,7 @@ def _class_names(config: Any) -> tuple[str, ...]:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    return tuple(size) if isinstance(size, tuple | list) else (size, size)  # type: ignore[return-value]
+    return tuple(size) if isinstance(size, tuple | list) else (size, size)
 
 
 @contextmanager

@@ -161,9 +161,8 @@ def _list_teachers(wanted: bool) -> None:
         with reporting():
             from zpipe.pipeline.families import family_rows
 
-            table = Table(
-                *(Column(name, overflow="fold") for name in ("family", "answer read from", "methods", "examples"))
-            )
+            titles = ("family", "answer read from", "methods", "examples")
+            table = Table(*(Column(title, overflow="fold") for title in titles), show_lines=True)
             for row in family_rows():
                 table.add_row(*row.values())
             print_table(table)
