@@ -57,7 +57,7 @@ class ExtractConfig:
     """
 
     teacher: str | None = None
-    """timm's name of the teacher. None takes the one of the weights folder, else deit_base_patch16_224."""
+    """Name of the teacher, see `TeacherSpec`. None takes the one of the weights folder, else deit_base_patch16_224."""
     weights: str = "pretrained"
     """A weights file, a folder that train-vit wrote, ``pretrained``, or ``random`` (to try things out)."""
     num_classes: int | None = None
@@ -74,6 +74,8 @@ class ExtractConfig:
     """How images are resized."""
     crop_pct: float | None = None
     """Fraction of the image that the frame ``center`` shows."""
+    own_head: str | None = None
+    """Whose answer counts of a distilled teacher, ``class`` or ``distilled``; None takes the mean of both."""
     classes: Matching = "same"
     """How the target ``ground-truth`` finds the teacher's class for a label: ``same``, the two number the same names;
     ``by-name``, the class of the same name; ``by-index``, the number, whatever the names."""
@@ -132,6 +134,7 @@ class ExtractConfig:
             std=self.std,
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
+            own_head=self.own_head,
         )
 
 

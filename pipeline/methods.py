@@ -160,7 +160,25 @@ CLASS_BLIND = ("rollout", "class-attention")
 
 def methods_of(classifier: Classifier) -> dict[str, str]:
     """Why each method cannot explain a classifier, "" where it can, in the order of `METHODS`."""
-    return {name: _closed_form_refusal(classifier) if name == DEFAULT_METHOD else "" for name in METHODS}
+    unknown = _attention_refusal(classifier)
+    return {name: _closed_form_refusal(classifier) if name == DEFAULT_METHOD else unknown for name in METHODS}
+
+
+def refusal_of(classifier: Classifier, method: str) -> str:
+    """Why a method cannot explain a classifier; empty if it can."""
+    return _closed_form_refusal(classifier) if method == DEFAULT_METHOD else _attention_refusal(classifier)
+
+
+@torch.no_grad()
+def _attention_refusal(classifier: Classifier) -> str:
+    """Why the attention of a model cannot be recorded, tried on one black image; empty if it can."""
+    weight = next(classifier.model.parameters())
+    image = weight.new_zeros(1, classifier.channels, *classifier.image_size)
+    try:
+        _mean_attention(classifier, image)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _closed_form_refusal(classifier: Classifier) -> str:
@@ -194,7 +212,8 @@ def _first_row(classifier: Classifier, matrices: list[Tensor]) -> Tensor:
     """The weights [B, N] of the last block's tokens; those of a pooling attention are taken off the end of the list."""
     readout = classifier.readout()
     if readout is None:
-        return matrices.pop().mean(dim=1)[:, 0]
+        row = matrices.pop().mean(dim=1)[:, 0]
+        return nn.functional.pad(row, (classifier.tokens - row.shape[1], 0))  # it may leave the prefix tokens out
     return readout.expand(len(matrices[-1]), -1)
 
 
@@ -210,7 +229,8 @@ def _without_class(classifier: Classifier, row: Tensor, targets: Targets, logits
 
 def _attribution(classifier: Classifier, rows: list[Tensor], single: bool, logits: Tensor) -> Attribution:
     """Maps of rows [B, N], one for each of K targets. Prefix tokens have no place in the image and are left out."""
-    maps = torch.stack([row[:, classifier.prefix_tokens :].unflatten(1, classifier.grid) for row in rows], dim=1)
+    patches = classifier.tokens - classifier.prefix_tokens
+    maps = torch.stack([row[:, -patches:].unflatten(1, classifier.grid) for row in rows], dim=1)
     return Attribution(maps[:, 0] if single else maps, logits.detach())
 
 

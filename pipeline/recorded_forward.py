@@ -165,9 +165,9 @@ def record_forward(
 
 
 def _forward(model: VisionTransformer, images: Tensor, dtype: torch.dtype) -> tuple[list[BlockRecord], TopRecord]:
-    # Relevance ends at the attention of block 1, so timm's own embedding needs no record; in eval mode it drops
-    # nothing.
-    x = model._pos_embed(model.patch_embed(images))  # [B, N, D]
+    # Relevance ends at the attention of block 1, so timm's own embedding, and a norm after it, need no record; in eval
+    # mode it drops nothing.
+    x = model.norm_pre(model._pos_embed(model.patch_embed(images)))  # [B, N, D]
     records = []
     for number, block in enumerate(model.blocks, start=1):
         record = _record_block(block, x, only_class_token=number == len(model.blocks))

@@ -18,7 +18,8 @@ def check_supported(model: nn.Module) -> None:
     """Check that the relevance rules of every part of a model are implemented.
 
     timm's VisionTransformer is supported with a class token that alone feeds the head, and with pre-norm blocks of
-    plain attention and a GELU MLP, with or without LayerScale, biases and register tokens.
+    plain attention and a GELU MLP, with or without LayerScale, biases, register tokens and a norm before the blocks
+    (CLIP).
 
     Raises:
         ValueError: A part has no rule; the message names it.
@@ -30,7 +31,6 @@ def check_supported(model: nn.Module) -> None:
         "class_token=False": not vit.has_class_token,
         f"global_pool={vit.global_pool!r} (only 'token')": vit.global_pool != "token",
         "num_classes=0 (no classifier head)": type(vit.head) is nn.Identity,
-        "pre_norm=True (a norm before the blocks)": type(vit.norm_pre) is not nn.Identity,
         "fc_norm=True (a norm after the pooling)": type(vit.fc_norm) is not nn.Identity,
         "attention pooling": getattr(vit, "attn_pool", None) is not None,
         "no blocks": len(vit.blocks) == 0,

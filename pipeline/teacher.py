@@ -15,9 +15,10 @@ import torch
 from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
+from zpipe.pipeline import torchvision_models, transformers_models
 from zpipe.pipeline.classifier import Classifier, as_classifier
 from zpipe.pipeline.shard_reader import PIL_FILTERS
-from zpipe.pipeline.teacher_spec import TeacherFiles, TeacherSpec, find_files
+from zpipe.pipeline.teacher_spec import TORCHVISION, TRANSFORMERS, TeacherFiles, TeacherSpec, find_files
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
 from zpipe.schemas.model_config import CONFIG_NAME, read_class_names
 from zpipe.schemas.weights import fit_names, no_floats, not_finite, prefix_note, read_weights
@@ -25,6 +26,8 @@ from zpipe.schemas.weights import fit_names, no_floats, not_finite, prefix_note,
 __all__ = ["DEFAULT_NAME", "Teacher", "TeacherSpec", "load_teacher", "state_digest"]
 
 DEFAULT_NAME = "deit_base_patch16_224"
+PREPARATION = ("mean", "std", "interpolation", "crop_pct")
+HEADS = ("head.weight", "heads.head.weight")  # timm's name of the classifier, and torchvision's
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,7 +79,7 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu") -> Te
     if bad := not_finite(built.model.state_dict()):
         raise ZpipeError(f"teacher {spec.weights}: {bad} holds NaN or infinity; give weights that did not diverge")
     try:
-        model = as_classifier(built.model).eval().requires_grad_(False).to(device)
+        model = as_classifier(built.model, own_head=spec.own_head).eval().requires_grad_(False).to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError is what a CPU build of torch raises for "cuda"
         raise UsageError(f"device {device}: {first_line(error)}; give a device that torch has here, or cpu") from error
     prepared, note = _preparation(spec, built)
@@ -88,70 +91,149 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu") -> Te
         num_classes=model.num_classes,
         image_size=model.image_size,
         grid=model.grid,
-        model_args=built.model_args,
-        classes=_class_names(built),
+        model_args=built.model_args if spec.own_head is None else built.model_args | {"own_head": spec.own_head},
+        classes=built.classes,
         note=note,
         **prepared,
     )
 
 
 class _Built(NamedTuple):
-    """A model with its weights, what rebuilds it, and where it came from."""
+    """A model with its weights, what rebuilds it, and what is known about it."""
 
     model: Any
     name: str
     model_args: dict[str, Any]
-    files: TeacherFiles | None  # None for pretrained and random weights
+    known: Mapping[str, Any] = {}  # of mean, std, interpolation and crop_pct, what is said beside the weights
+    usual: Mapping[str, Any] = {}  # all four, as they are with the library's own weights of the architecture
+    why_not: str = ""  # why not all are known; empty if the usual ones belong to the weights
+    classes: tuple[str, ...] = ()
+    note: str = ""
 
 
 def _build(spec: TeacherSpec) -> _Built:
+    if spec.library == "transformers":
+        built = _of_transformers(spec)
+    elif spec.path is not None:
+        built = _of_file(spec)
+    elif spec.library == "torchvision":
+        built = _of_torchvision(spec)
+    else:
+        built = _of_timm(spec)
+    _check_family(built.model, built.name, spec.own_head)
+    return built
+
+
+def _of_timm(spec: TeacherSpec) -> _Built:
     name = spec.name or DEFAULT_NAME
-    if spec.path is None:
-        if spec.weights == "pretrained":
-            model = _pretrained(name, spec)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(spec.seed)
-                model = _create(name, num_classes=spec.num_classes, **spec.model_args)
-        _check_family(model, name)
-        return _Built(model, name, spec.model_args, None)
+    if spec.weights == "pretrained":
+        model = _pretrained(name, spec)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            model = _create(name, num_classes=spec.num_classes, **spec.model_args)
+    return _Built(model, name, spec.model_args, usual=_usual(model, name))
+
+
+def _of_torchvision(spec: TeacherSpec) -> _Built:
+    name = str(spec.name)
+    if spec.weights == "pretrained":
+        model, classes = torchvision_models.pretrained(name, spec.model_args, spec.num_classes)
+    else:
+        classes = ()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            model = _create(name, num_classes=spec.num_classes, **spec.model_args)
+    return _Built(model, name, spec.model_args, usual=_usual(model, name), classes=classes)
+
+
+def _of_transformers(spec: TeacherSpec) -> _Built:
+    wanted = (spec.name or "").removeprefix(TRANSFORMERS)
+    if spec.weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            model = transformers_models.create(wanted, spec.model_args, spec.num_classes)
+        return _Built(model, str(spec.name), spec.model_args, usual=transformers_models.usual_preparation(model))
+    folder, file = (transformers_models.fetch_folder(wanted), None) if spec.path is None else spec.folder_and_file()
+    loaded = transformers_models.load_folder(folder, file, spec.model_args)
+    architecture, count = type(loaded.model).__name__, loaded.model.config.num_labels
+    if wanted in transformers_models.ARCHITECTURES and wanted != architecture:
+        raise UsageError(f"{folder / CONFIG_NAME}: describes a {architecture}, not {wanted}; leave the name out")
+    if spec.num_classes not in (None, count):
+        raise UsageError(f"{folder / CONFIG_NAME}: num_classes is {count}, not {spec.num_classes}; leave it out")
+    return _Built(
+        loaded.model,
+        spec.name or f"{TRANSFORMERS}{architecture}",
+        loaded.model_args,
+        known=loaded.prepared,
+        usual=transformers_models.usual_preparation(loaded.model),
+        why_not=f"{folder} does not say all",
+        classes=loaded.classes,
+        note=loaded.note,
+    )
+
+
+def _of_file(spec: TeacherSpec) -> _Built:
     files = find_files(spec)
-    # The class token and the head have these names in every teacher, so that a prefix before them is none of its own.
-    state = fit_names(read_weights(files.weights), ("cls_token", "head.weight"))
-    model_args, classes = spec.model_args, spec.num_classes
+    name, classes, model_args = spec.name or DEFAULT_NAME, spec.num_classes, spec.model_args
     if files.config is not None:
         name, classes = files.config.architecture, files.config.class_count
         model_args = {key: value for key, value in files.config.model_args.items() if key != "num_classes"}
-    else:
-        classes = _head_classes(files, state, spec.num_classes)
+    state = read_weights(files.weights)
     # First without memory for its weights: a description may ask for any size.
-    with torch.device("meta"):
-        shape = _create(name, num_classes=classes, **model_args)
-    _check_family(shape, name)
+    shape = _without_memory(name, classes, model_args)
+    state = fit_names(state, shape.state_dict())
+    if files.config is None:
+        classes = _head_classes(files, state, spec.num_classes)
+        shape = _without_memory(name, classes, model_args)
+    _check_family(shape, name, spec.own_head)
     _check_fit(shape, state, files, name)
     model = _create(name, num_classes=classes, **model_args)
     model.load_state_dict(state)
-    return _Built(model, name, model_args, files)
+    known = {} if files.config is None else vars(files.config.pretrained_cfg)
+    return _Built(
+        model,
+        name,
+        model_args,
+        known={key: known.get(key) for key in PREPARATION if known.get(key) is not None},
+        usual=_usual(model, name),
+        why_not=files.why_not or f"{CONFIG_NAME} does not say all",
+        classes=_class_names(files, model.num_classes),
+    )
 
 
-def _check_family(model: nn.Module, name: str) -> None:
+def _without_memory(name: str, classes: int | None, model_args: Mapping[str, Any]) -> Any:
+    with torch.device("meta"):
+        return _create(name, num_classes=classes, **model_args)
+
+
+def _usual(model: Any, name: str) -> Mapping[str, Any]:
+    if not name.startswith(TORCHVISION):
+        return {key: model.pretrained_cfg[key] for key in PREPARATION}
+    return torchvision_models.preparation(name)
+
+
+def _check_family(model: nn.Module, name: str, own_head: str | None) -> None:
     try:
         as_classifier(model)
     except ValueError as error:
         raise ZpipeError(f"teacher {name}: {error}; --list-teachers shows those that are known") from error
+    try:
+        as_classifier(model, own_head=own_head)
+    except ValueError as error:
+        raise UsageError(f"--own-head {own_head}: {error}; leave it out") from error
 
 
 def _preparation(spec: TeacherSpec, built: _Built) -> tuple[dict[str, Any], str]:
     """How images are prepared: `mean`, `std`, `interpolation` and `crop_pct`; and a note about what is assumed."""
-    config = None if built.files is None else built.files.config
     values: dict[str, Any] = {}
     assumed = []
-    for field in ("mean", "std", "interpolation", "crop_pct"):
+    for field in PREPARATION:
         said = getattr(spec, field)
-        if said is None and config is not None:
-            said = getattr(config.pretrained_cfg, field)
         if said is None:
-            said = built.model.pretrained_cfg[field]
+            said = built.known.get(field)
+        if said is None:
+            said = built.usual[field]
             assumed.append(f"{field} {list(said) if isinstance(said, tuple | list) else said}")
         values[field] = tuple(said) if isinstance(said, tuple | list) else said
     if values["interpolation"] not in PIL_FILTERS:
@@ -161,18 +243,17 @@ def _preparation(spec: TeacherSpec, built: _Built) -> tuple[dict[str, Any], str]
         )
     if len(values["mean"]) != 3:
         raise ZpipeError(f"teacher {spec.weights}: takes {len(values['mean'])} channels, images have 3; give another")
-    if built.files is None or not assumed:
-        return values, ""
-    why = built.files.why_not or f"{CONFIG_NAME} does not say all"
-    return values, (
-        f"teacher {spec.weights}: how its images are prepared is assumed, {why}: {', '.join(assumed)}; "
-        "if it was trained otherwise, give --mean, --std, --interpolation or --crop-pct"
-    )
+    notes = [f"teacher {spec.weights}: {built.note}"] if built.note else []
+    if built.why_not and assumed:
+        notes.append(
+            f"teacher {spec.weights}: how its images are prepared is assumed, {built.why_not}: {', '.join(assumed)}; "
+            "if it was trained otherwise, give --mean, --std, --interpolation or --crop-pct"
+        )
+    return values, "; ".join(notes)
 
 
-def _class_names(built: _Built) -> tuple[str, ...]:
-    files, count = built.files, built.model.num_classes
-    if files is None or files.config is None or files.folder is None:
+def _class_names(files: TeacherFiles, count: int) -> tuple[str, ...]:
+    if files.config is None or files.folder is None:
         return ()
     names = read_class_names(files.folder, files.config)
     if len(names) > count:
@@ -200,12 +281,14 @@ def _check_name(name: str) -> None:
 
 
 def _create(name: str, **kwargs: Any) -> Any:
-    """timm.create_model without weights."""
-    _check_name(name)
+    """A model of timm or torchvision without weights."""
+    of_torchvision = name.startswith(TORCHVISION)
+    create = torchvision_models.create if of_torchvision else timm.create_model
+    torchvision_models.split_name(name) if of_torchvision else _check_name(name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of layers without weights, which the checks refuse
-            return timm.create_model(name, pretrained=False, **kwargs)
+            return create(name, **kwargs)
     except (
         ArithmeticError,
         AssertionError,
@@ -240,13 +323,14 @@ def _pretrained(name: str, spec: TeacherSpec) -> Any:
 
 
 def _head_classes(files: TeacherFiles, state: Mapping[str, Tensor], num_classes: int | None) -> int | None:
-    head = state.get("head.weight")
-    if head is None or head.ndim == 0:
-        return num_classes  # the missing key, or its shape, is named later
+    name = next((each for each in HEADS if each in state), None)
+    if name is None:
+        return num_classes or 0  # an encoder alone; a head that was asked for is named as missing later
+    head = state[name]
+    if head.ndim == 0:
+        return num_classes  # its shape is named later
     if num_classes not in (None, len(head)):
-        raise UsageError(
-            f"{files.weights}: head.weight knows {len(head)} classes, not {num_classes}; leave num_classes out"
-        )
+        raise UsageError(f"{files.weights}: {name} knows {len(head)} classes, not {num_classes}; leave num_classes out")
     return len(head)
 
 
@@ -266,8 +350,9 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], files: TeacherFile
         raise ZpipeError(f"{file}: does not fit {name}, it {' and '.join(parts)}{prefix_note(state)}; {remedy}")
     for key, value in wanted.items():
         if value.shape != state[key].shape:
-            if key == "pos_embed" and files.folder is None and (side := _side_of(model, state[key])):
-                remedy = f"its images have {side} pixels: give model_args img_size={side} (--model-arg img_size={side})"
+            if files.folder is None and (side := _side_of(model, key, state[key])):
+                size = f"{'image_size' if name.startswith(TORCHVISION) else 'img_size'}={side}"
+                remedy = f"its images have {side} pixels: give model_args {size} (--model-arg {size})"
             raise ZpipeError(
                 f"{file}: does not fit {name}, {key} is {list(state[key].shape)} in the file and {list(value.shape)} "
                 f"in the model; {remedy}"
@@ -276,14 +361,23 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], files: TeacherFile
         raise ZpipeError(f"{file}: {odd} is {state[odd].dtype}; give weights of floating-point numbers")
 
 
-def _side_of(model: Any, positions: Tensor) -> int | None:
-    """The side in pixels of the square images that a position table [1, tokens, width] is for; None if not square."""
-    if positions.ndim != 3:
+def _side_of(model: nn.Module, name: str, positions: Tensor) -> int | None:
+    """The side in pixels of the square images that a table of positions is for; None if it is not for such images.
+
+    Absolute positions are [1, tokens, width]; BEiT's relative ones [distances, heads].
+    """
+    layout, own = as_classifier(model), model.state_dict()[name]
+    if name.endswith("relative_position_bias_table") and positions.ndim == own.ndim == 2:
+        extra = own.shape[0] - (2 * layout.grid[0] - 1) * (2 * layout.grid[1] - 1)  # distances to the class token
+        width = math.isqrt(max(0, positions.shape[0] - extra))
+        side = (width + 1) // 2 if width % 2 and width**2 == positions.shape[0] - extra else 0
+    elif name in ("pos_embed", "encoder.pos_embedding") and positions.ndim == own.ndim == 3:
+        patches = positions.shape[1] - own.shape[1] + layout.grid[0] * layout.grid[1]
+        side = math.isqrt(max(0, patches))
+        side = side if side**2 == patches else 0
+    else:
         return None
-    prefix = model.pos_embed.shape[1] - model.patch_embed.num_patches
-    patches = positions.shape[1] - prefix
-    side = math.isqrt(max(0, patches))
-    return side * model.patch_embed.patch_size[0] if side and side * side == patches else None
+    return side * (layout.image_size[0] // layout.grid[0]) or None
 
 
 def _describe(error: BaseException) -> str:
