@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
 from zpipe.pipeline.classifier import Classifier, as_classifier
+from zpipe.pipeline.heads import other_head
 from zpipe.pipeline.shard_reader import PIL_FILTERS
 from zpipe.pipeline.teacher_spec import TeacherFiles, TeacherSpec, find_files
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
@@ -38,7 +40,7 @@ class Teacher:
     weights: str
     """`TeacherSpec.weights` that it was loaded from."""
     digest: str
-    """`state_digest` of its weights."""
+    """`state_digest` of its weights; with a head in place of its own, of the weights of both."""
     num_classes: int
     """Number of classes of its head."""
     image_size: tuple[int, int]
@@ -61,12 +63,13 @@ class Teacher:
     """What was assumed about it, for the user; empty if everything is known."""
 
 
-def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu") -> Teacher:
+def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu", needs_classes: bool = True) -> Teacher:
     """Build the model, load its weights and freeze it.
 
     Args:
         spec: Which teacher to load.
         device: Where the model shall be.
+        needs_classes: Whether a model without any head is refused.
 
     Raises:
         UsageError: The request contradicts itself or names something that does not exist.
@@ -75,8 +78,18 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu") -> Te
     built = _build(spec)
     if bad := not_finite(built.model.state_dict()):
         raise ZpipeError(f"teacher {spec.weights}: {bad} holds NaN or infinity; give weights that did not diverge")
+    digest = state_digest(built.model.state_dict())
+    other = other_head(spec, as_classifier(built.model).eval(), digest)
+    model = as_classifier(built.model, other.head)
+    if other.head is not None:
+        digest = state_digest(model.state_dict())
+    if needs_classes and not model.num_classes:
+        raise ZpipeError(
+            f"teacher {built.name}: {spec.weights} has no classification head; fit one with zpipe fit-head and give it "
+            "as --head, or give --class-embeddings"
+        )
     try:
-        model = as_classifier(built.model).eval().requires_grad_(False).to(device)
+        model = model.eval().requires_grad_(False).to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError is what a CPU build of torch raises for "cuda"
         raise UsageError(f"device {device}: {first_line(error)}; give a device that torch has here, or cpu") from error
     prepared, note = _preparation(spec, built)
@@ -84,13 +97,13 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu") -> Te
         model=model,
         name=built.name,
         weights=spec.weights,
-        digest=state_digest(model.model.state_dict()),
+        digest=digest,
         num_classes=model.num_classes,
         image_size=model.image_size,
         grid=model.grid,
         model_args=built.model_args,
-        classes=_class_names(built),
-        note=note,
+        classes=_class_names(built) if other.head is None else other.classes,
+        note="; ".join(each for each in (note, other.note) if each),
         **prepared,
     )
 
@@ -128,6 +141,8 @@ def _build(spec: TeacherSpec) -> _Built:
     with torch.device("meta"):
         shape = _create(name, num_classes=classes, **model_args)
     _check_family(shape, name)
+    if spec.resize_positions:
+        state = _with_resized_positions(state, shape)
     _check_fit(shape, state, files, name)
     model = _create(name, num_classes=classes, **model_args)
     model.load_state_dict(state)
@@ -241,8 +256,10 @@ def _pretrained(name: str, spec: TeacherSpec) -> Any:
 
 def _head_classes(files: TeacherFiles, state: Mapping[str, Tensor], num_classes: int | None) -> int | None:
     head = state.get("head.weight")
-    if head is None or head.ndim == 0:
-        return num_classes  # the missing key, or its shape, is named later
+    if head is None:
+        return num_classes or 0  # an encoder alone; a head that was asked for is named as missing later
+    if head.ndim == 0:
+        return num_classes  # its shape is named later
     if num_classes not in (None, len(head)):
         raise UsageError(
             f"{files.weights}: head.weight knows {len(head)} classes, not {num_classes}; leave num_classes out"
@@ -267,13 +284,28 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], files: TeacherFile
     for key, value in wanted.items():
         if value.shape != state[key].shape:
             if key == "pos_embed" and files.folder is None and (side := _side_of(model, state[key])):
-                remedy = f"its images have {side} pixels: give model_args img_size={side} (--model-arg img_size={side})"
+                remedy = (
+                    f"its images have {side} pixels: give model_args img_size={side} (--model-arg img_size={side}), or "
+                    "--resize-positions"
+                )
             raise ZpipeError(
                 f"{file}: does not fit {name}, {key} is {list(state[key].shape)} in the file and {list(value.shape)} "
                 f"in the model; {remedy}"
             )
     if odd := no_floats(state, wanted):
         raise ZpipeError(f"{file}: {odd} is {state[odd].dtype}; give weights of floating-point numbers")
+
+
+def _with_resized_positions(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """The state with a square table of positions resized to the model's grid; any other is left for the check."""
+    positions, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
+    if positions is None or own is None or positions.shape == own.shape or not _side_of(model, positions):
+        return dict(state)
+    prefix = own.shape[1] - model.patch_embed.num_patches
+    old = math.isqrt(positions.shape[1] - prefix)
+    grid = list(model.patch_embed.grid_size)
+    positions = resample_abs_pos_embed(positions, grid, [old, old], num_prefix_tokens=prefix, antialias=False)
+    return {**state, "pos_embed": positions}
 
 
 def _side_of(model: Any, positions: Tensor) -> int | None:
