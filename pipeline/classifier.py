@@ -18,12 +18,15 @@ from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import Tensor, nn
 from typing_extensions import override
 
 # What a head reads: the class token, the distillation token, the mean of the patch tokens (or of all tokens), or the
 # result of a pooling attention, whose query is a parameter.
 Part = Literal["class", "distilled", "mean", "mean of all", "pool"]
+DISTILLED: tuple[Part, ...] = ("class", "distilled")
+OWN_HEADS = ("class", "distilled")
 Targets = Tensor | Callable[[Tensor], Tensor]
 
 
@@ -64,6 +67,7 @@ class Classifier(nn.Module, ABC):
         model: The model.
         head: The head in place of its own, or None.
         parts: What the head reads.
+        own_parts: What the model's own head reads.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, head: nn.Module | None = None) -> None:
@@ -71,6 +75,7 @@ class Classifier(nn.Module, ABC):
         self.model: Any = model
         self.head: Any = head
         self.blocks = tuple(layout.blocks)
+        self.own_parts = layout.parts
         self.parts: tuple[Part, ...] = layout.parts if head is None else getattr(head, "parts", layout.parts)
         self.image_size, self.grid, self.channels = layout.image_size, layout.grid, layout.channels
         self.prefix_tokens, self.width, self.num_heads = layout.prefix_tokens, layout.width, layout.num_heads
@@ -154,7 +159,9 @@ def first(output: Any) -> Tensor:
 
 
 class TimmClassifier(Classifier):
-    """timm's VisionTransformer, Eva (EVA-02, DINOv3) and Beit, with a class token, mean or attention pooling.
+    """A timm model other than the distilled DeiT, with a class token, mean or attention pooling.
+
+    Its class is VisionTransformer, VisionTransformerRelPos, Eva (EVA-02, DINOv3) or Beit.
 
     Args:
         model: The model.
@@ -190,60 +197,106 @@ class DistilledClassifier(TimmClassifier):
         own: Whose answer counts: that of the class token, of the distillation token, or the mean of both.
     """
 
-    def __init__(
-        self, model: Any, head: nn.Module | None = None, own: tuple[Part, ...] = ("class", "distilled")
-    ) -> None:
+    def __init__(self, model: Any, head: nn.Module | None = None, own: tuple[Part, ...] = DISTILLED) -> None:
         Classifier.__init__(self, model, _timm_layout(model, own), head)
-        self._own = own
+        heads = {"class": model.head, "distilled": model.head_dist}
+        self._heads = tuple(heads[part] for part in own)
 
     @override
     def pool(self, tokens: Tensor) -> Tensor:
-        return torch.cat([tokens[:, ("class", "distilled").index(part)] for part in self._own], dim=1)  # [B, D or 2D]
+        return read_parts(tokens, self.own_parts, self.prefix_tokens)
 
     @override
     def answer(self, pooled: Tensor) -> Tensor:
-        heads = {"class": self.model.head, "distilled": self.model.head_dist}
-        read = pooled.unflatten(1, (len(self._own), -1))  # [B, 1 or 2, D]
-        logits = [heads[part](read[:, place]) for place, part in enumerate(self._own)]
-        return torch.stack(logits).mean(dim=0)
+        return mean_answer(self._heads, pooled)
+
+
+def read_parts(tokens: Tensor, parts: Sequence[Part], prefix_tokens: int) -> Tensor:
+    """Concatenate what a head reads of normalised tokens [B, N, D]: -> [B, D * number of parts]."""
+    read = {
+        "class": lambda: tokens[:, 0],
+        "distilled": lambda: tokens[:, 1],
+        "mean": lambda: tokens[:, prefix_tokens:].mean(dim=1),
+        "mean of all": lambda: tokens.mean(dim=1),
+    }
+    return torch.cat([read[part]() for part in parts], dim=1)
+
+
+def mean_answer(heads: Sequence[nn.Module], pooled: Tensor) -> Tensor:
+    """Average the answers [B, classes] of heads, each of which reads its share of the features [B, F]."""
+    logits = [head(share) for head, share in zip(heads, pooled.chunk(len(heads), dim=1), strict=True)]
+    return torch.stack(logits).mean(dim=0)
 
 
 def _timm_parts(model: Any) -> tuple[Part, ...]:
+    pool = model.global_pool
     if getattr(model, "attn_pool", None) is not None:
         return ("pool",)
-    if model.global_pool == "token":
+    if pool == "token":
         return ("class",)
-    return ("mean of all" if getattr(model, "pool_include_prefix", False) else "mean",)
+    if pool == "avg":
+        return ("mean of all" if getattr(model, "pool_include_prefix", False) else "mean",)
+    raise ValueError(f"a {type(model).__name__} with global_pool={pool!r}: only 'token', 'avg' and 'map' are known")
 
 
 def _timm_layout(model: Any, parts: tuple[Part, ...]) -> Layout:
     embed = model.patch_embed
+    # A hybrid has a convolutional network before the projection of its features.
+    stem = next(part for part in embed.modules() if isinstance(part, nn.Conv2d))
+    heads = next((part.num_heads for part in model.blocks[0].modules() if hasattr(part, "num_heads")), None)
+    if heads is None:
+        raise ValueError(f"blocks of the class {type(model.blocks[0]).__name__} have no attention that is known")
     return Layout(
         blocks=tuple(model.blocks),
         parts=parts,
         image_size=tuple(embed.img_size),
         grid=tuple(embed.grid_size),
-        channels=embed.proj.in_channels,
+        channels=stem.in_channels,
         prefix_tokens=model.num_prefix_tokens,
         width=model.embed_dim,
-        num_heads=model.blocks[0].attn.num_heads,
+        num_heads=heads,
         classes=model.num_classes,
     )
 
 
-def as_classifier(model: nn.Module, head: nn.Module | None = None) -> Classifier:
+def as_classifier(model: nn.Module, head: nn.Module | None = None, own_head: str | None = None) -> Classifier:
     """Wrap a model of a known family; a `Classifier` is returned as it is.
 
+    Args:
+        model: A ViT of timm, torchvision or transformers.
+        head: A head in place of the model's own; None keeps it.
+        own_head: Which of two own heads answers, ``class`` or ``distilled``; None takes the only one, or the mean.
+
     Raises:
-        ValueError: No family has it, or its family reads the answer in a way that is not known; the message names it.
+        ValueError: No family has the model, it reads its answer in a way that is not known, or it has no two heads; the
+            message names it.
     """
     if isinstance(model, Classifier):
         return model
+    own: tuple[Part, ...] | None = None if own_head is None else (cast(Part, own_head),)
+    library = type(model).__module__.partition(".")[0]
+    if library == "transformers":
+        from zpipe.pipeline.transformers_models import TransformersClassifier
+
+        return TransformersClassifier(model, head, own)
     if type(model) is VisionTransformerDistilled:
-        return DistilledClassifier(model, head)
-    if type(model) not in (VisionTransformer, Eva, Beit):
-        raise ValueError(f"no family of teachers has a {type(model).__name__}")
-    pool = model.global_pool
-    if getattr(model, "attn_pool", None) is None and pool not in ("token", "avg"):
-        raise ValueError(f"a {type(model).__name__} with global_pool={pool!r}: only 'token', 'avg' and 'map' are known")
+        return DistilledClassifier(model, head, own or DISTILLED)
+    if own is not None:
+        raise ValueError(f"a {type(model).__name__} has one head")
+    if library == "torchvision":
+        from zpipe.pipeline.torchvision_models import TorchvisionClassifier
+
+        return TorchvisionClassifier(model, head)
+    if type(model) not in (VisionTransformer, VisionTransformerRelPos, Eva, Beit):
+        raise ValueError(f"no family of teachers has a {type(model).__name__}{_why_not(model)}")
     return TimmClassifier(model, head)
+
+
+def _why_not(model: nn.Module) -> str:
+    """The reason why a model has no maps, where it is known."""
+    names = {type(part).__name__ for part in model.modules()}
+    if any("Window" in name or "Swin" in name or "Hiera" in name for name in names):
+        return ": its attention does not see all patches at once"
+    if any("NaFlex" in name for name in names):
+        return ": it takes patches instead of images"
+    return "" if any("Attention" in name or "Attn" in name for name in names) else ": it has no attention"

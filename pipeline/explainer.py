@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zpipe.pipeline.classifier import Classifier
-from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS, methods_of
+from zpipe.pipeline.classifier import Classifier, Targets
+from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS, methods_of, refusal_of
 from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
-from zpipe.pipeline.supported import Targets
 from zpipe.pipeline.teacher import Teacher
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -201,7 +200,7 @@ class Explainer:
 
     def _attribute(self, images: Tensor, targets: Targets) -> Attribution:
         if self._sweep == "model":
-            return METHODS[self.config.method](self._model.model, images, targets)
+            return METHODS[self.config.method](self._model, images, targets)
         return attribute(self._model.model, images, targets, sweep=self._sweep)
 
     def _targets(self, labels: np.ndarray) -> Targets:
@@ -230,10 +229,10 @@ def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 def check_method(teacher: Teacher, method: str) -> None:
     """Raise :class:`ZpipeError` for a method that cannot explain the teacher; the message names those that can."""
-    known = methods_of(teacher.model)
-    if reason := known[method]:
-        able = ", ".join(name for name, refusal in known.items() if not refusal)
-        raise ZpipeError(f"teacher {teacher.name}: --method {method}: {reason}; choose --method {able}")
+    if reason := refusal_of(teacher.model, method):
+        able = ", ".join(name for name, refusal in methods_of(teacher.model).items() if not refusal)
+        remedy = f"choose --method {able}" if able else "no method can explain it; choose another teacher"
+        raise ZpipeError(f"teacher {teacher.name}: --method {method}: {reason}; {remedy}")
 
 
 def bytes_per_image(model: Classifier, dtype: torch.dtype = torch.float32) -> int:

@@ -57,7 +57,7 @@ class ExtractConfig:
     """
 
     teacher: str | None = None
-    """timm's name of the teacher. None takes the one of the weights folder, else deit_base_patch16_224."""
+    """Name of the teacher, see `TeacherSpec`. None takes the one of the weights folder, else deit_base_patch16_224."""
     weights: str = "pretrained"
     """A weights file, a folder that train-vit wrote, ``pretrained``, or ``random`` (to try things out)."""
     num_classes: int | None = None
@@ -80,6 +80,8 @@ class ExtractConfig:
     """File of embeddings of the classes in place of a head, see `TeacherSpec`."""
     resize_positions: bool = False
     """Whether position embeddings of a weights file may be resized."""
+    own_head: str | None = None
+    """Whose answer counts of a distilled teacher, ``class`` or ``distilled``; None takes the mean of both."""
     classes: Matching = "same"
     """How the target ``ground-truth`` finds the teacher's class for a label: ``same``, the two number the same names;
     ``by-name``, the class of the same name; ``by-index``, the number, whatever the names."""
@@ -141,6 +143,7 @@ class ExtractConfig:
             head=self.head,
             class_embeddings=self.class_embeddings,
             resize_positions=self.resize_positions,
+            own_head=self.own_head,
         )
 
 

@@ -35,6 +35,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
+from zpipe.pipeline.classifier import Targets, as_classifier
 from zpipe.pipeline.recorded_forward import (
     Attribution,
     BlockRecord,
@@ -47,7 +48,7 @@ from zpipe.pipeline.recorded_forward import (
     softmax_grad,
     split_heads,
 )
-from zpipe.pipeline.supported import Targets, check_request
+from zpipe.pipeline.supported import check_request, check_supported
 
 __all__ = ["SWEEPS", "Attribution", "attribute", "transformer_attribution"]
 
@@ -86,7 +87,8 @@ def attribute(model: VisionTransformer, images: Tensor, targets: Targets, *, swe
             dtype or device, or are not finite; targets have another shape or are outside the classes; the sweep is
             unknown or not available on this device.
     """
-    check_request(model, images, targets)
+    check_supported(model)
+    check_request(as_classifier(model), images, targets)
     products = _products(sweep, images)
     # Autocast would silently compute the products, and so the divisions after them, in another dtype than the model's.
     with torch.autocast(images.device.type, enabled=False):

@@ -16,10 +16,11 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
+from zpipe.pipeline import torchvision_models, transformers_models
 from zpipe.pipeline.classifier import Classifier, as_classifier
 from zpipe.pipeline.heads import other_head
 from zpipe.pipeline.shard_reader import PIL_FILTERS
-from zpipe.pipeline.teacher_spec import TeacherFiles, TeacherSpec, find_files
+from zpipe.pipeline.teacher_spec import TORCHVISION, TRANSFORMERS, TeacherFiles, TeacherSpec, find_files
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
 from zpipe.schemas.model_config import CONFIG_NAME, read_class_names
 from zpipe.schemas.weights import fit_names, no_floats, not_finite, prefix_note, read_weights
@@ -27,6 +28,9 @@ from zpipe.schemas.weights import fit_names, no_floats, not_finite, prefix_note,
 __all__ = ["DEFAULT_NAME", "Teacher", "TeacherSpec", "load_teacher", "state_digest"]
 
 DEFAULT_NAME = "deit_base_patch16_224"
+PREPARATION = ("mean", "std", "interpolation", "crop_pct")
+HEADS = ("head.weight", "heads.head.weight")  # timm's name of the classifier, and torchvision's
+POSITIONS = {"pos_embed", "encoder.pos_embedding"}  # likewise, of the table of absolute positions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,8 +83,8 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu", needs
     if bad := not_finite(built.model.state_dict()):
         raise ZpipeError(f"teacher {spec.weights}: {bad} holds NaN or infinity; give weights that did not diverge")
     digest = state_digest(built.model.state_dict())
-    other = other_head(spec, as_classifier(built.model).eval(), digest)
-    model = as_classifier(built.model, other.head)
+    other = other_head(spec, as_classifier(built.model, own_head=spec.own_head).eval(), digest)
+    model = as_classifier(built.model, other.head, spec.own_head)
     if other.head is not None:
         digest = state_digest(model.state_dict())
     if needs_classes and not model.num_classes:
@@ -101,72 +105,151 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu", needs
         num_classes=model.num_classes,
         image_size=model.image_size,
         grid=model.grid,
-        model_args=built.model_args,
-        classes=_class_names(built) if other.head is None else other.classes,
+        model_args=built.model_args if spec.own_head is None else built.model_args | {"own_head": spec.own_head},
+        classes=built.classes if other.head is None else other.classes,
         note="; ".join(each for each in (note, other.note) if each),
         **prepared,
     )
 
 
 class _Built(NamedTuple):
-    """A model with its weights, what rebuilds it, and where it came from."""
+    """A model with its weights, what rebuilds it, and what is known about it."""
 
     model: Any
     name: str
     model_args: dict[str, Any]
-    files: TeacherFiles | None  # None for pretrained and random weights
+    known: Mapping[str, Any] = {}  # of mean, std, interpolation and crop_pct, what is said beside the weights
+    usual: Mapping[str, Any] = {}  # all four, as they are with the library's own weights of the architecture
+    why_not: str = ""  # why not all are known; empty if the usual ones belong to the weights
+    classes: tuple[str, ...] = ()
+    note: str = ""
 
 
 def _build(spec: TeacherSpec) -> _Built:
+    if spec.library == "transformers":
+        built = _of_transformers(spec)
+    elif spec.path is not None:
+        built = _of_file(spec)
+    elif spec.library == "torchvision":
+        built = _of_torchvision(spec)
+    else:
+        built = _of_timm(spec)
+    _check_family(built.model, built.name, spec.own_head)
+    return built
+
+
+def _of_timm(spec: TeacherSpec) -> _Built:
     name = spec.name or DEFAULT_NAME
-    if spec.path is None:
-        if spec.weights == "pretrained":
-            model = _pretrained(name, spec)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(spec.seed)
-                model = _create(name, num_classes=spec.num_classes, **spec.model_args)
-        _check_family(model, name)
-        return _Built(model, name, spec.model_args, None)
+    if spec.weights == "pretrained":
+        model = _pretrained(name, spec)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            model = _create(name, num_classes=spec.num_classes, **spec.model_args)
+    return _Built(model, name, spec.model_args, usual=_usual(model, name))
+
+
+def _of_torchvision(spec: TeacherSpec) -> _Built:
+    name = str(spec.name)
+    if spec.weights == "pretrained":
+        model, classes = torchvision_models.pretrained(name, spec.model_args, spec.num_classes)
+    else:
+        classes = ()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            model = _create(name, num_classes=spec.num_classes, **spec.model_args)
+    return _Built(model, name, spec.model_args, usual=_usual(model, name), classes=classes)
+
+
+def _of_transformers(spec: TeacherSpec) -> _Built:
+    wanted = (spec.name or "").removeprefix(TRANSFORMERS)
+    if spec.weights == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(spec.seed)
+            model = transformers_models.create(wanted, spec.model_args, spec.num_classes)
+        return _Built(model, str(spec.name), spec.model_args, usual=transformers_models.usual_preparation(model))
+    folder, file = (transformers_models.fetch_folder(wanted), None) if spec.path is None else spec.folder_and_file()
+    loaded = transformers_models.load_folder(folder, file, spec.model_args)
+    architecture, count = type(loaded.model).__name__, loaded.model.config.num_labels
+    if wanted in transformers_models.ARCHITECTURES and wanted != architecture:
+        raise UsageError(f"{folder / CONFIG_NAME}: describes a {architecture}, not {wanted}; leave the name out")
+    if spec.num_classes not in (None, count):
+        raise UsageError(f"{folder / CONFIG_NAME}: num_classes is {count}, not {spec.num_classes}; leave it out")
+    return _Built(
+        loaded.model,
+        spec.name or f"{TRANSFORMERS}{architecture}",
+        loaded.model_args,
+        known=loaded.prepared,
+        usual=transformers_models.usual_preparation(loaded.model),
+        why_not=f"{folder} does not say all",
+        classes=loaded.classes,
+        note=loaded.note,
+    )
+
+
+def _of_file(spec: TeacherSpec) -> _Built:
     files = find_files(spec)
-    # The class token and the head have these names in every teacher, so that a prefix before them is none of its own.
-    state = fit_names(read_weights(files.weights), ("cls_token", "head.weight"))
-    model_args, classes = spec.model_args, spec.num_classes
+    name, classes, model_args = spec.name or DEFAULT_NAME, spec.num_classes, spec.model_args
     if files.config is not None:
         name, classes = files.config.architecture, files.config.class_count
         model_args = {key: value for key, value in files.config.model_args.items() if key != "num_classes"}
-    else:
-        classes = _head_classes(files, state, spec.num_classes)
+    state = read_weights(files.weights)
     # First without memory for its weights: a description may ask for any size.
-    with torch.device("meta"):
-        shape = _create(name, num_classes=classes, **model_args)
-    _check_family(shape, name)
+    shape = _without_memory(name, classes, model_args)
+    state = fit_names(state, shape.state_dict())
+    if files.config is None:
+        classes = _head_classes(files, state, spec.num_classes)
+        shape = _without_memory(name, classes, model_args)
+    _check_family(shape, name, spec.own_head)
     if spec.resize_positions:
         state = _with_resized_positions(state, shape)
     _check_fit(shape, state, files, name)
     model = _create(name, num_classes=classes, **model_args)
     model.load_state_dict(state)
-    return _Built(model, name, model_args, files)
+    known = {} if files.config is None else vars(files.config.pretrained_cfg)
+    return _Built(
+        model,
+        name,
+        model_args,
+        known={key: known.get(key) for key in PREPARATION if known.get(key) is not None},
+        usual=_usual(model, name),
+        why_not=files.why_not or f"{CONFIG_NAME} does not say all",
+        classes=_class_names(files, model.num_classes),
+    )
 
 
-def _check_family(model: nn.Module, name: str) -> None:
+def _without_memory(name: str, classes: int | None, model_args: Mapping[str, Any]) -> Any:
+    with torch.device("meta"):
+        return _create(name, num_classes=classes, **model_args)
+
+
+def _usual(model: Any, name: str) -> Mapping[str, Any]:
+    if not name.startswith(TORCHVISION):
+        return {key: model.pretrained_cfg[key] for key in PREPARATION}
+    return torchvision_models.preparation(name)
+
+
+def _check_family(model: nn.Module, name: str, own_head: str | None) -> None:
     try:
         as_classifier(model)
     except ValueError as error:
         raise ZpipeError(f"teacher {name}: {error}; --list-teachers shows those that are known") from error
+    try:
+        as_classifier(model, own_head=own_head)
+    except ValueError as error:
+        raise UsageError(f"--own-head {own_head}: {error}; leave it out") from error
 
 
 def _preparation(spec: TeacherSpec, built: _Built) -> tuple[dict[str, Any], str]:
     """How images are prepared: `mean`, `std`, `interpolation` and `crop_pct`; and a note about what is assumed."""
-    config = None if built.files is None else built.files.config
     values: dict[str, Any] = {}
     assumed = []
-    for field in ("mean", "std", "interpolation", "crop_pct"):
+    for field in PREPARATION:
         said = getattr(spec, field)
-        if said is None and config is not None:
-            said = getattr(config.pretrained_cfg, field)
         if said is None:
-            said = built.model.pretrained_cfg[field]
+            said = built.known.get(field)
+        if said is None:
+            said = built.usual[field]
             assumed.append(f"{field} {list(said) if isinstance(said, tuple | list) else said}")
         values[field] = tuple(said) if isinstance(said, tuple | list) else said
     if values["interpolation"] not in PIL_FILTERS:
@@ -176,18 +259,17 @@ def _preparation(spec: TeacherSpec, built: _Built) -> tuple[dict[str, Any], str]
         )
     if len(values["mean"]) != 3:
         raise ZpipeError(f"teacher {spec.weights}: takes {len(values['mean'])} channels, images have 3; give another")
-    if built.files is None or not assumed:
-        return values, ""
-    why = built.files.why_not or f"{CONFIG_NAME} does not say all"
-    return values, (
-        f"teacher {spec.weights}: how its images are prepared is assumed, {why}: {', '.join(assumed)}; "
-        "if it was trained otherwise, give --mean, --std, --interpolation or --crop-pct"
-    )
+    notes = [f"teacher {spec.weights}: {built.note}"] if built.note else []
+    if built.why_not and assumed:
+        notes.append(
+            f"teacher {spec.weights}: how its images are prepared is assumed, {built.why_not}: {', '.join(assumed)}; "
+            "if it was trained otherwise, give --mean, --std, --interpolation or --crop-pct"
+        )
+    return values, "; ".join(notes)
 
 
-def _class_names(built: _Built) -> tuple[str, ...]:
-    files, count = built.files, built.model.num_classes
-    if files is None or files.config is None or files.folder is None:
+def _class_names(files: TeacherFiles, count: int) -> tuple[str, ...]:
+    if files.config is None or files.folder is None:
         return ()
     names = read_class_names(files.folder, files.config)
     if len(names) > count:
@@ -215,12 +297,14 @@ def _check_name(name: str) -> None:
 
 
 def _create(name: str, **kwargs: Any) -> Any:
-    """timm.create_model without weights."""
-    _check_name(name)
+    """A model of timm or torchvision without weights."""
+    of_torchvision = name.startswith(TORCHVISION)
+    create = torchvision_models.create if of_torchvision else timm.create_model
+    torchvision_models.split_name(name) if of_torchvision else _check_name(name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of layers without weights, which the checks refuse
-            return timm.create_model(name, pretrained=False, **kwargs)
+            return create(name, **kwargs)
     except (
         ArithmeticError,
         AssertionError,
@@ -255,15 +339,14 @@ def _pretrained(name: str, spec: TeacherSpec) -> Any:
 
 
 def _head_classes(files: TeacherFiles, state: Mapping[str, Tensor], num_classes: int | None) -> int | None:
-    head = state.get("head.weight")
-    if head is None:
+    name = next((each for each in HEADS if each in state), None)
+    if name is None:
         return num_classes or 0  # an encoder alone; a head that was asked for is named as missing later
+    head = state[name]
     if head.ndim == 0:
         return num_classes  # its shape is named later
     if num_classes not in (None, len(head)):
-        raise UsageError(
-            f"{files.weights}: head.weight knows {len(head)} classes, not {num_classes}; leave num_classes out"
-        )
+        raise UsageError(f"{files.weights}: {name} knows {len(head)} classes, not {num_classes}; leave num_classes out")
     return len(head)
 
 
@@ -283,11 +366,11 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], files: TeacherFile
         raise ZpipeError(f"{file}: does not fit {name}, it {' and '.join(parts)}{prefix_note(state)}; {remedy}")
     for key, value in wanted.items():
         if value.shape != state[key].shape:
-            if key == "pos_embed" and files.folder is None and (side := _side_of(model, state[key])):
-                remedy = (
-                    f"its images have {side} pixels: give model_args img_size={side} (--model-arg img_size={side}), or "
-                    "--resize-positions"
-                )
+            if files.folder is None and (side := _side_of(model, key, state[key])):
+                size = f"{'image_size' if name.startswith(TORCHVISION) else 'img_size'}={side}"
+                remedy = f"its images have {side} pixels: give model_args {size} (--model-arg {size})"
+                if key in POSITIONS:
+                    remedy += ", or --resize-positions"
             raise ZpipeError(
                 f"{file}: does not fit {name}, {key} is {list(state[key].shape)} in the file and {list(value.shape)} "
                 f"in the model; {remedy}"
@@ -296,26 +379,37 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], files: TeacherFile
         raise ZpipeError(f"{file}: {odd} is {state[odd].dtype}; give weights of floating-point numbers")
 
 
-def _with_resized_positions(state: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+def _with_resized_positions(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The state with a square table of positions resized to the model's grid; any other is left for the check."""
-    positions, own = state.get("pos_embed"), getattr(model, "pos_embed", None)
-    if positions is None or own is None or positions.shape == own.shape or not _side_of(model, positions):
-        return dict(state)
-    prefix = own.shape[1] - model.patch_embed.num_patches
-    old = math.isqrt(positions.shape[1] - prefix)
-    grid = list(model.patch_embed.grid_size)
-    positions = resample_abs_pos_embed(positions, grid, [old, old], num_prefix_tokens=prefix, antialias=False)
-    return {**state, "pos_embed": positions}
+    layout, own, resized = as_classifier(model), model.state_dict(), dict(state)
+    for name in POSITIONS & state.keys() & own.keys():
+        side = _side_of(model, name, state[name])
+        if side is not None and state[name].shape != own[name].shape:
+            old = side // (layout.image_size[0] // layout.grid[0])
+            prefix = state[name].shape[1] - old**2
+            resized[name] = resample_abs_pos_embed(
+                state[name], list(layout.grid), [old, old], num_prefix_tokens=prefix, antialias=False
+            )
+    return resized
 
 
-def _side_of(model: Any, positions: Tensor) -> int | None:
-    """The side in pixels of the square images that a position table [1, tokens, width] is for; None if not square."""
-    if positions.ndim != 3:
+def _side_of(model: nn.Module, name: str, positions: Tensor) -> int | None:
+    """The side in pixels of the square images that a table of positions is for; None if it is not for such images.
+
+    Absolute positions are [1, tokens, width]; BEiT's relative ones [distances, heads].
+    """
+    layout, own = as_classifier(model), model.state_dict()[name]
+    if name.endswith("relative_position_bias_table") and positions.ndim == own.ndim == 2:
+        extra = own.shape[0] - (2 * layout.grid[0] - 1) * (2 * layout.grid[1] - 1)  # distances to the class token
+        width = math.isqrt(max(0, positions.shape[0] - extra))
+        side = (width + 1) // 2 if width % 2 and width**2 == positions.shape[0] - extra else 0
+    elif name in POSITIONS and positions.ndim == own.ndim == 3:
+        patches = positions.shape[1] - own.shape[1] + layout.grid[0] * layout.grid[1]
+        side = math.isqrt(max(0, patches))
+        side = side if side**2 == patches else 0
+    else:
         return None
-    prefix = model.pos_embed.shape[1] - model.patch_embed.num_patches
-    patches = positions.shape[1] - prefix
-    side = math.isqrt(max(0, patches))
-    return side * model.patch_embed.patch_size[0] if side and side * side == patches else None
+    return side * (layout.image_size[0] // layout.grid[0]) or None
 
 
 def _describe(error: BaseException) -> str:

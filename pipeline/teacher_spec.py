@@ -11,6 +11,7 @@ import msgspec
 import timm
 from timm.models import split_model_name_tag
 
+from zpipe.pipeline.classifier import OWN_HEADS
 from zpipe.pipeline.shard_reader import PIL_FILTERS
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -22,6 +23,7 @@ from zpipe.schemas.model_config import (
     PretrainedConfig,
     config_beside,
     is_model_config,
+    is_transformers_config,
     read_model_config,
     split_choice,
 )
@@ -29,6 +31,8 @@ from zpipe.schemas.secrets import refuse_secret
 from zpipe.schemas.storage import as_local
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm writes beside config.json, the safe form first
+TORCHVISION, TRANSFORMERS = "torchvision:", "transformers:"  # how names of their models begin
+GIVE = "give 'pretrained', 'random', a weights file, a model folder, or RUN:best"
 BEST_NAME = "best.safetensors"
 
 
@@ -42,14 +46,16 @@ class TeacherSpec:
     """
 
     name: str | None = None
-    """timm's name of the architecture. None takes that of the description, else deit_base_patch16_224."""
+    """timm's name of the architecture, or ``torchvision:vit_b_16``, or ``transformers:OWNER/NAME``, a model of the Hub,
+    or ``transformers:CLASS``, one of `zpipe.pipeline.transformers_models.ARCHITECTURES`. None takes that of the
+    description, else deit_base_patch16_224."""
     weights: str = "pretrained"
     """Where the weights come from:
 
-    - ``pretrained``: timm's weights of that name, from its cache or the hub.
-    - ``random``: timm's initialisation, drawn from `seed`; the global random state is left alone.
-    - a folder: what timm's `save_for_hf` and our training runs write, config.json and model.safetensors. Other weights
-      of a run are RUN:best, and RUN:7 for an epoch that was kept.
+    - ``pretrained``: the library's weights of that name, from its cache or the network.
+    - ``random``: the library's initialisation, drawn from `seed`; the global random state is left alone.
+    - a folder: what timm's `save_for_hf`, our training runs and transformers' `save_pretrained` write, config.json and
+      model.safetensors. Other weights of a run are RUN:best, and RUN:7 for an epoch that was kept.
     - a file, see `zpipe.schemas.weights.read_weights`. A config.json beside it describes it, as it does a folder's
       weights. It is loaded strictly, and nothing is resized.
 
@@ -58,7 +64,8 @@ class TeacherSpec:
     num_classes: int | None = None
     """Number of classes. None takes it from the description, the head in the file, or the architecture."""
     model_args: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of `timm.create_model` (img_size, patch_size, ...), as JSON values."""
+    """Further arguments of the model's constructor (of timm: img_size, patch_size, ...), as JSON values. `own_head` is
+    taken as that field; manifests have it here."""
     seed: int = 0
     """Seed of random weights."""
     mean: tuple[float, float, float] | None = None
@@ -79,10 +86,18 @@ class TeacherSpec:
     """Whether position embeddings of a weights file may be resized to the model's number of patches: bicubic, without
     antialiasing, as DINOv2 does. It makes another teacher, with another digest."""
 
+    own_head: str | None = None
+    """Whose answer counts of a model with a head for each of two tokens (distilled DeiT): ``class`` or ``distilled``.
+    None takes the mean of both."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", str(self.weights))
         refuse_secret(self.weights)
-        object.__setattr__(self, "model_args", _json_args(self.model_args))
+        model_args = _json_args(self.model_args)
+        object.__setattr__(self, "own_head", model_args.pop("own_head", self.own_head))
+        object.__setattr__(self, "model_args", model_args)
+        if self.own_head is not None:
+            check_choice("--own-head", self.own_head, OWN_HEADS)
         if "num_classes" in self.model_args:
             number = self.model_args["num_classes"]
             raise UsageError(f"model_args: num_classes={number!r} is its own option, give it there")
@@ -108,6 +123,33 @@ class TeacherSpec:
     def path(self) -> Path | None:
         """The file or folder of the weights; None for ``pretrained`` and ``random``."""
         return None if self.weights in ("pretrained", "random") else split_choice(self.weights)[0]
+
+    @property
+    def library(self) -> str:
+        """The library that builds it: ``timm``, ``torchvision`` or ``transformers``.
+
+        Raises:
+            ZpipeError: The description beside the weights cannot be read as JSON.
+        """
+        for prefix in (TORCHVISION, TRANSFORMERS):
+            if self.name is not None and self.name.startswith(prefix):
+                return prefix[:-1]
+        if self.name is None and self.path is not None:
+            config = self.path / CONFIG_NAME if self.path.is_dir() else config_beside(self.path)
+            if config.is_file() and is_transformers_config(config):
+                return "transformers"
+        return "timm"
+
+    def folder_and_file(self) -> tuple[Path, Path | None]:
+        """The folder of a model of transformers, and the file of its weights if that was given.
+
+        Raises:
+            UsageError: There is no such folder, or it has no choice of weights.
+        """
+        path, choice = split_choice(self.weights)
+        if choice is not None or not path.exists():
+            raise UsageError(f"{self.weights}: no such weights; {GIVE}")
+        return (path, None) if path.is_dir() else (path.parent, path)
 
     def resolved(self) -> TeacherSpec:
         """The same teacher with absolute paths to its files, for processes that start in other folders."""
@@ -149,6 +191,8 @@ def find_files(spec: TeacherSpec) -> TeacherFiles:
             raise ZpipeError(f"{path}: this run is not finished (no {CONFIG_NAME}); run its command again to resume")
         if not config_path.is_file():
             raise ZpipeError(f"{path}: holds no {CONFIG_NAME}; give a finished run's folder")
+        if is_transformers_config(config_path):
+            raise UsageError(f"{config_path}: describes a model of transformers, not {spec.name}; leave the name out")
     elif path.exists():
         file, config_path = path, config_beside(path)
         # In a folder of several files, the description may be that of another one.
@@ -158,9 +202,7 @@ def find_files(spec: TeacherSpec) -> TeacherFiles:
         if not is_model_config(config_path):
             return TeacherFiles(weights=path, folder=None, config=None, why_not=f"{config_path} is not timm's")
     else:
-        raise UsageError(
-            f"{spec.weights}: no such weights; give 'pretrained', 'random', a weights file, a model folder, or RUN:best"
-        )
+        raise UsageError(f"{spec.weights}: no such weights; {GIVE}")
     config = read_model_config(config_path)
     differs = _contradiction(spec, config)
     if differs and belongs:

@@ -167,6 +167,16 @@ def is_model_config(path: Path) -> bool:
     return "architecture" in _read(path)
 
 
+def is_transformers_config(path: Path) -> bool:
+    """Whether a JSON file describes a model in the form of the transformers library.
+
+    Raises:
+        ZpipeError: The file cannot be read as JSON.
+    """
+    raw = _read(path)
+    return "architecture" not in raw and ("model_type" in raw or "architectures" in raw)
+
+
 def read_model_config(path: Path) -> ModelConfig:
     """Read and check a model's config.json.
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, cast
 
 import typer
+from rich.table import Column, Table
 
 from zpipe.cli_options import Address, Device, ModelArgs, Shards
-from zpipe.console import count_or_auto, parse_settings, path_or_url, reporting, tell, warn
+from zpipe.console import count_or_auto, parse_settings, path_or_url, print_table, reporting, tell, warn
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.names import printable
 from zpipe.schemas.storage import as_local
@@ -155,6 +156,20 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}{plural * (count != 1)}"
 
 
+def _list_teachers(wanted: bool) -> None:
+    if wanted:
+        with reporting():
+            from zpipe.pipeline.families import family_rows
+
+            table = Table(
+                *(Column(name, overflow="fold") for name in ("family", "answer read from", "methods", "examples"))
+            )
+            for row in family_rows():
+                table.add_row(*row.values())
+            print_table(table)
+        raise typer.Exit
+
+
 def extract_command(
     shards: Shards,
     output: Annotated[
@@ -167,15 +182,35 @@ def extract_command(
         ),
     ],
     teacher: Annotated[
-        str | None, typer.Option(help="timm model; default deit_base_patch16_224, or what the weights folder says.")
+        str | None,
+        typer.Option(
+            help="timm model, torchvision:vit_b_16, or transformers:OWNER/NAME; default deit_base_patch16_224, or what "
+            "the weights folder says."
+        ),
     ] = None,
     weights: Annotated[
         str,
         typer.Option(
-            help="Weights file, folder of a finished train-vit run (other weights of it: RUN:best, RUN:7), "
-            "'pretrained', or 'random'."
+            help="Weights file, folder of a finished train-vit run (other weights of it: RUN:best, RUN:7) or of "
+            "transformers' save_pretrained, 'pretrained', or 'random'."
         ),
     ] = "pretrained",
+    list_teachers: Annotated[
+        bool,
+        typer.Option(
+            "--list-teachers",
+            is_eager=True,
+            callback=_list_teachers,
+            help="Print the families of teachers, examples of each, and the methods that explain them, and exit.",
+        ),
+    ] = False,
+    own_head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="class|distilled",
+            help="Whose answer counts of a distilled teacher with two heads; default the mean of both.",
+        ),
+    ] = None,
     num_classes: Annotated[
         int | None, typer.Option(help="Number of the teacher's classes, where neither weights nor model say it.")
     ] = None,
@@ -277,6 +312,7 @@ def extract_command(
             std=_channels(std, "--std"),
             interpolation=interpolation,
             crop_pct=crop_pct,
+            own_head=own_head,
             classes=cast(Matching, classes),
             explain=ExplainConfig(method=method, target=target, symmetrise=symmetrise, precision=precision),
             save=tuple(name.strip() for name in save.split(",") if name.strip()),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny_vit import tiny_vit
 
+from zpipe.pipeline.classifier import as_classifier
 from zpipe.pipeline.explainer import PRECISIONS, ExplainConfig, Explainer
 from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS
 from zpipe.pipeline.shard_reader import FramedImage
@@ -73,7 +74,7 @@ def teacher_of(kind, mean=0.5, std=0.5):
     with torch.no_grad():
         TEACHERS[kind][0](model)
     return Teacher(
-        model=model.requires_grad_(False),
+        model=as_classifier(model.requires_grad_(False)),
         name="tiny",
         weights="random",
         digest="",

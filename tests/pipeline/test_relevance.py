@@ -100,7 +100,7 @@ def ref_weight(linear, scale):
 def reference(model, image, target):
     """Transformer attribution of one image [1, C, H, W] -> [gh, gw], the whole product of the [N, N] matrices."""
     model = model.requires_grad_(False)
-    x = model._pos_embed(model.patch_embed(image)).requires_grad_()
+    x = model.norm_pre(model._pos_embed(model.patch_embed(image))).requires_grad_()
     saved = []
     for block in model.blocks:
         attn = block.attn
@@ -167,6 +167,7 @@ SHAPES = {
     "oblong": {"img_size": (12, 20)},
     "one channel": {"in_chans": 1},
     "dynamic size": {"dynamic_img_size": True},
+    "a norm before the blocks": {"pre_norm": True},
     "torch LayerNorm": {"norm_layer": partial(torch.nn.LayerNorm, eps=1e-5)},
 }
 
@@ -507,7 +508,6 @@ REFUSED = {
     "global_pool='map'": {"global_pool": "map"},
     "class_token=False": {"class_token": False, "global_pool": ""},
     "fc_norm": {"fc_norm": True},
-    "pre_norm": {"pre_norm": True},
     "num_classes=0": {"num_classes": 0},
     "qk_norm": {"qk_norm": True},
     "attn.norm": {"scale_attn_norm": True},
@@ -551,8 +551,8 @@ def test_supported_models_pass_the_check():
 
 
 def test_an_unsupported_model_is_refused_before_its_images_are_looked_at():
-    with pytest.raises(ValueError, match="pre_norm"):
-        transformer_attribution(tiny_vit(pre_norm=True), None, None)
+    with pytest.raises(ValueError, match="qk_norm"):
+        transformer_attribution(tiny_vit(qk_norm=True), None, None)
 
 
 def bad(model, images, targets, case):

@@ -29,7 +29,7 @@ def folder(tmp_path_factory, teacher_settings):
         num_classes=len(NAMES),
         model_args=teacher_settings["teacher_args"],
     )
-    model = load_teacher(spec).model
+    model = load_teacher(spec).model.model
     save_for_hf(model, path, safe_serialization=True, model_config={"label_names": NAMES})
     return path
 
