@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +94,7 @@ def fit_head(
     *,
     val: str | Path | None = None,
     progress: Progress = silent,
+    say: Callable[[str], None] | None = None,
 ) -> FitHeadReport:
     """Fit a linear head to the images of tar shards and write it to a file.
 
@@ -107,6 +108,7 @@ def fit_head(
         config: Teacher, frame and strength.
         val: Shards of the same classes on which to measure the head.
         progress: Reports images whose features are there, and strengths that were tried.
+        say: Called before the work begins with a note about the teacher; the report has it, too.
 
     Raises:
         UsageError: A path or an option makes no sense.
@@ -119,6 +121,8 @@ def fit_head(
     names = [ClassNames(names=index.classes, where=str(place)) for place, (_, index) in zip(places, sets, strict=True)]
     match_classes(names[-1], names[0], remedy="give validation shards of the same classes")
     reader, note = _reader(out, config)
+    if say is not None and note:
+        say(note)
     train, *others = (reader.read(tars, index.label_field, progress) for tars, index in sets)
     num_classes = _check_labels(train, names[0])
     for other in others:

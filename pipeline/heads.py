@@ -289,14 +289,13 @@ def _read_embeddings(path: Path) -> tuple[Tensor, dict[str, str]]:
     else:
         found = {name: value for name, value in read_tensors(path).items() if value.is_floating_point()}
     metadata = _metadata(path) if head[8:9] == b"{" else {}
-    tables = {name: value for name, value in found.items() if name == "embeddings" or value.ndim == 2}
-    if "embeddings" not in tables and len(tables) != 1:
-        names = ", ".join(printable(name)[:40] for name in list(tables)[:3])
+    if "embeddings" not in found and len(found) != 1:
+        names = ", ".join(printable(name)[:40] for name in list(found)[:3])
         raise ZpipeError(
-            f"{path}: holds {len(tables)} tables of floating-point numbers{f' ({names}, ...)' if names else ''}; give "
-            "one [classes, numbers], or name it 'embeddings'"
+            f"{path}: holds {len(found)} arrays of floating-point numbers{f' ({names}, ...)' if names else ''}; give "
+            "one, or name it 'embeddings'"
         )
-    return tables.get("embeddings", next(iter(tables.values()))).float(), metadata
+    return found.get("embeddings", next(iter(found.values()))).float(), metadata
 
 
 def _check_embeddings(path: Path, embeddings: Tensor, width: int) -> None:

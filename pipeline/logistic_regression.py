@@ -143,6 +143,11 @@ class Score(NamedTuple):
         half = z / (self.count + z**2) * (self.count * self.top1 * (1 - self.top1) + z**2 / 4) ** 0.5
         return centre - half, centre + half
 
+    def __str__(self) -> str:
+        """Accuracy with its interval: ``top-1 91.2 % [88.0, 93.6] of 400 images``."""
+        low, high = self.interval
+        return f"top-1 {100 * self.top1:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {self.count} images"
+
 
 @torch.no_grad()
 def score(rows: Rows, affine: Affine) -> Score:

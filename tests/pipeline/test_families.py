@@ -58,7 +58,11 @@ def settings_of(family, tmp_path):
     if family == "torchvision":
         save_file(of_torchvision().state_dict(), tmp_path / "weights.safetensors")
         size = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 24, "mlp_dim": 48}
-        return {"teacher": "torchvision:vit_b_16", "weights": str(tmp_path / "weights.safetensors"), "teacher_args": size}
+        return {
+            "teacher": "torchvision:vit_b_16",
+            "weights": str(tmp_path / "weights.safetensors"),
+            "teacher_args": size,
+        }
     if family in transformers_models.ARCHITECTURES:
         of_transformers(family).save_pretrained(tmp_path / "teacher")
         return {"teacher": None, "weights": str(tmp_path / "teacher"), "teacher_args": {}}
