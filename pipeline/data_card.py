@@ -190,7 +190,7 @@ def _teacher_facts(origin: Provenance) -> list[tuple[str, str]]:
     height, width = origin.image_size
     rows = [
         ("teacher", f"{origin.teacher}, {origin.num_classes} classes, arguments: {arguments}"),
-        ("weights", f"{origin.weights}, SHA-256 {origin.teacher_digest}"),
+        ("weights", f"{origin.weights}{origin.head_note}, SHA-256 {origin.teacher_digest}"),
     ]
     if _is_relevance(origin):
         method = f"{origin.method}{', symmetrised' if origin.symmetrised else ''}, from block {origin.start_layer}"

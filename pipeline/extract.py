@@ -74,6 +74,12 @@ class ExtractConfig:
     """How images are resized."""
     crop_pct: float | None = None
     """Fraction of the image that the frame ``center`` shows."""
+    head: str | None = None
+    """File of a fitted head in place of the teacher's own."""
+    class_embeddings: str | None = None
+    """File of embeddings of the classes in place of a head, see `TeacherSpec`."""
+    resize_positions: bool = False
+    """Whether position embeddings of a weights file may be resized."""
     own_head: str | None = None
     """Whose answer counts of a distilled teacher, ``class`` or ``distilled``; None takes the mean of both."""
     classes: Matching = "same"
@@ -134,6 +140,9 @@ class ExtractConfig:
             std=self.std,
             interpolation=self.interpolation,
             crop_pct=self.crop_pct,
+            head=self.head,
+            class_embeddings=self.class_embeddings,
+            resize_positions=self.resize_positions,
             own_head=self.own_head,
         )
 
@@ -347,6 +356,9 @@ def provenance_of(
         teacher_args=teacher.model_args,
         weights=teacher.weights,
         seed=config.seed if teacher.weights == "random" else None,
+        head=config.head or "",
+        class_embeddings=config.class_embeddings or "",
+        positions_resized=config.resize_positions,
         teacher_digest=teacher.digest,
         num_classes=teacher.num_classes,
         method=config.explain.method,

@@ -193,13 +193,14 @@ def _shard_files(root: Path, manifest: StoreManifest) -> Iterator[Path]:
 
 
 def _publishable(manifest: StoreManifest, root: Path) -> StoreManifest:
-    """The manifest without the folders of this machine. Its fingerprint stays: the weights' place is not compared."""
+    """The manifest without the folders of this machine. Its fingerprint stays: places of weights are not compared."""
     if found := next(_local_paths(manifest.provenance.compared()), ""):
         raise ZpipeError(
             f"{root}: its provenance holds a path of this machine ({found}), which decides what it is compared with; "
             "extract again without it"
         )
-    provenance = replace(manifest.provenance, weights=_last_part(manifest.provenance.weights))
+    files = {name: _last_part(getattr(manifest.provenance, name)) for name in ("weights", "head", "class_embeddings")}
+    provenance = replace(manifest.provenance, **files)
     return replace(manifest, provenance=provenance, source=_last_part(manifest.source))
 
 

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models import split_model_name_tag
 from torch import Tensor, nn
 
 from zpipe.pipeline import torchvision_models, transformers_models
 from zpipe.pipeline.classifier import Classifier, as_classifier
+from zpipe.pipeline.heads import other_head
 from zpipe.pipeline.shard_reader import PIL_FILTERS
 from zpipe.pipeline.teacher_spec import TORCHVISION, TRANSFORMERS, TeacherFiles, TeacherSpec, find_files
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
@@ -28,6 +30,7 @@ __all__ = ["DEFAULT_NAME", "Teacher", "TeacherSpec", "load_teacher", "state_dige
 DEFAULT_NAME = "deit_base_patch16_224"
 PREPARATION = ("mean", "std", "interpolation", "crop_pct")
 HEADS = ("head.weight", "heads.head.weight")  # timm's name of the classifier, and torchvision's
+POSITIONS = {"pos_embed", "encoder.pos_embedding"}  # likewise, of the table of absolute positions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +44,7 @@ class Teacher:
     weights: str
     """`TeacherSpec.weights` that it was loaded from."""
     digest: str
-    """`state_digest` of its weights."""
+    """`state_digest` of its weights; with a head in place of its own, of the weights of both."""
     num_classes: int
     """Number of classes of its head."""
     image_size: tuple[int, int]
@@ -64,12 +67,13 @@ class Teacher:
     """What was assumed about it, for the user; empty if everything is known."""
 
 
-def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu") -> Teacher:
+def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu", needs_classes: bool = True) -> Teacher:
     """Build the model, load its weights and freeze it.
 
     Args:
         spec: Which teacher to load.
         device: Where the model shall be.
+        needs_classes: Whether a model without any head is refused.
 
     Raises:
         UsageError: The request contradicts itself or names something that does not exist.
@@ -78,8 +82,18 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu") -> Te
     built = _build(spec)
     if bad := not_finite(built.model.state_dict()):
         raise ZpipeError(f"teacher {spec.weights}: {bad} holds NaN or infinity; give weights that did not diverge")
+    digest = state_digest(built.model.state_dict())
+    other = other_head(spec, as_classifier(built.model, own_head=spec.own_head).eval(), digest)
+    model = as_classifier(built.model, other.head, spec.own_head)
+    if other.head is not None:
+        digest = state_digest(model.state_dict())
+    if needs_classes and not model.num_classes:
+        raise ZpipeError(
+            f"teacher {built.name}: {spec.weights} has no classification head; fit one with zpipe fit-head and give it "
+            "as --head, or give --class-embeddings"
+        )
     try:
-        model = as_classifier(built.model, own_head=spec.own_head).eval().requires_grad_(False).to(device)
+        model = model.eval().requires_grad_(False).to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError is what a CPU build of torch raises for "cuda"
         raise UsageError(f"device {device}: {first_line(error)}; give a device that torch has here, or cpu") from error
     prepared, note = _preparation(spec, built)
@@ -87,13 +101,13 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu") -> Te
         model=model,
         name=built.name,
         weights=spec.weights,
-        digest=state_digest(model.model.state_dict()),
+        digest=digest,
         num_classes=model.num_classes,
         image_size=model.image_size,
         grid=model.grid,
         model_args=built.model_args if spec.own_head is None else built.model_args | {"own_head": spec.own_head},
-        classes=built.classes,
-        note=note,
+        classes=built.classes if other.head is None else other.classes,
+        note="; ".join(each for each in (note, other.note) if each),
         **prepared,
     )
 
@@ -187,6 +201,8 @@ def _of_file(spec: TeacherSpec) -> _Built:
         classes = _head_classes(files, state, spec.num_classes)
         shape = _without_memory(name, classes, model_args)
     _check_family(shape, name, spec.own_head)
+    if spec.resize_positions:
+        state = _with_resized_positions(state, shape)
     _check_fit(shape, state, files, name)
     model = _create(name, num_classes=classes, **model_args)
     model.load_state_dict(state)
@@ -353,12 +369,28 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], files: TeacherFile
             if files.folder is None and (side := _side_of(model, key, state[key])):
                 size = f"{'image_size' if name.startswith(TORCHVISION) else 'img_size'}={side}"
                 remedy = f"its images have {side} pixels: give model_args {size} (--model-arg {size})"
+                if key in POSITIONS:
+                    remedy += ", or --resize-positions"
             raise ZpipeError(
                 f"{file}: does not fit {name}, {key} is {list(state[key].shape)} in the file and {list(value.shape)} "
                 f"in the model; {remedy}"
             )
     if odd := no_floats(state, wanted):
         raise ZpipeError(f"{file}: {odd} is {state[odd].dtype}; give weights of floating-point numbers")
+
+
+def _with_resized_positions(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state with a square table of positions resized to the model's grid; any other is left for the check."""
+    layout, own, resized = as_classifier(model), model.state_dict(), dict(state)
+    for name in POSITIONS & state.keys() & own.keys():
+        side = _side_of(model, name, state[name])
+        if side is not None and state[name].shape != own[name].shape:
+            old = side // (layout.image_size[0] // layout.grid[0])
+            prefix = state[name].shape[1] - old**2
+            resized[name] = resample_abs_pos_embed(
+                state[name], list(layout.grid), [old, old], num_prefix_tokens=prefix, antialias=False
+            )
+    return resized
 
 
 def _side_of(model: nn.Module, name: str, positions: Tensor) -> int | None:
@@ -371,7 +403,7 @@ def _side_of(model: nn.Module, name: str, positions: Tensor) -> int | None:
         extra = own.shape[0] - (2 * layout.grid[0] - 1) * (2 * layout.grid[1] - 1)  # distances to the class token
         width = math.isqrt(max(0, positions.shape[0] - extra))
         side = (width + 1) // 2 if width % 2 and width**2 == positions.shape[0] - extra else 0
-    elif name in ("pos_embed", "encoder.pos_embedding") and positions.ndim == own.ndim == 3:
+    elif name in POSITIONS and positions.ndim == own.ndim == 3:
         patches = positions.shape[1] - own.shape[1] + layout.grid[0] * layout.grid[1]
         side = math.isqrt(max(0, patches))
         side = side if side**2 == patches else 0

@@ -77,6 +77,14 @@ class TeacherSpec:
     """How images are resized: a name of `zpipe.pipeline.shard_reader.PIL_FILTERS`."""
     crop_pct: float | None = None
     """Fraction of the image, 0 to 1, that the teacher's own evaluation crops from the centre."""
+    head: str | None = None
+    """File of a head that `zpipe.pipeline.fit_head` fitted, in place of the model's own."""
+    class_embeddings: str | None = None
+    """File of embeddings of the classes, whose cosine with that of the image is the answer; see
+    `zpipe.pipeline.heads.read_class_embeddings`."""
+    resize_positions: bool = False
+    """Whether position embeddings of a weights file may be resized to the model's number of patches: bicubic, without
+    antialiasing, as DINOv2 does. It makes another teacher, with another digest."""
 
     own_head: str | None = None
     """Whose answer counts of a model with a head for each of two tokens (distilled DeiT): ``class`` or ``distilled``.
@@ -93,8 +101,13 @@ class TeacherSpec:
         if "num_classes" in self.model_args:
             number = self.model_args["num_classes"]
             raise UsageError(f"model_args: num_classes={number!r} is its own option, give it there")
-        if self.path is not None:
-            as_local(self.weights)
+        for file in (self.path and self.weights, self.head, self.class_embeddings):
+            if file:
+                as_local(file)
+        if self.head and self.class_embeddings:
+            raise UsageError(f"--class-embeddings {self.class_embeddings}: takes the place of --head; give one of them")
+        if self.resize_positions and (self.path is None or self.path.is_dir()):
+            raise UsageError(f"--resize-positions: is for a weights file; leave it out with --weights {self.weights}")
         if self.interpolation is not None:
             check_choice("--interpolation", self.interpolation, PIL_FILTERS)
         for name in ("mean", "std", "crop_pct"):
@@ -139,11 +152,14 @@ class TeacherSpec:
         return (path, None) if path.is_dir() else (path.parent, path)
 
     def resolved(self) -> TeacherSpec:
-        """The same teacher with an absolute path to its weights, for processes that start in other folders."""
-        if self.path is None:
-            return self
-        path, choice = split_choice(self.weights)
-        return replace(self, weights=f"{path.resolve()}:{choice}" if choice else str(path.resolve()))
+        """The same teacher with absolute paths to its files, for processes that start in other folders."""
+        files = {
+            name: str(Path(file).resolve()) for name in ("head", "class_embeddings") if (file := getattr(self, name))
+        }
+        if self.path is not None:
+            path, choice = split_choice(self.weights)
+            files["weights"] = f"{path.resolve()}:{choice}" if choice else str(path.resolve())
+        return replace(self, **files)
 
 
 @dataclass(frozen=True, kw_only=True)

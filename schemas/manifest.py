@@ -44,7 +44,7 @@ class Provenance:
     seed: int | None
     """Seed of random weights, None for others; for the reader, not compared."""
     teacher_digest: Text
-    """SHA-256 (hex) of its weights."""
+    """SHA-256 (hex) of its weights, with those of a head in place of its own."""
     num_classes: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
     """Number of its classes."""
     method: Text
@@ -77,9 +77,15 @@ class Provenance:
     """What a sample's tensor is: a name of `zpipe.schemas.tensor_kinds.KINDS`."""
     shape: Annotated[tuple[Size, ...], msgspec.Meta(max_length=3)] = ()
     """Shape of a sample's tensor; () if it is the grid."""
+    head: Text = ""
+    """File of the head that took the place of the teacher's own, "" for none; for the reader, not compared."""
+    class_embeddings: Text = ""
+    """File of the embeddings of the classes that took the place of a head, "" for none; likewise."""
+    positions_resized: bool = False
+    """Whether the position embeddings in the weights file were resized if they had another size; likewise."""
 
-    # The path that the weights were read from, and the seed, may differ while the weights are the same.
-    NOT_COMPARED = ("weights", "seed")
+    # Where the weights come from may differ while they, and with them the digest of the teacher, are the same.
+    NOT_COMPARED = ("weights", "seed", "head", "class_embeddings", "positions_resized")
 
     def __post_init__(self) -> None:
         if problem := KINDS[self.kind].shape_error(self.sample_shape, self.grid):
@@ -90,10 +96,17 @@ class Provenance:
         """Shape of a sample's tensor."""
         return self.shape or self.grid
 
+    @property
+    def head_note(self) -> str:
+        """A phrase about what took the place of the teacher's own head; empty if nothing did."""
+        if self.head:
+            return f", head {self.head}"
+        return f", class embeddings {self.class_embeddings}" if self.class_embeddings else ""
+
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values. Those of the tensor are left out for maps, as earlier versions know only these."""
+        """The fields as JSON values. Those that earlier versions do not know are left out if they say nothing."""
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return {name: value for name, value in plain.items() if (name, value) not in (("kind", "map"), ("shape", []))}
+        return {name: value for name, value in plain.items() if name not in LATER or value != LATER[name]}
 
     def compared(self) -> dict[str, Any]:
         """The fields that must agree, as JSON values."""
@@ -102,6 +115,10 @@ class Provenance:
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the compared fields."""
         return hashlib.sha256(json.dumps(self.compared(), sort_keys=True).encode()).hexdigest()
+
+
+# The fields that were added later, with the values for which they are not written.
+LATER: dict[str, Any] = {"kind": "map", "shape": [], "head": "", "class_embeddings": "", "positions_resized": False}
 
 
 def check_compatible(existing: Provenance, wanted: Provenance, path: Path) -> None:

@@ -66,13 +66,13 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
         ZpipeError: The file is absent, no weights file, damaged, or what it holds is no state dict. The cause is an
             OSError if the file could not be opened.
     """
-    try:
-        with open_file(path) as file:
-            found = _read(file, path)
-    except storage_errors() as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise ZpipeError(f"{path}: cannot be read as weights ({reason}); give a file that is there") from error
-    return _state_dict(found, path)
+    return _state_dict(_open(path), path)
+
+
+def read_tensors(path: Path | str) -> dict[str, Tensor]:
+    """Read a file as :func:`read_weights` does, or one that holds a single tensor, which gets the name ""."""
+    found = _open(path)
+    return _state_dict({"": found} if isinstance(found, Tensor) else found, path)
 
 
 def fit_names(state: Mapping[str, Tensor], wanted: Collection[str]) -> dict[str, Tensor]:
@@ -124,6 +124,15 @@ def no_floats(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str 
 def not_finite(state: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds NaN or infinity; None if all are finite."""
     return next((name for name, value in state.items() if not value.isfinite().all()), None)
+
+
+def _open(path: Path | str) -> Any:
+    try:
+        with open_file(path) as file:
+            return _read(file, path)
+    except storage_errors() as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ZpipeError(f"{path}: cannot be read as weights ({reason}); give a file that is there") from error
 
 
 def _read(file: BinaryIO, path: Path | str) -> Any:

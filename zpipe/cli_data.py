@@ -8,8 +8,21 @@ from typing import Annotated, cast
 import typer
 from rich.table import Column, Table
 
-from zpipe.cli_options import Address, Device, ModelArgs, Shards
-from zpipe.console import count_or_auto, parse_settings, path_or_url, print_table, reporting, tell, warn
+from zpipe.cli_options import (
+    Address,
+    CropPct,
+    Device,
+    Interpolation,
+    Mean,
+    ModelArgs,
+    OwnHead,
+    ResizePositions,
+    Shards,
+    Std,
+    TeacherName,
+    TeacherWeights,
+)
+from zpipe.console import count_or_auto, local_path, parse_settings, path_or_url, print_table, reporting, tell, warn
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.names import printable
 from zpipe.schemas.storage import as_local
@@ -180,20 +193,8 @@ def extract_command(
             help="Folder of the relevance store: new, empty, or that of an extraction to resume.",
         ),
     ],
-    teacher: Annotated[
-        str | None,
-        typer.Option(
-            help="timm model, torchvision:vit_b_16, or transformers:OWNER/NAME; default deit_base_patch16_224, or what "
-            "the weights folder says."
-        ),
-    ] = None,
-    weights: Annotated[
-        str,
-        typer.Option(
-            help="Weights file, folder of a finished train-vit run (other weights of it: RUN:best, RUN:7) or of "
-            "transformers' save_pretrained, 'pretrained', or 'random'."
-        ),
-    ] = "pretrained",
+    teacher: TeacherName = None,
+    weights: TeacherWeights = "pretrained",
     list_teachers: Annotated[
         bool,
         typer.Option(
@@ -203,31 +204,27 @@ def extract_command(
             help="Print the families of teachers, examples of each, and the methods that explain them, and exit.",
         ),
     ] = False,
-    own_head: Annotated[
+    own_head: OwnHead = None,
+    head: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Head that zpipe fit-head wrote, in place of the teacher's own.")
+    ] = None,
+    class_embeddings: Annotated[
         str | None,
         typer.Option(
-            metavar="class|distilled",
-            help="Whose answer counts of a distilled teacher with two heads; default the mean of both.",
+            metavar="FILE",
+            help="Zero-shot classes instead of a head: embeddings of their names by the text tower of a CLIP or SigLIP "
+            "(.npy, .safetensors, .pt).",
         ),
     ] = None,
+    resize_positions: ResizePositions = False,
     num_classes: Annotated[
         int | None, typer.Option(help="Number of the teacher's classes, where neither weights nor model say it.")
     ] = None,
     model_arg: ModelArgs = None,
-    mean: Annotated[
-        str | None,
-        typer.Option(
-            metavar="R,G,B",
-            help="Mean of the teacher's images, of pixels in 0 to 1, where no config.json beside the weights says it.",
-        ),
-    ] = None,
-    std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Standard deviation, likewise.")] = None,
-    interpolation: Annotated[
-        str | None, typer.Option(help="How images are resized, likewise: bicubic, bilinear or lanczos.")
-    ] = None,
-    crop_pct: Annotated[
-        float | None, typer.Option(help="Fraction of the image that --frame center shows, likewise.")
-    ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    interpolation: Interpolation = None,
+    crop_pct: CropPct = None,
     classes: Annotated[
         str,
         typer.Option(
@@ -315,6 +312,9 @@ def extract_command(
             interpolation=interpolation,
             crop_pct=crop_pct,
             own_head=own_head,
+            head=head,
+            class_embeddings=class_embeddings,
+            resize_positions=resize_positions,
             classes=cast(Matching, classes),
             explain=ExplainConfig(method=method, target=target, symmetrise=symmetrise, precision=precision),
             save=tuple(name.strip() for name in save.split(",") if name.strip()),
@@ -351,6 +351,88 @@ def extract_command(
             )
         if report.left_out:
             raise ZpipeError(report.left_out)
+
+
+def fit_head_command(
+    shards: Shards,
+    output: Annotated[
+        Path, typer.Option("--out", parser=local_path, metavar="FILE", help="File of the head: NAME.safetensors.")
+    ],
+    teacher: TeacherName = None,
+    weights: TeacherWeights = "pretrained",
+    val: Annotated[
+        Path | None,
+        typer.Option(parser=path_or_url, metavar="SHARDS", help="Shards of the same classes, to measure the head on."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            "--l2", help="Strength of the L2 penalty; default: chosen on a fifth of the images of each class."
+        ),
+    ] = None,
+    frame: Annotated[
+        str, typer.Option(help="'center' (the teacher's evaluation view) or 'full' (the whole image).")
+    ] = "center",
+    model_arg: ModelArgs = None,
+    own_head: OwnHead = None,
+    resize_positions: ResizePositions = False,
+    mean: Mean = None,
+    std: Std = None,
+    interpolation: Interpolation = None,
+    crop_pct: CropPct = None,
+    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")] = 0,
+    batch_size: Annotated[
+        int, typer.Option(parser=count_or_auto, metavar="N|auto", help="Images per batch; auto: 8 on CPU, 64 on GPU.")
+    ] = "auto",  # type: ignore[assignment]
+    device: Device = "auto",
+) -> None:
+    """Fit a linear head to the frozen features of a teacher: a classifier of the shards' classes, in minutes.
+
+    It reads what the teacher's own head would read and the mean of the patch tokens. Then --head makes the encoder a
+    teacher for extract-teacher-maps. The same command resumes an interrupted run.
+    """
+    with reporting() as progress:
+        from zpipe.pipeline.fit_head import FitHeadConfig, fit_head
+        from zpipe.pipeline.teacher_spec import TeacherSpec
+
+        spec = TeacherSpec(
+            name=teacher,
+            weights=weights,
+            model_args=parse_settings(model_arg, "--model-arg"),
+            seed=seed,
+            mean=_channels(mean, "--mean"),
+            std=_channels(std, "--std"),
+            interpolation=interpolation,
+            crop_pct=crop_pct,
+            own_head=own_head,
+            resize_positions=resize_positions,
+        )
+        config = FitHeadConfig(
+            teacher=spec, frame=frame, strength=strength, batch_size=batch_size, threads=threads, device=device
+        )
+        told: set[str] = set()
+
+        def say(note: str) -> None:
+            told.add(note)
+            warn(f"note: {note}")
+
+        report = fit_head(shards, output, config, val=val, progress=progress, say=say)
+        fitted = f"{_counted(report.classes, 'class')} from {report.features} features of {report.count} images"
+        tell(f"{output}: {fitted}, L2 strength {report.strength:.2g}")
+        if report.held_out is not None:
+            tell(f"{report.held_out}, held out to choose the strength; the head was then fitted to all images")
+        if report.val is not None:
+            tell(f"{report.val} in {val}")
+        for note in report.notes:
+            if note not in told:
+                warn(f"note: {note}")
+        if report.unusable:
+            raise ZpipeError(
+                f"{output}: written without {_counted(len(report.unusable), 'image')} that could not be used; mend or "
+                "remove them, then run again",
+                report.unusable[:20],
+            )
 
 
 def _channels(text: str | None, option: str) -> tuple[float, float, float] | None:

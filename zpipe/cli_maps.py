@@ -35,7 +35,7 @@ def maps_info(store: Store) -> None:
             f"{statistics.size_bytes / 1e6:.1f} MB, "
             f"{statistics.size_bytes / max(1, statistics.manifest.count):.0f} bytes a sample",
         )
-        teacher = f"{origin.teacher}, weights {origin.weights}, digest {origin.teacher_digest[:12]}"
+        teacher = f"{origin.teacher}, weights {origin.weights}{origin.head_note}, digest {origin.teacher_digest[:12]}"
         table.add_row("teacher", teacher)
         method = f"{origin.method}{' symmetrised' if origin.symmetrised else ''}"
         table.add_row("method", f"{method}, target {origin.target}, {origin.precision}")

@@ -61,6 +61,49 @@ ModelArgs = Annotated[
         help="Argument of the model's constructor: patch_size=8, depth=6. Repeatable.",
     ),
 ]
+
+# For the verbs that run a teacher.
+TeacherName = Annotated[
+    str | None,
+    typer.Option(
+        help="timm model, torchvision:vit_b_16, or transformers:OWNER/NAME; default deit_base_patch16_224, or what "
+        "the weights folder says."
+    ),
+]
+TeacherWeights = Annotated[
+    str,
+    typer.Option(
+        help="Weights file, folder of a finished train-vit run (other weights of it: RUN:best, RUN:7) or of "
+        "transformers' save_pretrained, 'pretrained', or 'random'."
+    ),
+]
+OwnHead = Annotated[
+    str | None,
+    typer.Option(
+        metavar="class|distilled",
+        help="Whose answer counts of a distilled teacher with two heads; default the mean of both.",
+    ),
+]
+ResizePositions = Annotated[
+    bool,
+    typer.Option(
+        "--resize-positions",
+        help="Resize the position embeddings of a weights file to the image size that --model-arg gives.",
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R,G,B",
+        help="Mean of the teacher's images, of pixels in 0 to 1, where no config.json beside the weights says it.",
+    ),
+]
+Std = Annotated[str | None, typer.Option(metavar="R,G,B", help="Standard deviation, likewise.")]
+Interpolation = Annotated[
+    str | None, typer.Option(help="How images are resized, likewise: bicubic, bilinear or lanczos.")
+]
+CropPct = Annotated[float | None, typer.Option(help="Fraction of the image that --frame center shows, likewise.")]
+
 Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; default RAY_ADDRESS, else this machine.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is random.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
