@@ -302,28 +302,19 @@ def maps_judge(
 def _print_judged(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Print a line per metric and a column per row, with intervals; then the differences to the first row."""
     metrics = [name for name in rows[0] if f"{name}_low" in rows[0]]
-    names = [row["setting"] for row in rows]
-
-    def with_interval(value: float, low: float, high: float) -> str:
-        return f"{value:.3f} ({low:.3f} to {high:.3f})"
-
-    lines = [
-        {"metric": metric}
-        | {
-            row["setting"]: with_interval(*(row[f"{metric}{end}"] for end in ("", "_low", "_high")))
-            for row in rows
-            if metric in row
-        }
-        for metric in metrics
-    ]
-    print_rows([{"metric": ""} | dict.fromkeys(names, "") | line for line in lines], title=title)
-    lines = [
-        {"metric": metric}
-        | {row["setting"]: with_interval(*row["difference"][metric]) for row in rows[1:] if metric in row["difference"]}
-        for metric in metrics
-    ]
-    filled = [{"metric": ""} | dict.fromkeys(names[1:], "") | line for line in lines]
-    print_rows(filled, title=f"difference to {names[0]}")
+    values = [{m: [row[m + end] for end in ("", "_low", "_high")] for m in metrics if m in row} for row in rows]
+    differences = [row["difference"] for row in rows[1:]]
+    parts = [(title, rows, values), (f"Difference to {rows[0]['setting']}", rows[1:], differences)]
+    for heading, members, columns in parts:
+        table = Table(title=heading, title_justify="left")
+        table.add_column("metric")
+        for row in members:
+            table.add_column(row["setting"], justify="right")
+        for metric in metrics:
+            cells = (column.get(metric) for column in columns)
+            text = ("" if cell is None else "{:.3f} ({:.3f} to {:.3f})".format(*cell) for cell in cells)
+            table.add_row(metric, *text)
+        print_table(table)
 
 
 @maps_app.command("compare", short_help="Show how far the maps of two stores agree.")
