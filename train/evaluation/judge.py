@@ -230,7 +230,7 @@ def _load(
         join=config.join,
     )
     if not loader.sample_count:
-        where, remedy = stores[0].path, "give the shards that it was made from"
+        where, remedy = str(stores[0].path), "give the shards that it was made from"
         if len(stores) > 1:
             where, remedy = f"{where} and {len(stores) - 1} more", "judge stores of the same images"
         raise UsageError(f"{where}: has no usable map of a sample in {shards}; {remedy}")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IOU_LEVELS = (0.3, 0.5, 0.7)
-THRESHOLDS = tuple(step / 100 for step in range(100))  # of a map whose values span [0, 1]
+THRESHOLDS = tuple(step / 50 for step in range(50))  # of a map whose values span [0, 1]
 BACKGROUND, OBJECT, IGNORED = 0, 1, 2  # the values of a mask
 
 
@@ -74,14 +74,20 @@ def box_overlaps(maps: Tensor, boxes: Tensor, side: int) -> Overlaps:
     wanted = boxes.view(len(maps), -1, 4).double().cpu().numpy() * side  # [B, n, 4], pixels
     for image, (values, own) in enumerate(zip(upsample(maps, side).cpu().numpy(), wanted, strict=True)):
         own = own[~np.isnan(own).any(axis=1)]
+        corner = np.zeros(2)  # x and y of what is left of the image
         for place, threshold in enumerate(THRESHOLDS):
-            labels, count = ndimage.label(values > threshold, np.ones((3, 3)))
-            if not count or not len(own):
-                continue
-            slices = ndimage.find_objects(labels)
-            found = np.array([(x.start, y.start, x.stop, y.stop) for y, x in slices], np.float64)  # [parts, 4]
+            above = values > threshold
+            if not above.any() or not len(own):
+                break
+            # Higher thresholds leave nothing outside of the box around what is above this one.
+            (down,) = ndimage.find_objects(above.astype(np.int8))
+            values, above = values[down], above[down]
+            corner += (down[1].start, down[0].start)
+            labels, _ = ndimage.label(above, np.ones((3, 3)))
+            parts = ndimage.find_objects(labels)
+            found = np.array([(x.start, y.start, x.stop, y.stop) for y, x in parts]) + np.tile(corner, 2)  # [parts, 4]
             best = box_iou(found, own).max(axis=1)  # [parts]
-            overlaps[:, image, place] = best[np.bincount(labels.ravel())[1:].argmax()], best.max()
+            overlaps[:, image, place] = best[np.bincount(labels[above])[1:].argmax()], best.max()
     return Overlaps(*torch.from_numpy(overlaps))
 
 

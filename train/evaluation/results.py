@@ -186,8 +186,19 @@ def calibration_results(result: Mapping[str, Any], about: Mapping[str, Any]) -> 
 
 
 def judge_results(rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any]) -> list[Result]:
-    """Convert the rows of `judge` to results whose setting is the order of the cells: a method's, centre or random."""
-    return [result for row in rows for result in metric_results(row, {**about, "setting": {"order": row["setting"]}})]
+    """Convert the rows of `judge` to results whose setting is the order of the cells: a method's, centre or random.
+
+    Of a difference to the first row, the setting also has the name of that row as `minus`.
+    """
+    results: list[Result] = []
+    rows = list(rows)
+    for row in rows:
+        results += metric_results(row, {**about, "setting": {"order": row["setting"]}})
+        for metric, (value, low, high) in row.get("difference", {}).items():
+            setting = {"order": row["setting"], "minus": rows[0]["setting"]}
+            n = row["counts"].get(metric, row["count"])
+            results.append(Result(**about, setting=setting, metric=metric, n=n, value=value, low=low, high=high))
+    return results
 
 
 def _interval(row: Mapping[str, Any], name: str, value: float, n: int) -> tuple[float | None, float | None]:
