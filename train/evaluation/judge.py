@@ -10,6 +10,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from zpipe.schemas.atomic import write_json
 from zpipe.schemas.errors import UsageError
@@ -315,13 +316,15 @@ def _judge_batch(
         targets=labels.to(classifier.device),
     )
     seen = None if masks is None else masks.view(keys, batch["box"], side)
+    # [B, n, 4], NaN after the last box of an image; n is 0 if no image of the batch has any.
+    boxes = pad_sequence(batch["object_boxes"], batch_first=True, padding_value=torch.nan)
     maps = {name: batch[f"map_{number}"].to(classifier.device) for number, name in enumerate(names)}
     for row, relevance in (maps | _controls(maps[names[0]], keys)).items():
         curves = torch.cat(perturbation_curves(probe, relevance, config.steps), dim=1)  # [B, 2 * (steps + 1)]
         yield row, "curves", torch.cat([torch.ones_like(curves[:, :1]), curves], dim=1)
         yield row, "saco", _counted(saco(probe, relevance, config.groups))
-        if "object_box" in batch:
-            yield from ((row, metric, values) for metric, values in _judge_boxes(relevance, batch["object_box"], side))
+        if boxes.shape[1]:
+            yield from ((row, metric, values) for metric, values in _judge_boxes(relevance, boxes, side))
         if seen is not None:
             yield from ((row, metric, values) for metric, values in _judge_masks(relevance, *seen))
 
@@ -344,8 +347,9 @@ def _counted(values: Tensor) -> Tensor:
 
 
 def _judge_boxes(relevance: Tensor, boxes: Tensor, side: int) -> Iterator[tuple[str, Tensor]]:
-    """What agreement with boxes, [B, 4], adds to sums. Objects outside of the view do not count."""
-    known = has_area(boxes)  # [B]
+    """What agreement with boxes, [B, n, 4], adds to sums. Objects outside of the view do not count."""
+    boxes = boxes.where(has_area(boxes)[..., None], torch.nan)
+    known = has_area(boxes).any(dim=1)  # [B]
     pointed = pointing_game(relevance.cpu(), boxes).double()
     yield "pointing_game", _counted(pointed.where(known, torch.nan))
     overlaps = box_overlaps(relevance[known.to(relevance.device)], boxes[known], side)
