@@ -231,7 +231,7 @@ def maps_pull(
 def maps_judge(
     stores: Annotated[
         list[Path],
-        typer.Argument(parser=path_or_url, metavar="STORE [STORE ...]", help="Relevance stores of the same images."),
+        typer.Argument(parser=path_or_url, metavar="STORE", help="Relevance store; or several of the same images."),
     ],
     shards: Annotated[Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="The shards of these images.")],
     model: Annotated[

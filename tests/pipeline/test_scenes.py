@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from typer.testing import CliRunner
 
+from zpipe.cli import app
 from zpipe.pipeline.scenes import SceneConfig, make_scenes
 from zpipe.pipeline.sources import SceneSource
 from zpipe.schemas.errors import UsageError
@@ -172,3 +174,16 @@ def test_masks_are_written_beside_the_shards(tmp_path):
             image = np.asarray(Image.open(io.BytesIO(record.image)).convert("L"))
             mask = np.asarray(Image.open(tmp_path / "masks" / f"{record.key}.png"))
             assert ((image > 127) == (mask == 1)).mean() > 0.97  # the image is a JPEG
+
+
+def test_the_command_writes_masks_of_scenes_only(tmp_path):
+    def call(*words):
+        return CliRunner().invoke(app, ["make-shards", *map(str, words)])
+
+    done = call("scenes", tmp_path / "scenes", "--count", 5, "--masks", tmp_path / "masks")
+    assert done.exit_code == 0 and len(list((tmp_path / "masks").iterdir())) == 5, done.output
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "cats" / "a.png")
+    refused = call(tmp_path / "photos", tmp_path / "shards", "--masks", tmp_path / "more")
+    assert refused.exit_code == 2 and "only the embedded scenes have masks" in refused.output
+    assert not (tmp_path / "shards").exists() and not (tmp_path / "more").exists()
