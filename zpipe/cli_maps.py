@@ -301,7 +301,7 @@ def maps_judge(
 
 def _print_judged(rows: Sequence[Mapping[str, Any]], title: str) -> None:
     """Print a line per metric and a column per row, with intervals; then the differences to the first row."""
-    metrics = [name for name in rows[0] if f"{name}_low" in rows[0]]
+    metrics = list(dict.fromkeys(name for row in rows for name in row if f"{name}_low" in row))
     values = [{m: [row[m + end] for end in ("", "_low", "_high")] for m in metrics if m in row} for row in rows]
     differences = [row["difference"] for row in rows[1:]]
     parts = [(title, rows, values), (f"Difference to {rows[0]['setting']}", rows[1:], differences)]

@@ -42,7 +42,7 @@ from zpipe.train.scoring import key_noise
 
 UNZOOMED = OperatingPoint(name="plain")
 CONTROLS = ("centre", "random")
-Maps = Path | RelevanceMaps
+Maps = str | Path | RelevanceMaps
 Stability = Mapping[str, Mapping[str, float]]
 
 
@@ -167,11 +167,11 @@ def judge(
     stability: Stability | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Test the maps of stores against a classifier, with a centre prior and random orders of the cells as controls.
+    """Test the maps of stores against a classifier, beside a centre prior and random orders of the cells.
 
-    The target is the label of a sample. All stores are judged on the same images, those of which each has a usable map.
-    Intervals are 95 % percentile intervals of a bootstrap over images; all rows have the same resamples, and the best
-    threshold of a MaxBoxAcc is chosen anew in each.
+    The target is the label of a sample. All stores are judged on the images of which each has a usable map. Intervals
+    are 95 % percentile intervals of a bootstrap over images; all rows have the same resamples, and the best threshold
+    of a MaxBoxAcc is chosen anew in each.
 
     Args:
         classifier: the classifier.
@@ -239,7 +239,7 @@ def _load(
 
 
 def _open(maps: Maps | Sequence[Maps]) -> list[RelevanceMaps]:
-    listed = [maps] if isinstance(maps, Path | RelevanceMaps) else list(maps)
+    listed = [maps] if isinstance(maps, str | Path | RelevanceMaps) else list(maps)
     stores = [store if isinstance(store, RelevanceMaps) else RelevanceMaps(store) for store in listed]
     for store in stores:
         if store.manifest.provenance.kind != "map":
@@ -352,9 +352,9 @@ def _judge_boxes(relevance: Tensor, boxes: Tensor, side: int) -> Iterator[tuple[
     known = has_area(boxes).any(dim=1)  # [B]
     pointed = pointing_game(relevance.cpu(), boxes).double()
     yield "pointing_game", _counted(pointed.where(known, torch.nan))
-    overlaps = box_overlaps(relevance[known.to(relevance.device)], boxes[known], side)
-    reached = torch.cat([hits(overlaps.largest), hits(overlaps.best)], dim=1).flatten(1)  # [b, 2 * levels * T]
-    yield "boxes", torch.cat([torch.ones_like(reached[:, :1]), reached], dim=1).double()
+    overlaps = box_overlaps(relevance, boxes, side)
+    reached = torch.cat([hits(overlaps.largest), hits(overlaps.best)], dim=1).flatten(1)  # [B, 2 * levels * T]
+    yield "boxes", torch.cat([known[:, None], reached], dim=1).double()
 
 
 def _judge_masks(relevance: Tensor, masks: Tensor, known: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import BODY, GRID, SIDE, rewrite_store, scenes, store
+from tiny import BODY, GRID, SIDE, encode, rewrite_store, scenes, store, write_shards
 from typer.testing import CliRunner
 
 from zpipe import open_maps
@@ -119,6 +119,29 @@ def test_all_stores_are_judged_on_the_images_that_each_has(data, pointing, tmp_p
     nothing = rewrite_store(tmp_path / "maps", {key: whole[key] for key in keys}, dict.fromkeys(keys, ZERO))
     with pytest.raises(UsageError, match="and 1 more: has no usable map of a sample in .*; judge stores of the same"):
         judge(classifier, data / "shards", [data / "maps", nothing], CPU)
+
+
+def test_boxes_of_some_images(data, tmp_path):
+    """Any of several boxes of the class counts; images without a box, or with none in the centre crop, are left out."""
+    metas = {
+        "hit": {"boxes": [[2, 2, 10, 10], [18, 18, 30, 30], [10, 2, 18, 10]], "box_labels": [1, 1, 2]},
+        "miss": {"boxes": [[10, 2, 18, 10], [18, 18, 30, 30]], "box_labels": [1, 2]},
+        "outside": {"box": [0, 0, 1, 1]},
+        "none": {},
+    }
+    members = {}
+    for key, meta in metas.items():
+        members |= {f"{key}.png": encode(np.full((SIDE, SIDE, 3), 99, np.uint8)), f"{key}.cls": b"1"}
+        members[f"{key}.json"] = json.dumps(meta).encode()
+    shards = write_shards(tmp_path / "shards", [members])
+    corner = np.zeros((GRID, GRID), np.float32)
+    corner[3, 3] = 1
+    maps = rewrite_store(store(shards, tmp_path / "maps"), dict.fromkeys(metas, corner))
+    for batch_size in (4, 1):
+        config = JudgeConfig(device="cpu", steps=1, batch_size=batch_size)
+        row = judge_maps(data / "run", shards, maps, config)[0]
+        assert row["counts"] == dict.fromkeys(BOXES, 2) and row["count"] == 4
+        assert row["pointing_game"] == row["max_box_acc_30"] == 0.5
 
 
 def test_the_results_file_states_the_setting_and_comes_back(data, pointing, tmp_path):

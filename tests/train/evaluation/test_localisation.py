@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from sklearn.metrics import average_precision_score
 
 from zpipe.train.evaluation.localisation import (
@@ -108,6 +109,25 @@ def test_overlaps_of_one_and_of_two_blobs():
     assert both.largest[:, at[0.3]].tolist() == [1, 0] and both.best[:, at[0.3]].tolist() == [1, 1]
     nothing = box_overlaps(torch.ones(1, 4, 4), torch.tensor([big]), 16)
     assert not nothing.best.any()
+
+
+@pytest.mark.parametrize("power", [1, 6])
+def test_overlaps_are_those_of_whole_thresholded_maps(power):
+    """The definition without any short cut: label the whole map at each threshold."""
+    torch.manual_seed(power)
+    maps, boxes = torch.rand(3, 5, 7) ** power, torch.tensor([[[0.1, 0.2, 0.6, 0.5], [0.5, 0.4, 0.9, 1.0]]] * 3)
+    found = box_overlaps(maps, boxes, 30)
+    for image, values in enumerate(upsample(maps, 30).numpy()):
+        for place, threshold in enumerate(THRESHOLDS):
+            labels, count = ndimage.label(values > threshold, np.ones((3, 3)))
+            parts = []
+            for part in range(1, count + 1):
+                rows, columns = np.nonzero(labels == part)
+                box = np.array([[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]) / 30
+                parts.append((len(rows), box_iou(box, boxes[image].numpy()).max()))
+            largest = {iou for size, iou in parts if size == max(parts)[0]}
+            assert min(abs(found.largest[image, place].item() - iou) for iou in largest) < 1e-5
+            assert found.best[image, place].item() == pytest.approx(max(iou for _, iou in parts), abs=1e-5)
 
 
 def test_parts_are_connected_at_their_corners():
