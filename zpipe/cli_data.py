@@ -88,6 +88,14 @@ def make_shards_command(
             "Repeatable.",
         ),
     ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            parser=local_path,
+            metavar="FOLDER",
+            help="(embedded scenes only) Also write the mask of each digit, KEY.png, for `zpipe maps judge --masks`.",
+        ),
+    ] = None,
     no_check: Annotated[
         bool,
         typer.Option(
@@ -121,6 +129,7 @@ def make_shards_command(
     with reporting() as progress:
         from zpipe.pipeline.make_shards import index_shards, make_shards
         from zpipe.pipeline.open_source import SourceConfig, open_source
+        from zpipe.pipeline.sources import SceneSource
 
         config = SourceConfig(
             shard_size=shard_size,
@@ -151,7 +160,12 @@ def make_shards_command(
         if output is None:
             raise UsageError("give an output folder: zpipe make-shards SOURCE OUTPUT")
         output = as_local(output)
-        report = make_shards(open_source(source, config, warn), output, progress=progress)
+        opened = open_source(source, config, warn)
+        if masks is not None:
+            if not isinstance(opened, SceneSource):
+                raise UsageError(f"--masks {masks}: only the embedded scenes have masks; leave it out")
+            opened.write_masks(masks)
+        report = make_shards(opened, output, progress=progress)
         tell(
             f"{output}: {report.count} images in {_counted(report.shards, 'shard')} ({report.written} written now), "
             f"{_counted(report.classes, 'class')}; {report.account}"

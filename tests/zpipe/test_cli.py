@@ -285,6 +285,20 @@ WRONG = {
     "verify: broken": ("maps verify {broken_store}", 1, "broken_store: 1 problems"),
     "verify: other tars": ("maps verify {maps} --shards {other_shards}", 1, "maps: "),
     "verify: no such shards": ("maps verify {maps} --shards {missing}", 2, "missing: no such folder"),
+    "judge: nothing": ("maps judge {missing} {shards} --model {plain}", 1, "missing: not a relevance store"),
+    "judge: one of them is none": (
+        "maps judge {maps} {missing} {shards} --model {plain}",
+        1,
+        "missing: not a relevance store",
+    ),
+    "judge: other tars": ("maps judge {other_maps} {shards} --model {plain}", 1, "other_maps: made from"),
+    "judge: a store twice": ("maps judge {maps} {maps} {shards} --model {plain}", 2, "maps: is given twice"),
+    "judge: no masks": (
+        "maps judge {maps} {shards} --model {plain} --masks {empty} --device cpu",
+        2,
+        "--masks {empty}: none of the first 40 images has a usable mask (train_0000000.png is missing); give a folder",
+    ),
+    "judge: a zoomer": ("maps judge {maps} {shards} --model {zoomer}", 2, "zoomer: holds a zoomer, no classifier"),
     "show: unknown key": ("maps show {maps} nobody --out {out}.png", 2, "no map for key 'nobody'"),
     "show: nothing": ("maps show {missing} train_0000000 --out {out}.png", 1, "missing: not a relevance store"),
     "show: no such shards": (
