@@ -326,7 +326,7 @@ def study_command(
         )
         inputs = StudyInputs(run=run, shards=shards, maps=maps, zoomer=zoomer)
         if name == "map-methods" or methods or weights is not None:
-            from zpipe.map_methods import MethodsConfig, extract_method_maps
+            from zpipe.method_maps import MethodsConfig, extract_method_maps
 
             named = tuple(method.strip() for method in methods.split(",") if method.strip())
             chosen = MethodsConfig(methods=named, weights=weights, address=address, device=device)

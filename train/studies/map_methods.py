@@ -9,14 +9,16 @@ Trainings of one seed differ in the maps only: they share their first weights an
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import read_manifest
@@ -27,6 +29,7 @@ from zpipe.train.evaluation.inference import trained_with
 from zpipe.train.evaluation.judge import JudgeConfig, judge
 from zpipe.train.evaluation.metrics import spearman
 from zpipe.train.evaluation.results import Result, identity, metric_results
+from zpipe.train.run_files import ZOOMER
 from zpipe.train.studies.bench import Bench, MethodMaps, WantedMaps
 
 CONTROLS = ("centre", "random")  # sources of scores that need no zoomer
@@ -51,7 +54,7 @@ def map_methods(bench: Bench) -> list[Result]:
 
     Everything is trained before anything is measured, so that an interrupted study loses no more than a measurement.
     """
-    bench.need_zoomvit()
+    model = bench.need_zoomvit()
     budgets = _budgets(bench)
     base = _own_zoomer(bench)
     if bench.method_maps is None:
@@ -83,8 +86,9 @@ def map_methods(bench: Bench) -> list[Result]:
     # A row's method and seed tell the trainings apart, so that the report can take the mean over the seeds.
     rows = [replace(row, run=identity(bench.opened, bench.study)["run"]) for row in rows]
     judged = _judged(bench, maps)
-    bench.notes += _standings(rows)
-    return [*rows, *judged, *_agreement(bench, rows, judged)]
+    agreements = agreement(rows, judged, model.coarse_grid**2)
+    bench.notes += [*_standings(rows), _caution(len(maps.train))]
+    return [*rows, *judged, *agreements]
 
 
 def _budgets(bench: Bench) -> tuple[int | str, ...]:
@@ -215,33 +219,52 @@ def _standings(rows: Sequence[Result]) -> list[str]:
     return lines
 
 
-def _agreement(bench: Bench, rows: Sequence[Result], judged: Sequence[Result]) -> list[Result]:
-    """Spearman's rank correlation over the methods of each metric of their maps and zoomers with top-1, by budget."""
-    cells = cast(Any, bench.opened.model).coarse_grid ** 2
+def _caution(methods: int) -> str:
+    if methods < LEAST_METHODS:
+        return f"rank correlations with top-1 are left out: they need {LEAST_METHODS} methods or more"
+    return (
+        f"rank correlations with top-1 are over {methods} methods only, so that chance alone makes large ones; of "
+        "deletion, mse and mae, lower is better: there a negative one means that better maps go with a higher top-1"
+    )
+
+
+def agreement(rows: Sequence[Result], judged: Sequence[Result], cells: int) -> list[Result]:
+    """Spearman's rank correlation over the methods of each metric of their maps and zoomers with top-1, by budget.
+
+    Args:
+        rows: the results of the ZoomViTs and zoomers, whose setting has the `method`.
+        judged: those of the maps, whose setting `maps` is the method, or a control.
+        cells: the cells of the ZoomViT; at budgets of none and of all of them, scores make no difference.
+
+    Returns:
+        A result per metric and budget, with the number of methods as n, of means over the seeds. None where the metric
+        or the accuracy is the same for all methods, and none at all for fewer than `LEAST_METHODS` methods.
+    """
     top1 = _means(rows, "top1", "method", "budget")
     methods = list(dict.fromkeys(method for method, _ in top1))
     if len(methods) < LEAST_METHODS:
-        bench.notes.append(f"rank correlations with top-1 are left out: they need {LEAST_METHODS} methods or more")
         return []
-    zoomers = [row for row in rows if row.model == "zoomer"]
+    zoomers = [row for row in rows if row.model == ZOOMER]
     metrics = {("maps", row.metric): _means(judged, row.metric, "maps") for row in judged}
     metrics |= {("zoomer", row.metric): _means(zoomers, row.metric, "method") for row in zoomers}
-    about = bench.about(bench.opened) | {"seed": None, "metric": AGREEMENT, "n": len(methods)}
+    vit = next(row for row in rows if row.model != ZOOMER)
+    about = {"study": vit.study, "run": vit.run, "model": vit.model, "metric": AGREEMENT, "n": len(methods)}
     results = []
     for budget in dict.fromkeys(budget for _, budget in top1):
         if budget in (0, cells):
-            continue  # whatever the scores, all models zoom the same cells
-        accuracy = torch.tensor([[top1[method, budget] for method in methods]], dtype=torch.float64)
+            continue
+        accuracy = _row(top1[method, budget] for method in methods)
         for (of, metric), values in metrics.items():
-            if len(values) < len(methods):
-                continue  # one of the methods has no finite value
-            measured = torch.tensor([[values[method,] for method in methods]], dtype=torch.float64)
-            correlation = float(spearman(measured, accuracy))
-            if correlation == correlation:  # NaN where one of the two is the same for all methods
-                setting = {"metric": metric, "of": of, "budget": budget}
-                results.append(Result(**about, setting=setting, value=correlation))
-    bench.notes.append(
-        f"rank correlations with top-1 are over {len(methods)} methods only, so that chance alone makes large ones; "
-        "of deletion, mse and mae, lower is better: there a negative one means that better maps go with a higher top-1"
-    )
+            if any((method,) not in values for method in methods):
+                continue  # it is not finite for one of them
+            correlation = float(spearman(_row(values[method,] for method in methods), accuracy))
+            if math.isfinite(correlation):
+                results.append(
+                    Result(**about, setting={"metric": metric, "of": of, "budget": budget}, value=correlation)
+                )
     return results
+
+
+def _row(values: Iterable[float]) -> Tensor:
+    """Values as float64 [1, n], rounded: means of equal accuracies may differ in their last bits, and are no ranks."""
+    return torch.tensor([list(values)], dtype=torch.float64).round(decimals=9)
