@@ -248,7 +248,7 @@ def agreement(rows: Sequence[Result], judged: Sequence[Result], cells: int) -> l
     metrics = {("maps", row.metric): _means(judged, row.metric, "maps") for row in judged}
     metrics |= {("zoomer", row.metric): _means(zoomers, row.metric, "method") for row in zoomers}
     vit = next(row for row in rows if row.model != ZOOMER)
-    about = {"study": vit.study, "run": vit.run, "model": vit.model, "metric": AGREEMENT, "n": len(methods)}
+    about: dict[str, Any] = {"study": vit.study, "run": vit.run, "model": vit.model, "metric": AGREEMENT}
     results = []
     for budget in dict.fromkeys(budget for _, budget in top1):
         if budget in (0, cells):
@@ -258,10 +258,9 @@ def agreement(rows: Sequence[Result], judged: Sequence[Result], cells: int) -> l
             if any((method,) not in values for method in methods):
                 continue  # it is not finite for one of them
             correlation = float(spearman(_row(values[method,] for method in methods), accuracy))
+            setting = {"metric": metric, "of": of, "budget": budget}
             if math.isfinite(correlation):
-                results.append(
-                    Result(**about, setting={"metric": metric, "of": of, "budget": budget}, value=correlation)
-                )
+                results.append(Result(**about, n=len(methods), setting=setting, value=correlation))
     return results
 
 
