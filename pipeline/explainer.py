@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from zpipe.pipeline.teacher import Teacher
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
 
+T = TypeVar("T")
+
 # FORWARD or FORWARD+SWEEP: the dtype of the model, and the arithmetic of the downward sweep where it is another.
 PRECISIONS: dict[str, tuple[torch.dtype, str]] = {
     "float32": (torch.float32, "model"),
@@ -30,6 +32,8 @@ PRECISIONS: dict[str, tuple[torch.dtype, str]] = {
     "float32+bfloat16": (torch.float32, "bfloat16"),
     "float32+tf32": (torch.float32, "tf32"),
 }
+AUTO = "auto"  # a precision that `zpipe.pipeline.choose_precision` replaces by one of these
+SWEPT = (DEFAULT_METHOD,)  # methods with a sweep whose arithmetic can be another than that of the model
 NO_CLASS = -1  # the target of a method that depends on no class, and the label of an image that has none
 
 
@@ -50,13 +54,14 @@ class ExplainConfig:
     """Average each map with that of the mirrored image, mirrored back: then mirroring an image mirrors its map. Takes
     twice the time."""
     precision: str = "float32"
-    """Precision of the forward pass and of the downward sweep: a name of `PRECISIONS`."""
+    """Precision of the forward pass and of the downward sweep: a name of `PRECISIONS`; ``auto`` is for
+    `extract_teacher_maps`, which measures them."""
 
     def __post_init__(self) -> None:
         check_choice("--method", self.method, METHODS)
-        check_choice("--precision", self.precision, PRECISIONS)
-        if "+" in self.precision and self.method != DEFAULT_METHOD:
-            raise UsageError(f"--precision {self.precision}: {self.method} has float32 and float64 only")
+        check_choice("--precision", self.precision, (*PRECISIONS, AUTO))
+        if self.precision != AUTO and self.precision not in (names := precisions_of(self.method)):
+            raise UsageError(f"--precision {self.precision}: {self.method} has only {', '.join(names)}")
         kind, colon, number = self.target.partition(":")
         numbered = kind in ("class", "top") and colon and number.isascii() and number.isdecimal() and len(number) < 10
         if not (self.target in ("ground-truth", "predicted") or numbered):
@@ -88,6 +93,15 @@ class ExplainConfig:
     def recorded_target(self) -> str:
         """The target that the manifest records: ``none`` for methods that depend on no class."""
         return "none" if self.method in CLASS_BLIND else self.target
+
+
+def precisions_of(method: str, device: str = "cuda") -> list[str]:
+    """The names of the precisions that a method has on a device."""
+    return [
+        name
+        for name, (_, sweep) in PRECISIONS.items()
+        if (sweep == "model" or method in SWEPT) and (sweep != "tf32" or device.startswith("cuda"))
+    ]
 
 
 class Explained(NamedTuple):
@@ -148,15 +162,29 @@ class Explainer:
             pixels: uint8 [n, H, W, 3], in the size of the teacher's input.
             labels: int64 [n]; used for the target ``ground-truth`` only.
         """
-        parts = list(self._parts(pixels, labels))
+        parts = list(self._parts(self._explain, pixels, labels))
         return Explained(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
-    def _parts(self, pixels: np.ndarray, labels: np.ndarray) -> Iterator[Explained]:
+    def maps_of(self, pixels: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Only the maps of a batch, for classes that are known.
+
+        Args:
+            pixels: uint8 or float32 [n, H, W, 3] in grey levels, 0 to 255, in the size of the teacher's input.
+            targets: int64 [n], the classes that the maps explain; `NO_CLASS` for methods without one.
+
+        Returns:
+            float32 [n, gh, gw]; raw.
+        """
+        return np.concatenate(list(self._parts(self._maps, pixels, targets)))
+
+    def _parts(
+        self, compute: Callable[[np.ndarray, np.ndarray], T], pixels: np.ndarray, labels: np.ndarray
+    ) -> Iterator[T]:
         start = 0
         while start < len(pixels):
             chosen = slice(start, start + self.batch_size)
             try:
-                yield self._explain(pixels[chosen], labels[chosen])
+                yield compute(pixels[chosen], labels[chosen])
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -176,21 +204,32 @@ class Explainer:
             torch.cuda.empty_cache()
 
     def _explain(self, pixels: np.ndarray, labels: np.ndarray) -> Explained:
-        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).to(self._dtype) / 255.0  # [n, 3, H, W]
-        images = (images - self._mean) / self._std
+        images = self._normalised(pixels)
         attribution = self._attribute(images, self._targets(labels))
         targets = self._explained_classes(attribution.logits, labels)
-        maps = attribution.maps
-        if self.config.symmetrise:
-            # Both maps explain the same class, even if the teacher predicts another one for the mirrored image.
-            mirrored = self._attribute(images.flip(-1), targets.clamp(min=0)).maps.flip(-1)
-            maps = (maps + mirrored) / 2
+        # Both maps explain the same class, even if the teacher predicts another one for the mirrored image.
+        maps = self._symmetrised(attribution.maps, images, targets)
         # What leads to no class explains none: for methods that depend on the attention alone, the map may be finite.
         logits = attribution.logits.float()
         broken = ~logits.isfinite().all(dim=1).view(-1, *[1] * (maps.ndim - 1))
         maps = maps.float().masked_fill(broken, torch.nan)
         results = (maps, logits, targets.to(torch.int64), self._features(images))
         return Explained(*(result.cpu().numpy() for result in results))
+
+    def _maps(self, pixels: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        images, classes = self._normalised(pixels), torch.from_numpy(targets).to(self.device)
+        maps = self._attribute(images, classes.clamp(min=0)).maps
+        return self._symmetrised(maps, images, classes).float().cpu().numpy()
+
+    def _normalised(self, pixels: np.ndarray) -> Tensor:
+        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).to(self._dtype) / 255.0  # [n, 3, H, W]
+        return (images - self._mean) / self._std
+
+    def _symmetrised(self, maps: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+        """The maps, or where it is asked for, their mean with those of the mirrored images."""
+        if not self.config.symmetrise:
+            return maps
+        return (maps + self._attribute(images.flip(-1), targets.clamp(min=0)).maps.flip(-1)) / 2
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def test_the_batch_size_changes_no_map(explainer, pixels, size):
     [
         ({"method": "gradcam"}, "--method gradcam: choose one of transformer-attribution"),
         ({"precision": "float16"}, "--precision float16: choose one of float32"),
-        ({"precision": "float32+bfloat16", "method": "rollout"}, "rollout has float32 and float64 only"),
+        ({"precision": "float32+bfloat16", "method": "rollout"}, "rollout has only float32, float64"),
         ({"target": "class:"}, "--target class:: choose ground-truth"),
         ({"target": "class:-1"}, "choose ground-truth"),
         ({"target": "best"}, "choose ground-truth"),
