@@ -10,10 +10,10 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS
+from zpipe.pipeline.classifier import Classifier
+from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS, methods_of
 from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
 from zpipe.pipeline.supported import Targets
@@ -137,6 +137,7 @@ class Explainer:
     def __init__(
         self, teacher: Teacher, config: ExplainConfig, *, batch_size: int, device: str, features: bool = False
     ) -> None:
+        check_method(teacher, config.method)
         fixed = config.fixed_class
         if (config.top_classes or 0) > teacher.num_classes:
             raise UsageError(f"--target {config.target}: teacher {teacher.name} has {teacher.num_classes} classes")
@@ -233,16 +234,14 @@ class Explainer:
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:
-        grid = self._model.patch_embed.grid_size
         if not self._with_features:
-            return images.new_zeros(len(images), *grid, 0, dtype=torch.float32)
-        tokens = self._model.forward_features(images)[:, self._model.num_prefix_tokens :]  # [n, gh * gw, D]
-        return tokens.unflatten(1, grid).float()
+            return images.new_zeros(len(images), *self._model.grid, 0, dtype=torch.float32)
+        return self._model.features(images).float()
 
     def _attribute(self, images: Tensor, targets: Targets) -> Attribution:
         if self._sweep == "model":
-            return METHODS[self.config.method](self._model, images, targets)
-        return attribute(self._model, images, targets, sweep=self._sweep)
+            return METHODS[self.config.method](self._model.model, images, targets)
+        return attribute(self._model.model, images, targets, sweep=self._sweep)
 
     def _targets(self, labels: np.ndarray) -> Targets:
         if self.config.target == "predicted":
@@ -268,15 +267,23 @@ def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in str(error) for part in messages)
 
 
-def bytes_per_image(model: VisionTransformer, dtype: torch.dtype = torch.float32) -> int:
-    """Estimate of the peak memory of transformer attribution for one image, in bytes.
+def check_method(teacher: Teacher, method: str) -> None:
+    """Raise :class:`ZpipeError` for a method that cannot explain the teacher; the message names those that can."""
+    known = methods_of(teacher.model)
+    if reason := known[method]:
+        able = ", ".join(name for name, refusal in known.items() if not refusal)
+        raise ZpipeError(f"teacher {teacher.name}: --method {method}: {reason}; choose --method {able}")
+
+
+def bytes_per_image(model: Classifier, dtype: torch.dtype = torch.float32) -> int:
+    """Estimate of the peak memory of transformer attribution for one image, in bytes; no method takes more.
 
     It counts the records of all blocks, and temporaries of one block: three arrays of the attention's size and six of
     the MLP's.
     """
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    block = model.blocks[0]
-    width, hidden, heads = model.embed_dim, block.mlp.fc1.out_features, block.attn.num_heads
+    tokens, width, heads = model.tokens, model.width, model.num_heads
+    # The MLP is the widest of a block's layers, or a gated one of twice its width.
+    hidden = max(layer.out_features for layer in model.blocks[0].modules() if isinstance(layer, torch.nn.Linear))
     record = tokens * (10 * width + 2 * hidden) + heads * tokens**2
     work = 6 * tokens * hidden + 3 * heads * tokens**2
     return (len(model.blocks) * record + work) * torch.finfo(dtype).bits // 8

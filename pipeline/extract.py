@@ -14,7 +14,7 @@ import torch
 
 from zpipe.pipeline.choose_precision import choose_precision, some_images
 from zpipe.pipeline.executor import Resources, run_local, run_ray
-from zpipe.pipeline.explainer import AUTO, ExplainConfig
+from zpipe.pipeline.explainer import AUTO, ExplainConfig, check_method
 from zpipe.pipeline.shard_reader import FRAMES, open_shards
 from zpipe.pipeline.store_plan import (
     Audit,
@@ -200,6 +200,7 @@ def extract_teacher_maps(
     tars, index = open_shards(shards, progress=progress)
     device = _device(config)
     teacher = load_teacher(config.teacher_spec())
+    check_method(teacher, config.explain.method)
     classes = ClassNames(names=index.classes, where=str(shards))
     matched = match_labels(teacher, classes, config)
     store = WantedStore(
@@ -235,7 +236,7 @@ def extract_teacher_maps(
 
 def _stores(store: WantedStore, teacher: Teacher, config: ExtractConfig) -> dict[str, WantedStore]:
     """The stores to fill, by name; that of the maps, whose shards are committed last, is the last one."""
-    shapes = {"logits": (teacher.num_classes,), "features": (*teacher.grid, teacher.model.embed_dim)}
+    shapes = {"logits": (teacher.num_classes,), "features": (*teacher.grid, teacher.model.width)}
     stores = {}
     for name in SAVED:
         if name in config.save:

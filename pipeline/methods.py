@@ -16,6 +16,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
+from zpipe.pipeline.classifier import Classifier
 from zpipe.pipeline.recorded_forward import (
     Attribution,
     BlockRecord,
@@ -29,7 +30,7 @@ from zpipe.pipeline.recorded_forward import (
     split_heads,
 )
 from zpipe.pipeline.relevance import attribute
-from zpipe.pipeline.supported import Targets, check_request
+from zpipe.pipeline.supported import Targets, check_request, check_supported
 
 Method = Callable[[VisionTransformer, Tensor, Targets], Attribution]
 
@@ -87,6 +88,21 @@ METHODS: dict[str, Method] = {
 }
 DEFAULT_METHOD = "transformer-attribution"
 CLASS_BLIND = ("rollout", "class-attention")
+
+
+def methods_of(classifier: Classifier) -> dict[str, str]:
+    """Why each method cannot explain a classifier, "" where it can, in the order of `METHODS`."""
+    return {name: _closed_form_refusal(classifier) if name == DEFAULT_METHOD else "" for name in METHODS}
+
+
+def _closed_form_refusal(classifier: Classifier) -> str:
+    if classifier.head is not None:
+        return "no relevance rules for a head that is not the model's own"
+    try:
+        check_supported(classifier.model)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _through(row: Tensor | None, matrices: Tensor) -> Tensor:

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import timm
 import torch
 from timm.models import split_model_name_tag
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from zpipe.pipeline.classifier import Classifier, as_classifier
 from zpipe.pipeline.shard_reader import PIL_FILTERS
-from zpipe.pipeline.supported import check_supported
 from zpipe.pipeline.teacher_spec import TeacherFiles, TeacherSpec, find_files
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
 from zpipe.schemas.model_config import CONFIG_NAME, read_class_names
@@ -32,8 +31,8 @@ DEFAULT_NAME = "deit_base_patch16_224"
 class Teacher:
     """A classifier to explain, and what the manifest says about it."""
 
-    model: VisionTransformer
-    """The model: in eval mode, without gradients, and accepted by `check_supported`."""
+    model: Classifier
+    """The model: in eval mode, without gradients."""
     name: str
     """timm's name of the architecture."""
     weights: str
@@ -71,25 +70,24 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu") -> Te
 
     Raises:
         UsageError: The request contradicts itself or names something that does not exist.
-        ZpipeError: The weights cannot be fetched, read or fitted, are not finite, or the relevance rules of the model
-            are not implemented.
+        ZpipeError: The weights cannot be fetched, read or fitted, are not finite, or no family has the model.
     """
     built = _build(spec)
     if bad := not_finite(built.model.state_dict()):
         raise ZpipeError(f"teacher {spec.weights}: {bad} holds NaN or infinity; give weights that did not diverge")
     try:
-        vit: VisionTransformer = built.model.eval().requires_grad_(False).to(device)
+        model = as_classifier(built.model).eval().requires_grad_(False).to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError is what a CPU build of torch raises for "cuda"
         raise UsageError(f"device {device}: {first_line(error)}; give a device that torch has here, or cpu") from error
     prepared, note = _preparation(spec, built)
     return Teacher(
-        model=vit,
+        model=model,
         name=built.name,
         weights=spec.weights,
-        digest=state_digest(vit.state_dict()),
-        num_classes=vit.num_classes,
-        image_size=tuple(vit.patch_embed.img_size),
-        grid=tuple(vit.patch_embed.grid_size),
+        digest=state_digest(model.model.state_dict()),
+        num_classes=model.num_classes,
+        image_size=model.image_size,
+        grid=model.grid,
         model_args=built.model_args,
         classes=_class_names(built),
         note=note,
@@ -100,7 +98,7 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu") -> Te
 class _Built(NamedTuple):
     """A model with its weights, what rebuilds it, and where it came from."""
 
-    model: VisionTransformer
+    model: Any
     name: str
     model_args: dict[str, Any]
     files: TeacherFiles | None  # None for pretrained and random weights
@@ -115,7 +113,7 @@ def _build(spec: TeacherSpec) -> _Built:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(spec.seed)
                 model = _create(name, num_classes=spec.num_classes, **spec.model_args)
-        _check_rules(model, name)
+        _check_family(model, name)
         return _Built(model, name, spec.model_args, None)
     files = find_files(spec)
     # The class token and the head have these names in every teacher, so that a prefix before them is none of its own.
@@ -129,18 +127,18 @@ def _build(spec: TeacherSpec) -> _Built:
     # First without memory for its weights: a description may ask for any size.
     with torch.device("meta"):
         shape = _create(name, num_classes=classes, **model_args)
-    _check_rules(shape, name)
+    _check_family(shape, name)
     _check_fit(shape, state, files, name)
     model = _create(name, num_classes=classes, **model_args)
     model.load_state_dict(state)
     return _Built(model, name, model_args, files)
 
 
-def _check_rules(model: nn.Module, name: str) -> None:
+def _check_family(model: nn.Module, name: str) -> None:
     try:
-        check_supported(model)
+        as_classifier(model)
     except ValueError as error:
-        raise ZpipeError(f"teacher {name}: {error}; choose a plain ViT such as {DEFAULT_NAME}") from error
+        raise ZpipeError(f"teacher {name}: {error}; --list-teachers shows those that are known") from error
 
 
 def _preparation(spec: TeacherSpec, built: _Built) -> tuple[dict[str, Any], str]:
@@ -278,7 +276,7 @@ def _check_fit(model: nn.Module, state: Mapping[str, Tensor], files: TeacherFile
         raise ZpipeError(f"{file}: {odd} is {state[odd].dtype}; give weights of floating-point numbers")
 
 
-def _side_of(model: VisionTransformer, positions: Tensor) -> int | None:
+def _side_of(model: Any, positions: Tensor) -> int | None:
     """The side in pixels of the square images that a position table [1, tokens, width] is for; None if not square."""
     if positions.ndim != 3:
         return None

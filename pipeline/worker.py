@@ -225,7 +225,7 @@ class ShardWorker:
         """Explain a batch; images that could not be decoded get NaN maps and logits, and no class."""
         truth = [self._class_of(item, path) for item in batch]
         shape, grid = self.spec.explain.shape(self.teacher.grid), self.teacher.grid
-        width = self.teacher.model.embed_dim if "features" in self.spec.saved else 0
+        width = self.teacher.model.width if "features" in self.spec.saved else 0
         maps = np.full((len(batch), *shape), np.nan, np.float32)
         logits = np.full((len(batch), self.teacher.num_classes), np.nan, np.float32)
         targets = np.full((len(batch), *shape[:-2]), NO_CLASS, np.int64)

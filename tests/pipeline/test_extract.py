@@ -61,7 +61,7 @@ def test_every_sample_has_the_map_of_its_own_image_and_label(store, shards, teac
     teacher = load_teacher(ExtractConfig(**settings).teacher_spec())
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (teacher.mean, teacher.std))
     maps, frame = RelevanceMaps(store), frame_of(teacher, "full")
-    model, expected, labels = teacher.model.double(), {}, {}
+    model, expected, labels = teacher.model.model.double(), {}, {}
     for path, entry in open_shards(shards)[0]:
         for sample in read_samples(path, entry):
             pixels = frame_image(sample, frame).pixels
@@ -244,9 +244,9 @@ def sure(tmp_path_factory, teacher_settings):
     settings = teacher_settings
     teacher = load_teacher(ExtractConfig(**settings).teacher_spec())
     with torch.no_grad():
-        teacher.model.head.bias[4] = 1e3
+        teacher.model.model.head.bias[4] = 1e3
     path = tmp_path_factory.mktemp("sure") / "teacher.pt"
-    torch.save(teacher.model.state_dict(), path)
+    torch.save(teacher.model.model.state_dict(), path)
     return path
 
 

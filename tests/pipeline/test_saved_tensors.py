@@ -57,7 +57,7 @@ def saved(shards, tmp_path_factory):
 def answers(shards):
     """Logits and patch tokens of the teacher by timm's own forward pass, by key."""
     teacher = load_teacher(settings().teacher_spec())
-    model = teacher.model.eval()
+    model = teacher.model.model.eval()
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (teacher.mean, teacher.std))
     found = {}
     for path, entry in open_shards(shards)[0]:

@@ -31,7 +31,7 @@ def head(monkeypatch):
         def load(*args, **kwargs):
             teacher = load_teacher(*args, **kwargs)
             with torch.no_grad():
-                change(teacher.model.head.weight, teacher.model.head.bias)
+                change(teacher.model.model.head.weight, teacher.model.model.head.bias)
             return teacher
 
         load_teacher = worker.load_teacher

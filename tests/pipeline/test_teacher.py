@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
+from zpipe.pipeline.explainer import check_method
 from zpipe.pipeline.relevance import transformer_attribution
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher, state_digest
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -33,12 +34,12 @@ def teacher():
 
 @pytest.fixture
 def folder(teacher, tmp_path):
-    save_for_hf(teacher.model, tmp_path / "run", safe_serialization=True)
+    save_for_hf(teacher.model.model, tmp_path / "run", safe_serialization=True)
     return tmp_path / "run"
 
 
 def state_of(teacher):
-    return {name: value.clone() for name, value in teacher.model.state_dict().items()}
+    return {name: value.clone() for name, value in teacher.model.model.state_dict().items()}
 
 
 def assert_same(loaded, teacher):
@@ -63,7 +64,11 @@ def test_a_teacher_is_frozen_and_ready(teacher):
     assert (teacher.name, teacher.weights, teacher.model_args) == (NAME, "random", ARGS)
     assert teacher.mean == (0.485, 0.456, 0.406) and teacher.std == (0.229, 0.224, 0.225)
     assert teacher.interpolation == "bicubic"
-    assert transformer_attribution(teacher.model, torch.rand(2, 3, 32, 32), torch.tensor([0, 6])).shape == (2, 4, 4)
+    assert transformer_attribution(teacher.model.model, torch.rand(2, 3, 32, 32), torch.tensor([0, 6])).shape == (
+        2,
+        4,
+        4,
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         teacher.name = "other"
 
@@ -154,7 +159,7 @@ def run(teacher, tmp_path):
     """A training run: finished weights, those of the best epoch, and those of epoch 7, with their description."""
     folder = tmp_path / "run"
     names = {"label_names": list("abcdefg")}
-    save_for_hf(teacher.model, folder, safe_serialization=True, data_config=PREPARED, model_config=names)
+    save_for_hf(teacher.model.model, folder, safe_serialization=True, data_config=PREPARED, model_config=names)
     (folder / "epochs").mkdir()
     for number, name in enumerate(("best.safetensors", "epochs/00007.safetensors", "other.pth"), start=1):
         state = state_of(teacher) | {"head.bias": torch.full((7,), float(number))}
@@ -183,7 +188,7 @@ def test_what_a_model_needs_is_read_from_beside_its_weights(run, name, weights, 
     spec = TeacherSpec(name=name, weights=f"{run}{weights}")
     loaded = load_teacher(spec)
     assert prepared(loaded) == PREPARED and loaded.classes == tuple("abcdefg") and loaded.note == ""
-    assert bias == 0 or loaded.model.head.bias[0] == bias
+    assert bias == 0 or loaded.model.model.head.bias[0] == bias
     assert load_teacher(spec.resolved()).digest == loaded.digest
     assert (loaded.name, loaded.model_args["embed_dim"]) == (NAME, 24)
 
@@ -348,12 +353,20 @@ def test_names_that_are_no_model():
     assert "no such model" in failure(UsageError, "hf-hub:some/model", "random")
 
 
-def test_models_without_rules():
+def test_a_model_of_no_family():
     assert "ResNet" in failure(ZpipeError, "resnet18", "random")
-    assert "VisionTransformerDistilled" in failure(
-        ZpipeError, "deit_tiny_distilled_patch16_224", "random", model_args=ARGS
-    )
-    assert "qk_norm" in failure(ZpipeError, NAME, "random", model_args=ARGS | {"qk_norm": True})
+
+
+def test_a_method_that_the_teacher_has_not():
+    check_method(load(NAME, "random", model_args=ARGS), "transformer-attribution")
+    for name, more, part in (
+        ("deit_tiny_distilled_patch16_224", {}, "VisionTransformerDistilled"),
+        (NAME, {"qk_norm": True}, "qk_norm"),
+    ):
+        teacher = load(name, "random", model_args=ARGS | more)
+        with pytest.raises(ZpipeError, match=f"{part}.*; choose --method gradient-attention, rollout"):
+            check_method(teacher, "transformer-attribution")
+        check_method(teacher, "gradient-attention")
 
 
 def test_wrong_arguments():
