@@ -28,8 +28,8 @@ from zpipe.schemas.shard_index import ShardEntry
 REFERENCE = "float64"
 IMAGES = 16  # four batches, of which the fastest one is timed
 BATCH = 4
-# The median is that of a typical map, but a method may have few fragile maps, in which the median does not show. The
-# worst map would leave the choice to one image, and of 16 images the 90 % quantile lies between the second and third.
+# The median says what happens to a typical map, the 90 % quantile what happens to the fragile ones, of which there may
+# be few. The worst map would leave the choice to one image; of 16 images, the 90 % quantile is the second worst.
 QUANTILES = (0.5, 0.9)
 NEARLY = 1.1  # costs within this factor are equal: the more exact of two such precisions is chosen
 
