@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zpipe.pipeline.classifier import Classifier
-from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS, methods_of
+from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS, SWEPT, methods_of
 from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
 from zpipe.pipeline.supported import Targets
@@ -33,7 +33,6 @@ PRECISIONS: dict[str, tuple[torch.dtype, str]] = {
     "float32+tf32": (torch.float32, "tf32"),
 }
 AUTO = "auto"  # a precision that `zpipe.pipeline.choose_precision` replaces by one of these
-SWEPT = (DEFAULT_METHOD,)  # methods with a sweep whose arithmetic can be another than that of the model
 NO_CLASS = -1  # the target of a method that depends on no class, and the label of an image that has none
 
 
@@ -241,7 +240,8 @@ class Explainer:
     def _attribute(self, images: Tensor, targets: Targets) -> Attribution:
         if self._sweep == "model":
             return METHODS[self.config.method](self._model.model, images, targets)
-        return attribute(self._model.model, images, targets, sweep=self._sweep)
+        split = SWEPT[self.config.method]
+        return attribute(self._model.model, images, targets, sweep=self._sweep, split=split)
 
     def _targets(self, labels: np.ndarray) -> Targets:
         if self.config.target == "predicted":

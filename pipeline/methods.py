@@ -1,9 +1,10 @@
 """The attribution methods that extraction knows by name, all with the interface of `relevance.attribute`.
 
-    transformer-attribution   relevance times gradient, per class (Chefer et al., CVPR 2021; the ZoomViT paper's)
-    gradient-attention        attention times gradient, per class (Chefer et al., ICCV 2021, Eq. 5-6 for self-attention)
-    rollout                   attention alone, no class (Abnar and Zuidema, ACL 2020)
-    class-attention           the class token's attention in the last block, no class (Caron et al., ICCV 2021)
+    transformer-attribution         relevance times gradient, per class (Chefer et al., CVPR 2021; the ZoomViT paper's)
+    transformer-attribution-stable  the same with residual connections split by magnitude, see `pipeline/relevance.py`
+    gradient-attention              attention times gradient, per class (Chefer et al., ICCV 2021, Eq. 5-6)
+    rollout                         attention alone, no class (Abnar and Zuidema, ACL 2020)
+    class-attention                 the class token's attention in the last block, no class (Caron et al., ICCV 2021)
 
 The last two depend on no class: they give the same map for every target.
 """
@@ -11,6 +12,7 @@ The last two depend on no class: they give the same map for every target.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -82,17 +84,20 @@ def class_attention(model: VisionTransformer, images: Tensor, targets: Targets) 
 
 METHODS: dict[str, Method] = {
     "transformer-attribution": attribute,
+    "transformer-attribution-stable": partial(attribute, split="magnitude"),
     "gradient-attention": gradient_attention,
     "rollout": rollout,
     "class-attention": class_attention,
 }
 DEFAULT_METHOD = "transformer-attribution"
 CLASS_BLIND = ("rollout", "class-attention")
+# Methods in closed form, whose downward sweep can have another arithmetic than the model: how each splits relevance.
+SWEPT = {"transformer-attribution": "sum", "transformer-attribution-stable": "magnitude"}
 
 
 def methods_of(classifier: Classifier) -> dict[str, str]:
     """Why each method cannot explain a classifier, "" where it can, in the order of `METHODS`."""
-    return {name: _closed_form_refusal(classifier) if name == DEFAULT_METHOD else "" for name in METHODS}
+    return {name: _closed_form_refusal(classifier) if name in SWEPT else "" for name in METHODS}
 
 
 def _closed_form_refusal(classifier: Classifier) -> str:

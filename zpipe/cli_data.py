@@ -203,7 +203,11 @@ def extract_command(
     ] = "same",
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     method: Annotated[
-        str, typer.Option(help="transformer-attribution, gradient-attention, rollout or class-attention.")
+        str,
+        typer.Option(
+            help="transformer-attribution, transformer-attribution-stable, gradient-attention, rollout or "
+            "class-attention."
+        ),
     ] = "transformer-attribution",
     target: Annotated[
         str,
@@ -230,8 +234,8 @@ def extract_command(
         bool,
         typer.Option(
             "--stability",
-            help="Measure how stable each map is: its rank correlation with the map of the image plus noise of a quarter "
-            "of a grey level. Takes twice the time.",
+            help="Measure how stable each map is: its rank correlation with the map of the image plus noise of a "
+            "quarter of a grey level. Takes twice the time.",
         ),
     ] = False,
     precision: Annotated[
