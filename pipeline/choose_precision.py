@@ -140,13 +140,14 @@ def _timed(explainer: Explainer, pixels: np.ndarray, targets: np.ndarray) -> tup
 
 
 def _reason(chosen: str, measured: Mapping[str, Measured], noise: np.ndarray) -> str:
-    median, upper = np.quantile(noise, QUANTILES, method="higher")
-    rows = []
-    for name, each in sorted(measured.items(), key=lambda item: item[1].seconds):
-        errors = np.quantile(each.errors, QUANTILES, method="higher")
-        cost = each.seconds / measured[REFERENCE].seconds
-        rows.append(f"{name} {errors[0]:.1e}, {errors[1]:.1e} at {cost:.2f} of the time of {REFERENCE}")
+    def quantiles(values: np.ndarray) -> str:
+        return ", ".join(f"{value:.1e}" for value in np.quantile(values, QUANTILES, method="higher"))
+
+    rows = [
+        f"{name} {quantiles(each.errors)}, {each.seconds / measured[REFERENCE].seconds:.2f}"
+        for name, each in sorted(measured.items(), key=lambda item: item[1].seconds)
+    ]
     return (
-        f"--precision auto: {chosen}; 1 - rank correlation, median and 90 % of {len(noise)} images: noise of the "
-        f"method {median:.1e}, {upper:.1e}; {'; '.join(rows)}"
+        f"--precision auto: {chosen}; 1 - rank correlation with {REFERENCE} on {len(noise)} images (median, 90 %) and "
+        f"time: noise of the method {quantiles(noise)}; {'; '.join(rows)}"
     )

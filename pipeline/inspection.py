@@ -94,7 +94,8 @@ def store_statistics(root: Path) -> StoreStatistics:
         manifest=maps.manifest,
         size_bytes=_own_bytes(as_path(root)),
         teacher_top1=correct / labelled if labelled and maps.kind.is_relevance else None,
-        **({"stability": None} | quantiles),
+        stability=quantiles.pop("stability", None),
+        **quantiles,
         histograms={name: _histogram(values) for name, values in measures.items()},
     )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -171,13 +172,12 @@ def _explainer_of(maps: RelevanceMaps, device: str, weights: str | None) -> Expl
 
 
 def _teacher_spec(origin: Provenance, weights: str | None) -> TeacherSpec:
-    return TeacherSpec(
+    spec = TeacherSpec(
         name=origin.teacher,
         weights=weights or origin.weights,
         num_classes=origin.num_classes,
         model_args=origin.teacher_args,
         seed=origin.seed or 0,
-        mean=origin.mean,
-        std=origin.std,
-        interpolation=origin.interpolation,
     )
+    # Prepared as the store says, whatever is said beside the weights by now.
+    return replace(spec, **{name: getattr(origin, name) for name in ("mean", "std", "interpolation")})

@@ -322,7 +322,7 @@ def _check_stability(store: WantedStore, file: IndexFile) -> None:
     has = "stability" in file.columns
     if store.stability not in (None, has):
         raise ZpipeError(
-            f"{file.path}: made {'with' if has else 'without'} --stability; resume {'with' if has else 'without'} it, "
+            f"{store.root}: made {'with' if has else 'without'} --stability; resume {'with' if has else 'without'} it, "
             "give another --out folder, or --replace to start over"
         )
 

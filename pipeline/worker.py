@@ -244,9 +244,10 @@ class ShardWorker:
         values = np.full(len(batch), np.nan)
         usable = np.isfinite(first).all(axis=(1, 2)) & np.isfinite(explained.logits).all(axis=1)
         if len(rows := np.flatnonzero(usable)):
-            keys = [batch[row].key for row in rows]
-            pixels = np.stack([batch[row].pixels for row in rows])  # uint8 [n, H, W, 3]; all are decoded
-            values[rows] = stability(first[rows], self._explainer.maps_of(add_noise(pixels, keys), targets[rows]))
+            chosen = [batch[row] for row in rows]
+            pixels = np.stack([item.pixels for item in chosen if item.pixels is not None])  # uint8 [n, H, W, 3]
+            noisy = self._explainer.maps_of(add_noise(pixels, [item.key for item in chosen]), targets[rows])
+            values[rows] = stability(first[rows], noisy)
         return values
 
     def _class_of(self, item: FramedImage, path: Path) -> int:

@@ -154,7 +154,7 @@ def test_a_resumed_extraction_does_not_mix(had, measured_copy, store_copy, shard
     root = measured_copy if had else store_copy
     rs.index_path(root, STEM).unlink()
     word = "with" if had else "without"
-    with pytest.raises(ZpipeError, match=rf"shard-00000.parquet: made {word} --stability; resume {word} it"):
+    with pytest.raises(ZpipeError, match=rf"{root}: made {word} --stability; resume {word} it"):
         extract(shards, root, stability=not had)
     extract(shards, root, stability=not had, replace=True)
     assert all(("stability" in rs.IndexFile(path).columns) != had for path in (root / "index").iterdir())
