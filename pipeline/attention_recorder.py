@@ -10,25 +10,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
+
+from zpipe.pipeline.classifier import Classifier
+
+SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 
 
 class AttentionRecorder(TorchFunctionMode):
     """While it is active, attention keeps its probabilities, whatever kernel the model would use.
 
     It answers `torch.nn.functional.scaled_dot_product_attention`, which timm and transformers call, and
-    `multi_head_attention_forward`, which `torch.nn.MultiheadAttention` calls, by the same formula in explicit steps.
+    `multi_head_attention_forward`, which `torch.nn.MultiheadAttention` calls, by the same formula in explicit steps. A
+    softmax over the last of four axes counts as attention, too: models without a fused kernel call it.
 
     Args:
         change: Applied to the probabilities [B, H, Q, N] of each call before they weight the values; None keeps them.
+        keep: Computes what `recorded` gets of the probabilities of a call; None keeps all of them.
 
     Attributes:
-        probabilities: Those of each call in order, [B, H, Q, N].
+        recorded: The probabilities of each call in order, [B, H, Q, N], or what `keep` makes of them.
+        shapes: B, Q and N of each call.
     """
 
-    def __init__(self, change: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, change: Callable[[Tensor], Tensor] | None = None, keep: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
-        self.probabilities: list[Tensor] = []
-        self._change = change
+        self.recorded: list[Tensor] = []
+        self.shapes: list[tuple[int, int, int]] = []
+        self._change, self._keep = change, keep
 
     def __enter__(self) -> AttentionRecorder:
         # In eval mode torch.nn.MultiheadAttention would otherwise compute everything in one kernel.
@@ -40,13 +51,44 @@ class AttentionRecorder(TorchFunctionMode):
         super().__exit__(*raised)
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
 
+    @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._multi_head(*args, **kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return self._record(result) if func in SOFTMAX and result.ndim == 4 else result
+
+    def check(self, classifier: Classifier, batch: int) -> None:
+        """Check that what was recorded is one self-attention of all tokens per block, then that of the pooling.
+
+        Raises:
+            ValueError: The model computes its attention in another way.
+        """
+        tokens = classifier.tokens
+        wanted = [(batch, tokens, tokens)] * len(classifier.blocks)
+        if classifier.readout() is None:
+            wanted.append((batch, 1, tokens))
+        if self.shapes == wanted:
+            return
+        if len(self.shapes) == len(wanted):
+            place = next(place for place, shape in enumerate(self.shapes) if shape != wanted[place])
+            found = f"attention {place + 1} is {list(self.shapes[place])}, not {list(wanted[place])}"
+        else:
+            found = f"it calls attention {len(self.shapes)} times, not {len(wanted)} times"
+        raise ValueError(
+            f"a {type(classifier.model).__name__} whose blocks do not each attend once from all tokens to all, by a "
+            f"known function, cannot be explained: {found}"
+        )
+
+    def _record(self, probabilities: Tensor) -> Tensor:
+        if self._change is not None:
+            probabilities = self._change(probabilities)
+        self.shapes.append((probabilities.shape[0], *probabilities.shape[-2:]))
+        self.recorded.append(probabilities if self._keep is None else self._keep(probabilities))
+        return probabilities
 
     def _attend(
         self,
@@ -64,11 +106,7 @@ class AttentionRecorder(TorchFunctionMode):
         scores = (q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)) @ k.mT  # [B, H, Q, N]
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-        probabilities = scores.softmax(dim=-1)
-        if self._change is not None:
-            probabilities = self._change(probabilities)
-        self.probabilities.append(probabilities)
-        return probabilities @ v
+        return self._record(scores.softmax(dim=-1)) @ v
 
     def _multi_head(
         self,

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zpipe.pipeline.classifier import Classifier
-from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS, SWEPT, methods_of
+from zpipe.pipeline.classifier import Classifier, Targets
+from zpipe.pipeline.methods import CLASS_BLIND, CLOSED_FORM, DEFAULT_METHOD, METHODS, methods_of
 from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
-from zpipe.pipeline.supported import Targets
 from zpipe.pipeline.teacher import Teacher
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -31,9 +30,20 @@ PRECISIONS: dict[str, tuple[torch.dtype, str]] = {
     "float64+bfloat16": (torch.float64, "bfloat16"),
     "float32+bfloat16": (torch.float32, "bfloat16"),
     "float32+tf32": (torch.float32, "tf32"),
+    "bfloat16": (torch.bfloat16, "model"),
 }
 AUTO = "auto"  # a precision that `zpipe.pipeline.choose_precision` replaces by one of these
 NO_CLASS = -1  # the target of a method that depends on no class, and the label of an image that has none
+
+
+def precisions_of(method: str, device: str = "cuda") -> list[str]:
+    """The names of `PRECISIONS` that a method has on a device.
+
+    Methods in closed form divide by numbers near zero, so their forward pass needs float32; no other method has a
+    downward sweep.
+    """
+    names = [name for name in PRECISIONS if (name != "bfloat16" if method in CLOSED_FORM else "+" not in name)]
+    return [name for name in names if device.startswith("cuda") or not name.endswith("+tf32")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +69,8 @@ class ExplainConfig:
     def __post_init__(self) -> None:
         check_choice("--method", self.method, METHODS)
         check_choice("--precision", self.precision, (*PRECISIONS, AUTO))
-        if self.precision != AUTO and self.precision not in (names := precisions_of(self.method)):
-            raise UsageError(f"--precision {self.precision}: {self.method} has only {', '.join(names)}")
+        if self.precision != AUTO and self.precision not in (known := precisions_of(self.method)):
+            raise UsageError(f"--precision {self.precision}: {self.method} does not have it; choose {', '.join(known)}")
         kind, colon, number = self.target.partition(":")
         numbered = kind in ("class", "top") and colon and number.isascii() and number.isdecimal() and len(number) < 10
         if not (self.target in ("ground-truth", "predicted") or numbered):
@@ -92,15 +102,6 @@ class ExplainConfig:
     def recorded_target(self) -> str:
         """The target that the manifest records: ``none`` for methods that depend on no class."""
         return "none" if self.method in CLASS_BLIND else self.target
-
-
-def precisions_of(method: str, device: str = "cuda") -> list[str]:
-    """The names of the precisions that a method has on a device."""
-    return [
-        name
-        for name, (_, sweep) in PRECISIONS.items()
-        if (sweep == "model" or method in SWEPT) and (sweep != "tf32" or device.startswith("cuda"))
-    ]
 
 
 class Explained(NamedTuple):
@@ -152,8 +153,10 @@ class Explainer:
         dtype, self._sweep = PRECISIONS[config.precision]
         self._dtype = dtype
         self._model = teacher.model.to(device=device, dtype=dtype)
-        self._mean = torch.tensor(teacher.mean, device=device, dtype=dtype).view(1, 3, 1, 1)
-        self._std = torch.tensor(teacher.std, device=device, dtype=dtype).view(1, 3, 1, 1)
+        # bfloat16 would round a pixel three times on its way.
+        exact = torch.promote_types(dtype, torch.float32)
+        self._mean = torch.tensor(teacher.mean, device=device, dtype=exact).view(1, 3, 1, 1)
+        self._std = torch.tensor(teacher.std, device=device, dtype=exact).view(1, 3, 1, 1)
 
     def __call__(self, pixels: np.ndarray, labels: np.ndarray) -> Explained:
         """Explain a batch.
@@ -222,8 +225,8 @@ class Explainer:
         return self._symmetrised(maps, images, classes).float().cpu().numpy()
 
     def _normalised(self, pixels: np.ndarray) -> Tensor:
-        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).to(self._dtype) / 255.0  # [n, 3, H, W]
-        return (images - self._mean) / self._std
+        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).to(self._mean.dtype) / 255.0
+        return ((images - self._mean) / self._std).to(self._dtype)  # [n, 3, H, W]
 
     def _symmetrised(self, maps: Tensor, images: Tensor, targets: Tensor) -> Tensor:
         """The maps, or where it is asked for, their mean with those of the mirrored images."""
@@ -239,8 +242,8 @@ class Explainer:
 
     def _attribute(self, images: Tensor, targets: Targets) -> Attribution:
         if self._sweep == "model":
-            return METHODS[self.config.method](self._model.model, images, targets)
-        split = SWEPT[self.config.method]
+            return METHODS[self.config.method](self._model, images, targets)
+        split = CLOSED_FORM[self.config.method]
         return attribute(self._model.model, images, targets, sweep=self._sweep, split=split)
 
     def _targets(self, labels: np.ndarray) -> Targets:

@@ -1,103 +1,171 @@
-"""The attribution methods that extraction knows by name, all with the interface of `relevance.attribute`.
+"""The attribution methods that extraction knows by name, all with the interface of `Method`.
 
     transformer-attribution         relevance times gradient, per class (Chefer et al., CVPR 2021; the ZoomViT paper's)
-    transformer-attribution-stable  the same with residual connections split by magnitude, see `pipeline/relevance.py`
+    transformer-attribution-stable  the same, but stable: residual connections split by magnitude (`relevance.py`)
     gradient-attention              attention times gradient, per class (Chefer et al., ICCV 2021, Eq. 5-6)
+    legrad                          the gradient of each block's own class score (Bousselham et al., ICCV 2025)
+    libragrad                       tokens times gradient of a complete backward pass (Mehri et al., CVPR 2025)
     rollout                         attention alone, no class (Abnar and Zuidema, ACL 2020)
-    class-attention                 the class token's attention in the last block, no class (Caron et al., ICCV 2021)
+    class-attention                 what the head reads in the last block, no class (Caron et al., ICCV 2021)
 
-The last two depend on no class: they give the same map for every target.
+The last two depend on no class: they give the same map for every target. The first two explain the models that
+`check_supported` accepts, the others any `Classifier`: where the head reads the mean of the tokens or a pooling
+attention, that row takes the place of the class token's.
+
+Symbols in the shape comments: B images, N tokens, D width, H heads, Q queries (N, or 1 in a pooling attention), K
+target classes per image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
-from zpipe.pipeline.classifier import Classifier
-from zpipe.pipeline.recorded_forward import (
-    Attribution,
-    BlockRecord,
-    Linear,
-    Recorded,
-    gelu_kind,
-    join_heads,
-    record_forward,
-    softmax,
-    softmax_grad,
-    split_heads,
-)
+from zpipe.pipeline.attention_recorder import AttentionRecorder
+from zpipe.pipeline.classifier import Classifier, Targets, as_classifier, first
+from zpipe.pipeline.libragrad import BalancedGradients
+from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
-from zpipe.pipeline.supported import Targets, check_request, check_supported
+from zpipe.pipeline.supported import check_request, check_supported, resolve_targets
 
-Method = Callable[[VisionTransformer, Tensor, Targets], Attribution]
+# Takes a `Classifier`, or a model that `as_classifier` wraps, in eval mode; normalised images [B, C, H, W] in its size,
+# dtype and device; and class numbers [B], or [B, K] for K maps per image, or a function that computes them from the
+# logits. Returns raw maps. Raises ValueError, in one line, if an argument does not fit or the method cannot explain the
+# model. Computes in the dtype of the model, and under autocast in what autocast chooses.
+Method = Callable[[nn.Module, Tensor, Targets], Attribution]
+
+
+def transformer_attribution(model: nn.Module, images: Tensor, targets: Targets, *, split: str = "sum") -> Attribution:
+    """Compute `relevance.attribute` of the model in a `Classifier`. Autocast has no effect on it."""
+    classifier = as_classifier(model)
+    if reason := _closed_form_refusal(classifier):
+        raise ValueError(reason)
+    return attribute(classifier.model, images, targets, split=split)
+
+
+def gradient_attention(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
+    """The readout's row of the product over blocks of I + mean over heads of max(0, G_A * A), G_A the gradient.
+
+    Source: Chefer, Gur and Wolf, ICCV 2021, Eq. 5-6. A pooling attention gives the mean over heads of its own max(0,
+    G_A * A) as the row to begin with.
+
+    Arguments, result and exceptions are those of `Method`.
+    """
+    classifier = _checked(model, images, targets)
+    rows = []
+    with _autograd(images) as images:
+        with AttentionRecorder(_begin_graph) as recorder:
+            logits = classifier(images)
+        recorder.check(classifier, len(images))
+        chosen, single = resolve_targets(targets, logits.detach())
+        for grads in _gradients(logits, chosen, recorder.recorded):
+            positive = [(a.detach() * g).clamp_(min=0) for a, g in zip(recorder.recorded, grads, strict=True)]
+            row = _first_row(classifier, positive)
+            for matrices in reversed(positive):
+                row = row + _through(row, matrices)
+            rows.append(row)
+    return _attribution(classifier, rows, single, logits)
+
+
+def legrad(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
+    """The sum over blocks of the positive gradient of the block's own class score by its attention.
+
+    Source: Bousselham et al., "LeGrad: An Explainability Method for Vision Transformers via Feature Formation
+    Sensitivity", ICCV 2025. The score of a block is what norm and head of the model make of the mean over all tokens
+    of its output, and its gradient stays within the block. The positive part is averaged over heads and queries. If
+    the head has a pooling attention, the block's tokens go through that, and the gradient is taken by its
+    probabilities.
+
+    Arguments, result and exceptions are those of `Method`.
+    """
+    classifier = _checked(model, images, targets)
+    legrad_rows = _legrad_by_block if classifier.readout() is not None else _legrad_by_pooling
+    with _autograd(images) as images:
+        rows, single, logits = legrad_rows(classifier, images, targets)
+    return _attribution(classifier, list(rows), single, logits)
+
+
+def libragrad(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
+    """The sum over blocks of token times gradient at the block's input, by a complete backward pass.
+
+    Source: Mehri et al., CVPR 2025: the corrected backward pass of `zpipe.pipeline.libragrad`, in a sum over layers as
+    their FullGrad+ takes it, of the tokens alone: biases are no part of the image. Relevance may be negative.
+
+    Arguments, result and exceptions are those of `Method`.
+    """
+    classifier = _checked(model, images, targets)
+    tokens: list[Tensor] = []  # the input [B, N, D] of each block
+
+    def begin_block(_block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        tokens.append(args[0])
+
+    hooks = [block.register_forward_pre_hook(begin_block) for block in classifier.blocks]
+    with _autograd(images) as images:
+        with _removed(*hooks), BalancedGradients() as recorder:
+            logits = classifier(images.requires_grad_())
+        recorder.check(classifier, len(images))
+        chosen, single = resolve_targets(targets, logits.detach())
+        rows = []
+        for grads in _gradients(logits, chosen, tokens):
+            shares = [(x.detach() * grad).sum(dim=2) for x, grad in zip(tokens, grads, strict=True)]  # [B, N] each
+            rows.append(torch.stack(shares).sum(dim=0))
+    return _attribution(classifier, rows, single, logits)
 
 
 @torch.no_grad()
-def gradient_attention(model: VisionTransformer, images: Tensor, targets: Targets) -> Attribution:
-    """The class token's row of the product over blocks of I + mean over heads of max(0, G_A * A).
+def rollout(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
+    """The readout's row of the product over blocks of (I + mean over heads of A) / 2.
 
-    G_A is the gradient. Arguments, result and exceptions are those of `relevance.attribute`. It takes about 2.3 forward
-    passes for one target.
+    Source: Abnar and Zuidema, ACL 2020. A pooling attention gives the row to begin with.
+
+    Arguments, result and exceptions are those of `Method`; the maps are the same for every target.
     """
-    check_request(model, images, targets)
-    with torch.autocast(images.device.type, enabled=False):
-        recorded = record_forward(model, images, targets)
-        rows = [_gradient_row(model, recorded, k) for k in range(recorded.targets.shape[1])]
-        return Attribution(recorded.as_maps(model, rows), recorded.logits)
+    classifier = _checked(model, images, targets)
+    logits, attention = _mean_attention(classifier, images)
+    row = _first_row(classifier, attention)
+    for matrices in reversed(attention):
+        row = 0.5 * (row + _through(row, matrices))
+    return _without_class(classifier, row, targets, logits)
 
 
 @torch.no_grad()
-def rollout(model: VisionTransformer, images: Tensor, targets: Targets) -> Attribution:
-    """The class token's row of the product over blocks of (I + mean over heads of A) / 2.
+def class_attention(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
+    """The readout's row of the last block's attention, or the row of the pooling attention, averaged over heads.
 
-    Arguments, result and exceptions are those of `relevance.attribute`; the maps are the same for every target.
+    Source: Caron et al., ICCV 2021, for the class token.
+
+    Arguments, result and exceptions are those of `Method`; the maps are the same for every target.
     """
-    check_request(model, images, targets)
-    with torch.autocast(images.device.type, enabled=False):
-        recorded = record_forward(model, images, targets)
-        row: Tensor | None = None
-        for block, record in zip(reversed(model.blocks), reversed(recorded.blocks), strict=True):
-            attention = softmax(record.scores, block.attn.scale)  # [B, H, Q, N]
-            row = 0.5 * _through(row, attention)
-        assert row is not None  # check_request refuses a model without blocks
-        return Attribution(recorded.as_maps(model, [row] * recorded.targets.shape[1]), recorded.logits)
-
-
-@torch.no_grad()
-def class_attention(model: VisionTransformer, images: Tensor, targets: Targets) -> Attribution:
-    """The class token's attention in the last block, averaged over heads.
-
-    Arguments, result and exceptions are those of `relevance.attribute`; the maps are the same for every target.
-    """
-    check_request(model, images, targets)
-    with torch.autocast(images.device.type, enabled=False):
-        recorded = record_forward(model, images, targets)
-        attention = softmax(recorded.blocks[-1].scores, model.blocks[-1].attn.scale)  # [B, H, 1, N]
-        row = attention.mean(dim=1)[:, 0]  # [B, N]
-        return Attribution(recorded.as_maps(model, [row] * recorded.targets.shape[1]), recorded.logits)
+    classifier = _checked(model, images, targets)
+    logits, attention = _mean_attention(classifier, images)
+    row = _first_row(classifier, attention)
+    if classifier.readout() is not None:
+        row = _through(row, attention[-1])
+    return _without_class(classifier, row, targets, logits)
 
 
 METHODS: dict[str, Method] = {
-    "transformer-attribution": attribute,
-    "transformer-attribution-stable": partial(attribute, split="magnitude"),
+    "transformer-attribution": transformer_attribution,
+    "transformer-attribution-stable": partial(transformer_attribution, split="magnitude"),
     "gradient-attention": gradient_attention,
+    "legrad": legrad,
+    "libragrad": libragrad,
     "rollout": rollout,
     "class-attention": class_attention,
 }
+# Methods in closed form, with a downward sweep that can have another precision: how each splits relevance.
+CLOSED_FORM = {"transformer-attribution": "sum", "transformer-attribution-stable": "magnitude"}
 DEFAULT_METHOD = "transformer-attribution"
 CLASS_BLIND = ("rollout", "class-attention")
-# Methods in closed form, whose downward sweep can have another arithmetic than the model: how each splits relevance.
-SWEPT = {"transformer-attribution": "sum", "transformer-attribution-stable": "magnitude"}
 
 
 def methods_of(classifier: Classifier) -> dict[str, str]:
     """Why each method cannot explain a classifier, "" where it can, in the order of `METHODS`."""
-    return {name: _closed_form_refusal(classifier) if name in SWEPT else "" for name in METHODS}
+    return {name: _closed_form_refusal(classifier) if name in CLOSED_FORM else "" for name in METHODS}
 
 
 def _closed_form_refusal(classifier: Classifier) -> str:
@@ -110,56 +178,134 @@ def _closed_form_refusal(classifier: Classifier) -> str:
     return ""
 
 
-def _through(row: Tensor | None, matrices: Tensor) -> Tensor:
-    """Multiply a row [B, N] with I + mean over heads of `matrices` [B, H, Q, N]; None is the class token's unit row."""
-    if row is None:
-        row = matrices.mean(dim=1)[:, 0].clone()
-        row[:, 0] += 1
-        return row
-    return row + (row[:, None, None] @ matrices).mean(dim=1)[:, 0]
+def _checked(model: nn.Module, images: Tensor, targets: Targets) -> Classifier:
+    classifier = as_classifier(model)
+    check_request(classifier, images, targets)
+    return classifier
 
 
-def _gradient_row(model: VisionTransformer, recorded: Recorded, k: int) -> Tensor:
-    """Sweep from the logit of the k-th target to the attention of block 1. Returns the class token's row, [B, N]."""
-    top = recorded.top
-    grad = recorded.one_hot(k)[:, None] @ Linear.of(model.head).weight  # [B, 1, D]
-    grad = top.norm.grad(model.norm, top.x, grad)
-    row: Tensor | None = None
-    for number in reversed(range(len(model.blocks))):
-        block, record = model.blocks[number], recorded.blocks[number]
-        grad, grad_context = _grad_to_context(block, record, grad)  # [B, Q, D], [B, H, Q, d]
-        attention = softmax(record.scores, block.attn.scale)  # [B, H, Q, N]
-        grad_attention = grad_context @ record.v.mT  # [B, H, Q, N]
-        row = _through(row, (grad_attention * attention).clamp_(min=0))
-        if number:
-            grad = _grad_to_input(block, record, grad, attention, grad_attention, grad_context)
-    assert row is not None
-    return row
+# ------------------------------------------------------------------------------------------------ attention alone
 
 
-def _grad_to_context(block: Block, record: BlockRecord, grad: Tensor) -> tuple[Tensor, Tensor]:
-    g = grad @ Linear.of(block.mlp.fc2, block.ls2).weight  # [B, Q, F]
-    g = torch.ops.aten.gelu_backward(g, record.hidden, approximate=gelu_kind(block.mlp.act))
-    g = g @ block.mlp.fc1.weight  # [B, Q, D]
-    grad = record.norm2.grad(block.norm2, record.middle, g).add_(grad)
-    g = grad @ Linear.of(block.attn.proj, block.ls1).weight  # [B, Q, E]
-    return grad, split_heads(g, block.attn.num_heads, 1)[0]
+def _mean_attention(classifier: Classifier, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits [B, classes], and the attention of each call averaged over heads, [B, 1, Q, N]."""
+    with AttentionRecorder(keep=lambda p: p.mean(dim=1, keepdim=True)) as recorder:
+        logits = classifier(images)
+    recorder.check(classifier, len(images))
+    return logits, recorder.recorded
 
 
-def _grad_to_input(
-    block: Block,
-    record: BlockRecord,
-    grad_skip: Tensor,
-    attention: Tensor,
-    grad_attention: Tensor,
-    grad_context: Tensor,
-) -> Tensor:
-    scores = softmax_grad(attention, grad_attention).mul_(block.attn.scale)  # [B, H, Q, N]
-    grad_q, grad_k, grad_v = scores @ record.k, scores.mT @ record.q, attention.mT @ grad_context
-    weight, width = block.attn.qkv.weight, record.q.shape[1] * record.q.shape[3]
-    grad = join_heads(grad_k, grad_v) @ weight[width:]  # [B, N, D]
-    live = record.q.shape[2]  # in the last block only the class token has a query
-    grad[:, :live] += join_heads(grad_q) @ weight[:width]
-    grad = record.norm1.grad(block.norm1, record.x, grad)
-    grad[:, :live] += grad_skip
-    return grad
+def _first_row(classifier: Classifier, matrices: list[Tensor]) -> Tensor:
+    """The weights [B, N] of the last block's tokens; those of a pooling attention are taken off the end of the list."""
+    readout = classifier.readout()
+    if readout is None:
+        return matrices.pop().mean(dim=1)[:, 0]
+    return readout.expand(len(matrices[-1]), -1)
+
+
+def _through(row: Tensor, matrices: Tensor) -> Tensor:
+    """Multiply a row [B, N] with the mean over heads of [B, H, N, N]: the mean is over rows, not matrices."""
+    return (row[:, None, None] @ matrices).mean(dim=1)[:, 0]
+
+
+def _without_class(classifier: Classifier, row: Tensor, targets: Targets, logits: Tensor) -> Attribution:
+    chosen, single = resolve_targets(targets, logits)
+    return _attribution(classifier, [row] * chosen.shape[1], single, logits)
+
+
+def _attribution(classifier: Classifier, rows: list[Tensor], single: bool, logits: Tensor) -> Attribution:
+    """Maps of rows [B, N], one for each of K targets. Prefix tokens have no place in the image and are left out."""
+    maps = torch.stack([row[:, classifier.prefix_tokens :].unflatten(1, classifier.grid) for row in rows], dim=1)
+    return Attribution(maps[:, 0] if single else maps, logits.detach())
+
+
+# ------------------------------------------------------------------------------------------------------- gradients
+
+
+@contextmanager
+def _autograd(images: Tensor) -> Iterator[Tensor]:
+    """Record a graph, in whatever mode the caller is. Yields the images as autograd can take them."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield images.clone() if images.is_inference() else images.detach()
+
+
+def _begin_graph(probabilities: Tensor) -> Tensor:
+    """Let the graph begin at the first attention: the weights are frozen, and nothing below it is needed."""
+    return probabilities if probabilities.requires_grad else probabilities.requires_grad_()
+
+
+def _gradients(logits: Tensor, targets: Tensor, inputs: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """For each of the K targets [B, K], the gradients of its logit by `inputs`; the last one frees the graph."""
+    for k in range(targets.shape[1]):
+        score = logits.gather(1, targets[:, k, None]).sum()
+        yield torch.autograd.grad(score, inputs, retain_graph=k + 1 < targets.shape[1])
+
+
+# ---------------------------------------------------------------------------------------------------------- LeGrad
+
+
+def _legrad_by_block(classifier: Classifier, images: Tensor, targets: Targets) -> tuple[Tensor, bool, Tensor]:
+    """Rows [K, B, N], whether the targets were [B], and logits [B, classes].
+
+    If the targets are known before the forward pass, the graph of each block is freed at the end of the block.
+    """
+    known = resolve_targets(targets, images)[0] if isinstance(targets, Tensor) else None
+    waiting: list[tuple[list[Tensor], Tensor]] = []  # attention [B, H, N, N] and output [B, N, D] of a block
+    rows = []
+
+    def finish(chosen: Tensor) -> None:
+        attention, out = waiting.pop()
+        mean = out.mean(dim=1, keepdim=True)  # [B, 1, D]
+        answer = classifier.read(mean.expand(-1, classifier.prefix_tokens + 1, -1))
+        rows.append(_positive_means(answer, chosen, attention))
+
+    def end_block(_block: nn.Module, _args: object, output: object) -> object:
+        waiting.append((recorder.recorded[:], first(output)))
+        recorder.recorded.clear()
+        if known is not None and len(waiting[-1][0]) == 1:
+            finish(known)
+        cut = first(output).detach()  # the gradient of the blocks above ends here
+        return (cut, *output[1:]) if isinstance(output, tuple) else cut
+
+    hooks = [block.register_forward_hook(end_block) for block in classifier.blocks]
+    with _removed(*hooks), AttentionRecorder(_begin_graph) as recorder:
+        logits = classifier(images)
+    recorder.check(classifier, len(images))
+    chosen, single = resolve_targets(targets, logits.detach())
+    while waiting:
+        finish(chosen)
+    return torch.stack(rows).sum(dim=0), single, logits
+
+
+def _legrad_by_pooling(classifier: Classifier, images: Tensor, targets: Targets) -> tuple[Tensor, bool, Tensor]:
+    """As `_legrad_by_block`, for a head with a pooling attention."""
+    tokens: list[Tensor] = []  # the output [B, N, D] of each block
+
+    def end_block(_block: nn.Module, _args: object, output: object) -> None:
+        tokens.append(first(output))
+
+    hooks = [block.register_forward_hook(end_block) for block in classifier.blocks]
+    with torch.no_grad(), _removed(*hooks), AttentionRecorder(keep=lambda p: p[:0]) as recorder:
+        logits = classifier(images)
+    recorder.check(classifier, len(images))
+    chosen, single = resolve_targets(targets, logits)
+    rows = []
+    for out in tokens:
+        with AttentionRecorder(_begin_graph) as recorder:
+            answer = classifier.read(out)
+        rows.append(_positive_means(answer, chosen, recorder.recorded))
+    return torch.stack(rows).sum(dim=0), single, logits
+
+
+def _positive_means(logits: Tensor, targets: Tensor, attention: list[Tensor]) -> Tensor:
+    """Positive part of each target's gradient, averaged over heads and queries: [K, B, N]."""
+    return torch.stack([grad.clamp_(min=0).mean(dim=(1, 2)) for (grad,) in _gradients(logits, targets, attention)])
+
+
+@contextmanager
+def _removed(*hooks: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    """Remove hooks at the end of the context."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.callback(hook.remove)
+        yield

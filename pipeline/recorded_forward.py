@@ -16,7 +16,8 @@ from timm.layers import GELUTanh, LayerScale
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from zpipe.pipeline.supported import Targets, check_targets
+from zpipe.pipeline.classifier import Targets
+from zpipe.pipeline.supported import resolve_targets
 
 
 class Attribution(NamedTuple):
@@ -159,12 +160,8 @@ def record_forward(
     dtype = dtype or images.dtype
     blocks, top = _forward(model, images, dtype)
     logits = top.logits[:, 0]
-    if not isinstance(targets, Tensor):
-        targets = targets(logits)
-        check_targets(model, targets, len(images))
-    targets = targets.to(images.device, torch.int64)
-    single = targets.ndim == 1
-    return Recorded(blocks, top.to(dtype), targets[:, None] if single else targets, single, logits)
+    chosen, single = resolve_targets(targets, logits)
+    return Recorded(blocks, top.to(dtype), chosen, single, logits)
 
 
 def _forward(model: VisionTransformer, images: Tensor, dtype: torch.dtype) -> tuple[list[BlockRecord], TopRecord]:

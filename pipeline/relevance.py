@@ -41,6 +41,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
+from zpipe.pipeline.classifier import Targets, as_classifier
 from zpipe.pipeline.recorded_forward import (
     Attribution,
     BlockRecord,
@@ -53,7 +54,7 @@ from zpipe.pipeline.recorded_forward import (
     softmax_grad,
     split_heads,
 )
-from zpipe.pipeline.supported import Targets, check_request
+from zpipe.pipeline.supported import check_request, check_supported
 
 __all__ = ["SPLITS", "SWEEPS", "Attribution", "attribute", "transformer_attribution"]
 
@@ -97,7 +98,8 @@ def attribute(
             dtype or device, or are not finite; targets have another shape or are outside the classes; the sweep or the
             split is unknown, or the sweep is not available on this device.
     """
-    check_request(model, images, targets)
+    check_supported(model)
+    check_request(as_classifier(model), images, targets)
     products = _products(sweep, images)
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")

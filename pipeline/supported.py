@@ -1,4 +1,4 @@
-"""Which models and requests the closed-form attribution can explain.
+"""Which requests an attribution can answer, and which models the closed form can explain.
 
 `zpipe.pipeline.recorded_forward` computes the forward pass of a ViT part by part, so a part that it does not know would
 silently give wrong maps. These checks refuse such a part by name.
@@ -6,14 +6,12 @@ silently give wrong maps. These checks refuse such a part by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from timm.layers import GELU, GELUTanh, LayerNorm, LayerScale, Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
-Targets = Tensor | Callable[[Tensor], Tensor]
+from zpipe.pipeline.classifier import Classifier, Targets
 
 
 def check_supported(model: nn.Module) -> None:
@@ -77,36 +75,21 @@ def _check_part(name: str, module: nn.Module, *kinds: type[nn.Module]) -> None:
         raise ValueError(f"no relevance rule for {name}, a {type(module).__name__}: {wanted} is needed")
 
 
-def check_request(model: nn.Module, images: Tensor, targets: Targets) -> None:
-    """Check the arguments of an attribution; an attribution method calls this first.
+def check_request(classifier: Classifier, images: Tensor, targets: Targets) -> None:
+    """Check the arguments of an attribution, for a classifier of any family; an attribution method calls this first.
 
     Args:
-        model: The model.
+        classifier: The model.
         images: [B, C, H, W].
-        targets: Class numbers [B] or [B, K]; a function of the logits cannot be checked here.
+        targets: Class numbers [B] or [B, K]; what a function computes from the logits is checked by `resolve_targets`.
 
     Raises:
         ValueError: The attribution cannot work with one of them; the message says which and why.
     """
-    check_supported(model)
-    check_input(model, images)
-    if isinstance(targets, Tensor):
-        check_targets(model, targets, len(images))
-
-
-def check_input(model: VisionTransformer, images: Tensor) -> None:
-    """Raise ValueError for a model in train mode or with mixed dtypes or devices, and for images that do not fit it."""
-    training = next((name for name, module in model.named_modules() if module.training), None)
-    if training is not None:
-        raise ValueError(f"the model is in train mode ({training or 'all of it'}): call model.eval() first")
-    weight = model.head.weight
-    for name, tensor in model.named_parameters():
-        if (tensor.dtype, tensor.device) != (weight.dtype, weight.device):
-            raise ValueError(
-                f"the model mixes dtypes or devices: {name} is {tensor.dtype} on {tensor.device}, "
-                f"head.weight {weight.dtype} on {weight.device}"
-            )
-    shape = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    if classifier.num_classes == 0:
+        raise ValueError(f"a {type(classifier.model).__name__} with num_classes=0 has no classifier head: give it one")
+    weight = _check_parts(classifier)
+    shape = (classifier.channels, *classifier.image_size)
     if images.ndim != 4 or tuple(images.shape[1:]) != shape:
         wanted = ", ".join(map(str, shape))
         raise ValueError(f"images have shape {list(images.shape)}, the model takes [B, {wanted}]")
@@ -117,15 +100,51 @@ def check_input(model: VisionTransformer, images: Tensor) -> None:
     broken = ~images.isfinite().flatten(1).all(dim=1)
     if broken.any():
         raise ValueError(f"image {int(broken.nonzero()[0])} of the batch has pixels that are NaN or infinite")
+    if isinstance(targets, Tensor):
+        _check_targets(targets, len(images), classifier.num_classes)
 
 
-def check_targets(model: VisionTransformer, targets: Tensor, count: int) -> None:
-    """Raise ValueError for targets that are not class numbers of the model, [count] or [count, K]."""
+def resolve_targets(targets: Targets, logits: Tensor) -> tuple[Tensor, bool]:
+    """Determine the target classes of a batch with logits [B, classes].
+
+    Returns:
+        Class numbers, int64 [B, K] on the device of the logits, and whether the targets were [B] instead of [B, K].
+
+    Raises:
+        ValueError: Targets that were computed from the logits do not fit.
+    """
+    if not isinstance(targets, Tensor):
+        targets = targets(logits)
+        _check_targets(targets, *logits.shape)
+    targets = targets.to(logits.device, torch.int64, copy=True)  # autograd does not take one of inference mode
+    single = targets.ndim == 1
+    return (targets[:, None] if single else targets), single
+
+
+def _check_parts(classifier: Classifier) -> Tensor:
+    """Check that model and head are in eval mode and have one dtype and device. Returns the weight that tells them."""
+    parts = [classifier.model] if classifier.head is None else [classifier.model, classifier.head]
+    for part in parts:
+        training = next((name for name, module in part.named_modules() if module.training), None)
+        if training is not None:
+            raise ValueError(f"the model is in train mode ({training or 'all of it'}): call model.eval() first")
+    weights = [named for part in parts for named in part.named_parameters()]
+    first_name, first = weights[0]
+    for name, tensor in weights:
+        if (tensor.dtype, tensor.device) != (first.dtype, first.device):
+            raise ValueError(
+                f"the model mixes dtypes or devices: {name} is {tensor.dtype} on {tensor.device}, "
+                f"{first_name} {first.dtype} on {first.device}"
+            )
+    return first
+
+
+def _check_targets(targets: Tensor, count: int, classes: int) -> None:
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise ValueError(f"targets are {targets.dtype}, class numbers are integers")
     if targets.ndim not in (1, 2) or len(targets) != count or (targets.ndim == 2 and targets.shape[1] == 0):
         raise ValueError(f"targets have shape {list(targets.shape)}, {count} images need [{count}] or [{count}, K]")
-    outside = (targets < 0) | (targets >= model.num_classes)
+    outside = (targets < 0) | (targets >= classes)
     if outside.any():
-        first = int(targets[outside][0])
-        raise ValueError(f"target class {first} is outside 0..{model.num_classes - 1}, the classes of the model")
+        number = int(targets[outside][0])
+        raise ValueError(f"target class {number} is outside 0..{classes - 1}, the classes of the model")

@@ -205,8 +205,8 @@ def extract_command(
     method: Annotated[
         str,
         typer.Option(
-            help="transformer-attribution, transformer-attribution-stable, gradient-attention, rollout or "
-            "class-attention."
+            help="transformer-attribution, transformer-attribution-stable, gradient-attention, legrad, libragrad, "
+            "rollout or class-attention."
         ),
     ] = "transformer-attribution",
     target: Annotated[
@@ -241,9 +241,9 @@ def extract_command(
     precision: Annotated[
         str,
         typer.Option(
-            help="float32, float64, or FORWARD+SWEEP: float64+float32 (almost exact), float64+bfloat16, "
-            "float32+bfloat16, float32+tf32; or auto: the cheapest one whose errors are smaller than what noise of a "
-            "quarter of a grey level makes of the method's maps, measured on 16 images."
+            help="float32 or float64; for transformer-attribution also FORWARD+SWEEP: float64+float32 (almost exact), "
+            "float64+bfloat16, float32+bfloat16, float32+tf32; for the other methods also bfloat16; or auto: the "
+            "cheapest one whose errors are smaller than what noise of a quarter of a grey level makes of the maps."
         ),
     ] = "float32",
     executor: Annotated[

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zpipe.pipeline.choose_precision import NEARLY, QUANTILES, Measured, decide
-from zpipe.pipeline.explainer import PRECISIONS, ExplainConfig, precisions_of
+from zpipe.pipeline.explainer import ExplainConfig, precisions_of
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import read_manifest
 
@@ -64,7 +64,7 @@ def test_the_choice_is_below_the_noise_and_hardly_dearer_than_any_other_that_is(
 
 
 def test_the_candidates_are_those_of_method_and_device():
-    assert precisions_of("transformer-attribution") == list(PRECISIONS)
+    assert "float32+tf32" in precisions_of("transformer-attribution")
     assert "float32+tf32" not in precisions_of("transformer-attribution", "cpu")
     assert all("+" not in name for name in precisions_of("rollout"))
     assert {"float32", "float64"} <= set(precisions_of("rollout", "cpu"))

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_vit import tiny_vit
 
-from zpipe.pipeline.explainer import PRECISIONS, ExplainConfig, Explainer
-from zpipe.pipeline.methods import CLASS_BLIND, METHODS, SWEPT
+from zpipe.pipeline.explainer import ExplainConfig, Explainer, precisions_of
+from zpipe.pipeline.methods import CLASS_BLIND, METHODS
 from zpipe.pipeline.shard_reader import FramedImage
 from zpipe.pipeline.teacher import Teacher
 from zpipe.pipeline.worker import _append_row, _Tensors
@@ -110,7 +110,7 @@ def statuses(explained):
 
 
 def precisions(method):
-    return [name for name in PRECISIONS if "tf32" not in name and ("+" not in name or method in SWEPT)]
+    return [name for name in precisions_of(method) if "tf32" not in name]
 
 
 @pytest.mark.parametrize("kind", TEACHERS)
