@@ -250,7 +250,8 @@ def extract_command(
     method: Annotated[
         str,
         typer.Option(
-            help="transformer-attribution, gradient-attention, legrad, libragrad, rollout or class-attention."
+            help="transformer-attribution, transformer-attribution-stable, gradient-attention, legrad, libragrad, "
+            "rollout or class-attention."
         ),
     ] = "transformer-attribution",
     target: Annotated[
@@ -274,11 +275,20 @@ def extract_command(
     symmetrise: Annotated[
         bool, typer.Option("--symmetrise", help="Average with the map of the mirrored image; takes twice the time.")
     ] = False,
+    stability: Annotated[
+        bool,
+        typer.Option(
+            "--stability",
+            help="Measure how stable each map is: its rank correlation with the map of the image plus noise of a "
+            "quarter of a grey level. Takes twice the time.",
+        ),
+    ] = False,
     precision: Annotated[
         str,
         typer.Option(
             help="float32 or float64; for transformer-attribution also FORWARD+SWEEP: float64+float32 (almost exact), "
-            "float64+bfloat16, float32+bfloat16, float32+tf32; for the other methods also bfloat16."
+            "float64+bfloat16, float32+bfloat16, float32+tf32; for the other methods also bfloat16; or auto: the "
+            "cheapest one whose errors are smaller than what noise of a quarter of a grey level makes of the maps."
         ),
     ] = "float32",
     executor: Annotated[
@@ -331,6 +341,7 @@ def extract_command(
             resize_positions=resize_positions,
             classes=cast(Matching, classes),
             explain=ExplainConfig(method=method, target=target, symmetrise=symmetrise, precision=precision),
+            stability=stability,
             save=tuple(name.strip() for name in save.split(",") if name.strip()),
             frame=frame,
             executor=cast(Executor, executor),

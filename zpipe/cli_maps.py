@@ -46,9 +46,8 @@ def maps_info(store: Store) -> None:
         if statistics.teacher_top1 is not None:
             table.add_row("teacher's top-1", f"{statistics.teacher_top1:.1%} on these labels")
         table.add_row("quantiles", "5 %, 25 %, 50 %, 75 %, 95 %")
-        for name in ("entropy", "log10_scale", "top10_mass"):
+        for name, histogram in statistics.histograms.items():
             table.add_row(name, ", ".join(f"{value:.3g}" for value in getattr(statistics, name)))
-            histogram = statistics.histograms[name]
             table.add_row("", f"{histogram.low:.3g} {histogram.bars()} {histogram.high:.3g}")
         table.add_row("made from", statistics.manifest.source)
         print_table(table)
