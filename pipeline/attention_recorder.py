@@ -70,7 +70,8 @@ class AttentionRecorder(TorchFunctionMode):
         tokens = classifier.tokens
         wanted = [(batch, tokens, tokens)] * len(classifier.blocks)
         if classifier.readout() is None:
-            wanted.append((batch, 1, tokens))
+            patches = tokens - classifier.prefix_tokens  # a pooling may leave the prefix tokens out
+            wanted.append((batch, 1, patches if self.shapes[-1:] == [(batch, 1, patches)] else tokens))
         if self.shapes == wanted:
             return
         if len(self.shapes) == len(wanted):

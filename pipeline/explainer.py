@@ -28,8 +28,19 @@ PRECISIONS: dict[str, tuple[torch.dtype, str]] = {
     "float64+bfloat16": (torch.float64, "bfloat16"),
     "float32+bfloat16": (torch.float32, "bfloat16"),
     "float32+tf32": (torch.float32, "tf32"),
+    "bfloat16": (torch.bfloat16, "model"),
 }
 NO_CLASS = -1  # the target of a method that depends on no class, and the label of an image that has none
+
+
+def precisions_of(method: str) -> list[str]:
+    """The names of `PRECISIONS` that a method has.
+
+    Transformer attribution divides by numbers near zero, so its forward pass needs float32; no other method has a
+    downward sweep.
+    """
+    sweeps = method == DEFAULT_METHOD
+    return [name for name in PRECISIONS if (name != "bfloat16" if sweeps else "+" not in name)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +65,8 @@ class ExplainConfig:
     def __post_init__(self) -> None:
         check_choice("--method", self.method, METHODS)
         check_choice("--precision", self.precision, PRECISIONS)
-        if "+" in self.precision and self.method != DEFAULT_METHOD:
-            raise UsageError(f"--precision {self.precision}: {self.method} has float32 and float64 only")
+        if self.precision not in (known := precisions_of(self.method)):
+            raise UsageError(f"--precision {self.precision}: {self.method} does not have it; choose {', '.join(known)}")
         kind, colon, number = self.target.partition(":")
         numbered = kind in ("class", "top") and colon and number.isascii() and number.isdecimal() and len(number) < 10
         if not (self.target in ("ground-truth", "predicted") or numbered):
@@ -138,8 +149,10 @@ class Explainer:
         dtype, self._sweep = PRECISIONS[config.precision]
         self._dtype = dtype
         self._model = teacher.model.to(device=device, dtype=dtype)
-        self._mean = torch.tensor(teacher.mean, device=device, dtype=dtype).view(1, 3, 1, 1)
-        self._std = torch.tensor(teacher.std, device=device, dtype=dtype).view(1, 3, 1, 1)
+        # bfloat16 would round a pixel three times on its way.
+        exact = torch.promote_types(dtype, torch.float32)
+        self._mean = torch.tensor(teacher.mean, device=device, dtype=exact).view(1, 3, 1, 1)
+        self._std = torch.tensor(teacher.std, device=device, dtype=exact).view(1, 3, 1, 1)
 
     def __call__(self, pixels: np.ndarray, labels: np.ndarray) -> Explained:
         """Explain a batch.
@@ -176,8 +189,8 @@ class Explainer:
             torch.cuda.empty_cache()
 
     def _explain(self, pixels: np.ndarray, labels: np.ndarray) -> Explained:
-        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).to(self._dtype) / 255.0  # [n, 3, H, W]
-        images = (images - self._mean) / self._std
+        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).to(self._mean.dtype) / 255.0
+        images = ((images - self._mean) / self._std).to(self._dtype)  # [n, 3, H, W]
         attribution = self._attribute(images, self._targets(labels))
         targets = self._explained_classes(attribution.logits, labels)
         maps = attribution.maps

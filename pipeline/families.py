@@ -75,7 +75,7 @@ def _transformers(name: str, *examples: str, nested: bool = False) -> Family:
 
 def _torchvision() -> Any:
     size = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 24, "mlp_dim": 48}
-    return torchvision_models.VisionTransformer(**size)
+    return torchvision_models.create("torchvision:vit_b_16", **size)
 
 
 FAMILIES = (

@@ -212,7 +212,8 @@ def _first_row(classifier: Classifier, matrices: list[Tensor]) -> Tensor:
     """The weights [B, N] of the last block's tokens; those of a pooling attention are taken off the end of the list."""
     readout = classifier.readout()
     if readout is None:
-        return matrices.pop().mean(dim=1)[:, 0]
+        row = matrices.pop().mean(dim=1)[:, 0]
+        return nn.functional.pad(row, (classifier.tokens - row.shape[1], 0))  # it may leave the prefix tokens out
     return readout.expand(len(matrices[-1]), -1)
 
 
@@ -228,7 +229,8 @@ def _without_class(classifier: Classifier, row: Tensor, targets: Targets, logits
 
 def _attribution(classifier: Classifier, rows: list[Tensor], single: bool, logits: Tensor) -> Attribution:
     """Maps of rows [B, N], one for each of K targets. Prefix tokens have no place in the image and are left out."""
-    maps = torch.stack([row[:, classifier.prefix_tokens :].unflatten(1, classifier.grid) for row in rows], dim=1)
+    patches = classifier.tokens - classifier.prefix_tokens
+    maps = torch.stack([row[:, -patches:].unflatten(1, classifier.grid) for row in rows], dim=1)
     return Attribution(maps[:, 0] if single else maps, logits.detach())
 
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, get_model, get_model_weights, list_models
-from torchvision.models.vision_transformer import EncoderBlock
-from torchvision.transforms._presets import ImageClassification
+from torchvision.models import VisionTransformer, get_model_weights  # type: ignore[import-untyped]
 from typing_extensions import override
 
 from zpipe.pipeline.classifier import Classifier, Layout
 from zpipe.pipeline.teacher_spec import TORCHVISION
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
+
+# torchvision's own functions take no other sizes than these.
+SIZES = {
+    "vit_b_16": {"patch_size": 16, "num_layers": 12, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072},
+    "vit_b_32": {"patch_size": 32, "num_layers": 12, "num_heads": 12, "hidden_dim": 768, "mlp_dim": 3072},
+    "vit_l_16": {"patch_size": 16, "num_layers": 24, "num_heads": 16, "hidden_dim": 1024, "mlp_dim": 4096},
+    "vit_l_32": {"patch_size": 32, "num_layers": 24, "num_heads": 16, "hidden_dim": 1024, "mlp_dim": 4096},
+    "vit_h_14": {"patch_size": 14, "num_layers": 32, "num_heads": 16, "hidden_dim": 1280, "mlp_dim": 5120},
+}
 
 
 class TorchvisionClassifier(Classifier):
@@ -28,7 +35,7 @@ class TorchvisionClassifier(Classifier):
             raise ValueError(
                 f"of torchvision's models, only a VisionTransformer is known, this is a {type(model).__name__}"
             )
-        blocks = [block for block in model.encoder.layers if type(block) is EncoderBlock]
+        blocks = tuple(model.encoder.layers)
         stem = next(part for part in model.conv_proj.modules() if isinstance(part, nn.Conv2d))
         side = model.image_size // model.patch_size
         layout = Layout(
@@ -68,9 +75,8 @@ def split_name(name: str) -> tuple[str, Any]:
         UsageError: torchvision has no such ViT, or no such weights of it.
     """
     architecture, _, tag = name.removeprefix(TORCHVISION).partition(".")
-    known = list_models(include="vit_*")
-    if architecture not in known:
-        raise UsageError(f"teacher {name}: torchvision has no such ViT; choose one of {', '.join(known)}")
+    if architecture not in SIZES:
+        raise UsageError(f"teacher {name}: torchvision has no such ViT; choose one of {', '.join(SIZES)}")
     weights = get_model_weights(architecture)
     if tag and tag not in weights.__members__:
         raise UsageError(f"teacher {name}: torchvision has no such weights; choose {' or '.join(weights.__members__)}")
@@ -79,8 +85,8 @@ def split_name(name: str) -> tuple[str, Any]:
 
 def create(name: str, **kwargs: Any) -> Any:
     """Build a model with torchvision's initialisation; `kwargs` as its constructor takes them, None for its default."""
-    architecture, _ = split_name(name)
-    return get_model(architecture, weights=None, **{key: value for key, value in kwargs.items() if value is not None})
+    sizes = {"image_size": 224} | SIZES[split_name(name)[0]]
+    return VisionTransformer(**sizes | {key: value for key, value in kwargs.items() if value is not None})
 
 
 def pretrained(name: str, model_args: dict[str, Any], num_classes: int | None) -> tuple[Any, tuple[str, ...]]:
@@ -111,7 +117,7 @@ def pretrained(name: str, model_args: dict[str, Any], num_classes: int | None) -
 
 def preparation(name: str) -> dict[str, Any]:
     """How images are prepared for torchvision's weights of that name: `mean`, `std`, `interpolation`, `crop_pct`."""
-    view: ImageClassification = split_name(name)[1].transforms()
+    view = split_name(name)[1].transforms()
     return {
         "mean": tuple(view.mean),
         "std": tuple(view.std),

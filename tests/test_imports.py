@@ -131,6 +131,7 @@ def broken_rules(path: str, source: str) -> list[str]:
         forbid("studies and the report look at runs from outside", "zpipe.train.studies", "zpipe.train.report")
     if path not in RAY_USERS:
         forbid("ray stays in one file a program", "ray")
+    forbid("transformers is loaded by pipeline/transformers_models.py alone, when a teacher needs it", "transformers")
     for library, user in TAR_LIBRARY_USERS.items():
         if path != user:
             forbid("tars are read in one place, and written in another", library)
@@ -150,6 +151,7 @@ def test_a_module_imports_only_what_its_layer_may(path):
         ("schemas/x.py", "from zpipe import cli"),
         ("pipeline/x.py", "from zpipe.train.losses import ZoomerLoss"),
         ("pipeline/x.py", "import ray"),
+        ("pipeline/transformers_models.py", "from transformers import ViTModel"),
         ("train/evaluation/x.py", "from zpipe.train.fit.loop import Stopped"),
         ("train/fit/x.py", "def f():\n    from zpipe.train.evaluation.evaluate import evaluate"),
         ("train/fit/x.py", "import zpipe.train.studies"),
@@ -276,6 +278,14 @@ def test_importing_it_in_a_fresh_interpreter_is_cheap(module):
     code = f"import sys, {module}; print(*(set(sys.modules) & {{'torch', 'ray', 'timm', 'webdataset', 'sklearn'}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_teacher_of_timm_loads_no_other_library():
+    code = "import sys, zpipe.pipeline.teacher, zpipe.pipeline.families; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["False"]
+    loading = [path for path in NAMES if 'import_module("transformers' in (ROOT / path).read_text()]
+    assert loading == ["pipeline/transformers_models.py"]
 
 
 def test_a_store_is_read_with_four_packages():

@@ -174,9 +174,8 @@ def _list_teachers(wanted: bool) -> None:
         with reporting():
             from zpipe.pipeline.families import family_rows
 
-            table = Table(
-                *(Column(name, overflow="fold") for name in ("family", "answer read from", "methods", "examples"))
-            )
+            titles = ("family", "answer read from", "methods", "examples")
+            table = Table(*(Column(title, overflow="fold") for title in titles), show_lines=True)
             for row in family_rows():
                 table.add_row(*row.values())
             print_table(table)
@@ -235,7 +234,10 @@ def extract_command(
     ] = "same",
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     method: Annotated[
-        str, typer.Option(help="transformer-attribution, gradient-attention, rollout or class-attention.")
+        str,
+        typer.Option(
+            help="transformer-attribution, gradient-attention, legrad, libragrad, rollout or class-attention."
+        ),
     ] = "transformer-attribution",
     target: Annotated[
         str,
@@ -261,8 +263,8 @@ def extract_command(
     precision: Annotated[
         str,
         typer.Option(
-            help="float32, float64, or FORWARD+SWEEP: float64+float32 (almost exact), float64+bfloat16, "
-            "float32+bfloat16, float32+tf32."
+            help="float32 or float64; for transformer-attribution also FORWARD+SWEEP: float64+float32 (almost exact), "
+            "float64+bfloat16, float32+bfloat16, float32+tf32; for the other methods also bfloat16."
         ),
     ] = "float32",
     executor: Annotated[

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from tiny import write_tar
 
 from zpipe.pipeline.explainer import (
-    PRECISIONS,
     ExplainConfig,
     Explainer,
     available_memory,
     batch_that_fits,
     bytes_per_image,
+    precisions_of,
 )
 from zpipe.pipeline.extract import ExtractConfig
+from zpipe.pipeline.methods import METHODS
 from zpipe.pipeline.shard_reader import Frame, frame_image
 from zpipe.pipeline.teacher import load_teacher
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -71,11 +72,14 @@ def test_targets(explainer, pixels):
     assert (explainer(method="rollout")(pixels, LABELS).targets == -1).all()
 
 
-@pytest.mark.parametrize("precision", [name for name in PRECISIONS if "tf32" not in name])
-def test_every_precision_gives_about_the_same_map(explainer, pixels, precision):
-    """Of random weights, so only coarsely; a trained teacher's agreement is held against the public code elsewhere."""
-    exact = explainer(precision="float64")(pixels, LABELS).maps
-    found = explainer(precision=precision)(pixels, LABELS).maps
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [(method, name) for method in METHODS for name in precisions_of(method) if "tf32" not in name],
+)
+def test_every_precision_gives_about_the_same_map(explainer, pixels, method, precision):
+    """Of random weights, so only coarsely; trained teachers' agreement is tested with the methods."""
+    exact = explainer(method=method, precision="float64")(pixels, LABELS).maps
+    found = explainer(method=method, precision=precision)(pixels, LABELS).maps
     assert found.dtype == np.float32
     correlation = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(found, exact, strict=True)]
     assert np.median(correlation) > 0.9
@@ -94,7 +98,11 @@ def test_the_batch_size_changes_no_map(explainer, pixels, size):
     [
         ({"method": "gradcam"}, "--method gradcam: choose one of transformer-attribution"),
         ({"precision": "float16"}, "--precision float16: choose one of float32"),
-        ({"precision": "float32+bfloat16", "method": "rollout"}, "rollout has float32 and float64 only"),
+        (
+            {"precision": "float32+bfloat16", "method": "rollout"},
+            "rollout does not have it; choose float32, float64, bfloat16",
+        ),
+        ({"precision": "bfloat16"}, "transformer-attribution does not have it; choose float32, float64, float64+"),
         ({"target": "class:"}, "--target class:: choose ground-truth"),
         ({"target": "class:-1"}, "choose ground-truth"),
         ({"target": "best"}, "choose ground-truth"),

@@ -1,52 +1,26 @@
 """A teacher of every family: maps through the whole extraction, resumed, verified, and joined with images."""
 
-import json
-
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from tiny_families import FAMILIES, tiny_family
+from tiny_teachers import OF_TORCHVISION, of_torchvision, of_transformers
 
-import zpipe.pipeline.families as families
-from zpipe.pipeline import transformers_models
+from zpipe.pipeline import families, torchvision_models, transformers_models
 from zpipe.pipeline.classifier import as_classifier
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.methods import DEFAULT_METHOD, METHODS, methods_of
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher
-from zpipe.pipeline.torchvision_models import VisionTransformer
 from zpipe.pipeline.verify import verify_store
-from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.data.loader import RelevanceLoader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
-TOWER = families.TOWER
-NESTED = ("CLIPForImageClassification", "SiglipForImageClassification")
 CLASSIFIERS = [name for name, kind in transformers_models.ARCHITECTURES.items() if kind.heads]
 TOWERS = [name for name, kind in transformers_models.ARCHITECTURES.items() if not kind.heads]
-
-
-def shaken(model, seed=0):
-    """The model in eval mode with weights large enough for every part of it to matter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator) * 0.25
-            parameter.copy_(noise + 1 if "norm" in key and key.endswith("weight") else noise)
-    return model.eval().requires_grad_(False)
-
-
-def of_transformers(name, **fields):
-    nested = name in NESTED
-    size = TOWER | {"num_labels": 5} | fields
-    return shaken(transformers_models.create(name, {"vision_config": TOWER} if nested else size, 5 if nested else None))
-
-
-def of_torchvision():
-    size = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 24, "mlp_dim": 48}
-    return shaken(VisionTransformer(num_classes=5, **size))
 
 
 def images(batch=2):
@@ -57,12 +31,8 @@ def settings_of(family, tmp_path):
     """The settings of an extraction with a teacher of the family: a name of timm, torchvision, or a class."""
     if family == "torchvision":
         save_file(of_torchvision().state_dict(), tmp_path / "weights.safetensors")
-        size = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 24, "mlp_dim": 48}
-        return {
-            "teacher": "torchvision:vit_b_16",
-            "weights": str(tmp_path / "weights.safetensors"),
-            "teacher_args": size,
-        }
+        weights = str(tmp_path / "weights.safetensors")
+        return {"teacher": "torchvision:vit_b_16", "weights": weights, "teacher_args": OF_TORCHVISION}
     if family in transformers_models.ARCHITECTURES:
         of_transformers(family).save_pretrained(tmp_path / "teacher")
         return {"teacher": None, "weights": str(tmp_path / "teacher"), "teacher_args": {}}
@@ -169,3 +139,91 @@ def test_the_same_weights_have_the_same_maps_in_timm_and_transformers():
     torch.testing.assert_close(theirs(pixels).logits, ours(pixels), rtol=1e-9, atol=1e-9)
     for name in [name for name in METHODS if name != DEFAULT_METHOD]:
         torch.testing.assert_close(METHODS[name](theirs, pixels, targets), METHODS[name](ours, pixels, targets))
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def test_the_list_of_teachers_needs_no_shards(cli):
+    done = cli("extract-teacher-maps", "--list-teachers")
+    assert done.code == 0 and done.stderr == ""
+    listed, row = {}, []
+    for line in done.stdout.splitlines():
+        cells = ["".join(cell.split()) for cell in line.strip("│").split("│")]
+        if len(cells) == 4:  # of a row, or its continuation
+            row = [*cells] if cells[0] and not row else [old + new for old, new in zip(row, cells, strict=True)]
+        elif row:
+            listed[row[0]] = row[1:]
+            row = []
+    assert listed["timmViT,DeiT"][:2] == ["classtoken", "all"]
+    assert listed["timmCLIP"][1] == "all" and listed["timmCLIP"][2].startswith("vit_base_patch16_clip_224.openai")
+    assert listed["timmSigLIP"][:2] == ["poolingattention", f"allbut{DEFAULT_METHOD}"]
+    assert listed["transformersViTModel"][0] == "classtoken(needsaheadorclassembeddings)"
+    named = {name.removeprefix("transformers") for name in listed if name.startswith("transformers")}
+    assert named == set(transformers_models.ARCHITECTURES) and len(listed) == len(families.FAMILIES)
+
+
+def test_the_list_of_teachers_names_what_must_be_installed(monkeypatch):
+    monkeypatch.setattr(transformers_models, "is_installed", lambda: False)
+    rows = {row["family"]: row["methods"] for row in families.family_rows()}
+    assert rows["transformers ViTModel"] == "pip install 'zpipe[transformers]'" and rows["torchvision ViT"] != ""
+
+
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.name)
+def test_the_examples_of_a_family_are_names_of_its_models(family):
+    for name in family.examples:
+        if name.startswith("torchvision:"):
+            torchvision_models.split_name(name)
+        elif not name.startswith("transformers:"):
+            assert timm.get_pretrained_cfg(name) is not None
+            with torch.device("meta"):
+                example = as_classifier(timm.create_model(name))
+            assert example.parts == as_classifier(family.tiny()).parts
+
+
+def test_a_teacher_of_transformers_from_the_command_line_to_a_zoomer(cli, tmp_path, shards):
+    of_transformers("DeiTForImageClassificationWithTeacher").save_pretrained(tmp_path / "deit")
+    maps = tmp_path / "maps"
+    flags = ["--weights", tmp_path / "deit", "--method", "gradient-attention", "--own-head", "distilled"]
+    flags += ["--executor", "local", "--threads", "1", "--device", "cpu"]
+    done = cli("extract-teacher-maps", shards, "--out", maps, *flags)
+    assert done.code == 0 and "18 maps in 4 shards (4 extracted now)" in done.stdout
+    assert "how its images are prepared is assumed" in done.stderr
+    provenance = RelevanceMaps(maps).manifest.provenance
+    assert provenance.teacher == "transformers:DeiTForImageClassificationWithTeacher"
+    assert provenance.teacher_args == {"own_head": "distilled"} and provenance.num_classes == 5
+    refused = cli(
+        "extract-teacher-maps",
+        shards,
+        "--out",
+        maps,
+        *[flag for flag in flags if flag != "distilled" and flag != "--own-head"],
+    )
+    assert refused.code != 0 and "teacher_args" in refused.error
+    settings = ["--set", "train.log_every=1", "--set", "image_size=32", "--num-blocks", "2", "--set", "width=8"]
+    done = cli(
+        "train-zoomer",
+        shards,
+        "--maps",
+        maps,
+        "--out",
+        tmp_path / "zoomer",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "9",
+        "--data-workers",
+        "0",
+        "--device",
+        "cpu",
+        *settings,
+    )
+    assert done.code == 0 and (tmp_path / "zoomer" / "model.safetensors").is_file()
+
+
+def test_a_method_that_a_model_of_transformers_has_not(cli, tmp_path, shards):
+    of_transformers("ViTForImageClassification").save_pretrained(tmp_path / "vit")
+    done = cli("extract-teacher-maps", shards, "--out", tmp_path / "maps", "--weights", tmp_path / "vit")
+    assert done.code == 1 and not (tmp_path / "maps").exists()
+    assert "no relevance rules for ViTForImageClassification" in done.error
+    assert "choose --method gradient-attention, legrad, libragrad, rollout, class-attention" in done.error

@@ -1,8 +1,13 @@
 """The methods for models of every family, each against its definition by autograd through timm's own modules."""
 
+import copy
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
 from tiny_families import FAMILIES, attention_of, pooling, request, tiny_family
 from tiny_vit import pixels, tiny_vit
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,6 +18,7 @@ from zpipe.pipeline.relevance import attribute
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "relevance_small_vit.npz"
 FOR_ALL = [name for name in METHODS if name != DEFAULT_METHOD]
 DEFINED = [name for name in FOR_ALL if name != "libragrad"]  # test_libragrad.py has that one
 POOLED = "vit_base_patch16_siglip_224"
@@ -251,3 +257,33 @@ def test_no_product_is_wasted(method, most):
     assert first <= most * forward
     both = flops(lambda: METHODS[method](model, images, torch.stack([targets, targets], dim=1)))
     assert both - first <= (most - 1) * forward  # a second target costs no forward pass
+
+
+# ------------------------------------------------------------------------------------------------------ precision
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small trained ViT, 24 images and their classes: `relevance_small_vit.npz`."""
+    with np.load(GOLDEN) as file:
+        values = {name: torch.from_numpy(file[name]) for name in file.files}
+    names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
+    model = VisionTransformer(**dict(zip(names, values["config"].tolist(), strict=True)))
+    model.load_state_dict({name[2:]: value for name, value in values.items() if name.startswith("w/")})
+    return model.eval().requires_grad_(False), values["images"], values["targets"]
+
+
+@pytest.mark.parametrize("method", FOR_ALL)
+def test_a_trained_teachers_maps_keep_their_order_in_low_precision(method, trained):
+    """These methods divide by nothing that crosses zero, so a bound holds on every processor."""
+    model, images, targets = trained
+
+    def rank_correlations(dtype):
+        maps = METHODS[method](copy.deepcopy(model).to(dtype), images.to(dtype), targets).maps
+        ranks = [m.double().flatten(1).argsort(1).argsort(1).numpy() for m in (maps, exact)]
+        return np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks, strict=True)])
+
+    exact = METHODS[method](copy.deepcopy(model).double(), images.double(), targets).maps
+    assert rank_correlations(torch.float32).min() >= 0.9999
+    reduced = rank_correlations(torch.bfloat16)
+    assert np.median(reduced) >= 0.998 and reduced.min() >= 0.95

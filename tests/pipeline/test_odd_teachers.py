@@ -7,8 +7,8 @@ import torch
 from tiny_vit import tiny_vit
 
 from zpipe.pipeline.classifier import as_classifier
-from zpipe.pipeline.explainer import PRECISIONS, ExplainConfig, Explainer
-from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS
+from zpipe.pipeline.explainer import ExplainConfig, Explainer, precisions_of
+from zpipe.pipeline.methods import CLASS_BLIND, METHODS
 from zpipe.pipeline.shard_reader import FramedImage
 from zpipe.pipeline.teacher import Teacher
 from zpipe.pipeline.worker import _append_row, _Tensors
@@ -111,7 +111,7 @@ def statuses(explained):
 
 
 def precisions(method):
-    return [name for name in PRECISIONS if "tf32" not in name and ("+" not in name or method == DEFAULT_METHOD)]
+    return [name for name in precisions_of(method) if "tf32" not in name]
 
 
 @pytest.mark.parametrize("kind", TEACHERS)

@@ -364,7 +364,7 @@ def test_a_method_that_the_teacher_has_not():
         (NAME, {"qk_norm": True}, "qk_norm"),
     ):
         teacher = load(name, "random", model_args=ARGS | more)
-        with pytest.raises(ZpipeError, match=f"{part}.*; choose --method gradient-attention, rollout"):
+        with pytest.raises(ZpipeError, match=f"{part}.*; choose --method gradient-attention, legrad"):
             check_method(teacher, "transformer-attribution")
         check_method(teacher, "gradient-attention")
 
