@@ -153,7 +153,7 @@ class TeacherSpec:
 
     def resolved(self) -> TeacherSpec:
         """The same teacher with absolute paths to its files, for processes that start in other folders."""
-        files = {
+        files: dict[str, Any] = {
             name: str(Path(file).resolve()) for name in ("head", "class_embeddings") if (file := getattr(self, name))
         }
         if self.path is not None:
