@@ -172,12 +172,16 @@ def _explainer_of(maps: RelevanceMaps, device: str, weights: str | None) -> Expl
 
 
 def _teacher_spec(origin: Provenance, weights: str | None) -> TeacherSpec:
+    other_head = origin.head or origin.class_embeddings  # whose classes these are
     spec = TeacherSpec(
         name=origin.teacher,
         weights=weights or origin.weights,
-        num_classes=origin.num_classes,
+        num_classes=None if other_head else origin.num_classes,
         model_args=origin.teacher_args,
         seed=origin.seed or 0,
+        head=origin.head or None,
+        class_embeddings=origin.class_embeddings or None,
+        resize_positions=origin.positions_resized,
     )
     # Prepared as the store says, whatever is said beside the weights by now.
     return replace(spec, **{name: getattr(origin, name) for name in ("mean", "std", "interpolation")})
