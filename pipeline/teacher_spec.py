@@ -128,10 +128,11 @@ class TeacherSpec:
             origin: What its maps were made with.
             weights: Where the weights are now; None if they are where they were.
         """
+        other_head = origin.head or origin.class_embeddings  # whose classes these are
         return cls(
             name=origin.teacher,
             weights=weights or origin.weights,
-            num_classes=origin.num_classes,
+            num_classes=None if other_head else origin.num_classes,
             model_args=origin.teacher_args,
             seed=origin.seed or 0,
             mean=cast(tuple[float, float, float], origin.mean),
