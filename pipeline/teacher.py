@@ -196,6 +196,8 @@ def _of_torchvision(spec: TeacherSpec) -> _Built:
 
 
 def _of_transformers(spec: TeacherSpec) -> _Built:
+    if spec.resize_positions:
+        raise UsageError("--resize-positions: is for weights files of timm and torchvision; leave it out")
     wanted = (spec.name or "").removeprefix(TRANSFORMERS)
     if spec.weights == "random":
         with torch.random.fork_rng(devices=[]):

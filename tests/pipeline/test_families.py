@@ -221,6 +221,17 @@ def test_a_teacher_of_transformers_from_the_command_line_to_a_zoomer(cli, tmp_pa
     assert done.code == 0 and (tmp_path / "zoomer" / "model.safetensors").is_file()
 
 
+def test_a_tower_without_a_head_answers_by_class_embeddings(cli, tmp_path, shards):
+    of_transformers("CLIPVisionModelWithProjection", projection_dim=16).save_pretrained(tmp_path / "clip")
+    torch.save(torch.randn(5, 16, generator=torch.Generator().manual_seed(0)), tmp_path / "classes.pt")
+    flags = ["--weights", tmp_path / "clip", "--method", "legrad", "--executor", "local", "--device", "cpu"]
+    refused = cli("extract-teacher-maps", shards, "--out", tmp_path / "maps", *flags)
+    assert refused.code == 1 and "has no classification head; fit one with zpipe fit-head" in refused.error
+    flags += ["--class-embeddings", tmp_path / "classes.pt"]
+    done = cli("extract-teacher-maps", shards, "--out", tmp_path / "maps", *flags)
+    assert done.code == 0 and verify_store(tmp_path / "maps", shards) == []
+
+
 def test_a_method_that_a_model_of_transformers_has_not(cli, tmp_path, shards):
     of_transformers("ViTForImageClassification").save_pretrained(tmp_path / "vit")
     done = cli("extract-teacher-maps", shards, "--out", tmp_path / "maps", "--weights", tmp_path / "vit")

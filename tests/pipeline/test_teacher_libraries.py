@@ -194,6 +194,7 @@ def test_a_request_that_contradicts_a_folder_of_transformers(folder):
     assert "leave image_size out" in failure(UsageError, None, folder, model_args={"image_size": 64})
     assert load(None, folder, model_args={"image_size": 32}).model_args == {}
     assert "no such weights" in failure(UsageError, "transformers:me/vit", folder / "none")
+    assert "--resize-positions" in failure(UsageError, None, folder / "model.safetensors", resize_positions=True)
     assert "no two heads; leave it out" in failure(UsageError, None, folder, own_head="class")
 
 
@@ -234,7 +235,8 @@ def test_the_part_for_images_of_a_model_of_images_and_texts(tmp_path):
         model.save_pretrained(tmp_path / name)
         with torch.no_grad():
             expected = model.get_image_features(images()).pooler_output
-        classifier = load(None, tmp_path / name).model
+        spec = TeacherSpec(weights=str(tmp_path / name))
+        classifier = load_teacher(spec, needs_classes=False).model
         assert torch.equal(classifier(images()), expected) and classifier.num_classes == 0
 
 
