@@ -120,7 +120,8 @@ def fit(rows: Rows, scaling: Scaling, num_classes: int, strength: float, start: 
     return Fitted(Affine(weight.detach(), bias.detach()), note)
 
 
-class Score(NamedTuple):
+@dataclass(frozen=True)
+class Score:
     """How well logits agree with labels."""
 
     loss: float

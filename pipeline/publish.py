@@ -199,7 +199,9 @@ def _publishable(manifest: StoreManifest, root: Path) -> StoreManifest:
             f"{root}: its provenance holds a path of this machine ({found}), which decides what it is compared with; "
             "extract again without it"
         )
-    files = {name: _last_part(getattr(manifest.provenance, name)) for name in ("weights", "head", "class_embeddings")}
+    files: dict[str, Any] = {
+        name: _last_part(getattr(manifest.provenance, name)) for name in ("weights", "head", "class_embeddings")
+    }
     provenance = replace(manifest.provenance, **files)
     return replace(manifest, provenance=provenance, source=_last_part(manifest.source))
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,9 +21,8 @@ import torch
 from zpipe.pipeline.compare import spearman
 from zpipe.pipeline.explainer import ExplainConfig, Explainer
 from zpipe.pipeline.shard_reader import Frame, FramedImage, framed_batches, open_shards, read_samples
-from zpipe.pipeline.teacher import TeacherSpec, load_teacher
+from zpipe.pipeline.teacher import load_teacher_of
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.manifest import Provenance
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.relevance_store import OK
@@ -108,7 +106,7 @@ def measure_stability(
     origin = maps.manifest.provenance
     if limit < 1:
         raise UsageError(f"--limit {limit}: give a number >= 1")
-    if not (origin.teacher and maps.kind.is_relevance):
+    if not maps.kind.is_relevance:
         raise UsageError(f"{maps.path}: holds no maps of a teacher; give a store that does")
     explainer = _explainer_of(maps, device, weights)
     frame = Frame(
@@ -159,29 +157,8 @@ def _explainer_of(maps: RelevanceMaps, device: str, weights: str | None) -> Expl
     origin = maps.manifest.provenance
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = load_teacher(_teacher_spec(origin, weights), device=device)
-    if teacher.digest != origin.teacher_digest:
-        raise ZpipeError(
-            f"{teacher.weights}: weights with digest {teacher.digest[:12]}, the maps of {maps.path} were made with "
-            f"{origin.teacher_digest[:12]}; give the weights of the store's teacher"
-        )
+    teacher = load_teacher_of(maps.path, origin, weights=weights, device=device)
     config = ExplainConfig(
         method=origin.method, target="predicted", symmetrise=origin.symmetrised, precision=origin.precision
     )
     return Explainer(teacher, config, batch_size=BATCH_SIZE, device=device)
-
-
-def _teacher_spec(origin: Provenance, weights: str | None) -> TeacherSpec:
-    other_head = origin.head or origin.class_embeddings  # whose classes these are
-    spec = TeacherSpec(
-        name=origin.teacher,
-        weights=weights or origin.weights,
-        num_classes=None if other_head else origin.num_classes,
-        model_args=origin.teacher_args,
-        seed=origin.seed or 0,
-        head=origin.head or None,
-        class_embeddings=origin.class_embeddings or None,
-        resize_positions=origin.positions_resized,
-    )
-    # Prepared as the store says, whatever is said beside the weights by now.
-    return replace(spec, **{name: getattr(origin, name) for name in ("mean", "std", "interpolation")})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -234,13 +235,25 @@ def maps_judge(
     ],
     shards: Annotated[Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="The shards of these images.")],
     model: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             parser=local_path,
             metavar="RUN",
-            help="Finished train-vit run of the classifier that the maps are tested on.",
+            help="Finished train-vit run of the classifier that the maps are tested on; default: the teacher that made "
+            "them.",
         ),
-    ],
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="The teacher's weights, if they are no longer where the store says.")
+    ] = None,
+    stability: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Images whose stability to measure, for stores that were extracted without --stability; 0 for none. "
+            "Default: 200, if the teacher can be loaded.",
+        ),
+    ] = None,
     masks: Annotated[
         Path | None,
         typer.Option(
@@ -270,6 +283,8 @@ def maps_judge(
     with boxes or masks of the objects, the pointing game, MaxBoxAcc and segmentation say how well they find them.
     """
     with reporting() as progress:
+        from zpipe import open_maps
+        from zpipe.judging import stability_of, teacher_of
         from zpipe.train.data.join import Damaged as DamagedChoice
         from zpipe.train.data.map_stores import Join as JoinChoice
         from zpipe.train.evaluation.faithfulness import Baseline
@@ -290,7 +305,22 @@ def maps_judge(
         )
         if json_path is not None:
             check_results_file(json_path)
-        content = judge(open_classifier(model, device), shards, stores, config, progress=progress)
+        opened = [open_maps(store) for store in stores]
+        judged_on = open_classifier(model, device) if model else teacher_of(opened, weights=weights, device=device)
+        stable: Mapping[str, Mapping[str, float]] = {}
+        if join == "tar":
+            find = partial(stability_of, opened, shards, weights=weights, device=device, progress=progress)
+            try:
+                stable = find(limit=200 if stability is None else stability)
+            except ZpipeError as error:
+                if stability is not None:
+                    raise
+                warn(f"note: stability is not measured: {error}")
+        elif stability:
+            raise UsageError(
+                "--stability: the maps are computed anew from the store's own tars; leave out --join image"
+            )
+        content = judge(judged_on, shards, opened, config, stability=stable, progress=progress)
     rows = content["rows"]
     _print_judged(rows, f"{rows[0]['count']} images of {shards}, baseline {baseline}, {steps} steps")
     if content["masks_left_out"]:

@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import cast
 
-import torch
-
+from zpipe.judging import as_judge
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import Executor, ExtractConfig, extract_teacher_maps
-from zpipe.pipeline.methods import CLASS_BLIND, METHODS
+from zpipe.pipeline.methods import CLASS_BLIND, METHODS, methods_of
 from zpipe.pipeline.shard_reader import open_shards
-from zpipe.pipeline.teacher import Teacher, load_teacher
+from zpipe.pipeline.teacher import Teacher, TeacherSpec, load_teacher_of
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.classes import ClassNames, Matching, match_classes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import Provenance, StoreManifest, read_manifest
-from zpipe.schemas.model_config import RUN_NAME, split_choice
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_store import BY_NAME
-from zpipe.train.checkpoint import load_run
+from zpipe.train.device import resolve_device
 from zpipe.train.studies.bench import MethodMaps, WantedMaps
 
 
@@ -80,11 +77,15 @@ def extract_method_maps(
     own = read_manifest(wanted.own)
     origin = own.provenance
     base = _extraction(wanted, own, config)
-    teacher = _teacher(wanted.own, origin, base)
+    teacher = load_teacher_of(wanted.own, origin, weights=config.weights)
     methods, notes = _methods(teacher, config.methods)
     if origin.method in CLASS_BLIND:
         notes.append(f"{wanted.own}: {origin.method} has no target; the other maps explain the images' own labels")
-    del teacher  # each extraction loads its own
+    judge = None
+    if teacher.image_size[0] == teacher.image_size[1]:
+        judge = as_judge(teacher, resolve_device(config.device))
+    else:
+        notes.append(f"the maps are not judged: images of the teacher {teacher.name} are not square")
     _check_val_maps(wanted, origin, methods)
     train: dict[str, Path] = {}
     val: dict[str, Path] = {}
@@ -97,8 +98,6 @@ def extract_method_maps(
             stores[method] = wanted.out / method / name
             settings = replace(base, explain=_explain(method, origin))
             notes += _extract(method, shards, stores[method], settings, progress, say)
-    judge, note = _judge(base.weights)
-    notes += [note] if note else []
     classes = None if base.classes == "same" else base.classes
     return MethodMaps(train=train, val=val, teacher=judge, classes=classes, notes=tuple(dict.fromkeys(notes)))
 
@@ -109,16 +108,12 @@ def _extraction(wanted: WantedMaps, own: StoreManifest, config: MethodsConfig) -
     if not origin.teacher or origin.kind != "map":
         what = f"holds {origin.kind}" if origin.teacher else "was made without a teacher"
         raise ZpipeError(f"{wanted.own}: {what}; study map-methods needs a zoomer that learned a teacher's maps")
+    spec = TeacherSpec.of(origin, config.weights)
+    named = {each.name: getattr(spec, each.name) for each in fields(ExtractConfig) if hasattr(spec, each.name)}
     return ExtractConfig(
-        teacher=origin.teacher,
-        weights=config.weights or origin.weights,
-        num_classes=origin.num_classes,
-        teacher_args=origin.teacher_args,
-        seed=origin.seed or 0,
-        mean=cast(tuple[float, float, float], origin.mean),
-        std=cast(tuple[float, float, float], origin.std),
-        interpolation=origin.interpolation,
-        crop_pct=origin.crop_pct if origin.frame == "center" else None,
+        teacher=spec.name,
+        teacher_args=spec.model_args,
+        **named,
         classes=_matching(wanted, own),
         frame=origin.frame,
         executor=config.executor,
@@ -149,45 +144,18 @@ def _explain(method: str, origin: Provenance) -> ExplainConfig:
     return ExplainConfig(method=method, target=target, symmetrise=origin.symmetrised, precision=precision)
 
 
-def _teacher(store: Path, origin: Provenance, base: ExtractConfig) -> Teacher:
-    """The teacher of a store.
-
-    Raises:
-        ZpipeError: Its weights are gone, or others lie in their place.
-    """
-    spec = base.teacher_spec()
-    if spec.path is not None and not spec.path.exists():
-        raise ZpipeError(
-            f"{store}: its teacher's weights are gone from {spec.weights}; put them back, or say where they are with "
-            "--weights"
-        )
-    teacher = load_teacher(spec)
-    if teacher.digest != origin.teacher_digest:
-        raise ZpipeError(
-            f"{spec.weights}: holds other weights (digest {teacher.digest[:12]}) than those that {store} was made with "
-            f"({origin.teacher_digest[:12]}); put these back, or say where they are with --weights"
-        )
-    return teacher
-
-
 def _methods(teacher: Teacher, named: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """The methods to compare, and notes about those that the teacher can't be explained by.
 
     Raises:
         UsageError: It can't be explained by one that was named, or by none at all.
     """
-    image = torch.zeros(1, 3, *teacher.image_size)
-    able: list[str] = []
-    notes = []
-    for method in named or METHODS:
-        try:
-            METHODS[method](teacher.model, image, torch.zeros(1, dtype=torch.int64))
-        except ValueError as error:
-            if named:
-                raise UsageError(f"--methods {method}: {error}; leave it out") from error
-            notes.append(f"{method}: left out, {error}")
-            continue
-        able.append(method)
+    refusals = methods_of(teacher.model)
+    chosen = named or tuple(METHODS)
+    if named and (refused := next((method for method in named if refusals[method]), None)):
+        raise UsageError(f"--methods {refused}: {refusals[refused]}; leave it out")
+    able = [method for method in chosen if not refusals[method]]
+    notes = [f"{method}: left out, {refusals[method]}" for method in chosen if refusals[method]]
     if not able:
         raise UsageError(f"teacher {teacher.weights}: {notes[0]}")
     return able, notes
@@ -228,11 +196,3 @@ def _extract(
     if report.problems:
         notes.append(f"{out}: {len(report.problems)} images have no usable map, such as {report.problems[0]}")
     return notes + ([report.left_out] if report.left_out else [])
-
-
-def _judge(weights: str) -> tuple[Path | None, str]:
-    """The run of the teacher if it is one that can judge its maps; else None, and why not."""
-    folder, choice = split_choice(weights)
-    if (folder / RUN_NAME).is_file() and choice in (None, "final") and load_run(folder).kind == "vit":
-        return folder, ""
-    return None, f"the maps are not judged: that takes the final weights of a train-vit run, the teacher is {weights}"

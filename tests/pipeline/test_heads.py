@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import zpipe
 from zpipe.pipeline.classifier import as_classifier
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
-from zpipe.pipeline.heads import HeadRecord, LinearHead, ZeroShotHead, probe_features, reads_mean, write_head
+from zpipe.pipeline.heads import HeadRecord, LinearHead, ZeroShotHead, probe_features, read_head, reads_mean, write_head
 from zpipe.pipeline.methods import METHODS, methods_of
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher, state_digest
 from zpipe.pipeline.verify import verify_store
@@ -230,6 +231,15 @@ def test_a_head_of_a_newer_version_is_refused(file):
         text = json.dumps(about | change)
         safetensors.torch.save_file(tensors, file, metadata={"zpipe_head": text, DIGEST: ""})
         assert message in failure(ZpipeError, head=str(file))
+
+
+def test_a_file_of_version_1_reads_as_it_was_written(teacher):
+    file = Path(__file__).parents[1] / "golden" / "formats" / "head_v1.safetensors"
+    head, record = read_head(file, teacher.model, "0123456789abcdef" * 4)
+    assert torch.equal(head.weight, torch.linspace(-1, 1, 144).view(3, 48)) and head.bias.tolist() == [0, 0.5, 1]
+    expected = {"reads_mean": True, "classes": NAMES, "frame": "center", "count": 30, "strength": 0.01}
+    expected |= {"held_out": 6, "held_out_top1": 0.5, "zpipe_version": "0.1"}
+    assert vars(record) | expected == vars(record)
 
 
 # ------------------------------------------------------------------------------------------- embeddings of classes

@@ -229,7 +229,7 @@ def test_what_does_not_fit_the_store_is_named(store, store_copy, shards, shards_
         return str(error.value)
 
     assert "--limit 0: give a number" in refused(store, shards, limit=0)
-    assert "no such weights" in refused(store, shards, weights="elsewhere.safetensors")
+    assert "elsewhere.safetensors of its teacher is gone" in refused(store, shards, weights="elsewhere.safetensors")
     tar = shards_copy / f"{STEM}.tar"
     write_tar(tar, {"x.jpg": encode("JPEG", 40, 40), "x.cls": b"1"})
     (shards_copy / "shards.json").unlink()
@@ -239,4 +239,4 @@ def test_what_does_not_fit_the_store_is_named(store, store_copy, shards, shards_
     manifest = read_manifest(store_copy)
     other = dataclasses.replace(manifest.provenance, seed=1)  # not compared, so that only the weights tell
     write_manifest(store_copy, dataclasses.replace(manifest, provenance=other))
-    assert "random: weights with digest" in refused(store_copy, shards)
+    assert "random: holds other weights (digest" in refused(store_copy, shards)

@@ -24,6 +24,7 @@ from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.device import resolve_device
 from zpipe.train.evaluation.evaluate import answers_for, measure
 from zpipe.train.evaluation.inference import OpenRun, Tally, choose_run_source, eval_loader
+from zpipe.train.evaluation.judge import Classifier
 from zpipe.train.evaluation.operating_points import EvalConfig, operating_points
 from zpipe.train.evaluation.results import Result, identity, results_of
 from zpipe.train.fit.distributed import Workers, run_training
@@ -81,8 +82,8 @@ class MethodMaps:
     """The stores of the shards that the zoomer was trained on."""
     val: Mapping[str, Path]
     """The stores of the shards to measure on."""
-    teacher: Path | None
-    """The run of the teacher, which can judge the maps; None if its weights are not those of a run."""
+    teacher: Classifier | None
+    """The teacher, which can judge the maps; None if its images are not square."""
     classes: str | None
     """How the labels of the shards become classes of the teacher, as in `JudgeConfig`."""
     notes: tuple[str, ...] = ()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +26,7 @@ from zpipe.schemas.relevance_store import OK
 from zpipe.train.checkpoint import Run, digest_zoomer, load_run
 from zpipe.train.evaluation.evaluate import measure_zoomer, zoomer_results
 from zpipe.train.evaluation.inference import trained_with
+from zpipe.train.evaluation.judge import CONTROLS as JUDGE_CONTROLS
 from zpipe.train.evaluation.judge import JudgeConfig, judge
 from zpipe.train.evaluation.metrics import spearman
 from zpipe.train.evaluation.results import Result, identity, metric_results
@@ -183,14 +184,14 @@ def _judged(bench: Bench, maps: MethodMaps) -> list[Result]:
         data_workers=evaluation.data_workers,
         device=evaluation.device,
     )
-    rows: dict[str, Mapping[str, Any]] = {}
-    for done, (method, store) in enumerate(maps.val.items()):
-        bench.progress(f"{bench.study}: judged", done, len(maps.val), next=method)
-        for row in judge(maps.teacher, bench.shards, store, config, progress=bench.progress)["rows"]:
-            rows.setdefault(method if row["setting"] == "maps" else row["setting"], row)
-    bench.progress(f"{bench.study}: judged", len(maps.val), len(maps.val))
-    about = identity(load_run(maps.teacher), bench.study)
-    return [result for name, row in rows.items() for result in metric_results(row, about | {"setting": {"maps": name}})]
+    rows = judge(maps.teacher, bench.shards, list(maps.val.values()), config, progress=bench.progress)["rows"]
+    about = {**maps.teacher.about, "study": bench.study}
+    names = (*maps.val, *JUDGE_CONTROLS)
+    return [
+        result
+        for name, row in zip(names, rows, strict=True)
+        for result in metric_results(row, about | {"setting": {"maps": name}})
+    ]
 
 
 # -- what follows from the results -------------------------------------------------------------------------------------
