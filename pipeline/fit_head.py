@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from zpipe import __version__
 from zpipe.pipeline.heads import HeadRecord, write_head
 from zpipe.pipeline.logistic_regression import Scaling, Score, fit, score
 from zpipe.pipeline.probe_features import FeatureReader, TarFeatures, hold_out, rows_of
@@ -223,5 +223,5 @@ def _record(reader: FeatureReader, config: FitHeadConfig, report: FitHeadReport,
         strength=report.strength,
         held_out=report.held_out.count if report.held_out else 0,
         held_out_top1=report.held_out.top1 if report.held_out else 0.0,
-        zpipe_version=__version__,
+        zpipe_version=version("zpipe"),
     )

@@ -15,6 +15,7 @@ from zpipe.pipeline.classifier import as_classifier
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.heads import HeadRecord, LinearHead, ZeroShotHead, probe_features, read_head, reads_mean, write_head
+from zpipe.pipeline.libragrad import BalancedGradients
 from zpipe.pipeline.methods import METHODS, methods_of
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher, state_digest
 from zpipe.pipeline.verify import verify_store
@@ -152,6 +153,27 @@ def test_methods_explain_the_classes_of_a_head(name, kind, method):
     assert (maps[:, 0] == maps[:, 1]).all() == (method in ("rollout", "class-attention"))
     alone = METHODS[method](model, images[1:], torch.tensor([2])).maps
     torch.testing.assert_close(maps[1:, 1], alone, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["linear", "zero-shot"])
+def test_the_corrected_gradient_is_complete(kind):
+    """The logit is the sum of tokens times gradient and biases times gradient (LibraGrad)."""
+    own = encoder(CLIP).model
+    linear = LinearHead(numbers(3, 48), numbers(3, seed=1), own_parts=own.parts, reads_mean=True)
+    model = as_classifier(own.model, linear if kind == "linear" else ZeroShotHead(numbers(3, 24))).double().eval()
+    parts = [value.requires_grad_() for name, value in model.named_parameters() if name.endswith("bias")]
+
+    def enter(_block, args):
+        parts.append(args[0].detach().requires_grad_())
+        return (parts[-1],)
+
+    handle = model.blocks[0].register_forward_pre_hook(enter)
+    with BalancedGradients():
+        logit = model(numbers(1, 3, 32, 32).double())[0, 1]
+    handle.remove()
+    grads = torch.autograd.grad(logit, parts, allow_unused=True)
+    total = sum((part * grad).sum() for part, grad in zip(parts, grads, strict=True) if grad is not None)
+    torch.testing.assert_close(total, logit, rtol=0, atol=1e-9)
 
 
 def test_the_closed_form_is_refused_with_a_head(teacher, file):
