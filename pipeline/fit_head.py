@@ -98,9 +98,8 @@ def fit_head(
 ) -> FitHeadReport:
     """Fit a linear head to the images of tar shards and write it to a file.
 
-    The features of each tar are kept in the folder `OUT.features` until the head is written, so that a run that was
-    interrupted computes only those that are missing. They take 4 bytes per image and feature on the disk; memory grows
-    by 16 bytes per image.
+    The features of each tar are kept in the folder `OUT.features` until then, 4 bytes each, so that a run that was
+    interrupted computes only those that are missing. Memory grows by 16 bytes per image.
 
     Args:
         shards: Folder or fsspec URL of tar shards, one tar, or a pattern of tars in one folder; each image has a label.
@@ -127,9 +126,9 @@ def fit_head(
     num_classes = _check_labels(train, names[0])
     for other in others:
         _check_labels(other, names[-1], num_classes)
-    strength, held_out = (
-        (config.strength, None) if config.strength else _choose(train, num_classes, reader.device, progress)
-    )
+    strength, held_out = config.strength, None
+    if strength is None:
+        strength, held_out = _choose(train, num_classes, reader.device, progress)
     rows = rows_of(train, reader.device)
     scaling = Scaling.of(rows)
     fitted = fit(rows, scaling, num_classes, strength)
@@ -141,12 +140,7 @@ def fit_head(
         strength=strength,
         held_out=held_out,
         val=score(rows_of(others[0], reader.device), head) if others else None,
-        unusable=tuple(
-            f"{tar.path}: key {key}: {why}"
-            for tars in (train, *others)
-            for tar in tars
-            for key, why in tar.unusable.items()
-        ),
+        unusable=tuple(line for tars in (train, *others) for tar in tars for line in tar.problems),
         notes=tuple(each for each in (note, fitted.note) if each),
     )
     write_head(out, head.weight, head.bias, _record(reader, config, report, names[0]))

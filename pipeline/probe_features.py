@@ -51,6 +51,11 @@ class TarFeatures:
     unusable: dict[str, str]
     """Key -> why the image has no features."""
 
+    @property
+    def problems(self) -> list[str]:
+        """A line for each image that has no features."""
+        return [f"{self.path}: key {key}: {why}" for key, why in self.unusable.items()]
+
 
 class FeatureReader:
     """Computes the features of tars, or reads those that an earlier run has left.
