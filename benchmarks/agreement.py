@@ -99,8 +99,8 @@ def against_float64(classifier: Classifier, images: Tensor, targets: Tensor, bat
             )
         return torch.cat(results).double().flatten(1), times
 
-    print("                                   rank correlation        time of a batch")
-    print("method                  precision  median     worst        of float32's")
+    print("                                            rank correlation        time of a batch")
+    print("method                          precision  median     worst        of float32's")
     for method, refusal in methods_of(classifier).items():
         if refusal:
             print(f"{method}: {refusal}")
@@ -113,7 +113,7 @@ def against_float64(classifier: Classifier, images: Tensor, targets: Tensor, bat
         for precision, (found, times) in rows.items():
             rank = spearman(found, exact)
             ratio = statistics.median(a / b for a, b in zip(times, base_times, strict=True))
-            print(f"{method:24s}{precision:10s}{rank.median():8.5f}  {rank.min():8.5f}{ratio:14.2f}", flush=True)
+            print(f"{method:32s}{precision:10s}{rank.median():8.5f}  {rank.min():8.5f}{ratio:14.2f}", flush=True)
 
 
 def main() -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from zpipe.pipeline.classifier import Classifier, Targets
-from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS, methods_of, refusal_of
+from zpipe.pipeline.methods import CLASS_BLIND, CLOSED_FORM, DEFAULT_METHOD, METHODS, methods_of, refusal_of
 from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
 from zpipe.pipeline.teacher import Teacher
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
+
+T = TypeVar("T")
 
 # FORWARD or FORWARD+SWEEP: the dtype of the model, and the arithmetic of the downward sweep where it is another.
 PRECISIONS: dict[str, tuple[torch.dtype, str]] = {
@@ -30,17 +32,18 @@ PRECISIONS: dict[str, tuple[torch.dtype, str]] = {
     "float32+tf32": (torch.float32, "tf32"),
     "bfloat16": (torch.bfloat16, "model"),
 }
+AUTO = "auto"  # a precision that `zpipe.pipeline.choose_precision` replaces by one of these
 NO_CLASS = -1  # the target of a method that depends on no class, and the label of an image that has none
 
 
-def precisions_of(method: str) -> list[str]:
-    """The names of `PRECISIONS` that a method has.
+def precisions_of(method: str, device: str = "cuda") -> list[str]:
+    """The names of `PRECISIONS` that a method has on a device.
 
-    Transformer attribution divides by numbers near zero, so its forward pass needs float32; no other method has a
+    Methods in closed form divide by numbers near zero, so their forward pass needs float32; no other method has a
     downward sweep.
     """
-    sweeps = method == DEFAULT_METHOD
-    return [name for name in PRECISIONS if (name != "bfloat16" if sweeps else "+" not in name)]
+    names = [name for name in PRECISIONS if (name != "bfloat16" if method in CLOSED_FORM else "+" not in name)]
+    return [name for name in names if device.startswith("cuda") or not name.endswith("+tf32")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +63,13 @@ class ExplainConfig:
     """Average each map with that of the mirrored image, mirrored back: then mirroring an image mirrors its map. Takes
     twice the time."""
     precision: str = "float32"
-    """Precision of the forward pass and of the downward sweep: a name of `PRECISIONS`."""
+    """Precision of the forward pass and of the downward sweep: a name of `PRECISIONS`; ``auto`` is for
+    `extract_teacher_maps`, which measures them."""
 
     def __post_init__(self) -> None:
         check_choice("--method", self.method, METHODS)
-        check_choice("--precision", self.precision, PRECISIONS)
-        if self.precision not in (known := precisions_of(self.method)):
+        check_choice("--precision", self.precision, (*PRECISIONS, AUTO))
+        if self.precision != AUTO and self.precision not in (known := precisions_of(self.method)):
             raise UsageError(f"--precision {self.precision}: {self.method} does not have it; choose {', '.join(known)}")
         kind, colon, number = self.target.partition(":")
         numbered = kind in ("class", "top") and colon and number.isascii() and number.isdecimal() and len(number) < 10
@@ -161,15 +165,29 @@ class Explainer:
             pixels: uint8 [n, H, W, 3], in the size of the teacher's input.
             labels: int64 [n]; used for the target ``ground-truth`` only.
         """
-        parts = list(self._parts(pixels, labels))
+        parts = list(self._parts(self._explain, pixels, labels))
         return Explained(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
-    def _parts(self, pixels: np.ndarray, labels: np.ndarray) -> Iterator[Explained]:
+    def maps_of(self, pixels: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Only the maps of a batch, for classes that are known.
+
+        Args:
+            pixels: uint8 or float32 [n, H, W, 3] in grey levels, 0 to 255, in the size of the teacher's input.
+            targets: int64 [n], the classes that the maps explain; `NO_CLASS` for methods without one.
+
+        Returns:
+            float32 [n, gh, gw]; raw.
+        """
+        return np.concatenate(list(self._parts(self._maps, pixels, targets)))
+
+    def _parts(
+        self, compute: Callable[[np.ndarray, np.ndarray], T], pixels: np.ndarray, labels: np.ndarray
+    ) -> Iterator[T]:
         start = 0
         while start < len(pixels):
             chosen = slice(start, start + self.batch_size)
             try:
-                yield self._explain(pixels[chosen], labels[chosen])
+                yield compute(pixels[chosen], labels[chosen])
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -189,21 +207,32 @@ class Explainer:
             torch.cuda.empty_cache()
 
     def _explain(self, pixels: np.ndarray, labels: np.ndarray) -> Explained:
-        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).to(self._mean.dtype) / 255.0
-        images = ((images - self._mean) / self._std).to(self._dtype)  # [n, 3, H, W]
+        images = self._normalised(pixels)
         attribution = self._attribute(images, self._targets(labels))
         targets = self._explained_classes(attribution.logits, labels)
-        maps = attribution.maps
-        if self.config.symmetrise:
-            # Both maps explain the same class, even if the teacher predicts another one for the mirrored image.
-            mirrored = self._attribute(images.flip(-1), targets.clamp(min=0)).maps.flip(-1)
-            maps = (maps + mirrored) / 2
+        # Both maps explain the same class, even if the teacher predicts another one for the mirrored image.
+        maps = self._symmetrised(attribution.maps, images, targets)
         # What leads to no class explains none: for methods that depend on the attention alone, the map may be finite.
         logits = attribution.logits.float()
         broken = ~logits.isfinite().all(dim=1).view(-1, *[1] * (maps.ndim - 1))
         maps = maps.float().masked_fill(broken, torch.nan)
         results = (maps, logits, targets.to(torch.int64), self._features(images))
         return Explained(*(result.cpu().numpy() for result in results))
+
+    def _maps(self, pixels: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        images, classes = self._normalised(pixels), torch.from_numpy(targets).to(self.device)
+        maps = self._attribute(images, classes.clamp(min=0)).maps
+        return self._symmetrised(maps, images, classes).float().cpu().numpy()
+
+    def _normalised(self, pixels: np.ndarray) -> Tensor:
+        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).to(self._mean.dtype) / 255.0
+        return ((images - self._mean) / self._std).to(self._dtype)  # [n, 3, H, W]
+
+    def _symmetrised(self, maps: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+        """The maps, or where it is asked for, their mean with those of the mirrored images."""
+        if not self.config.symmetrise:
+            return maps
+        return (maps + self._attribute(images.flip(-1), targets.clamp(min=0)).maps.flip(-1)) / 2
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:
@@ -214,7 +243,8 @@ class Explainer:
     def _attribute(self, images: Tensor, targets: Targets) -> Attribution:
         if self._sweep == "model":
             return METHODS[self.config.method](self._model, images, targets)
-        return attribute(self._model.model, images, targets, sweep=self._sweep)
+        split = CLOSED_FORM[self.config.method]
+        return attribute(self._model.model, images, targets, sweep=self._sweep, split=split)
 
     def _targets(self, labels: np.ndarray) -> Targets:
         if self.config.target == "predicted":

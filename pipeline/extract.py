@@ -12,14 +12,16 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from zpipe.pipeline.choose_precision import choose_precision, some_images
 from zpipe.pipeline.executor import Resources, run_local, run_ray
-from zpipe.pipeline.explainer import ExplainConfig, check_method
+from zpipe.pipeline.explainer import AUTO, ExplainConfig, check_method
 from zpipe.pipeline.shard_reader import FRAMES, open_shards
 from zpipe.pipeline.store_plan import (
     Audit,
     Plan,
     WantedStore,
     audit,
+    begun_with,
     claim_store,
     clear_unfinished,
     commit_manifest,
@@ -35,7 +37,7 @@ from zpipe.schemas.choices import check_choice
 from zpipe.schemas.classes import ClassNames, Matching, match_classes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.lease import Lease, held_lease
-from zpipe.schemas.manifest import Provenance
+from zpipe.schemas.manifest import Provenance, check_compatible
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_store import BY_NAME, OK
 from zpipe.schemas.storage import as_path, is_remote
@@ -90,6 +92,9 @@ class ExtractConfig:
     save: tuple[str, ...] = ()
     """What else to store in the same pass, in stores of their own inside the output folder: ``logits`` [classes],
     ``features`` [gh, gw, D]."""
+    stability: bool = False
+    """Measure how stable each map is, see `zpipe.pipeline.stability`, and store it in the column ``stability`` of the
+    index. Takes twice the time."""
     frame: str = "full"
     """``full``: the teacher sees the whole image, so that the map can serve any crop; ``center``: its evaluation
     view."""
@@ -210,21 +215,25 @@ def extract_teacher_maps(
     check_method(teacher, config.explain.method)
     classes = ClassNames(names=index.classes, where=str(shards))
     matched = match_labels(teacher, classes, config)
-    provenance = provenance_of(teacher, config, matched.numbers, index.label_field)
     store = WantedStore(
         root=out,
         source=shards,
         tars=tars,
-        provenance=provenance,
+        provenance=provenance_of(teacher, config, matched.numbers, index.label_field),
         classes=tuple(teacher.classes),
         label_field=index.label_field,
+        stability=config.stability,
     )
+    notes = [note for note in (teacher.note, matched.note) if note]
+    if config.explain.precision == AUTO:
+        store, note = _with_precision(store, teacher, config, progress)
+        config = replace(config, explain=replace(config.explain, precision=store.provenance.precision))
+        notes.append(note)
     stores = _stores(store, teacher, config)
     for each in stores.values():
         each.check_sizes()
     saved = {name: each.provenance.fingerprint() for name, each in stores.items() if name != MAPS}
     spec = replace(_worker_spec(store, teacher, config, device, matched.numbers), saved=saved)
-    notes = tuple(note for note in (teacher.note, matched.note) if note)
     if say is not None:
         for note in notes:
             say(note)
@@ -234,7 +243,7 @@ def extract_teacher_maps(
         clear_temporaries(out)
         report = _extract(stores, spec, config, lease, progress)
     top1 = None if matched.note else report.top1
-    return replace(report, notes=notes + report.notes, top1=top1, left_out=index.left_out)
+    return replace(report, notes=(*notes, *report.notes), top1=top1, left_out=index.left_out)
 
 
 def _stores(store: WantedStore, teacher: Teacher, config: ExtractConfig) -> dict[str, WantedStore]:
@@ -246,8 +255,36 @@ def _stores(store: WantedStore, teacher: Teacher, config: ExtractConfig) -> dict
             origin = replace(
                 store.provenance, method=name, target="none", symmetrised=False, kind=SAVED[name], shape=shapes[name]
             )
-            stores[name] = replace(store, root=store.root / name, provenance=origin)
+            stores[name] = replace(store, root=store.root / name, provenance=origin, stability=None)
     return stores | {MAPS: store}
+
+
+def _with_precision(
+    store: WantedStore, teacher: Teacher, config: ExtractConfig, progress: Progress
+) -> tuple[WantedStore, str]:
+    """Give the store the precision that it was begun with, wherever it is resumed, or else the measured one.
+
+    Returns the store, and a line that says which precision it is.
+    """
+    claim_store(store.root)  # before the measurement, which takes a minute
+    earlier = begun_with(store.root)
+    if earlier is not None:
+        resumed = replace(store, provenance=replace(store.provenance, precision=earlier.precision))
+        if not config.replace:
+            check_compatible(earlier, resumed.provenance, store.root)
+        if not config.replace or is_being_replaced(resumed):
+            return resumed, f"--precision auto: {earlier.precision}, with which {store.root} was begun"
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    if here == "cpu" and config.device != "cpu" and _is_elsewhere(config):
+        raise UsageError(
+            "--precision auto: measures where the command runs, and this machine has no CUDA device as the cluster may "
+            "have; name a precision, or give --device cpu"
+        )
+    device = here if config.device == "auto" else config.device
+    path, entry = store.tars[0]
+    images = some_images(path, entry, frame_of(teacher, config.frame))
+    chosen, note = choose_precision(teacher, config.explain, images, device=device, progress=progress)
+    return replace(store, provenance=replace(store.provenance, precision=chosen)), note
 
 
 def _extract(
@@ -388,6 +425,7 @@ def _worker_spec(
         classes=numbers,
         teacher_digest=teacher.digest,
         fingerprint=store.provenance.fingerprint(),
+        stability=config.stability,
         out=str(store.root if is_remote(store.root) else store.root.resolve()),
         explain=config.explain,
         frame=config.frame,
@@ -400,13 +438,16 @@ def _worker_spec(
 
 def _device(config: ExtractConfig) -> str:
     """The device of the workers, or `auto` where only Ray knows what the machines have."""
-    cluster = config.executor == "ray"
     if config.device == "auto":
-        return "auto" if cluster else "cuda" if torch.cuda.is_available() else "cpu"
-    remote = cluster and (config.address or os.environ.get("RAY_ADDRESS"))
-    if config.device.startswith("cuda") and not remote and not torch.cuda.is_available():
+        return "auto" if config.executor == "ray" else "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device.startswith("cuda") and not _is_elsewhere(config) and not torch.cuda.is_available():
         raise UsageError(f"--device {config.device}: torch sees no CUDA device here; use --device cpu")
     return config.device
+
+
+def _is_elsewhere(config: ExtractConfig) -> bool:
+    """Whether the workers run on a Ray cluster whose machines may be others than this one."""
+    return config.executor == "ray" and bool(config.address or os.environ.get("RAY_ADDRESS"))
 
 
 def _threads(config: ExtractConfig, shards: int) -> int:
@@ -421,7 +462,7 @@ def _threads(config: ExtractConfig, shards: int) -> int:
     if config.executor == "local":
         return cpus
     few = min(4, max(1, cpus // 2))
-    if config.address or os.environ.get("RAY_ADDRESS"):
+    if _is_elsewhere(config):
         return few  # how many CPUs the machines of a cluster have isn't known here
     # One worker takes a whole shard, so with fewer shards than workers the rest of the machine would be idle.
     return max(few, min(16, cpus // max(1, shards)))

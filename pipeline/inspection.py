@@ -20,7 +20,7 @@ from zpipe.schemas.images import DECODE_ERRORS, open_image, to_rgb
 from zpipe.schemas.manifest import EXTRACTION_NAME, MANIFEST_NAME, StoreManifest
 from zpipe.schemas.names import printable
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.schemas.relevance_store import OK, count_correct_labels
+from zpipe.schemas.relevance_store import OK, IndexFile, count_correct_labels, index_path
 from zpipe.schemas.sample import Sample
 from zpipe.schemas.shard_index import find_tar
 from zpipe.schemas.storage import as_path, file_sizes, folder_bytes
@@ -42,8 +42,10 @@ class StoreStatistics:
     """Quantiles of the decimal logarithm of the scale."""
     top10_mass: tuple[float, ...]
     """Quantiles of the mass in the top 10 % of cells, 0 to 1."""
+    stability: tuple[float, ...] | None
+    """Quantiles of the stability of a map, -1 to 1; None where it was not measured."""
     histograms: dict[str, Histogram]
-    """Histograms of these three, by name."""
+    """Histograms of these four, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,8 @@ def _histogram(values: np.ndarray, steps: int = 32) -> Histogram:
 def store_statistics(root: Path) -> StoreStatistics:
     """Compute the statistics of a store from its index, about 40 bytes per sample; the maps are not read."""
     maps = RelevanceMaps(root)
-    table = maps.table(["label", "target", "predicted", "entropy", "scale", "top10_mass", "status"])
+    more = ["stability"] if has_stability(maps) else []
+    table = maps.table(["label", "target", "predicted", "entropy", "scale", "top10_mass", "status", *more])
     usable = table["status"].to_numpy(zero_copy_only=False) == OK
     usable &= table["scale"].to_numpy() > 0  # an index may lie
     columns = {name: table[name].to_numpy() for name in ("entropy", "scale", "top10_mass")}
@@ -85,13 +88,23 @@ def store_statistics(root: Path) -> StoreStatistics:
         "log10_scale": np.log10(columns["scale"][usable]),
         "top10_mass": columns["top10_mass"][usable],
     }
+    measures |= {name: table[name].to_numpy()[usable] for name in more}
+    quantiles = {name: _quantiles(values) for name, values in measures.items()}
     return StoreStatistics(
         manifest=maps.manifest,
         size_bytes=_own_bytes(as_path(root)),
         teacher_top1=correct / labelled if labelled and maps.kind.is_relevance else None,
-        **{name: _quantiles(values) for name, values in measures.items()},
+        stability=quantiles.pop("stability", None),
+        **quantiles,
         histograms={name: _histogram(values) for name, values in measures.items()},
     )
+
+
+def has_stability(maps: RelevanceMaps) -> bool:
+    """Whether the store has the stability of its maps."""
+    # All shards are alike in this, see `store_plan`, so that the index of one is enough.
+    first = maps.manifest.shards[:1]
+    return any("stability" in IndexFile(index_path(maps.path, shard.stem)).columns for shard in first)
 
 
 def _own_bytes(root: Path) -> int:

@@ -30,8 +30,9 @@ from zpipe.pipeline.attention_recorder import AttentionRecorder
 class BalancedGradients(AttentionRecorder):
     """While it is active, autograd records the corrected backward pass.
 
-    What it does not know passes unchanged, and is right if it is linear in the activations, as ReLU is piecewise.
-    Weights that are factors of a product, as those of a LayerScale, are parameters themselves or need no gradient.
+    Functions without a rule keep their gradient. It is right where they are linear in the activations, or piecewise
+    linear through zero like ReLU. A weight that multiplies activations, such as that of a LayerScale, must be a
+    parameter or need no gradient, or else it counts as an activation.
     """
 
     def __init__(self) -> None:
@@ -108,6 +109,6 @@ RULES: dict[Any, Callable[..., Any]] = {
     F.normalize: _normalize,
     **dict.fromkeys((F.gelu, F.silu), _gate),
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.rsqrt, Tensor.rsqrt), _constant),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__), _product),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__imul__), _product),
     **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _quotient),
 }

@@ -1,13 +1,14 @@
 """The attribution methods that extraction knows by name, all with the interface of `Method`.
 
-    transformer-attribution   relevance times gradient, per class (Chefer et al., CVPR 2021; the ZoomViT paper's)
-    gradient-attention        attention times gradient, per class (Chefer et al., ICCV 2021, Eq. 5-6 for self-attention)
-    legrad                    the gradient of each block's own class score (Bousselham et al., ICCV 2025)
-    libragrad                 tokens times gradient of a complete backward pass (Mehri et al., CVPR 2025)
-    rollout                   attention alone, no class (Abnar and Zuidema, ACL 2020)
-    class-attention           what the head reads in the last block, no class (Caron et al., ICCV 2021)
+    transformer-attribution         relevance times gradient, per class (Chefer et al., CVPR 2021; the ZoomViT paper's)
+    transformer-attribution-stable  the same, but stable: residual connections split by magnitude (`relevance.py`)
+    gradient-attention              attention times gradient, per class (Chefer et al., ICCV 2021, Eq. 5-6)
+    legrad                          the gradient of each block's own class score (Bousselham et al., ICCV 2025)
+    libragrad                       tokens times gradient of a complete backward pass (Mehri et al., CVPR 2025)
+    rollout                         attention alone, no class (Abnar and Zuidema, ACL 2020)
+    class-attention                 what the head reads in the last block, no class (Caron et al., ICCV 2021)
 
-The last two depend on no class: they give the same map for every target. The first one explains the models that
+The last two depend on no class: they give the same map for every target. The first two explain the models that
 `check_supported` accepts, the others any `Classifier`: where the head reads the mean of the tokens or a pooling
 attention, that row takes the place of the class token's.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +39,12 @@ from zpipe.pipeline.supported import check_request, check_supported, resolve_tar
 Method = Callable[[nn.Module, Tensor, Targets], Attribution]
 
 
-def transformer_attribution(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
+def transformer_attribution(model: nn.Module, images: Tensor, targets: Targets, *, split: str = "sum") -> Attribution:
     """Compute `relevance.attribute` of the model in a `Classifier`. Autocast has no effect on it."""
     classifier = as_classifier(model)
     if reason := _closed_form_refusal(classifier):
         raise ValueError(reason)
-    return attribute(classifier.model, images, targets)
+    return attribute(classifier.model, images, targets, split=split)
 
 
 def gradient_attention(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
@@ -148,12 +150,15 @@ def class_attention(model: nn.Module, images: Tensor, targets: Targets) -> Attri
 
 METHODS: dict[str, Method] = {
     "transformer-attribution": transformer_attribution,
+    "transformer-attribution-stable": partial(transformer_attribution, split="magnitude"),
     "gradient-attention": gradient_attention,
     "legrad": legrad,
     "libragrad": libragrad,
     "rollout": rollout,
     "class-attention": class_attention,
 }
+# Methods in closed form, with a downward sweep that can have another precision: how each splits relevance.
+CLOSED_FORM = {"transformer-attribution": "sum", "transformer-attribution-stable": "magnitude"}
 DEFAULT_METHOD = "transformer-attribution"
 CLASS_BLIND = ("rollout", "class-attention")
 
@@ -161,12 +166,12 @@ CLASS_BLIND = ("rollout", "class-attention")
 def methods_of(classifier: Classifier) -> dict[str, str]:
     """Why each method cannot explain a classifier, "" where it can, in the order of `METHODS`."""
     unknown = _attention_refusal(classifier)
-    return {name: _closed_form_refusal(classifier) if name == DEFAULT_METHOD else unknown for name in METHODS}
+    return {name: _closed_form_refusal(classifier) if name in CLOSED_FORM else unknown for name in METHODS}
 
 
 def refusal_of(classifier: Classifier, method: str) -> str:
     """Why a method cannot explain a classifier; empty if it can."""
-    return _closed_form_refusal(classifier) if method == DEFAULT_METHOD else _attention_refusal(classifier)
+    return _closed_form_refusal(classifier) if method in CLOSED_FORM else _attention_refusal(classifier)
 
 
 @torch.no_grad()

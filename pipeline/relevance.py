@@ -20,6 +20,12 @@ Rules, with S = R / Z (see `guarded_divide`):
     clone        x (R_1 + R_2) / x, which differs from R_1 + R_2 where x is tiny, because of the guard
     softmax, GELU, LayerNorm, dropout, pooling of the class token: relevance passes unchanged
 
+The residual rule divides by a + b, which crosses zero in every image. Near it, R_a and R_b are huge and of opposite
+signs; they decide the two sums, whose signs decide the sign of all relevance below. So noise that nobody sees changes
+maps. `split="magnitude"` replaces that rule alone, and with it the maps are stable (docs/benchmarks.md):
+
+    residual     R_a = R |a| / (|a| + |b|), R_b = R |b| / (|a| + |b|)
+
 One recorded forward pass and one downward sweep, without autograd, for any batch size. No value of one image enters the
 map of another.
 
@@ -50,9 +56,10 @@ from zpipe.pipeline.recorded_forward import (
 )
 from zpipe.pipeline.supported import check_request, check_supported
 
-__all__ = ["SWEEPS", "Attribution", "attribute", "transformer_attribution"]
+__all__ = ["SPLITS", "SWEEPS", "Attribution", "attribute", "transformer_attribution"]
 
 SWEEPS = ("model", "float32", "tf32", "bfloat16")
+SPLITS = ("sum", "magnitude")
 GUARD = 1e-9  # added to every denominator whatever its sign, as in the public implementation
 
 
@@ -62,7 +69,9 @@ def transformer_attribution(model: VisionTransformer, images: Tensor, targets: T
 
 
 @torch.no_grad()
-def attribute(model: VisionTransformer, images: Tensor, targets: Targets, *, sweep: str = "model") -> Attribution:
+def attribute(
+    model: VisionTransformer, images: Tensor, targets: Targets, *, sweep: str = "model", split: str = "sum"
+) -> Attribution:
     """Compute relevance maps and logits, with one forward pass and one downward sweep for each target.
 
     Source: Chefer et al. 2021, Eq. 2-14; ZoomViT, Eq. 1-4.
@@ -77,6 +86,8 @@ def attribute(model: VisionTransformer, images: Tensor, targets: Targets, *, swe
             forward pass always has the precision of the model: its rounding errors are divided by numbers near zero,
             while those of the sweep do little. bfloat16 in the forward pass lowers the rank correlation with float64 to
             0.99 in the median and 0.7 at worst; in the sweep, to 0.9999 and 0.9997.
+        split: How a residual connection splits relevance, one of SPLITS: "sum" is the published rule; "magnitude"
+            gives each branch its share of |a| + |b|.
 
     Returns:
         Maps and logits. Register tokens take part in every rule, but they have no place in the image and are left out
@@ -84,24 +95,28 @@ def attribute(model: VisionTransformer, images: Tensor, targets: Targets, *, swe
 
     Raises:
         ValueError: The model is not supported, is in train mode, or mixes dtypes or devices; images have another shape,
-            dtype or device, or are not finite; targets have another shape or are outside the classes; the sweep is
-            unknown or not available on this device.
+            dtype or device, or are not finite; targets have another shape or are outside the classes; the sweep or the
+            split is unknown, or the sweep is not available on this device.
     """
     check_supported(model)
     check_request(as_classifier(model), images, targets)
     products = _products(sweep, images)
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
+    rule = residual_rule if split == "sum" else magnitude_rule
     # Autocast would silently compute the products, and so the divisions after them, in another dtype than the model's.
     with torch.autocast(images.device.type, enabled=False):
         recorded = record_forward(model, images, targets, images.dtype if sweep == "model" else torch.float32)
         count = recorded.targets.shape[1]
         with _tf32() if sweep == "tf32" else nullcontext():
-            rows = [_sweep(model, recorded, k, products, keep=k + 1 < count) for k in range(count)]
+            rows = [_sweep(model, recorded, k, products, rule, keep=k + 1 < count) for k in range(count)]
         return Attribution(recorded.as_maps(model, rows), recorded.logits)
 
 
 # ------------------------------------------------------------------------------------------------------ arithmetic
 
 Product = Callable[[Tensor, Tensor], Tensor]
+ResidualRule = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _products(sweep: str, images: Tensor) -> Product:
@@ -221,6 +236,19 @@ def residual_rule(a: Tensor, b: Tensor, total: Tensor, relevance: Tensor) -> tup
     return relevance_a, relevance_b
 
 
+def magnitude_rule(a: Tensor, b: Tensor, total: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
+    """Relevance of both branches of a residual connection, element by element in the ratio |a| : |b|.
+
+    No share is above 1, so that nothing grows without bound; the sum is conserved. Arguments and results are those of
+    `residual_rule`; both rules are alike where a and b have the same sign. For ResNets, Otsuki et al. (ECCV 2024)
+    compare ways to split relevance at skip connections.
+    """
+    magnitude = a.abs()
+    share = guarded_divide(magnitude, magnitude + b.abs())
+    relevance_a = share.mul_(relevance)
+    return relevance_a, relevance - relevance_a
+
+
 def clone_rule(x: Tensor, relevance: Tensor) -> Tensor:
     """Relevance of a value that is used more than once; `relevance` is the sum over its uses, in the shape of `x`."""
     return guarded_divide(relevance, x).mul_(x)
@@ -238,7 +266,9 @@ def _down(
 # ---------------------------------------------------------------------------------------------------------- sweep
 
 
-def _sweep(model: VisionTransformer, recorded: Recorded, k: int, matmul: Product, *, keep: bool) -> Tensor:
+def _sweep(
+    model: VisionTransformer, recorded: Recorded, k: int, matmul: Product, residual: ResidualRule, *, keep: bool
+) -> Tensor:
     """Sweep from the logit of the k-th target down to the attention of block 1.
 
     Returns the class token's row of C, [B, N]. The record of each block is freed after its use, unless `keep` is set
@@ -254,7 +284,9 @@ def _sweep(model: VisionTransformer, recorded: Recorded, k: int, matmul: Product
     for number in reversed(range(len(model.blocks))):
         block = model.blocks[number]
         record = recorded.blocks[number] if keep else recorded.blocks.pop()
-        grad, relevance, grad_context, relevance_context = _sweep_to_context(block, record, grad, relevance, matmul)
+        grad, relevance, grad_context, relevance_context = _sweep_to_context(
+            block, record, grad, relevance, matmul, residual
+        )
         attention = softmax(record.scores, block.attn.scale)  # [B, H, Q, N]
         s = guarded_divide(relevance_context, record.context)  # [B, H, Q, d]
         grad_attention = matmul(grad_context, record.v.mT)  # [B, H, Q, N]
@@ -283,7 +315,7 @@ def _sweep(model: VisionTransformer, recorded: Recorded, k: int, matmul: Product
 
 
 def _sweep_to_context(
-    block: Block, record: BlockRecord, grad: Tensor, relevance: Tensor, matmul: Product
+    block: Block, record: BlockRecord, grad: Tensor, relevance: Tensor, matmul: Product, residual: ResidualRule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sweep down through the MLP and the output projection of the attention.
 
@@ -291,7 +323,7 @@ def _sweep_to_context(
     residual connection, [B, Q, D], and those of the context A V, [B, H, Q, d].
     """
     heads, kind = block.attn.num_heads, gelu_kind(block.mlp.act)
-    skip, r = residual_rule(record.middle, record.mixed, record.out, relevance)
+    skip, r = residual(record.middle, record.mixed, record.out, relevance)
     g, r = _down(Linear.of(block.mlp.fc2, block.ls2), record.active, record.mixed, grad, r, matmul)  # [B, Q, F]
     g = torch.ops.aten.gelu_backward(g, record.hidden, approximate=kind)
     g, r = _down(Linear.of(block.mlp.fc1), record.norm2.out, record.hidden, g, r, matmul)  # [B, Q, D]
@@ -299,7 +331,7 @@ def _sweep_to_context(
     relevance = clone_rule(record.middle, r.add_(skip))
 
     live = record.x[:, : record.middle.shape[1]]
-    skip, r = residual_rule(live, record.attended, record.middle, relevance)
+    skip, r = residual(live, record.attended, record.middle, relevance)
     proj, context = Linear.of(block.attn.proj, block.ls1), join_heads(record.context)
     g, r = _down(proj, context, record.attended, grad, r, matmul)  # [B, Q, E]
     return grad, skip, split_heads(g, heads, 1)[0], split_heads(r, heads, 1)[0]

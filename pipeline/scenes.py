@@ -99,6 +99,8 @@ class SceneBatch:
     """int64 [B], the digit, 0 to 9."""
     boxes: np.ndarray
     """float32 [B, 4], the ink of the whole digit as x1, y1, x2, y2 in pixels; x2 and y2 are exclusive."""
+    masks: np.ndarray
+    """uint8 [B, H, W], 1 where the pen of the whole digit shows more than the ground, else 0."""
 
 
 def make_scenes(count: int, *, split: str, seed: int, config: SceneConfig | None = None) -> Iterator[SceneBatch]:
@@ -129,7 +131,7 @@ def _batches(count: int, source: _Source, split: str, seed: int, config: SceneCo
         rng = np.random.default_rng([seed, int(split == "val"), index])
         batch = _draw(rng, source, config)
         keep = min(_BATCH, count - start)
-        yield SceneBatch(images=batch.images[:keep], labels=batch.labels[:keep], boxes=batch.boxes[:keep])
+        yield SceneBatch(**{name: values[:keep] for name, values in vars(batch).items()})
 
 
 class _Source(NamedTuple):
@@ -203,7 +205,10 @@ def _draw(rng: np.random.Generator, source: _Source, config: SceneConfig) -> Sce
     glyph = np.array([source.by_label[y][int(p * len(source.by_label[y]))] for y, p in zip(labels, picks, strict=True)])
     digit_size = _uniform(rng, config.digit_size, _BATCH)
     corner = (rng.random((_BATCH, 2)) * (size - digit_size + 1)[:, None]).astype(np.int64)  # x, y
-    _stamp(canvas, _enlarge(source.glyphs[glyph], digit_size), corner, _pens(rng, config))
+    digit = _enlarge(source.glyphs[glyph], digit_size)
+    _stamp(canvas, digit, corner, _pens(rng, config))
+    inked = np.zeros((*canvas.shape[:3], 1), np.float32)
+    _stamp(inked, digit, corner, np.ones((_BATCH, 1), np.float32))
 
     # The whole glyph and a margin of one pixel are kept free: a piece that touches the digit would change it.
     taken = [np.concatenate([corner - 1, corner + digit_size[:, None] + 1], axis=1)]
@@ -221,7 +226,8 @@ def _draw(rng: np.random.Generator, source: _Source, config: SceneConfig) -> Sce
     # Sprites are padded to the largest size, so the canvas has a margin on the right and at the bottom.
     images = np.clip(np.rint(canvas[:, :size, :size]), 0, 255).astype(np.uint8)
     boxes = np.tile(corner, 2) + source.extents[glyph] * digit_size[:, None]
-    return SceneBatch(images=images, labels=labels.astype(np.int64), boxes=boxes.astype(np.float32))
+    masks = (inked[:, :size, :size, 0] > 0.5).astype(np.uint8)
+    return SceneBatch(images=images, labels=labels.astype(np.int64), boxes=boxes.astype(np.float32), masks=masks)
 
 
 def _uniform(rng: np.random.Generator, bounds: tuple[int, int], count: int) -> np.ndarray:
@@ -267,7 +273,7 @@ def _enlarge(sprites: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 def _stamp(canvas: np.ndarray, sprites: np.ndarray, corners: np.ndarray, pens: np.ndarray) -> None:
-    """Paint ink [B, P, P] (0 to 1) in the colours `pens` [B, 3] at the x, y of `corners` [B, 2], in place."""
+    """Paint ink [B, P, P] (0 to 1) in the colours `pens` [B, channels] at the x, y of `corners` [B, 2], in place."""
     reach = np.arange(sprites.shape[1])
     scene = np.arange(len(sprites))[:, None, None]
     rows = (corners[:, 1:] + reach)[:, :, None]

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 import numpy as np
 from PIL import Image
 
-from zpipe.pipeline.scenes import SPLITS, SceneConfig, make_scenes
+from zpipe.pipeline.scenes import SPLITS, SceneBatch, SceneConfig, make_scenes
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.image_formats import SUFFIX_OF_FORMAT
@@ -119,20 +119,31 @@ class SceneSource:
 
     def records(self, part: int) -> Iterator[Record]:
         """See `Source`."""
-        first = part * self.shard_size
-        count = min(self.shard_size, self.count - first)
-        seed = int(np.random.SeedSequence([self.seed, part]).generate_state(1)[0])
-        number = first
-        for batch in make_scenes(count, split=self.split, seed=seed, config=self.config):
+        number = part * self.shard_size
+        for batch in self._batches(part):
             for image, label, box in zip(batch.images, batch.labels, batch.boxes, strict=True):
                 buffer = io.BytesIO()
                 Image.fromarray(image).save(buffer, "JPEG", quality=self.JPEG_QUALITY)
                 height, width = image.shape[:2]
                 meta = {"width": width, "height": height, "source": "scenes", "box": [float(edge) for edge in box]}
-                yield Record(
-                    key=f"{self.split}_{number:07d}", suffix="jpg", image=buffer.getvalue(), label=int(label), meta=meta
-                )
+                yield Record(key=self._key(number), suffix="jpg", image=buffer.getvalue(), label=int(label), meta=meta)
                 number += 1
+
+    def write_masks(self, folder: Path) -> None:
+        """Write the mask of each digit to FOLDER/KEY.png: 1 for its pixels, else 0."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in range(self.parts()):
+            masks = (mask for batch in self._batches(part) for mask in batch.masks)
+            for number, mask in enumerate(masks, start=part * self.shard_size):
+                Image.fromarray(mask).save(folder / f"{self._key(number)}.png")
+
+    def _batches(self, part: int) -> Iterator[SceneBatch]:
+        count = min(self.shard_size, self.count - part * self.shard_size)
+        seed = int(np.random.SeedSequence([self.seed, part]).generate_state(1)[0])
+        return make_scenes(count, split=self.split, seed=seed, config=self.config)
+
+    def _key(self, number: int) -> str:
+        return f"{self.split}_{number:07d}"
 
 
 class NumberedSource(ABC):

@@ -91,6 +91,8 @@ class WantedStore:
     """Names of the teacher's classes, where they are known."""
     label_field: str | None = None
     """Where the labels of the tars are, if their index says it; see `zpipe.schemas.sample.group_samples`."""
+    stability: bool | None = None
+    """Whether its indexes shall have the column `stability`; None if either is right."""
 
     @property
     def entries(self) -> list[ShardEntry]:
@@ -156,6 +158,12 @@ def claim_store(root: Path) -> None:
     lost = not (root / EXTRACTION_NAME).exists() and _is_store(root)
     claim_folder(root, MANIFEST_NAME if lost else EXTRACTION_NAME, "relevance store", lease=LEASE_NAME)
     refuse_links(root, ("maps", "index"), "relevance store")
+
+
+def begun_with(root: Path) -> Provenance | None:
+    """The provenance that the store at `root` was begun with; None if there is none."""
+    earlier, manifest = read_extraction(root), _earlier_manifest(root)
+    return manifest.provenance if earlier is None and manifest is not None else earlier
 
 
 def _is_store(root: Path) -> bool:
@@ -226,8 +234,10 @@ def is_being_replaced(store: WantedStore) -> bool:
 
 
 def _replacement(store: WantedStore) -> str:
-    """Digest of what replaces a store: provenance and tars."""
+    """Digest of what replaces a store: provenance, whether stability is measured, and tars."""
     replacement = hashlib.sha256(store.provenance.fingerprint().encode())
+    if store.stability:
+        replacement.update(b"\nstability")
     for entry in store.entries:
         replacement.update(f"\n{entry.stem} {entry.sha256}".encode())
     return replacement.hexdigest()
@@ -297,6 +307,7 @@ def _inspected(
         if replacing and (file.seal.input_sha256, file.seal.fingerprint) != (entry.sha256, fingerprint):
             return None
         _check_index(file, entry, fingerprint, known, path)
+        _check_stability(store, file)
         if known is None:
             _check_content(store, entry, file)
     except DamageError as error:
@@ -304,6 +315,16 @@ def _inspected(
             raise
         return error
     return file.sha256
+
+
+def _check_stability(store: WantedStore, file: IndexFile) -> None:
+    """Check that a finished shard has the column `stability` if this run gives it to others, so that all are alike."""
+    has = "stability" in file.columns
+    if store.stability not in (None, has):
+        raise ZpipeError(
+            f"{store.root}: made {'with' if has else 'without'} --stability; resume {'with' if has else 'without'} it, "
+            "give another --out folder, or --replace to start over"
+        )
 
 
 def _check_content(store: WantedStore, entry: ShardEntry, file: IndexFile) -> None:

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -22,10 +23,11 @@ from zpipe.pipeline.heads import other_head
 from zpipe.pipeline.shard_reader import PIL_FILTERS
 from zpipe.pipeline.teacher_spec import TORCHVISION, TRANSFORMERS, TeacherFiles, TeacherSpec, find_files
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
+from zpipe.schemas.manifest import Provenance
 from zpipe.schemas.model_config import CONFIG_NAME, read_class_names
 from zpipe.schemas.weights import fit_names, no_floats, not_finite, prefix_note, read_weights
 
-__all__ = ["DEFAULT_NAME", "Teacher", "TeacherSpec", "load_teacher", "state_digest"]
+__all__ = ["DEFAULT_NAME", "Teacher", "TeacherSpec", "load_teacher", "load_teacher_of", "state_digest"]
 
 DEFAULT_NAME = "deit_base_patch16_224"
 PREPARATION = ("mean", "std", "interpolation", "crop_pct")
@@ -110,6 +112,38 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu", needs
         note="; ".join(each for each in (note, other.note) if each),
         **prepared,
     )
+
+
+def load_teacher_of(
+    store: Path | str, origin: Provenance, *, weights: str | None = None, device: str | torch.device = "cpu"
+) -> Teacher:
+    """Load the teacher that made the maps of a store.
+
+    Args:
+        store: The store, for messages.
+        origin: What its maps were made with.
+        weights: Where the weights are now; None if they are where they were.
+        device: Where the model shall be.
+
+    Raises:
+        UsageError: The store was made without a teacher, or its weights are gone.
+        ZpipeError: Other weights lie in their place, or they cannot be loaded.
+    """
+    if not origin.teacher:
+        raise UsageError(f"{store}: holds no maps of a teacher; give a store that does")
+    spec = TeacherSpec.of(origin, weights)
+    for file in (spec.path, spec.head, spec.class_embeddings):
+        if file is not None and not Path(file).exists():
+            raise UsageError(
+                f"{store}: {file} of its teacher is gone; put it back, or give --weights for other weights"
+            )
+    teacher = load_teacher(spec, device=device)
+    if teacher.digest != origin.teacher_digest:
+        raise ZpipeError(
+            f"{spec.weights}: holds other weights (digest {teacher.digest[:12]}) than those that {store} was made with "
+            f"({origin.teacher_digest[:12]}); put these back, or say where they are with --weights"
+        )
+    return teacher
 
 
 class _Built(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import timm
@@ -15,6 +15,7 @@ from zpipe.pipeline.classifier import OWN_HEADS
 from zpipe.pipeline.shard_reader import PIL_FILTERS
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.manifest import Provenance
 from zpipe.schemas.model_config import (
     CONFIG_NAME,
     EPOCHS_NAME,
@@ -118,6 +119,30 @@ class TeacherSpec:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} {value}: {str(error).split(' - at ')[0].replace('`', '')}") from error
             object.__setattr__(self, name, getattr(checked, name))
+
+    @classmethod
+    def of(cls, origin: Provenance, weights: str | None = None) -> TeacherSpec:
+        """The teacher of a store.
+
+        Args:
+            origin: What its maps were made with.
+            weights: Where the weights are now; None if they are where they were.
+        """
+        other_head = origin.head or origin.class_embeddings  # whose classes these are
+        return cls(
+            name=origin.teacher,
+            weights=weights or origin.weights,
+            num_classes=None if other_head else origin.num_classes,
+            model_args=origin.teacher_args,
+            seed=origin.seed or 0,
+            mean=cast(tuple[float, float, float], origin.mean),
+            std=cast(tuple[float, float, float], origin.std),
+            interpolation=origin.interpolation,
+            crop_pct=origin.crop_pct if origin.frame == "center" else None,
+            head=origin.head or None,
+            class_embeddings=origin.class_embeddings or None,
+            resize_positions=origin.positions_resized,
+        )
 
     @property
     def path(self) -> Path | None:

@@ -170,6 +170,7 @@ def _contradictions(table: pa.Table, stored: np.ndarray, origin: Provenance) -> 
         "target probability {target_probability:g} is above the predicted class's": probable[1] > probable[0] + 1e-6,
         "entropy {entropy:g} is not that of its map": measured & ~_near(values["entropy"], entropy, ENTROPY_SLACK),
         "top10_mass {top10_mass:g} is not that of its map": measured & ~_near(values["top10_mass"], mass, MASS_SLACK),
+        "stability {stability:g} is impossible": _odd_stability(values, usable),
         "its size of {width} x {height} pixels is impossible": (sizes <= 0).any(axis=0) & seen,
         "its frame does not lie in the image": seen & (sizes > 0).all(axis=0) & ~inside,
     }
@@ -195,6 +196,14 @@ def _impossible(probability: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Where a probability is not in [0, 1], or not NaN where no class is known."""
     possible = (probability >= 0) & (probability <= 1 + 1e-6)
     return np.where(known, ~possible, ~np.isnan(probability))
+
+
+def _odd_stability(values: Mapping[str, np.ndarray], usable: np.ndarray) -> np.ndarray:
+    """Where a stability is outside -1 to 1, or not NaN though there is no usable map."""
+    if "stability" not in values:
+        return np.zeros(len(usable), bool)
+    stability = values["stability"]
+    return ~np.isnan(stability) & ~(usable & (np.abs(stability) <= 1))
 
 
 def _near(said: np.ndarray, found: np.ndarray, slack: float) -> np.ndarray:

@@ -26,6 +26,7 @@ from zpipe.pipeline.explainer import (
     bytes_per_image,
 )
 from zpipe.pipeline.shard_reader import Frame, FramedImage, framed_batches, read_samples
+from zpipe.pipeline.stability import add_noise, stability
 from zpipe.pipeline.teacher import Teacher, TeacherSpec, load_teacher
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.relevance_store import (
@@ -70,6 +71,8 @@ class WorkerSpec:
     """Device of the teacher; `auto` until an executor has resolved it."""
     classes: tuple[int, ...] | None = None
     """The teacher's class for each label, -1 for none; None if labels are its numbers."""
+    stability: bool = False
+    """Whether to measure the stability of each map, by a second one."""
     saved: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints of the stores that are filled beside the maps, by their names in `SAVED`."""
 
@@ -155,6 +158,7 @@ class ShardWorker:
     def _process(self, task: ShardTask) -> ShardReport:
         path, count = as_path(task.path), task.entry.count
         columns: dict[str, list[Any]] = {name: [] for name in index_schema(MORE_COLUMNS.names).names}
+        measure = self.spec.stability and MAPS in task.stores
         tensors = {name: _Tensors(self._kind(name)) for name in task.stores}
         problems: dict[str, str] = {}
         first_notes, self._notes = self._notes, []
@@ -169,6 +173,8 @@ class ShardWorker:
                 if item.problem:
                     problems[item.key] = item.problem
                 _append_row(columns, item, logit, np.atleast_1d(target))
+            if measure:
+                columns["stability"] += self._stability(batch, explained).tolist()
             for name, part in tensors.items():
                 part.add(batch, explained.logits, getattr(explained, name or "maps"))
         if len(columns["key"]) != count:
@@ -192,6 +198,8 @@ class ShardWorker:
         values: dict[str, Any] = {**columns, **tensors.columns()}
         if name != MAPS:  # logits and features explain no class
             values |= {"target": [NO_CLASS] * entry.count, "target_probability": [np.nan] * entry.count}
+        if name != MAPS or not self.spec.stability:
+            del values["stability"]
         if tensors.kind.axes != "khw":
             del values["targets"]
         index = pa.table({each.name: pa.array(values[each.name], each.type) for each in index_schema(values)})
@@ -228,6 +236,19 @@ class ShardWorker:
             labels = np.array([truth[i] for i in rows], np.int64)
             maps[rows], logits[rows], targets[rows], features[rows] = self._explainer(pixels, labels)
         return Explained(maps, logits, targets, features)
+
+    def _stability(self, batch: list[FramedImage], explained: Explained) -> np.ndarray:
+        """The stability of the maps, of several the first one: float64 [n], NaN where there is no usable map."""
+        first = explained.maps if self.spec.explain.top_classes is None else explained.maps[:, 0]
+        targets = explained.targets if explained.targets.ndim == 1 else explained.targets[:, 0]
+        values = np.full(len(batch), np.nan)
+        usable = np.isfinite(first).all(axis=(1, 2)) & np.isfinite(explained.logits).all(axis=1)
+        if len(rows := np.flatnonzero(usable)):
+            chosen = [batch[row] for row in rows]
+            pixels = np.stack([item.pixels for item in chosen if item.pixels is not None])  # uint8 [n, H, W, 3]
+            noisy = self._explainer.maps_of(add_noise(pixels, [item.key for item in chosen]), targets[rows])
+            values[rows] = stability(first[rows], noisy)
+        return values
 
     def _class_of(self, item: FramedImage, path: Path) -> int:
         """The teacher's class of an image's label; `NO_CLASS` where maps do not explain the label."""

@@ -53,7 +53,7 @@ Mean = Annotated[float, msgspec.Meta(ge=-10, le=10)]
 Std = Annotated[float, msgspec.Meta(ge=1e-4, le=10)]
 Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
 CropPct = Annotated[float, msgspec.Meta(ge=0.01, le=1)]
-Classes = Annotated[int, msgspec.Meta(ge=1, le=MAX_CLASSES)]
+Classes = Annotated[int, msgspec.Meta(ge=0, le=MAX_CLASSES)]  # 0: an encoder without a head
 Name = Annotated[str, msgspec.Meta(max_length=1000)]
 # By number, or by the number as text, as timm writes it where numbers are left out.
 ClassLabels = list[Name] | dict[str, Name]
@@ -88,7 +88,7 @@ class ModelConfig:
     model_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of its constructor, as JSON values."""
     num_classes: Classes | None = None
-    """Number of classes; None if nothing says it."""
+    """Number of classes, 0 for an encoder alone; None if nothing says it."""
     pretrained_cfg: PretrainedConfig = field(default_factory=PretrainedConfig)
     """How images are prepared."""
     label_names: ClassLabels | None = None
@@ -103,7 +103,7 @@ class ModelConfig:
             if any(abs(number) > limit for number in _numbers(value)):
                 raise ValueError(f"model_args.{key} is beyond {limit}")
         count = self.model_args.get("num_classes", 1)
-        if type(count) is not int or count < 1:
+        if type(count) is not int or count < 0:
             raise ValueError(f"model_args.num_classes is {str(count)[:40]!r}, no number of classes")
 
     @property

@@ -70,15 +70,20 @@ INDEX_SCHEMA = pa.schema(
         pa.field("status", pa.string(), nullable=False),
     ]
 )
-# Columns that an index may have besides: the digest of the original image, which no earlier version wrote, and the
-# classes of a sample's class maps, of which `target` is the first.
+# Columns that an index may have besides: the digest of the original image, which no earlier version wrote; the classes
+# of a sample's class maps, of which `target` is the first; and the stability of its map, where it was measured.
 MORE_COLUMNS = pa.schema(
     [
         pa.field("image_digest", pa.binary(DIGEST_BYTES), nullable=False),
         pa.field("targets", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
+        pa.field("stability", pa.float32(), nullable=False),
     ]
 )
-
+# What to do where a store was written without one of them.
+ABSENT = {
+    "image_digest": "has no digests of the images; add them: zpipe maps digest STORE SHARDS",
+    "stability": "has no stability of the maps; extract them with --stability",
+}
 
 TEXTS = [field.name for field in INDEX_SCHEMA if pa.types.is_string(field.type)]
 
@@ -314,8 +319,9 @@ class IndexFile:
         if unknown := [name for name in names if name not in schema.names]:
             known = ", ".join(index_schema(MORE_COLUMNS.names).names)
             raise UsageError(f"{self.path}: no column {unknown[0]!r}; the columns of an index are {known}")
-        if "image_digest" in names and "image_digest" not in self._schema.names:
-            raise UsageError(f"{self.path}: has no digests of the images; add them: zpipe maps digest STORE SHARDS")
+        for name in names:
+            if name in ABSENT and name not in self._schema.names:
+                raise UsageError(f"{self.path}: {ABSENT[name]}")
         try:
             self._check_description(self._about, [schema.field(name) for name in names])
             # One thread, because callers read many shards in parallel.

@@ -42,14 +42,32 @@ class Sample:
     @property
     def box(self) -> tuple[float, float, float, float] | None:
         """The object's box in pixels, x1 < x2 and y1 < y2; None if `box` of the .json is absent or of another form."""
-        box = self.meta.get("box")
-        if not isinstance(box, list) or len(box) != 4:
-            return None
-        if not all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in box):
-            return None
-        x1, y1, x2, y2 = box
-        bounded = all(abs(edge) < 2**53 for edge in box)  # NaN is not
-        return (x1, y1, x2, y2) if bounded and x1 < x2 and y1 < y2 else None
+        return _box(self.meta.get("box"))
+
+    @property
+    def boxes(self) -> list[tuple[float, float, float, float]]:
+        """The boxes of the objects of the image's class, in pixels as `box`.
+
+        They are those in `boxes` of the .json whose entry in `box_labels` is the label, or all where it has no
+        `box_labels`; of a .json without `boxes`, its `box`. Those of another form are left out.
+        """
+        boxes, labels = self.meta.get("boxes"), self.meta.get("box_labels")
+        if not isinstance(boxes, list):
+            boxes, labels = [self.meta.get("box")], None
+        own = labels if isinstance(labels, list) and len(labels) == len(boxes) else [self.label] * len(boxes)
+        found = (_box(box) for box, label in zip(boxes, own, strict=True) if label == self.label)
+        return [box for box in found if box is not None]
+
+
+def _box(box: object) -> tuple[float, float, float, float] | None:
+    """A box of a .json if it is one with an area; else None."""
+    if not isinstance(box, list) or len(box) != 4:
+        return None
+    if not all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in box):
+        return None
+    x1, y1, x2, y2 = box
+    bounded = all(abs(edge) < 2**53 for edge in box)  # NaN is not
+    return (x1, y1, x2, y2) if bounded and x1 < x2 and y1 < y2 else None
 
 
 def check_label_field(name: str | None) -> None:

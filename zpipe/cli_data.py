@@ -88,6 +88,14 @@ def make_shards_command(
             "Repeatable.",
         ),
     ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            parser=local_path,
+            metavar="FOLDER",
+            help="(embedded scenes only) Also write the mask of each digit, KEY.png, for `zpipe maps judge --masks`.",
+        ),
+    ] = None,
     no_check: Annotated[
         bool,
         typer.Option(
@@ -121,6 +129,7 @@ def make_shards_command(
     with reporting() as progress:
         from zpipe.pipeline.make_shards import index_shards, make_shards
         from zpipe.pipeline.open_source import SourceConfig, open_source
+        from zpipe.pipeline.sources import SceneSource
 
         config = SourceConfig(
             shard_size=shard_size,
@@ -151,7 +160,12 @@ def make_shards_command(
         if output is None:
             raise UsageError("give an output folder: zpipe make-shards SOURCE OUTPUT")
         output = as_local(output)
-        report = make_shards(open_source(source, config, warn), output, progress=progress)
+        opened = open_source(source, config, warn)
+        if masks is not None:
+            if not isinstance(opened, SceneSource):
+                raise UsageError(f"--masks {masks}: only the embedded scenes have masks; leave it out")
+            opened.write_masks(masks)
+        report = make_shards(opened, output, progress=progress)
         tell(
             f"{output}: {report.count} images in {_counted(report.shards, 'shard')} ({report.written} written now), "
             f"{_counted(report.classes, 'class')}; {report.account}"
@@ -236,7 +250,8 @@ def extract_command(
     method: Annotated[
         str,
         typer.Option(
-            help="transformer-attribution, gradient-attention, legrad, libragrad, rollout or class-attention."
+            help="transformer-attribution, transformer-attribution-stable, gradient-attention, legrad, libragrad, "
+            "rollout or class-attention."
         ),
     ] = "transformer-attribution",
     target: Annotated[
@@ -260,11 +275,20 @@ def extract_command(
     symmetrise: Annotated[
         bool, typer.Option("--symmetrise", help="Average with the map of the mirrored image; takes twice the time.")
     ] = False,
+    stability: Annotated[
+        bool,
+        typer.Option(
+            "--stability",
+            help="Measure how stable each map is: its rank correlation with the map of the image plus noise of a "
+            "quarter of a grey level. Takes twice the time.",
+        ),
+    ] = False,
     precision: Annotated[
         str,
         typer.Option(
             help="float32 or float64; for transformer-attribution also FORWARD+SWEEP: float64+float32 (almost exact), "
-            "float64+bfloat16, float32+bfloat16, float32+tf32; for the other methods also bfloat16."
+            "float64+bfloat16, float32+bfloat16, float32+tf32; for the other methods also bfloat16; or auto: the "
+            "cheapest one whose errors are smaller than what noise of a quarter of a grey level makes of the maps."
         ),
     ] = "float32",
     executor: Annotated[
@@ -317,6 +341,7 @@ def extract_command(
             resize_positions=resize_positions,
             classes=cast(Matching, classes),
             explain=ExplainConfig(method=method, target=target, symmetrise=symmetrise, precision=precision),
+            stability=stability,
             save=tuple(name.strip() for name in save.split(",") if name.strip()),
             frame=frame,
             executor=cast(Executor, executor),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.table import Table
 
-from zpipe.cli_options import BatchSize, Classes, Damaged, Device, Join, Store
+from zpipe.cli_options import BatchSize, Classes, Damaged, Device, Join, LoadingProcesses, Store
 from zpipe.cli_results import conclude
 from zpipe.console import local_path, path_or_url, print_rows, print_table, reporting, tell, warn
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -45,9 +47,8 @@ def maps_info(store: Store) -> None:
         if statistics.teacher_top1 is not None:
             table.add_row("teacher's top-1", f"{statistics.teacher_top1:.1%} on these labels")
         table.add_row("quantiles", "5 %, 25 %, 50 %, 75 %, 95 %")
-        for name in ("entropy", "log10_scale", "top10_mass"):
+        for name, histogram in statistics.histograms.items():
             table.add_row(name, ", ".join(f"{value:.3g}" for value in getattr(statistics, name)))
-            histogram = statistics.histograms[name]
             table.add_row("", f"{histogram.low:.3g} {histogram.bars()} {histogram.high:.3g}")
         table.add_row("made from", statistics.manifest.source)
         print_table(table)
@@ -226,18 +227,42 @@ def maps_pull(
         tell(f"{store}: {pulled.manifest.count} {what}{inner} in {shards}")
 
 
-@maps_app.command("judge", short_help="Test how faithful maps are to a model.")
+@maps_app.command("judge", short_help="Test how good the maps of one or several stores are.")
 def maps_judge(
-    store: Store,
-    shards: Annotated[Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="The shards it was made from.")],
+    stores: Annotated[
+        list[Path],
+        typer.Argument(parser=path_or_url, metavar="STORE", help="Relevance store; or several of the same images."),
+    ],
+    shards: Annotated[Path, typer.Argument(parser=path_or_url, metavar="SHARDS", help="The shards of these images.")],
     model: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             parser=local_path,
             metavar="RUN",
-            help="Finished train-vit run of the classifier that the maps are tested on.",
+            help="Finished train-vit run of the classifier that the maps are tested on; default: the teacher that made "
+            "them.",
         ),
-    ],
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="The teacher's weights, if they are no longer where the store says.")
+    ] = None,
+    stability: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Images whose stability to measure, for stores that were extracted without --stability; 0 for none. "
+            "Default: 200, if the teacher can be loaded.",
+        ),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path_or_url,
+            metavar="PATH|URL",
+            help="Folder of masks, KEY.png in the size of the image: 0 is background, 255 is ignored, all else is the "
+            "object; or those of ImageNet-S.",
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Points per curve.")] = 10,
     baseline: Annotated[str, typer.Option(help="What replaces a removed cell: blur or mean.")] = "blur",
     limit: Annotated[int, typer.Option(min=1, help="Most images to use.")] = 5_000,
@@ -245,37 +270,80 @@ def maps_judge(
     damaged: Damaged = "error",
     join: Join = "tar",
     batch_size: BatchSize = 64,
+    data_workers: LoadingProcesses = 0,
     device: Device = "auto",
     json_path: Annotated[
         Path | None,
-        typer.Option("--json", parser=path_or_url, metavar="PATH|URL", help="Also write the rows to this file."),
+        typer.Option("--json", parser=path_or_url, metavar="PATH|URL", help="Also write the results to this file."),
     ] = None,
 ) -> None:
-    """Test how faithful maps are to a model.
+    """Test how good the maps of one or several stores are, beside two controls, with 95 % intervals.
 
-    Prints deletion (lower is better) and insertion curves, the pointing game, and two controls.
+    Deletion (lower is better), insertion, the area between them (ABPC) and SaCo say how faithful maps are to a model;
+    with boxes or masks of the objects, the pointing game, MaxBoxAcc and segmentation say how well they find them.
     """
     with reporting() as progress:
+        from zpipe import open_maps
+        from zpipe.judging import stability_of, teacher_of
         from zpipe.train.data.join import Damaged as DamagedChoice
         from zpipe.train.data.map_stores import Join as JoinChoice
-        from zpipe.train.evaluation.judge import Baseline, JudgeConfig, judge
+        from zpipe.train.evaluation.faithfulness import Baseline
+        from zpipe.train.evaluation.judge import JudgeConfig, judge, open_classifier
         from zpipe.train.evaluation.results import check_results_file
 
         config = JudgeConfig(
             steps=steps,
             baseline=cast(Baseline, baseline),
             limit=limit,
+            masks=masks,
             classes=classes,
             damaged=cast(DamagedChoice, damaged),
             join=cast(JoinChoice, join),
             batch_size=batch_size,
+            data_workers=data_workers,
             device=device,
         )
         if json_path is not None:
             check_results_file(json_path)
-        content = judge(model, shards, store, config, progress=progress)
-    print_rows(content["rows"], title=str(store))
+        opened = [open_maps(store) for store in stores]
+        judged_on = open_classifier(model, device) if model else teacher_of(opened, weights=weights, device=device)
+        stable: Mapping[str, Mapping[str, float]] = {}
+        if join == "tar":
+            find = partial(stability_of, opened, shards, weights=weights, device=device, progress=progress)
+            try:
+                stable = find(limit=200 if stability is None else stability)
+            except ZpipeError as error:
+                if stability is not None:
+                    raise
+                warn(f"note: stability is not measured: {error}")
+        elif stability:
+            raise UsageError(
+                "--stability: the maps are computed anew from the store's own tars; leave out --join image"
+            )
+        content = judge(judged_on, shards, opened, config, stability=stable, progress=progress)
+    rows = content["rows"]
+    _print_judged(rows, f"{rows[0]['count']} images of {shards}, baseline {baseline}, {steps} steps")
+    if content["masks_left_out"]:
+        tell(content["masks_left_out"])
     conclude(content, json_path)
+
+
+def _print_judged(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Print a line per metric and a column per row, with intervals; then the differences to the first row."""
+    metrics = list(dict.fromkeys(name for row in rows for name in row if f"{name}_low" in row))
+    values = [{m: [row[m + end] for end in ("", "_low", "_high")] for m in metrics if m in row} for row in rows]
+    differences = [row["difference"] for row in rows[1:]]
+    parts = [(title, rows, values), (f"Difference to {rows[0]['setting']}", rows[1:], differences)]
+    for heading, members, columns in parts:
+        table = Table(title=heading, title_justify="left")
+        table.add_column("metric")
+        for row in members:
+            table.add_column(row["setting"], justify="right")
+        for metric in metrics:
+            cells = (column.get(metric) for column in columns)
+            text = ("" if cell is None else "{:.3f} ({:.3f} to {:.3f})".format(*cell) for cell in cells)
+            table.add_row(metric, *text)
+        print_table(table)
 
 
 @maps_app.command("compare", short_help="Show how far the maps of two stores agree.")

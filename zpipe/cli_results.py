@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -71,14 +73,16 @@ def _main_columns(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tables(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Split a study's rows into a table of zoomers and one of ViTs, which share few metrics; drop empty columns."""
+    """Split a study's rows into tables of the same columns, with one for all ViTs at the end; drop empty columns."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        filled = tuple(name for name, value in row.items() if value is not None)
+        groups.setdefault(("top1",) if "top1" in filled else filled, []).append(row)
     tables = []
-    for has_top1 in (False, True):
-        chosen = [row for row in rows if (row.get("top1") is not None) == has_top1]
-        filled = {name for row in chosen for name, value in row.items() if value is not None}
-        filled -= {"parameters"} if has_top1 else set()
-        if chosen:
-            tables.append([{name: value for name, value in row.items() if name in filled} for row in chosen])
+    for key in sorted(groups, key=lambda names: names == ("top1",)):
+        shown = {name for row in groups[key] for name, value in row.items() if value is not None}
+        shown -= {"parameters"} if key == ("top1",) else set()
+        tables.append([{name: value for name, value in row.items() if name in shown} for row in groups[key]])
     return tables
 
 
@@ -257,6 +261,19 @@ def study_command(
             help="(test-time-zoom) Train-zoomer run whose scores decide where to zoom.",
         ),
     ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="(map-methods) Attribution methods to compare, comma-separated; default: all that the teacher can be "
+            "explained by."
+        ),
+    ] = "",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="(map-methods) The teacher's weights, if they are no longer where the zoomer's relevance store says."
+        ),
+    ] = None,
     classes: Classes = None,
     labels: Labels = None,
     damaged: Damaged = "error",
@@ -308,6 +325,13 @@ def study_command(
             evaluation=evaluation, seeds=parse_numbers(seeds, int, "--seeds"), epochs=epochs, workers=workers
         )
         inputs = StudyInputs(run=run, shards=shards, maps=maps, zoomer=zoomer)
+        if name == "map-methods" or methods or weights is not None:
+            from zpipe.method_maps import MethodsConfig, extract_method_maps
+
+            named = tuple(method.strip() for method in methods.split(",") if method.strip())
+            chosen = MethodsConfig(methods=named, weights=weights, address=address, device=device)
+            extract = partial(extract_method_maps, config=chosen, progress=progress, say=warn)
+            inputs = replace(inputs, method_maps=extract)
         about, results, notes = measure_study(name, inputs, config, progress=progress, say=warn)
     for table in _tables(wide(results)):
         print_rows(table, title=STUDIES[name].title)

@@ -10,7 +10,7 @@ from torchvision.models.vision_transformer import VisionTransformer as Torchvisi
 
 from zpipe.pipeline.attention_recorder import AttentionRecorder
 from zpipe.pipeline.classifier import as_classifier
-from zpipe.pipeline.methods import METHODS
+from zpipe.pipeline.methods import CLOSED_FORM, METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,7 +98,7 @@ class Windows(nn.Module):
         return torch.cat([self.attention(half) for half in x.split(9, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "transformer-attribution"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in CLOSED_FORM])
 @pytest.mark.parametrize(("kind", "found"), [(OwnKernel, "2 times, not 3"), (Windows, "4 times, not 3")])
 def test_methods_refuse_a_model_with_another_attention(method, kind, found):
     model = tiny_vit()

@@ -13,13 +13,13 @@ from tiny_vit import pixels, tiny_vit
 from torch.utils.flop_counter import FlopCounterMode
 
 from zpipe.pipeline.classifier import as_classifier
-from zpipe.pipeline.methods import CLASS_BLIND, DEFAULT_METHOD, METHODS, methods_of
+from zpipe.pipeline.methods import CLASS_BLIND, CLOSED_FORM, DEFAULT_METHOD, METHODS, methods_of
 from zpipe.pipeline.relevance import attribute
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "relevance_small_vit.npz"
-FOR_ALL = [name for name in METHODS if name != DEFAULT_METHOD]
+FOR_ALL = [name for name in METHODS if name not in CLOSED_FORM]
 DEFINED = [name for name in FOR_ALL if name != "libragrad"]  # test_libragrad.py has that one
 POOLED = "vit_base_patch16_siglip_224"
 
@@ -106,8 +106,8 @@ def test_an_image_is_explained_alone(method, name):
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", POOLED])
 @pytest.mark.parametrize("method", METHODS)
 def test_several_targets_share_a_forward_and_give_the_maps_of_separate_calls(method, name):
-    model = tiny_vit() if method == DEFAULT_METHOD else tiny_family(name)
-    images, _ = pixels(model) if method == DEFAULT_METHOD else request(model)
+    model = tiny_vit() if method in CLOSED_FORM else tiny_family(name)
+    images, _ = pixels(model) if method in CLOSED_FORM else request(model)
     found = METHODS[method](model, images, lambda logits: logits.topk(3).indices)
     best = found.logits.topk(3).indices
     assert found.maps.shape == (3, 3, 4, 4)
@@ -212,7 +212,7 @@ def test_the_closed_form_is_for_the_models_whose_rules_are_known():
     known, pooled = as_classifier(tiny_family("vit_base_patch16_224")), tiny_family("vit_so150m_patch16_reg4_gap_256")
     assert not any(methods_of(known).values())
     refusals = methods_of(as_classifier(pooled))
-    assert {name for name, reason in refusals.items() if reason} == {DEFAULT_METHOD}
+    assert {name for name, reason in refusals.items() if reason} == set(CLOSED_FORM)
     with pytest.raises(ValueError, match="class_token") as error:
         METHODS[DEFAULT_METHOD](pooled, *request(pooled))
     assert str(error.value) == refusals[DEFAULT_METHOD]

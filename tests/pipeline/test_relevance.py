@@ -22,6 +22,7 @@ from zpipe.pipeline.relevance import (
     clone_rule,
     guarded_divide,
     linear_rule,
+    magnitude_rule,
     matmul_rule,
     residual_rule,
     transformer_attribution,
@@ -88,6 +89,11 @@ def ref_add(a, b, r):
     return r_a * scale_a, r_b * scale_b
 
 
+def ref_magnitude(a, b, r):
+    share = ref_divide(a.abs(), a.abs() + b.abs())
+    return r * share, r * (1 - share)
+
+
 def ref_clone(x, *uses):
     return x * sum(ref_divide(r, x) for r in uses)
 
@@ -97,7 +103,7 @@ def ref_weight(linear, scale):
     return linear.weight * getattr(scale, "gamma", torch.ones(()))[..., None]
 
 
-def reference(model, image, target):
+def reference(model, image, target, add=ref_add):
     """Transformer attribution of one image [1, C, H, W] -> [gh, gw], the whole product of the [N, N] matrices."""
     model = model.requires_grad_(False)
     x = model.norm_pre(model._pos_embed(model.patch_embed(image))).requires_grad_()
@@ -138,11 +144,11 @@ def reference(model, image, target):
     bars = []
     for block, tape, gradient in reversed(list(zip(model.blocks, saved, gradients, strict=True))):
         attn, mlp = block.attn, block.mlp
-        skip, branch = ref_add(tape["middle"], tape["mixed"], r)
+        skip, branch = add(tape["middle"], tape["mixed"], r)
         branch = ref_linear(tape["active"], ref_weight(mlp.fc2, block.ls2), branch)
         branch = ref_linear(tape["normed2"], mlp.fc1.weight, branch)
         r = ref_clone(tape["middle"], skip, branch)
-        skip, branch = ref_add(tape["x"], tape["attended"], r)
+        skip, branch = add(tape["x"], tape["attended"], r)
         branch = ref_linear(tape["context"], ref_weight(attn.proj, block.ls1), branch)
         branch = branch.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
         r_attention, r_v = (half / 2 for half in ref_simple(torch.matmul, (tape["attention"], tape["v"]), branch))
@@ -182,6 +188,16 @@ def test_maps_equal_the_slow_reference(kwargs):
     assert worst_per_image(maps, expected).max() <= 1e-6
     assert relative_per_image(maps, expected).max() <= 1e-6  # raw, too: the method does not normalise
     torch.testing.assert_close(logits, model(images), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["plain", "two blocks", "layer scale", "registers"])
+def test_maps_of_the_other_split_equal_the_slow_reference(name):
+    model = tiny_vit(**SHAPES[name])
+    images, targets = pixels(model)
+    maps = attribute(model, images, targets, split="magnitude").maps
+    singly = [reference(model, images[i : i + 1], targets[i], ref_magnitude) for i in range(len(images))]
+    assert relative_per_image(maps, torch.stack(singly)).max() <= 1e-9
+    assert rank_correlation(maps, transformer_attribution(model, images, targets)).max() < 0.999  # another map
 
 
 def test_a_layer_scale_is_part_of_the_linear_layer_before_it():
@@ -322,9 +338,31 @@ def test_a_bfloat16_sweep_under_a_float32_forward_loses_no_more_than_the_forward
     assert (plain - reduced).median() <= 1e-3
 
 
-def test_an_unknown_or_impossible_sweep_is_refused():
+def test_splitting_by_magnitude_makes_maps_stable(golden):
+    """Noise of a quarter of a grey level, which changes maps of the published rule, hardly changes these.
+
+    They are the same maps as far as the published rule has them: they agree with its maps as well as these agree with
+    those of the noisy images.
+    """
+    model, images, targets, expected, _ = golden
+    model, images = model.double(), images.double()
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noisy = images + (2 * noise - 1) * 0.25 / 255 / 0.35  # they were divided by 0.35
+    maps, moved = (attribute(model, each, targets, split="magnitude").maps for each in (images, noisy))
+    published_moved = transformer_attribution(model, noisy, targets)
+    stable, published = rank_correlation(maps, moved), rank_correlation(expected, published_moved)
+    assert stable.min() > 0.98 and published.quantile(0.1) < 0.9
+    assert worst_per_image(maps, moved).max() < 0.1 < worst_per_image(expected, published_moved).max()
+    assert rank_correlation(maps, expected).median() > 0.95
+    single = attribute(model.float(), images.float(), targets, split="magnitude").maps
+    assert rank_correlation(maps, single).min() > 0.999
+
+
+def test_an_unknown_or_impossible_sweep_or_split_is_refused():
     model = tiny_vit(dtype=torch.float32)
     images, targets = pixels(model)
+    with pytest.raises(ValueError, match="split='mean': choose one of sum, magnitude"):
+        attribute(model, images, targets, split="mean")
     with pytest.raises(ValueError, match="float16'.*choose one of model, float32, tf32, bfloat16"):
         attribute(model, images, targets, sweep="float16")
     with pytest.raises(ValueError, match="CUDA"):
@@ -487,6 +525,17 @@ def test_residual_rule_conserves_per_image(data, batch, tokens, dim):
         alone = residual_rule(a[i : i + 1], b[i : i + 1], (a + b)[i : i + 1], r[i : i + 1])
         torch.testing.assert_close(r_a[i], alone[0][0], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(r_b[i], alone[1][0], rtol=1e-9, atol=1e-12)
+
+
+@few
+@given(st.data(), sizes, sizes)
+def test_magnitude_rule_conserves_and_grows_nothing(data, tokens, dim):
+    a, b, r = data.draw(tensors(*[(2, tokens, dim)] * 3))
+    r_a, r_b = magnitude_rule(a, b, a + b, r)
+    torch.testing.assert_close(r_a + r_b, r)
+    assert (r_a.abs() <= r.abs()).all() and (r_b.abs() <= r.abs()).all()
+    same = torch.full_like(r, 3.0), torch.full_like(r, 1.0)
+    torch.testing.assert_close(magnitude_rule(*same, sum(same), r)[0], r * 0.75)  # of one sign: a / (a + b)
 
 
 def test_clone_rule_passes_relevance_except_where_the_value_is_tiny():

@@ -1,13 +1,18 @@
 """The embedded scenes: the same on every machine, honest splits, and a box that holds the digit."""
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from typer.testing import CliRunner
 
+from zpipe.cli import app
 from zpipe.pipeline.scenes import SceneConfig, make_scenes
+from zpipe.pipeline.sources import SceneSource
 from zpipe.schemas.errors import UsageError
 
 # Nothing but the digit, in full ink on black, one pixel a cell: the scene shows the digit's own 8 x 8 values.
@@ -146,3 +151,39 @@ def test_arguments_are_checked_at_the_call(arguments):
     with pytest.raises(UsageError):
         make_scenes(**({"count": 1, "split": "train", "seed": 0} | arguments))
     assert list(make_scenes(0, split="train", seed=0)) == []
+
+
+def test_the_mask_is_the_ink_of_the_digit():
+    (batch,) = make_scenes(300, split="train", seed=0, config=BARE)
+    assert batch.masks.shape == (300, 24, 24) and batch.masks.dtype == np.uint8
+    np.testing.assert_array_equal(batch.masks, batch.images[..., 0] > 130)  # 8 of 16 grey levels are 128
+    (busy,) = make_scenes(300, split="train", seed=0)
+    for mask, (x1, y1, x2, y2) in zip(busy.masks, busy.boxes, strict=True):
+        rows, columns = np.nonzero(mask)
+        assert len(rows) > 5 and set(np.unique(mask)) == {0, 1}
+        assert x1 - 1 <= columns.min() and columns.max() < x2 + 1 and y1 - 1 <= rows.min() and rows.max() < y2 + 1
+
+
+def test_masks_are_written_beside_the_shards(tmp_path):
+    source = SceneSource(count=7, split="val", seed=1, config=BARE, shard_size=3)
+    source.write_masks(tmp_path / "masks")
+    keys = [record.key for part in range(source.parts()) for record in source.records(part)]
+    assert sorted(path.stem for path in (tmp_path / "masks").iterdir()) == sorted(keys)
+    for part in range(source.parts()):
+        for record in source.records(part):
+            image = np.asarray(Image.open(io.BytesIO(record.image)).convert("L"))
+            mask = np.asarray(Image.open(tmp_path / "masks" / f"{record.key}.png"))
+            assert ((image > 127) == (mask == 1)).mean() > 0.97  # the image is a JPEG
+
+
+def test_the_command_writes_masks_of_scenes_only(tmp_path):
+    def call(*words):
+        return CliRunner().invoke(app, ["make-shards", *map(str, words)])
+
+    done = call("scenes", tmp_path / "scenes", "--count", 5, "--masks", tmp_path / "masks")
+    assert done.exit_code == 0 and len(list((tmp_path / "masks").iterdir())) == 5, done.output
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "cats" / "a.png")
+    refused = call(tmp_path / "photos", tmp_path / "shards", "--masks", tmp_path / "more")
+    assert refused.exit_code == 2 and "only the embedded scenes have masks" in refused.output
+    assert not (tmp_path / "shards").exists() and not (tmp_path / "more").exists()

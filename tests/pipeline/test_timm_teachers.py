@@ -7,11 +7,12 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models import save_for_hf
 
 from zpipe.pipeline.classifier import as_classifier
 from zpipe.pipeline.explainer import check_method
 from zpipe.pipeline.methods import DEFAULT_METHOD, METHODS, methods_of
-from zpipe.pipeline.teacher import TeacherSpec, load_teacher
+from zpipe.pipeline.teacher import TeacherSpec, load_teacher, state_digest
 from zpipe.schemas.errors import UsageError, ZpipeError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -114,6 +115,13 @@ def test_a_weights_file_without_a_head_is_an_encoder(tmp_path):
     assert as_classifier(load_teacher(spec).model).num_classes == 0
     with pytest.raises(ZpipeError, match=r"has no head\.bias and 1 more"):
         load_teacher(TeacherSpec(**vars(spec) | {"num_classes": 5}))
+
+
+def test_a_folder_of_an_encoder_without_a_head(tmp_path):
+    model = timm.create_model("vit_small_patch14_dinov2", **SIZE)
+    save_for_hf(model, tmp_path / "dino", safe_serialization=True)
+    loaded = load_teacher(TeacherSpec(weights=str(tmp_path / "dino")))
+    assert loaded.num_classes == 0 and loaded.digest == state_digest(model.state_dict())
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "beit_base_patch16_224", "vit_base_patch16_224"])

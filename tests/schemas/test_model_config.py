@@ -91,7 +91,7 @@ def test_a_run_names_its_classes(tmp_path):
         ({"model_args": {"depth": 10**6}}, "model_args.depth is beyond 1024"),
         ({"model_args": {"embed_dim": -(10**30)}}, "model_args.embed_dim is beyond 65536"),
         ({"model_args": {"num_classes": "5"}}, "model_args.num_classes is '5', no number of classes"),
-        ({"num_classes": 0}, "$.num_classes"),
+        ({"num_classes": -1}, "$.num_classes"),
         ({"num_classes": 10**9}, "$.num_classes"),
         ({"label_names": 7}, "$.label_names"),
         ({"pretrained_cfg": {"mean": "str"}}, "$.pretrained_cfg.mean"),

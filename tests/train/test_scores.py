@@ -52,6 +52,13 @@ def test_centre_prior(side):
     assert wide.view(40, 40)[20, 30] == pytest.approx(math.exp(-((10.5 / 40) ** 2 + (0.5 / 40) ** 2) * 8), rel=0.02)
 
 
+def test_the_centre_prior_of_a_wide_grid_spans_the_image():
+    prior = centre_prior(4, 8).view(4, 8)
+    torch.testing.assert_close(prior[:, 3:5].mean(1) / prior[1, 3], centre_prior(4).view(4, 4)[:, 1])
+    torch.testing.assert_close(prior[1], prior[1].flip(0))
+    assert prior.max() == 1 and prior[0, 0] == prior.min()
+
+
 def test_entropy_is_that_of_the_histogram():
     torch.manual_seed(0)
     images = torch.randn(2, 3, 16, 16)

@@ -204,6 +204,17 @@ WRONG = {
         2,
         "--at side: ZoomViT has no such setting",
     ),
+    "study: methods elsewhere": (
+        "study pruning {vit} {shards} --methods rollout --device cpu",
+        2,
+        "--methods, --weights: study pruning has no use for it",
+    ),
+    "study: no such method": ("study map-methods {vit} {shards} --methods rollout,glow", 2, "--methods glow: choose"),
+    "study: no zoomer for methods": (
+        "study map-methods {with_maps} {shards} --device cpu",
+        2,
+        "was trained with scores from maps; study map-methods needs a run of train-vit --zoomer",
+    ),
     "evaluate: no zoomer": (evaluate("{with_maps}"), 2, "needs a relevance store; give --maps"),
     "evaluate: label": (evaluate(shards="{odd_label}"), 1, "key odd: label 77 is outside the model's 10 classes"),
     "evaluate: results below a file": ("evaluate {vit} {shards} --json {file}/x.json", 2, "file/x.json: can't be"),
@@ -285,6 +296,20 @@ WRONG = {
     "verify: broken": ("maps verify {broken_store}", 1, "broken_store: 1 problems"),
     "verify: other tars": ("maps verify {maps} --shards {other_shards}", 1, "maps: "),
     "verify: no such shards": ("maps verify {maps} --shards {missing}", 2, "missing: no such folder"),
+    "judge: nothing": ("maps judge {missing} {shards} --model {plain}", 1, "missing: not a relevance store"),
+    "judge: one of them is none": (
+        "maps judge {maps} {missing} {shards} --model {plain}",
+        1,
+        "missing: not a relevance store",
+    ),
+    "judge: other tars": ("maps judge {other_maps} {shards} --model {plain}", 1, "other_maps: made from"),
+    "judge: a store twice": ("maps judge {maps} {maps} {shards} --model {plain}", 2, "maps: is given twice"),
+    "judge: no masks": (
+        "maps judge {maps} {shards} --model {plain} --masks {empty} --device cpu",
+        2,
+        "--masks {empty}: none of the first 40 images has a usable mask (train_0000000.png is missing); give a folder",
+    ),
+    "judge: a zoomer": ("maps judge {maps} {shards} --model {zoomer}", 2, "zoomer: holds a zoomer, no classifier"),
     "show: unknown key": ("maps show {maps} nobody --out {out}.png", 2, "no map for key 'nobody'"),
     "show: nothing": ("maps show {missing} train_0000000 --out {out}.png", 1, "missing: not a relevance store"),
     "show: no such shards": (
@@ -636,6 +661,22 @@ def test_a_study_by_the_command_line(places, tmp_path, cli):
     assert refused.code == 2 and "--seeds a: write" in refused.error
     refused = cli("study", "tables", run, places["shards"])
     assert refused.code == 2 and "study tables: choose one of alpha-eta" in refused.error
+
+
+@pytest.mark.slow  # Ray starts and ends for each of the stores
+def test_a_study_of_methods_by_the_command_line(places, tmp_path, cli):
+    run = tmp_path / "run"
+    shutil.copytree(places["vit"], run)
+    line = ("study", "map-methods", run, places["shards"], "--methods", "rollout,class-attention", "--device", "cpu")
+    done = cli(*line, "--budgets", "2", "--maps", places["maps"])
+    assert done.code == 2 and "--maps" in done.error and not (run / "results").exists()
+    done = cli(*line, "--budgets", "2")
+    assert done.code == 0, done.stderr
+    assert "do better-judged maps make better Zoomers?" in done.stdout and "rank correlations" in done.stdout
+    assert "top-1 at budget 2, mean of 1 seed: " in done.stdout and "the maps are not judged" in done.stdout
+    assert "vit-class-attention-seed-0 trained in" in done.stderr and '"next": "rollout"' in done.stderr
+    again = cli(*line, "--budgets", "2")
+    assert "vit-class-attention-seed-0 was trained before" in again.stderr and "trained in" not in again.stderr
 
 
 def test_the_help_of_study_lists_the_studies():

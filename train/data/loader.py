@@ -41,7 +41,10 @@ from zpipe.train.signals import deferred_signals
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
 # What a batch holds besides tensors of stores, and what its parts hold on the way.
-BATCH_FIELDS = ("image", "label", "box", "flipped", "key", "object_box", "slot", "damaged", "notes", "erased", "view")
+BATCH_FIELDS = (
+    *("image", "label", "box", "flipped", "key", "object_box", "object_boxes"),
+    *("slot", "damaged", "notes", "erased", "view"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,8 @@ class RelevanceLoader:
         flipped    bool [B]
         key        list of B str
         object_box float32 [B, 4], the object's box in fractions of the crop (if every sample's .json has a `box`)
+        object_boxes  list of B float32 tensors [n, 4], the boxes of all objects of the label's class in fractions of
+                   the crop (in evaluation)
 
     The order is that of `zpipe.train.data.order`. An epoch holds every sample once; training drops the last samples,
     which fill no batch (`epoch_counts` says how many). In training, each rank takes `batch_size` samples of every
@@ -495,12 +500,14 @@ def _merge(parts: list[Part]) -> Part:
     full = [part for part in parts if part["key"]] or parts[:1]
     order = torch.cat([part["slot"] for part in full]).argsort()
     out: Part = {name: [each for part in parts for each in part.get(name, ())] for name in ("damaged", "notes")}
-    keys = [key for part in full for key in part["key"]]
     for name in full[0]:
         if name in ("slot", *out) or not all(name in part for part in full):
             continue
-        if name == "key":
-            out[name] = [keys[i] for i in order.tolist()]
+        if isinstance(full[0][name], list):
+            values = [value for part in full for value in part[name]]
+            if name == "object_boxes":  # arrays on the way: each tensor would travel in shared memory of its own
+                values = [torch.as_tensor(value) for value in values]
+            out[name] = [values[i] for i in order.tolist()]
         elif len(full) == 1:
             out[name] = full[0][name]  # the slots of one part are sorted
         else:

@@ -242,6 +242,8 @@ def _augment_sample(spec: EpochSpec, copy: int, item: Joined) -> dict[str, Any]:
         out |= {"view": view, f"{FRAME}{name}": frame, f"{TENSOR}{name}": tensor.values}
     if sample.box is not None:
         out["object_box"] = np.asarray(view_box(sample.box, view), np.float32)
+    if spec.view.augment == "eval":
+        out["object_boxes"] = np.array([view_box(box, view) for box in sample.boxes], np.float32).reshape(-1, 4)
     return out
 
 
@@ -269,6 +271,8 @@ def _collate_part(spec: EpochSpec, part: Augmented) -> dict[str, Any]:
         out[name] = _stack_tensors(spec, part, name, store)
     if all("object_box" in item for item in part):
         out["object_box"] = _stack(part, "object_box", (4,), np.float32)
+    if spec.view.augment == "eval":
+        out["object_boxes"] = [item["object_boxes"] for item in part]
     return out
 
 

@@ -140,7 +140,14 @@ def match_run(run: Run, index: ShardIndex, shards: Path | str, how: str | None =
         UsageError: the file can't be used.
         ZpipeError: the classes differ, or names can't be matched; the message names the first one.
     """
-    data, own = ClassNames(names=index.classes, where=str(shards)), class_names(run)
+    return match_labels(class_names(run), cast(int, run.model.num_classes), index, shards, how)
+
+
+def match_labels(
+    own: ClassNames, num_classes: int, index: ShardIndex, shards: Path | str, how: str | None = None
+) -> list[int] | None:
+    """As `match_run`, for a model whose classes have the names `own`."""
+    data = ClassNames(names=index.classes, where=str(shards))
     if how is None:
         match_classes(data, own)
         return None
@@ -149,7 +156,7 @@ def match_run(run: Run, index: ShardIndex, shards: Path | str, how: str | None =
     if how == BY_NAME:
         matched = match_classes(data, own, BY_NAME)
         return list(range(len(data.names)) if matched is None else matched)
-    classes = read_classes(how, own.names, cast(int, run.model.num_classes))
+    classes = read_classes(how, own.names, num_classes)
     if data.names and len(classes) != len(data.names):
         raise UsageError(
             f"--classes {how}: has {len(classes)} lines, {shards} has {len(data.names)} classes; give one line for each"

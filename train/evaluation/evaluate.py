@@ -24,7 +24,8 @@ from zpipe.train.evaluation.answers import BY_INDEX, BY_NAME, Answers, match_run
 from zpipe.train.evaluation.calibrate import CalibrationConfig, calibrate
 from zpipe.train.evaluation.costs import CostMeter
 from zpipe.train.evaluation.inference import Answer, OpenRun, Tally, choose_run_source, eval_loader
-from zpipe.train.evaluation.metrics import check_numbers, mae, mse, pointing_game, spearman, topk_overlap
+from zpipe.train.evaluation.localisation import pointing_game
+from zpipe.train.evaluation.metrics import check_numbers, mae, mse, spearman, topk_overlap
 from zpipe.train.evaluation.operating_points import EvalConfig, operating_points, option_of
 from zpipe.train.evaluation.results import (
     EVALUATION,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -176,7 +176,7 @@ def choose_run_source(run: Run, name: str | None, store: RelevanceMaps | None) -
 def eval_loader(
     preprocessing: Preprocessing,
     shards: Path,
-    maps: Path | RelevanceMaps | None,
+    maps: Path | RelevanceMaps | Mapping[str, Path | RelevanceMaps] | None,
     *,
     batch_size: int,
     data_workers: int = 0,
@@ -189,7 +189,7 @@ def eval_loader(
     Args:
         preprocessing: of the run.
         shards: a folder of shards, or a tar.
-        maps: their relevance store; None to load no maps.
+        maps: their relevance store, or several by the names of their maps in a batch; None to load no maps.
         batch_size: images per batch.
         data_workers: processes that load data; 0 to load in this one.
         missing: how to handle samples without a usable map, see `RelevanceLoader`.

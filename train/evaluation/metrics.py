@@ -1,4 +1,4 @@
-"""Agreement of score maps with a teacher's maps or with the boxes of objects: one number per map, [B].
+"""Agreement of score maps with a teacher's maps: one number per map, [B].
 
 Also the check of what models return, before anything is computed from it.
 """
@@ -74,24 +74,6 @@ def topk_overlap(maps: Tensor, target: Tensor, k: int) -> Tensor:
     if not 1 <= k <= maps.shape[1]:
         raise ValueError(f"k must lie between 1 and the {maps.shape[1]} cells, got {k!r}")
     return (_top(maps, k) & _top(target, k)).sum(dim=1) / k
-
-
-def pointing_game(maps: Tensor, boxes: Tensor) -> Tensor:
-    """Whether the centre of the highest cell lies in the box or on its edge (Zhang et al. 2018).
-
-    Args:
-        maps: [B, gh, gw]; of equally high cells the first in row-major order counts.
-        boxes: [B, 4] as (left, top, right, bottom) in fractions of the image.
-
-    Returns:
-        bool [B].
-    """
-    _, height, width = maps.shape
-    peak = maps.flatten(1).argsort(dim=1, descending=True, stable=True)[:, 0]  # argmax leaves the order of ties open
-    x = (peak % width + 0.5) / width
-    y = (peak // width + 0.5) / height
-    left, top, right, bottom = boxes.unbind(dim=1)
-    return (left <= x) & (x <= right) & (top <= y) & (y <= bottom)
 
 
 def _centred_ranks(x: Tensor) -> Tensor:

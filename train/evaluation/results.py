@@ -157,6 +157,7 @@ def metric_results(row: Mapping[str, Any], about: Mapping[str, Any]) -> list[Res
 
     The interval of a metric is what the row has as `NAME_low` and `NAME_high`; else Wilson's for a fraction of the
     images; else the row's `NAME_interval`, half its width. A token histogram becomes one result per sequence length.
+    `counts` has the number of images of the metrics that do not have all.
     """
     n = row["count"]
     if not isinstance(n, int) or n < 1:
@@ -166,8 +167,9 @@ def metric_results(row: Mapping[str, Any], about: Mapping[str, Any]) -> list[Res
         if name in NOT_METRICS or name.endswith(BOUNDS) or not _is_number(value):
             continue
         metric = "gmacs_scores" if name == "gmacs_zoomer" else name
-        low, high = _interval(row, name, value, n)
-        results.append(Result(**about, metric=metric, n=n, value=float(value), low=low, high=high))
+        own = row.get("counts", {}).get(name, n)
+        low, high = _interval(row, name, value, own)
+        results.append(Result(**about, metric=metric, n=own, value=float(value), low=low, high=high))
     histogram = row.get("token_histogram") or {}
     images = sum(histogram.values())
     for tokens, count in histogram.items() if images else ():
@@ -184,8 +186,19 @@ def calibration_results(result: Mapping[str, Any], about: Mapping[str, Any]) -> 
 
 
 def judge_results(rows: Iterable[Mapping[str, Any]], about: Mapping[str, Any]) -> list[Result]:
-    """Convert the rows of `judge_maps` to results whose setting is the order of the cells: maps, centre or random."""
-    return [result for row in rows for result in metric_results(row, {**about, "setting": {"order": row["setting"]}})]
+    """Convert the rows of `judge` to results whose setting is the order of the cells: a method's, centre or random.
+
+    Of a difference to the first row, the setting also has the name of that row as `minus`.
+    """
+    results: list[Result] = []
+    rows = list(rows)
+    for row in rows:
+        results += metric_results(row, {**about, "setting": {"order": row["setting"]}})
+        for metric, (value, low, high) in row.get("difference", {}).items():
+            setting = {"order": row["setting"], "minus": rows[0]["setting"]}
+            n = row["counts"].get(metric, row["count"])
+            results.append(Result(**about, setting=setting, metric=metric, n=n, value=value, low=low, high=high))
+    return results
 
 
 def _interval(row: Mapping[str, Any], name: str, value: float, n: int) -> tuple[float | None, float | None]:

@@ -14,11 +14,19 @@ from zpipe.train.models.backbone import class_attention_row, project
 from zpipe.train.models.operating_points import score_use
 
 
-def centre_prior(side: int, sigma: float = 0.25) -> Tensor:
-    """A Gaussian around the image's centre with a maximum of 1, [side * side]; sigma is in image sides."""
-    offset = (torch.arange(side) + 0.5) / side - 0.5
-    wave = torch.exp(-(offset**2) / (2 * sigma**2))
-    prior = wave[:, None] * wave  # [side, side]
+def centre_prior(side: int, width: int | None = None, *, sigma: float = 0.25) -> Tensor:
+    """A Gaussian around the image's centre with a maximum of 1, [side * width]; sigma is in image sides.
+
+    Args:
+        side: rows of the grid.
+        width: columns of the grid; None for as many.
+        sigma: standard deviation, as a fraction of the height and of the width of the image.
+    """
+    down, across = (
+        torch.exp(-(((torch.arange(cells) + 0.5) / cells - 0.5) ** 2) / (2 * sigma**2))
+        for cells in (side, width or side)
+    )
+    prior = down[:, None] * across  # [side, width]
     return (prior / prior.max()).flatten()
 
 

@@ -99,18 +99,19 @@ def _curve(
         "series": number,
         "x": [measure.value for measure in across],
         "y": [100 * measure.value for measure in up],
-        "error_y": _error(up, 100.0),
+        "error_y": error_bars(up, 100.0),
         "text": [plot_text(f"{name}: {_hover(point)}") for point in members],
         "hoverinfo": "text",
     }
     if any(measure.low is not None for measure in across):
-        trace["error_x"] = _error(across, 1.0)
+        trace["error_x"] = error_bars(across, 1.0)
     if study != EVALUATION:
         trace |= {"legendgroup": study, "legendgrouptitle": {"text": plot_text(titles.get(study, study))}}
     return trace
 
 
-def _error(measures: Sequence[Measure], scale: float) -> dict[str, Any]:
+def error_bars(measures: Sequence[Measure], scale: float) -> dict[str, Any]:
+    """The intervals of measures as Plotly's error bars."""
     return {
         "type": "data",
         "symmetric": False,

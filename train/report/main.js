@@ -5,6 +5,8 @@
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const about = read("about-data");
 
+  const MAPS_HINT = "No test of maps. To make one: zpipe maps judge STORES SHARDS --model RUN --json FILE, with FILE in a folder of this report.";
+
   const runs = about.runs.length ? `${about.runs.length} runs: ${about.runs.join(", ")}. ` : "";
   document.getElementById("about").textContent = `${runs}Made by zpipe ${about.zpipe}.`;
 
@@ -30,12 +32,12 @@
     document.getElementById("notes").append(make("div", { class: "note" }, make("p", {}, "Not on this page:"), make("ul", {}, ...lines)));
   }
 
-  for (const part of ["accuracy", "training"]) {
+  for (const part of ["accuracy", "maps", "training"]) {
     const section = document.getElementById(part);
     section.querySelector(".figures").append(...about.figures[part].map(figure));
     section.querySelector(".tables").append(...about.tables[part].map(table));
     if (!about.figures[part].length && !about.tables[part].length) {
-      section.append(make("p", { class: "lead" }, "Nothing to show."));
+      section.append(make("p", { class: "lead" }, part === "maps" ? MAPS_HINT : "Nothing to show."));
     }
   }
   // The gallery is most of the page; the figures are shown before it is parsed.

@@ -22,6 +22,7 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.storage import as_local
 from zpipe.train.device import autocast
 from zpipe.train.report.figures import curves, histograms, training_figures
+from zpipe.train.report.judged import judged_figures, judged_tables
 from zpipe.train.report.points import points
 from zpipe.train.report.runs import Gathered, RunRecord, gather
 from zpipe.train.report.tables import headline, tables, token_table, training_table
@@ -63,7 +64,7 @@ def report(runs: Sequence[Path], out: Path, config: ReportConfig | None = None, 
     """Write one HTML page about runs; equal inputs give equal bytes.
 
     Args:
-        runs: runs, studies, or folders of them.
+        runs: runs, studies, folders with tests of maps, or folders of them.
         out: the folder of the page.
         config: settings; None for the defaults.
         progress: called while the models run on the images of the gallery.
@@ -129,7 +130,7 @@ def describe(gathered: Gathered, gallery_notes: Sequence[str] = ()) -> dict[str,
     known = points(gathered.results)
     zoomed_tokens = {point.measures["tokens"].value for point in known if point.zooms and "tokens" in point.measures}
     notes = []
-    if not any("top1" in point.measures for point in known):
+    if not any("top1" in point.measures for point in known) and (runs or known or not gathered.judged):
         notes.append("Nothing has been evaluated. To get accuracies: zpipe evaluate RUN VAL_SHARDS")
     elif len(zoomed_tokens) > 1 and not any(point.histogram for point in known):
         notes.append(
@@ -147,10 +148,12 @@ def describe(gathered: Gathered, gallery_notes: Sequence[str] = ()) -> dict[str,
         "notes": [*notes, *gallery_notes],
         "figures": {
             "accuracy": curves(known, titles, runs) + histograms(known),
+            "maps": judged_figures(gathered.judged),
             "training": training_figures(runs),
         },
         "tables": {
             "accuracy": tables(known, titles) + token_table(known),
+            "maps": judged_tables(gathered.judged),
             "training": training_table(runs),
         },
     }

@@ -18,7 +18,10 @@ SWEPT = ("alpha", "budget", "keep", "exit", "merge", "tokens")
 # A series of an evaluation is swept along all settings of the model but these.
 NOT_SWEPT = (*EVALUATION_SETTINGS, "prune")
 # Metrics that are fractions of a data set, shown as per cent; not all metrics in [0, 1] are.
-SHARES = re.compile(r"top\d+|.*_top\d+|share_.*|.*_share|.*pointing_game|.*overlap|.*_rate|exited|.*_left_out")
+SHARES = re.compile(
+    r"top\d+|.*_top\d+|share_.*|.*_share|.*pointing_game|.*overlap|.*_rate|exited|.*_left_out"
+    r"|max_box_acc_\w+|pixel_accuracy|miou|average_precision"
+)
 FIRST_COLUMNS = ("top1", "top5", "tokens", "gmacs", "gmacs_scores", "total_gmacs", "images_per_s")
 HEADINGS = {
     "top1": "top-1",
@@ -35,6 +38,15 @@ HEADINGS = {
     "top10_overlap": "top-10 % overlap",
     "rank_correlation": "rank correlation",
     "box_share": "box, share of the image",
+    "abpc": "ABPC",
+    "saco": "SaCo",
+    "max_box_acc_30": "MaxBoxAcc, IoU .3",
+    "max_box_acc_50": "MaxBoxAcc, IoU .5",
+    "max_box_acc_70": "MaxBoxAcc, IoU .7",
+    "max_box_acc_v2": "MaxBoxAccV2",
+    "pixel_accuracy": "pixel accuracy",
+    "miou": "mIoU",
+    "average_precision": "AP of pixels",
 }
 Rows = dict[tuple[int | None, str], Result]  # one metric by training: (seed, run)
 SEED_MARK = re.compile(r"(?:^|[-_./])seed[-_]?\d+(?=$|[-_./])")

@@ -13,6 +13,7 @@ from zpipe.schemas.model_config import CONFIG_NAME
 from zpipe.train.evaluation.results import (
     EVALUATION_SETTINGS,
     FOLDER,
+    FORMAT,
     HISTOGRAM,
     Result,
     Value,
@@ -59,6 +60,15 @@ class RunRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JudgedMaps:
+    """A test of maps."""
+
+    about: dict[str, Any]
+    """What the file says of itself, and its rows."""
+    results: list[Result]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gathered:
     """The runs and results of a report."""
 
@@ -67,16 +77,18 @@ class Gathered:
     """The tidy results of all evaluations and studies."""
     titles: dict[str, str]
     """The titles of the studies by name."""
+    judged: list[JudgedMaps] = field(default_factory=list)
+    """The tests of maps."""
 
 
 def gather(paths: Sequence[Path]) -> Gathered:
-    """Read runs, studies (folders with ``results/*.json``) and folders of them.
+    """Read runs, studies (folders with ``results/*.json``), folders with tests of maps, and folders of them.
 
     Raises:
         UsageError: a folder is none of these.
         ZpipeError: a file is broken.
     """
-    run_folders, study_folders = _folders(paths)
+    run_folders, study_folders, judged_files = _folders(paths)
     names = _unique_names(run_folders)
     runs = [_read_run(folder, name) for folder, name in names.items()]
     known: dict[tuple[Any, ...], Result] = {}
@@ -85,7 +97,7 @@ def gather(paths: Sequence[Path]) -> Gathered:
         for file in _studies(folder):
             about, rows = read_results(file)
             if about["content"] != "study":
-                continue  # the report shows neither calibrations nor tests of maps
+                continue  # calibrations are not shown, and tests of maps are among the files below
             titles.setdefault(
                 str(about.get("study") or file.stem), str(about.get("title") or about.get("study") or file.stem)
             )
@@ -96,13 +108,15 @@ def gather(paths: Sequence[Path]) -> Gathered:
     for run in runs:
         for row in run.results:
             known.setdefault(_key(row), row)  # a study may hold the same value
-    return Gathered(runs=runs, results=list(known.values()), titles=titles)
+    judged = [JudgedMaps(about=about, results=rows) for about, rows in map(read_results, judged_files)]
+    return Gathered(runs=runs, results=list(known.values()), titles=titles, judged=judged)
 
 
-def _folders(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The runs and the folders with studies among the paths and the folders directly in them, each once."""
+def _folders(paths: Sequence[Path]) -> tuple[list[Path], list[Path], list[Path]]:
+    """The runs, the folders with studies, and the tests of maps in the paths and the folders in them, each once."""
     runs: dict[Path, None] = {}
     studies: dict[Path, None] = {}
+    judged: dict[Path, None] = {}
     for path in (Path(path) for path in paths):
         if not path.is_dir():
             raise UsageError(f"{path}: no such folder; give runs, or a folder of runs")
@@ -115,9 +129,25 @@ def _folders(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
             if _studies(folder):
                 studies[folder.resolve()] = None
                 is_empty = False
+            found = [file.resolve() for file in _judged_files(folder)]
+            judged |= dict.fromkeys(found)
+            is_empty = is_empty and not found
         if is_empty:
             raise UsageError(f"{path}: holds no training run and no results; train-zoomer and train-vit make runs")
-    return list(runs), list(studies)
+    return list(runs), list(studies), list(judged)
+
+
+def _judged_files(folder: Path) -> list[Path]:
+    """The tests of maps in a folder. Outside of runs, where any JSON may lie, only files with our header are read."""
+    files = sorted([*folder.glob("*.json"), *(folder / FOLDER).glob("*.json")])
+    if not _is_run(folder):
+        files = [file for file in files if file.is_file() and _has_header(file)]
+    return [file for file in files if content_of(file) == "judge"]
+
+
+def _has_header(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        return f'"format": "{FORMAT}"'.encode() in opened.read(4096)
 
 
 def _add(known: dict[tuple[Any, ...], Result], rows: Iterable[Result], name: str) -> None:

@@ -7,13 +7,15 @@ takes minutes on the demo and days on ImageNet.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from zpipe.schemas.atomic import refuse_links
 from zpipe.schemas.errors import UsageError
+from zpipe.schemas.model_config import CONFIG_NAME
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.storage import as_path
 from zpipe.train.checkpoint import Run, load_run
@@ -22,6 +24,7 @@ from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.device import resolve_device
 from zpipe.train.evaluation.evaluate import answers_for, measure
 from zpipe.train.evaluation.inference import OpenRun, Tally, choose_run_source, eval_loader
+from zpipe.train.evaluation.judge import Classifier
 from zpipe.train.evaluation.operating_points import EvalConfig, operating_points
 from zpipe.train.evaluation.results import Result, identity, results_of
 from zpipe.train.fit.distributed import Workers, run_training
@@ -51,6 +54,43 @@ class StudyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WantedMaps:
+    """What `map-methods` asks for: the maps of several attribution methods, of the images to train and to measure on.
+
+    They differ from a store that exists in their method only.
+    """
+
+    own: Path
+    """The store that the zoomer of the run learned from."""
+    train: Path
+    """The shards that the zoomer was trained on."""
+    val: Path
+    """The shards to measure on."""
+    val_maps: Path | None
+    """A store of the shards to measure on, if there is one already."""
+    out: Path
+    """The folder for the stores that are made, by method and name."""
+    val_name: str
+    """The name of the stores of the shards to measure on; other shards have another name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodMaps:
+    """The relevance stores of several attribution methods; both mappings have the methods as keys, in one order."""
+
+    train: Mapping[str, Path]
+    """The stores of the shards that the zoomer was trained on."""
+    val: Mapping[str, Path]
+    """The stores of the shards to measure on."""
+    teacher: Classifier | None
+    """The teacher, which can judge the maps; None if its images are not square."""
+    classes: str | None
+    """How the labels of the shards become classes of the teacher, as in `JudgeConfig`."""
+    notes: tuple[str, ...] = ()
+    """Lines for the user about what was left out and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudyInputs:
     """The inputs of a study."""
 
@@ -62,6 +102,8 @@ class StudyInputs:
     """The relevance store of these shards, for studies that need one."""
     zoomer: Path | None = None
     """A finished zoomer, for `test-time-zoom`."""
+    method_maps: Callable[[WantedMaps], MethodMaps] | None = None
+    """For `map-methods`: makes the maps that it asks for. Training does not know the pipeline, which makes maps."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +145,7 @@ class Bench:
     ) -> None:
         self.study, self.config, self.progress, self.say = study, config, progress, say
         self.shards, self.maps, self.zoomer = inputs.shards, inputs.maps, inputs.zoomer
+        self.method_maps = inputs.method_maps
         self.opened = load_run(inputs.run)
         self.device = resolve_device(config.evaluation.device)
         self.seeds: list[int | None] = list(config.seeds) or [identity(self.opened, study)["seed"]]
@@ -136,15 +179,19 @@ class Bench:
         evaluation = self.config.evaluation
         if evaluation.alphas or evaluation.budgets:
             return {"alphas": evaluation.alphas or (), "budgets": evaluation.budgets}
-        config = self.vit_config()
-        model: Any = self.opened.model
+        model = self.opened.model
         if "alpha" not in setting_names(model):
             return {"alphas": (), "budgets": ()}
-        if config.zoom_draw == "alpha" or not hasattr(model, "tokenise"):
+        if self.vit_config().zoom_draw == "alpha" or not hasattr(model, "tokenise"):
             return {"alphas": PAPER_ALPHAS, "budgets": ()}
-        max_zoomed = model.coarse_grid**2 if config.max_zoomed is None else config.max_zoomed
-        budgets = sorted({round(max_zoomed * times * quarter / 4) for quarter in range(5)})
-        return {"alphas": (), "budgets": tuple(budgets)}
+        return {"alphas": (), "budgets": self.quarters(times)}
+
+    def quarters(self, times: float = 1.0) -> tuple[int, ...]:
+        """Budgets of a ZoomViT from none to all of the cells that its training may zoom, in quarters."""
+        model: Any = self.opened.model
+        limit = self.vit_config().max_zoomed
+        max_zoomed = model.coarse_grid**2 if limit is None else limit
+        return tuple(sorted({round(max_zoomed * times * quarter / 4) for quarter in range(5)}))
 
     def one_zoom(self) -> dict[str, Any]:
         """A single alpha or budget to measure the run at."""
@@ -157,12 +204,13 @@ class Bench:
 
     # -- training
 
-    def variant(self, label: str, seed: int | None, **changes: Any) -> Run:
+    def variant(self, label: str, seed: int | None, *, zoomer: Path | None = None, **changes: Any) -> Run:
         """Train the finished run with some settings changed, unless this was done before.
 
         Args:
             label: the folder's name without the seed.
             seed: of the training; None for the run's own.
+            zoomer: another finished zoomer than the run's own.
             changes: settings by dotted name, such as "train.lr".
 
         Returns:
@@ -170,13 +218,15 @@ class Bench:
         """
         own = self.vit_config()
         config = with_settings(own, self._common(own.train.seed, seed) | changes)
-        if config == own:
-            return self.opened
-        folder = self._folder(label, config.train.seed)
         settings = self.opened.settings
         places: dict[str, Path | None] = {
             name: None if settings.get(name) is None else as_path(settings[name]) for name in ("zoomer", "maps")
         }
+        if config == own and zoomer in (None, places["zoomer"]):
+            return self.opened
+        if zoomer is not None:
+            places["zoomer"] = zoomer
+        folder = self.folder / f"{label}-seed-{config.train.seed}"
         if config.scores not in (None, "zoomer"):
             places["zoomer"] = None
         if config.scores not in (None, "maps"):
@@ -184,33 +234,46 @@ class Bench:
         self._train(train_vit, places | {"shards": self.train_shards(self.opened), "out": folder}, config)
         return load_run(folder)
 
-    def zoomer_variant(self, label: str, seed: int | None, base: Run, **changes: Any) -> Run:
-        """As `variant`, for the zoomer `base`."""
+    def zoomer_variant(
+        self, label: str, seed: int | None, base: Run, *, maps: Path | None = None, **changes: Any
+    ) -> Run:
+        """As `variant`, for the zoomer `base`; `maps` is another relevance store of its shards than its own."""
         own = rebuild(ZoomerConfig(), base.settings)
         config = with_settings(own, self._common(own.train.seed, seed) | changes)
-        if config == own:
+        own_maps = as_path(base.settings["maps"])
+        if config == own and maps in (None, own_maps):
             return base
-        folder = self._folder(label, config.train.seed)
-        places: dict[str, Path | None] = {
-            "shards": self.train_shards(base),
-            "maps": as_path(base.settings["maps"]),
-            "out": folder,
-        }
+        folder = self.folder / f"{label}-seed-{config.train.seed}"
+        places: dict[str, Path | None] = {"shards": self.train_shards(base), "maps": maps or own_maps, "out": folder}
         self._train(train_zoomer, places, config)
         return load_run(folder)
 
     def _train(
         self, function: Callable[..., Any], places: dict[str, Path | None], config: VitConfig | ZoomerConfig
     ) -> None:
-        run_training(function, places, config, self.config.workers, progress=self.progress, say=self.say)
+        out, begun = cast(Path, places["out"]), time.monotonic()
+        is_new = not (out / CONFIG_NAME).is_file()
+
+        def show(stage: str, done: int, total: int, **facts: object) -> None:
+            self.progress(stage, done, total, **facts, of=out.name)
+
+        run_training(function, places, config, self.config.workers, progress=show, say=self.say)
+        took = f"trained in {time.monotonic() - begun:.0f} s" if is_new else "was trained before"
+        self.say(f"study {self.study}: {out.name} {took}")
 
     def _common(self, own_seed: int, seed: int | None) -> dict[str, Any]:
         changes: dict[str, Any] = {"train.seed": own_seed if seed is None else seed}
         return changes if self.config.epochs is None else changes | {"train.epochs": self.config.epochs}
 
-    def _folder(self, label: str, seed: int) -> Path:
+    @property
+    def folder(self) -> Path:
+        """The folder for what the study makes.
+
+        Raises:
+            UsageError: it is a link.
+        """
         refuse_links(self.opened.path, ("studies", f"studies/{self.study}"), "training run")
-        return self.opened.path / "studies" / self.study / f"{label}-seed-{seed}"
+        return self.opened.path / "studies" / self.study
 
     def train_shards(self, opened: Run) -> Path:
         """The shards that a run was trained on.
@@ -224,13 +287,20 @@ class Bench:
 
     # -- measuring
 
-    def loader(self, opened: Run, image_size: int | None = None, missing: Missing = "uniform") -> RelevanceLoader:
+    def loader(
+        self,
+        opened: Run,
+        image_size: int | None = None,
+        missing: Missing = "uniform",
+        maps: Path | None = None,
+    ) -> RelevanceLoader:
         """The images to measure on, in the view of a run.
 
         Args:
             opened: the run.
             image_size: another size than that of the run.
             missing: how to handle samples without a usable map, see `RelevanceLoader`.
+            maps: another relevance store than that of the inputs.
         """
         preprocessing = opened.preprocessing
         if image_size is not None:
@@ -239,7 +309,7 @@ class Bench:
         return eval_loader(
             preprocessing,
             self.shards,
-            self.maps,
+            maps or self.maps,
             batch_size=config.batch_size,
             data_workers=config.data_workers,
             missing=missing,

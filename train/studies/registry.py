@@ -13,6 +13,7 @@ from zpipe.train.evaluation.results import Result, write_study
 from zpipe.train.fit.distributed import Workers
 from zpipe.train.studies.bench import Bench, Study, StudyConfig, StudyInputs
 from zpipe.train.studies.classifying import backbone_size, errors, nine_crops
+from zpipe.train.studies.map_methods import map_methods
 from zpipe.train.studies.scoring import score_sources, selection, zoomer_depth
 from zpipe.train.studies.zooming import alpha_eta, pruning, test_time_zoom, zfe, zoom_in_training
 
@@ -27,6 +28,7 @@ STUDIES: dict[str, Study] = {
     "nine-crops": Study("Nine crops of a larger image (Table 14)", False, nine_crops),
     "backbone-size": Study("Size of the backbone (Table 8)", True, backbone_size),
     "selection": Study("What the second stage refines (CF-ViT, Table 4; LF-ViT, Table 6)", True, selection),
+    "map-methods": Study("Attribution methods: do better-judged maps make better Zoomers?", True, map_methods),
     "errors": Study("Errors of the zoomer and of the backbone (section I)", False, errors),
 }
 
@@ -80,6 +82,7 @@ def measure_study(
         "--epochs": config.epochs is not None and not trains,
         "--num-workers": config.workers != Workers() and not trains,
         "--zoomer": inputs.zoomer is not None and name != "test-time-zoom",
+        "--methods, --weights": inputs.method_maps is not None and name != "map-methods",
         "--target-gmacs": evaluation.target_gmacs is not None,
         "--calibration": evaluation.calibration is not None or evaluation.calibration_maps is not None,
     }

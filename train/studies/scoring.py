@@ -35,8 +35,9 @@ def score_sources(bench: Bench) -> list[Result]:
             continue
         if name == own and not bench.config.seeds:
             continue
+        changes: dict[str, Any] = {} if name == own else {"scores": name}
         for seed in bench.seeds:
-            opened = bench.variant(name, seed, **({} if name == own else {"scores": name}))
+            opened = bench.variant(name, seed, **changes)
             if opened is not bench.opened:
                 rows += bench.measured(opened, {"trained with": name}, bench.sweep(), scores=name)
     return rows
@@ -85,7 +86,9 @@ def selection(bench: Bench) -> list[Result]:
         raise UsageError(f"{bench.opened.path}: study selection compares how the model chooses by itself")
     rows: list[Result] = []
     for name in model.SELECTIONS:
-        changes = {"model_args": bench.vit_config().model_args | {"selection": name}} if name != model.selection else {}
+        changes: dict[str, Any] = {}
+        if name != model.selection:
+            changes = {"model_args": bench.vit_config().model_args | {"selection": name}}
         for seed in bench.seeds:
             rows += bench.measured(bench.variant(name, seed, **changes), {"selection": name}, bench.sweep())
     return rows

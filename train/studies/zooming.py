@@ -37,7 +37,9 @@ def zfe(bench: Bench) -> list[Result]:
     model = bench.need_zoomvit()
     rows = []
     for kind in ("none", "fixed", "soft"):
-        changes = {"model_args": bench.vit_config().model_args | {"zfe": kind}} if kind != model.zfe else {}
+        changes: dict[str, Any] = {}
+        if kind != model.zfe:
+            changes = {"model_args": bench.vit_config().model_args | {"zfe": kind}}
         for seed in bench.seeds:
             rows += bench.measured(bench.variant(kind, seed, **changes), {"zfe": kind}, bench.sweep())
     return rows

@@ -435,3 +435,32 @@ def test_a_box_of_another_form_is_none(tmp_path, box):
     shards = write_shards(tmp_path / "s", [members])
     batches = list(RelevanceLoader(shards, batch_size=1, image_size=8, augment="eval"))
     assert ["object_box" in batch for batch in batches] == [True, False]
+    assert [len(batch["object_boxes"][0]) for batch in batches] == [1, 0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_boxes_of_the_class_of_an_image(tmp_path, workers):
+    """Of an image with several objects those of its label count; a batch keeps the order of its samples."""
+    two = [[0, 0, 4, 4], [4, 4, 8, 8]]
+    metas = {
+        "a": {"boxes": [*two, [1, 1, 2, 2]], "box_labels": [3, 3, 5]},
+        "b": {"boxes": two},
+        "c": {},
+        "d": {"box": two[1], "boxes": [two[1], [5, 6, 2, 3]], "box_labels": [3, 3]},
+        "e": {"box": two[0]},
+        "f": {"boxes": two, "box_labels": [4, 4]},
+    }
+    members = {}
+    for key, meta in metas.items():
+        members |= {f"{key}.png": encode(np.zeros((8, 8, 3), np.uint8)), f"{key}.cls": b"3"}
+        members[f"{key}.json"] = json.dumps(meta).encode()
+    shards = write_shards(tmp_path / "s", [members])
+    whole = ViewConfig(crop_pct=1.0)
+    loader = RelevanceLoader(shards, batch_size=4, image_size=8, augment="eval", num_workers=workers, view=whole)
+    found = {}
+    for batch in loader:
+        found |= dict(zip(batch["key"], batch["object_boxes"], strict=True))
+    first, second = [0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]
+    expected = {"a": [first, second], "b": [first, second], "c": [], "d": [second], "e": [first], "f": []}
+    assert {key: boxes.tolist() for key, boxes in found.items()} == expected
+    assert "object_boxes" not in next(iter(RelevanceLoader(shards, batch_size=4, image_size=8)))

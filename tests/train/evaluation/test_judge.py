@@ -1,4 +1,4 @@
-"""Tests of maps: curves by hand, and maps that are known to be right or wrong."""
+"""Tests of maps: several stores beside two controls, and maps that are known to be right or wrong."""
 
 from __future__ import annotations
 
@@ -8,64 +8,27 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny import BODY, GRID, SIDE, rewrite_store, scenes, store
+from PIL import Image
+from tiny import BODY, GRID, SIDE, encode, rewrite_store, scenes, store, write_shards
 from typer.testing import CliRunner
 
 from zpipe import open_maps
 from zpipe.cli import app
-from zpipe.schemas.errors import UsageError
+from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.relevance_store import ZERO
+from zpipe.train.checkpoint import Preprocessing
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.evaluation.judge import JudgeConfig, area, emptied, judge_maps, perturbation_curves
+from zpipe.train.evaluation.judge import Classifier, JudgeConfig, judge, judge_maps, open_classifier
+from zpipe.train.evaluation.results import read_results
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.train_vit import VitConfig, train_vit
 
 torch.set_num_threads(1)
-CPU = JudgeConfig(device="cpu", steps=4)
-
-
-class Bright(torch.nn.Module):
-    """Class 1 to the extent that a given cell of 4 x 4 is bright."""
-
-    def __init__(self, cell: int) -> None:
-        super().__init__()
-        self.cell = cell
-
-    def forward(self, images):
-        mean = torch.nn.functional.avg_pool2d(images, images.shape[-1] // 4).mean(1).flatten(1)[:, self.cell]
-        return torch.stack([torch.zeros_like(mean), 10 * mean], dim=1)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 15), st.integers(1, 16), st.integers(0, 99))
-def test_curves_fall_and_rise_where_the_deciding_cell_is(cell, steps, seed):
-    torch.manual_seed(seed)
-    images, empty = torch.ones(2, 3, 8, 8), torch.zeros(2, 3, 8, 8)
-    maps = torch.rand(2, 4, 4)
-    deletion, insertion = perturbation_curves(Bright(cell), images, maps, torch.tensor([1, 0]), steps, empty)
-    full, none = float(torch.tensor(10.0).sigmoid()), 0.5
-    for b, (there, gone) in enumerate(((full, none), (1 - full, none))):
-        rank = int((maps[b].flatten() > maps[b].flatten()[cell]).sum())
-        for step in range(steps + 1):
-            taken = rank < round(step / steps * 16)
-            assert deletion[b, step] == pytest.approx(gone if taken else there, abs=1e-4)
-            assert insertion[b, step] == pytest.approx(there if taken else gone, abs=1e-4)
-
-
-def test_areas():
-    assert area(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.0]])).tolist() == [1.0, 0.5, 0.25]
-
-
-def test_emptied_images_keep_their_colours_and_nothing_else():
-    torch.manual_seed(0)
-    images = torch.randn(2, 3, 32, 32) + torch.tensor([1.0, 0.0, -1.0]).view(1, 3, 1, 1)
-    blurred = emptied(images, "blur")
-    assert blurred.std(dim=(2, 3)).max() < 0.2 < images.std(dim=(2, 3)).min()
-    torch.testing.assert_close(blurred.mean((2, 3)), images.mean((2, 3)), atol=0.15, rtol=0)
-    assert not emptied(images, "mean").any()
-    flat = torch.full((1, 3, 16, 16), 0.7)
-    torch.testing.assert_close(emptied(flat, "blur"), flat)
+CPU = JudgeConfig(device="cpu", steps=4, groups=4)
+METHOD = "transformer-attribution"
+FAITHFULNESS = ("deletion", "insertion", "abpc", "saco")
+BOXES = ("pointing_game", "max_box_acc_30", "max_box_acc_50", "max_box_acc_70", "max_box_acc_v2")
+MASKS = ("pixel_accuracy", "average_precision", "miou")
 
 
 @pytest.fixture(scope="module")
@@ -79,50 +42,217 @@ def data(tmp_path_factory):
     return root
 
 
-def test_rows_of_maps_and_controls(data, tmp_path):
-    rows = judge_maps(data / "run", data / "shards", data / "maps", CPU, out=tmp_path / "rows.json")
-    assert [row["setting"] for row in rows] == ["maps", "centre", "random"]
-    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
-    for row in rows:
-        assert row["count"] == 20 and row["deletion_interval"] > 0
-        assert all(0 <= row[name] <= 1 for name in ("deletion", "insertion", "pointing_game"))
-    few = judge_maps(data / "run", data / "shards", data / "maps", JudgeConfig(device="cpu", limit=7, batch_size=4))
-    assert few[0]["count"] == 7
-    again = judge_maps(data / "run", data / "shards", data / "maps", JudgeConfig(device="cpu", steps=4, batch_size=3))
-    for row, same in zip(rows, again, strict=True):
-        assert row == pytest.approx(same, abs=1e-5)  # random orders do not depend on the batch size, either
-
-
-def test_maps_that_point_at_the_box_win_the_pointing_game(data, tmp_path):
-
-    loader = RelevanceLoader(data / "shards", data / "maps", batch_size=20, image_size=SIDE, augment="eval")
-    # The evaluation view is a centre crop; the store's maps cover the whole image.
+@pytest.fixture(scope="module")
+def pointing(data, tmp_path_factory):
+    """A store whose maps are one cell in the box of the digit, and masks of these boxes."""
+    root = tmp_path_factory.mktemp("pointing")
     maps = {}
+    loader = RelevanceLoader(data / "shards", batch_size=20, image_size=SIDE, augment="eval")
     for batch in loader:
         for key, box, view in zip(batch["key"], batch["object_box"], batch["box"], strict=True):
-            x = float(view[0] + (box[0] + box[2]) / 2 * (view[2] - view[0])) / SIDE
-            y = float(view[1] + (box[1] + box[3]) / 2 * (view[3] - view[1])) / SIDE
+            # The evaluation view is a centre crop; the store's maps and the masks cover the whole image.
+            low, high = (view[:2] + box[corner] * (view[2:] - view[:2]) for corner in (slice(0, 2), slice(2, 4)))
+            x, y = ((low + high) / 2 / SIDE * GRID).int().clamp(max=GRID - 1).tolist()
             maps[key] = np.zeros((GRID, GRID), np.float32)
-            maps[key][min(int(y * GRID), GRID - 1), min(int(x * GRID), GRID - 1)] = 1
+            maps[key][y, x] = 1
+            mask = np.zeros((SIDE, SIDE), np.uint8)
+            (x1, y1), (x2, y2) = low.round().int().tolist(), high.round().int().tolist()
+            mask[y1:y2, x1:x2] = 7
+            (root / "masks").mkdir(exist_ok=True)
+            Image.fromarray(mask).save(root / "masks" / f"{key}.png")
+    shutil.copytree(data / "maps", root / "maps")
+    rewrite_store(root / "maps", maps)
+    return root
 
-    shutil.copytree(data / "maps", tmp_path / "maps")
-    rewrite_store(tmp_path / "maps", maps)
-    pointing = judge_maps(data / "run", data / "shards", tmp_path / "maps", CPU)
-    assert pointing[0]["pointing_game"] > 0.5 > pointing[2]["pointing_game"]
-    assert len(open_maps(tmp_path / "maps")) == 20
+
+def test_rows_of_a_store_and_the_controls(data, tmp_path):
+    rows = judge_maps(data / "run", data / "shards", data / "maps", CPU, out=tmp_path / "rows.json")
+    assert [row["setting"] for row in rows] == [METHOD, "centre", "random"]
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
+    for row in rows:
+        assert row["count"] == 20 and row["counts"] == {}
+        for name in (*FAITHFULNESS, *BOXES):
+            assert -1 <= row[f"{name}_low"] <= row[name] <= row[f"{name}_high"] <= 1
+        assert row["deletion_low"] < row["deletion_high"]
+        assert row["abpc"] == pytest.approx(row["insertion"] - row["deletion"])
+        assert np.trapezoid(row["curves"]["deletion"], dx=1 / 4) == pytest.approx(row["deletion"])
+        assert row["max_box_acc_30"] >= row["max_box_acc_50"] >= row["max_box_acc_70"]
+    assert "difference" not in rows[0]
+    for name in FAITHFULNESS:
+        assert rows[1]["difference"][name][0] == pytest.approx(rows[1][name] - rows[0][name])
 
 
-def test_the_command(data):
+def test_neither_the_batch_size_nor_the_limit_changes_an_image(data):
+    whole = judge_maps(data / "run", data / "shards", data / "maps", CPU)
+    small = JudgeConfig(device="cpu", steps=4, groups=4, batch_size=3)
+    for row, same in zip(whole, judge_maps(data / "run", data / "shards", data / "maps", small), strict=True):
+        for name in (*FAITHFULNESS, *BOXES):  # random orders and resamples depend on the key only
+            for end in ("", "_low", "_high"):
+                assert row[name + end] == pytest.approx(same[name + end], abs=1e-5)
+    few = JudgeConfig(device="cpu", steps=4, limit=7, batch_size=4)
+    assert judge_maps(data / "run", data / "shards", data / "maps", few)[0]["count"] == 7
+
+
+def test_maps_that_point_at_the_object_win(data, pointing):
+    config = JudgeConfig(device="cpu", steps=2, masks=pointing / "masks")
+    stores = [pointing / "maps", data / "maps"]
+    right, other, _, random = judge_maps(data / "run", data / "shards", stores, config)
+    assert right["setting"] == f"{METHOD} ({pointing / 'maps'})" and other["setting"] == f"{METHOD} ({data / 'maps'})"
+    assert right["pointing_game"] > 0.5 > random["pointing_game"]
+    for name in (*BOXES, *MASKS):
+        assert right[name] > other[name] and right[name] > random[name], name
+    assert other["difference"]["average_precision"][2] < 0  # not by chance
+    assert len(open_maps(pointing / "maps")) == 20
+
+
+def test_all_stores_are_judged_on_the_images_that_each_has(data, pointing, tmp_path):
+    shutil.copytree(pointing / "maps", tmp_path / "maps")
+    keys = list(open_maps(tmp_path / "maps"))
+    whole = open_maps(pointing / "maps")
+    rewrite_store(tmp_path / "maps", {key: whole[key] for key in keys}, dict.fromkeys(keys[:3], ZERO))
+    classifier = open_classifier(data / "run", "cpu")
+    content = judge(classifier, data / "shards", [data / "maps", tmp_path / "maps"], CPU)
+    assert [row["count"] for row in content["rows"]] == [17] * 4
+    assert content["skipped_by"] == {"without a usable map": 3} and content["samples"] == 20
+    alone = judge(classifier, data / "shards", data / "maps", CPU)["rows"][0]
+    assert content["rows"][0]["deletion"] != alone["deletion"]
+    nothing = rewrite_store(tmp_path / "maps", {key: whole[key] for key in keys}, dict.fromkeys(keys, ZERO))
+    with pytest.raises(UsageError, match="and 1 more: has no usable map of a sample in .*; judge stores of the same"):
+        judge(classifier, data / "shards", [data / "maps", nothing], CPU)
+
+
+def test_boxes_of_some_images(data, tmp_path):
+    """Any of several boxes of the class counts; images without a box, or with none in the centre crop, are left out."""
+    metas = {
+        "hit": {"boxes": [[2, 2, 10, 10], [18, 18, 30, 30], [10, 2, 18, 10]], "box_labels": [1, 1, 2]},
+        "miss": {"boxes": [[10, 2, 18, 10], [18, 18, 30, 30]], "box_labels": [1, 2]},
+        "outside": {"box": [0, 0, 1, 1]},
+        "none": {},
+    }
+    members = {}
+    for key, meta in metas.items():
+        members |= {f"{key}.png": encode(np.full((SIDE, SIDE, 3), 99, np.uint8)), f"{key}.cls": b"1"}
+        members[f"{key}.json"] = json.dumps(meta).encode()
+    shards = write_shards(tmp_path / "shards", [members])
+    corner = np.zeros((GRID, GRID), np.float32)
+    corner[3, 3] = 1
+    maps = rewrite_store(store(shards, tmp_path / "maps"), dict.fromkeys(metas, corner))
+    for batch_size in (4, 1):
+        config = JudgeConfig(device="cpu", steps=1, batch_size=batch_size)
+        row = judge_maps(data / "run", shards, maps, config)[0]
+        assert row["counts"] == dict.fromkeys(BOXES, 2) and row["count"] == 4
+        assert row["pointing_game"] == row["max_box_acc_30"] == 0.5
+
+
+def test_the_results_file_states_the_setting_and_comes_back(data, pointing, tmp_path):
+    config = JudgeConfig(device="cpu", steps=2, baseline="mean", masks=pointing / "masks")
+    stores = [data / "maps", pointing / "maps"]
+    judge_maps(data / "run", data / "shards", stores, config, out=tmp_path / "judge.json")
+    about, results = read_results(tmp_path / "judge.json")
+    assert about["content"] == "judge" and about["maps"] == [str(path) for path in stores]
+    assert about["settings"]["baseline"] == "mean" and about["settings"]["steps"] == 2
+    assert about["settings"]["image_size"] == SIDE and about["images_digest"]
+    assert [each["grid"] for each in about["stores"]] == [[GRID, GRID]] * 2 and about["stores"][0]["frame"] == "full"
+    assert {row.metric for row in results} == {*FAITHFULNESS, *BOXES, *MASKS}
+    assert {row.setting["order"] for row in results} == {row["setting"] for row in about["rows"]}
+    assert all(row.low <= row.high and row.n == 20 and row.study == "judge" for row in results)
+
+
+def test_missing_masks_are_counted_and_said(data, pointing, tmp_path):
+    shutil.copytree(pointing / "masks", tmp_path / "masks")
+    for path in sorted((tmp_path / "masks").iterdir())[:4]:
+        path.unlink()
+    config = JudgeConfig(device="cpu", steps=1, masks=tmp_path / "masks")
+    content = judge(open_classifier(data / "run", "cpu"), data / "shards", data / "maps", config)
+    assert content["rows"][0]["counts"] == dict.fromkeys(MASKS, 16)
+    assert content["masks_left_out"].endswith("measured on 16 images; of 4 the mask is missing (train_0000000 first)")
+    assert {row["n"] for row in content["results"] if row["metric"] in MASKS} == {16}
+    assert {row["n"] for row in content["results"] if row["metric"] in FAITHFULNESS} == {20}
+
+
+def test_stability_is_a_column(data):
+    keys = list(open_maps(data / "maps"))
+    stability = {METHOD: {key: number / 20 for number, key in enumerate(keys[:10])}}
+    content = judge(open_classifier(data / "run", "cpu"), data / "shards", data / "maps", CPU, stability=stability)
+    row, *controls = content["rows"]
+    assert row["stability"] == pytest.approx(np.arange(10).mean() / 20) and row["counts"] == {"stability": 10}
+    assert row["stability_low"] < row["stability"] < row["stability_high"]
+    assert all("stability" not in control and "stability" not in control["difference"] for control in controls)
+    with pytest.raises(UsageError, match="stability of rollout: no such row; give those of transformer-attribution"):
+        judge(open_classifier(data / "run", "cpu"), data / "shards", data / "maps", CPU, stability={"rollout": {}})
+
+
+def test_maps_on_a_wide_grid_and_a_classifier_of_ones_own(data, tmp_path):
+    """The classifier sees one half of the image, so that maps of this half are right, and of the other half wrong."""
+
+    def logits(images, keys):
+        assert len(images) == len(keys)
+        seen = (images[:, :, :, : SIDE // 2] - background).abs().mean((1, 2, 3))
+        return torch.stack([*[torch.zeros_like(seen)] * 9, 9 * seen], dim=1)
+
+    background = 0.0
+    classifier = Classifier(
+        preprocessing=Preprocessing(image_size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+        num_classes=10,
+        device=torch.device("cpu"),
+        logits=logits,
+        match=lambda index, shards, how: [9] * 10,
+        about={"study": "judge", "run": "halves", "model": "halves", "seed": None},
+        path="halves",
+    )
+    stores = []
+    for name, half in (("left", slice(0, 4)), ("right", slice(4, 8))):
+        shutil.copytree(data / "maps", tmp_path / name)
+        wide = np.zeros((2, 8), np.float32)
+        wide[:, half] = 1
+        stores.append(rewrite_store(tmp_path / name, dict.fromkeys(open_maps(data / "maps"), wide)))
+    config = JudgeConfig(device="cpu", steps=4, groups=2, baseline="mean")
+    left, right, centre, random = judge(classifier, data / "shards", stores, config)["rows"]
+    assert left["abpc_low"] > 0 > right["abpc_high"]
+    assert left["saco"] == 1 and right["saco"] == -1
+    assert right["abpc"] < min(centre["abpc"], random["abpc"]) and left["abpc"] > max(centre["abpc"], random["abpc"])
+    assert right["difference"]["abpc"][2] < 0
+
+
+def test_a_label_outside_the_model_is_named(data):
+    classifier = open_classifier(data / "run", "cpu")
+    few = Classifier(**{**vars(classifier), "num_classes": 2, "match": lambda index, shards, how: None})
+    with pytest.raises(ZpipeError, match="key train_"):
+        judge(few, data / "shards", data / "maps", CPU)
+
+
+def test_the_command(data, pointing, tmp_path):
     line = ["maps", "judge", str(data / "maps"), str(data / "shards"), "--model", str(data / "run"), "--steps", "2"]
     result = CliRunner().invoke(app, [*line, "--device", "cpu"])
     assert result.exit_code == 0, result.output
     assert all(word in result.output for word in ("deletion", "insertion", "pointing", "random", "centre"))
+    masks = shutil.copytree(pointing / "masks", tmp_path / "masks")
+    (masks / "train_0000003.png").unlink()
+    line.insert(3, str(pointing / "maps"))
+    more = ["--masks", str(masks), "--json", str(tmp_path / "judge.json"), "--device", "cpu"]
+    result = CliRunner().invoke(app, [*line, *more])
+    assert result.exit_code == 0, result.output
+    assert all(word in result.output for word in ("miou", "Difference to", "of 1 the mask is missing"))
+    assert len(read_results(tmp_path / "judge.json")[0]["rows"]) == 4
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"steps": 0}, "steps 0"), ({"limit": 0}, "limit 0"), ({"baseline": "black"}, "choose mean or blur")],
+    [
+        ({"steps": 0}, "steps 0"),
+        ({"limit": 0}, "limit 0"),
+        ({"groups": 1}, "groups 1"),
+        ({"baseline": "black"}, "choose mean or blur"),
+    ],
 )
 def test_wrong_settings(options, message):
     with pytest.raises(UsageError, match=message):
         JudgeConfig(**options)
+
+
+def test_wrong_stores(data):
+    classifier = open_classifier(data / "run", "cpu")
+    with pytest.raises(UsageError, match="maps: is given twice"):
+        judge(classifier, data / "shards", [data / "maps", data / "maps"], CPU)
+    with pytest.raises(UsageError, match="no store to judge"):
+        judge(classifier, data / "shards", [], CPU)
