@@ -98,9 +98,8 @@ def fit_head(
 ) -> FitHeadReport:
     """Fit a linear head to the images of tar shards and write it to a file.
 
-    The features of each tar are kept in the folder `OUT.features` until the head is written, so that a run that was
-    interrupted computes only those that are missing. They take 4 bytes per image and feature on the disk; memory grows
-    by 16 bytes per image.
+    The features of each tar are kept in the folder `OUT.features` until then, 4 bytes each, so that a run that was
+    interrupted computes only those that are missing. Memory grows by 16 bytes per image.
 
     Args:
         shards: Folder or fsspec URL of tar shards, one tar, or a pattern of tars in one folder; each image has a label.
@@ -127,9 +126,12 @@ def fit_head(
     num_classes = _check_labels(train, names[0])
     for other in others:
         _check_labels(other, names[-1], num_classes)
-    strength, held_out = (config.strength, None) if config.strength else _choose(train, num_classes, progress)
-    scaling = Scaling.of(rows_of(train))
-    fitted = fit(rows_of(train), scaling, num_classes, strength)
+    strength, held_out = config.strength, None
+    if strength is None:
+        strength, held_out = _choose(train, num_classes, reader.device, progress)
+    rows = rows_of(train, reader.device)
+    scaling = Scaling.of(rows)
+    fitted = fit(rows, scaling, num_classes, strength)
     head = fitted.affine.after(scaling)
     report = FitHeadReport(
         classes=num_classes,
@@ -137,13 +139,8 @@ def fit_head(
         count=sum(len(tar.labels) for tar in train),
         strength=strength,
         held_out=held_out,
-        val=score(rows_of(others[0]), head) if others else None,
-        unusable=tuple(
-            f"{tar.path}: key {key}: {why}"
-            for tars in (train, *others)
-            for tar in tars
-            for key, why in tar.unusable.items()
-        ),
+        val=score(rows_of(others[0], reader.device), head) if others else None,
+        unusable=tuple(line for tars in (train, *others) for tar in tars for line in tar.problems),
         notes=tuple(each for each in (note, fitted.note) if each),
     )
     write_head(out, head.weight, head.bias, _record(reader, config, report, names[0]))
@@ -190,7 +187,7 @@ def _check_labels(tars: Sequence[TarFeatures], names: ClassNames, num_classes: i
     return limit
 
 
-def _choose(tars: Sequence[TarFeatures], num_classes: int, progress: Progress) -> tuple[float, Score]:
+def _choose(tars: Sequence[TarFeatures], num_classes: int, device: str, progress: Progress) -> tuple[float, Score]:
     """The strength with the lowest cross-entropy on held-out images, and what a fit without these makes of them.
 
     Strong penalties come first: their fits are cheap, and each one starts from the last.
@@ -198,7 +195,7 @@ def _choose(tars: Sequence[TarFeatures], num_classes: int, progress: Progress) -
     held = hold_out(tars, num_classes)
     if not any(mask.any() for mask in held):
         raise ZpipeError("no class has two images, so that none can be held out to choose the L2 strength; give --l2")
-    fitted_to, judged_by = rows_of(tars, [~mask for mask in held]), rows_of(tars, held)
+    fitted_to, judged_by = rows_of(tars, device, [~mask for mask in held]), rows_of(tars, device, held)
     scaling, start = Scaling.of(fitted_to), None
     tried: list[tuple[float, Score]] = []
     for strength in STRENGTHS:

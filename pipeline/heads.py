@@ -182,7 +182,7 @@ def other_head(spec: TeacherSpec, classifier: Classifier, digest: str) -> OtherH
 def write_head(path: Path, weight: Tensor, bias: Tensor, record: HeadRecord) -> None:
     """Write a fitted head: a safetensors file of its weight [C, F] and bias [C], with the record and a digest."""
     about = msgspec.json.encode(FORMAT.header | asdict(record)).decode()
-    tensors = {"weight": weight.float().contiguous(), "bias": bias.float().contiguous()}
+    tensors = {name: value.float().cpu().contiguous() for name, value in (("weight", weight), ("bias", bias))}
     with commit(path) as tmp:
         tmp.write_bytes(safetensors.torch.save(tensors, metadata={DIGEST: NO_DIGEST, RECORD: about}))
         seal(tmp)

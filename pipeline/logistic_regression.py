@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Yields all rows in batches: features [n, F], of any floating-point dtype, and labels int64 [n]. It is called once for
-# each evaluation and must yield the same rows every time.
+# Yields all rows in batches: features [n, F], of any floating-point dtype, and labels int64 [n], on the device that
+# shall compute. It is called once for each evaluation and must yield the same rows every time.
 Rows = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 MAX_ITERATIONS = 500
 TOLERANCE = 1e-6  # of the largest component of the gradient
@@ -55,11 +55,11 @@ class Scaling:
         """Measure mean and standard deviation, in two passes."""
         count, total = 0, torch.zeros((), dtype=torch.float64)
         for features, _ in rows():
-            count, total = count + len(features), total + features.double().sum(dim=0).cpu()
+            count, total = count + len(features), total + features.double().sum(dim=0)
         mean = total / count
         squares = torch.zeros_like(mean)
         for features, _ in rows():
-            squares += (features.double().cpu() - mean).square().sum(dim=0)
+            squares += (features.double() - mean).square().sum(dim=0)
         std = (squares / count).sqrt()
         # The mean of equal numbers is off by rounding, which would otherwise become a feature.
         return cls(mean, torch.where(std > 1e-7 * mean.abs(), std, torch.ones_like(std)))
@@ -86,9 +86,9 @@ def fit(rows: Rows, scaling: Scaling, num_classes: int, strength: float, start: 
         strength: Strength of the penalty, > 0.
         start: Where to start; None starts at zero.
     """
-    width = len(scaling.mean)
-    weight = torch.zeros(num_classes, width, dtype=torch.float64) if start is None else start.weight.clone()
-    bias = torch.zeros(num_classes, dtype=torch.float64) if start is None else start.bias.clone()
+    mean = scaling.mean
+    weight = mean.new_zeros(num_classes, len(mean)) if start is None else start.weight.clone()
+    bias = mean.new_zeros(num_classes) if start is None else start.bias.clone()
     weight.requires_grad_()
     bias.requires_grad_()
     count = sum(len(labels) for _, labels in rows())

@@ -51,6 +51,11 @@ class TarFeatures:
     unusable: dict[str, str]
     """Key -> why the image has no features."""
 
+    @property
+    def problems(self) -> list[str]:
+        """A line for each image that has no features."""
+        return [f"{self.path}: key {key}: {why}" for key, why in self.unusable.items()]
+
 
 class FeatureReader:
     """Computes the features of tars, or reads those that an earlier run has left.
@@ -68,6 +73,7 @@ class FeatureReader:
         self.batch_size, self.threads = batch_size, threads
         self.with_mean = reads_mean(teacher.model)
         weight = next(teacher.model.parameters())
+        self.device = str(weight.device)
         self._mean, self._std = (
             torch.tensor(values, dtype=weight.dtype, device=weight.device).view(1, 3, 1, 1)
             for values in (teacher.mean, teacher.std)
@@ -166,16 +172,16 @@ def hold_out(tars: Sequence[TarFeatures], num_classes: int) -> list[Tensor]:
     return list(chosen.split([len(tar.labels) for tar in tars]))
 
 
-def rows_of(tars: Sequence[TarFeatures], masks: Sequence[Tensor] | None = None) -> Rows:
-    """The rows of tars, or those that masks, bool [n] each, choose."""
-    return partial(_rows, tars, masks)
+def rows_of(tars: Sequence[TarFeatures], device: str, masks: Sequence[Tensor] | None = None) -> Rows:
+    """The rows of tars on a device: all, or those that masks, bool [n] each, choose."""
+    return partial(_rows, tars, device, masks)
 
 
-def _rows(tars: Sequence[TarFeatures], masks: Sequence[Tensor] | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _rows(tars: Sequence[TarFeatures], device: str, masks: Sequence[Tensor] | None) -> Iterator[tuple[Tensor, Tensor]]:
     for number, tar in enumerate(tars):
         if not len(tar.labels):
             continue
         if masks is None:
-            yield tar.features, tar.labels
+            yield tar.features.to(device), tar.labels.to(device)
         elif masks[number].any():
-            yield tar.features[masks[number]], tar.labels[masks[number]]
+            yield tar.features[masks[number]].to(device), tar.labels[masks[number]].to(device)

@@ -24,7 +24,7 @@ The residual rule divides by a + b, which crosses zero in every image. Near it, 
 signs; they decide the two sums, whose signs decide the sign of all relevance below. So noise that nobody sees changes
 maps. `split="magnitude"` replaces that rule alone, and with it the maps are stable (docs/benchmarks.md):
 
-    residual     R_a = R |a| / (|a| + |b|), R_b = R |b| / (|a| + |b|)
+    residual     R_a = R abs(a) / (abs(a) + abs(b)), R_b = R abs(b) / (abs(a) + abs(b))
 
 One recorded forward pass and one downward sweep, without autograd, for any batch size. No value of one image enters the
 map of another.
@@ -87,7 +87,7 @@ def attribute(
             while those of the sweep do little. bfloat16 in the forward pass lowers the rank correlation with float64 to
             0.99 in the median and 0.7 at worst; in the sweep, to 0.9999 and 0.9997.
         split: How a residual connection splits relevance, one of SPLITS: "sum" is the published rule; "magnitude"
-            gives each branch its share of |a| + |b|.
+            gives each branch its share of abs(a) + abs(b).
 
     Returns:
         Maps and logits. Register tokens take part in every rule, but they have no place in the image and are left out
@@ -237,7 +237,7 @@ def residual_rule(a: Tensor, b: Tensor, total: Tensor, relevance: Tensor) -> tup
 
 
 def magnitude_rule(a: Tensor, b: Tensor, total: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
-    """Relevance of both branches of a residual connection, element by element in the ratio |a| : |b|.
+    """Relevance of both branches of a residual connection, element by element in the ratio abs(a) : abs(b).
 
     No share is above 1, so that nothing grows without bound; the sum is conserved. Arguments and results are those of
     `residual_rule`; both rules are alike where a and b have the same sign. For ResNets, Otsuki et al. (ECCV 2024)

@@ -30,13 +30,13 @@ CASES = {
     ),
     "method": (
         lambda: ExplainConfig(method="lrp"),
-        "--method lrp: choose one of transformer-attribution, gradient-attention, legrad, libragrad, rollout, "
-        "class-attention",
+        "--method lrp: choose one of transformer-attribution, transformer-attribution-stable, gradient-attention, "
+        "legrad, libragrad, rollout, class-attention",
     ),
     "precision": (
         lambda: ExplainConfig(precision="half"),
         "--precision half: choose one of float32, float64, float64+float32, float64+bfloat16, float32+bfloat16, "
-        "float32+tf32, bfloat16",
+        "float32+tf32, bfloat16, auto",
     ),
     "target": (
         lambda: ExplainConfig(target="best"),

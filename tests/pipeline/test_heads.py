@@ -15,6 +15,7 @@ from zpipe.pipeline.classifier import as_classifier
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.heads import HeadRecord, LinearHead, ZeroShotHead, probe_features, read_head, reads_mean, write_head
+from zpipe.pipeline.libragrad import BalancedGradients
 from zpipe.pipeline.methods import METHODS, methods_of
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher, state_digest
 from zpipe.pipeline.verify import verify_store
@@ -28,6 +29,7 @@ ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads
 NAME = "vit_small_patch14_dinov2"
 CLIP = "vit_base_patch16_clip_224"
 NAMES = ("ant", "bee", "cat")
+CLOSED_FORM = [name for name in METHODS if name.startswith("transformer-attribution")]
 # Families that differ in what their own head reads.
 READS = {
     NAME: ("class", "mean"),
@@ -134,7 +136,7 @@ def test_zero_shot_logits_are_scaled_cosines():
     )
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "transformer-attribution"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in CLOSED_FORM])
 @pytest.mark.parametrize("kind", ["linear", "zero-shot"])
 @pytest.mark.parametrize("name", [CLIP, "vit_base_patch16_siglip_224"])
 def test_methods_explain_the_classes_of_a_head(name, kind, method):
@@ -154,9 +156,30 @@ def test_methods_explain_the_classes_of_a_head(name, kind, method):
     torch.testing.assert_close(maps[1:, 1], alone, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["linear", "zero-shot"])
+def test_the_corrected_gradient_is_complete(kind):
+    """The logit is the sum of tokens times gradient and biases times gradient (LibraGrad)."""
+    own = encoder(CLIP).model
+    linear = LinearHead(numbers(3, 48), numbers(3, seed=1), own_parts=own.parts, reads_mean=True)
+    model = as_classifier(own.model, linear if kind == "linear" else ZeroShotHead(numbers(3, 24))).double().eval()
+    parts = [value.requires_grad_() for name, value in model.named_parameters() if name.endswith("bias")]
+
+    def enter(_block, args):
+        parts.append(args[0].detach().requires_grad_())
+        return (parts[-1],)
+
+    handle = model.blocks[0].register_forward_pre_hook(enter)
+    with BalancedGradients():
+        logit = model(numbers(1, 3, 32, 32).double())[0, 1]
+    handle.remove()
+    grads = torch.autograd.grad(logit, parts, allow_unused=True)
+    total = sum((part * grad).sum() for part, grad in zip(parts, grads, strict=True) if grad is not None)
+    torch.testing.assert_close(total, logit, rtol=0, atol=1e-9)
+
+
 def test_the_closed_form_is_refused_with_a_head(teacher, file):
     refusals = methods_of(load_teacher(spec(head=str(file))).model)
-    assert [name for name, reason in refusals.items() if reason] == ["transformer-attribution"]
+    assert [name for name, reason in refusals.items() if reason] == CLOSED_FORM
 
 
 # ------------------------------------------------------------------------------------------------- files of heads

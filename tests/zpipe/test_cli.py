@@ -393,6 +393,7 @@ def test_all_verbs_are_there():
     assert {
         "make-shards",
         "extract-teacher-maps",
+        "fit-head",
         "train-zoomer",
         "train-vit",
         "evaluate",
