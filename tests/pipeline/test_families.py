@@ -11,7 +11,7 @@ from zpipe.pipeline import families, torchvision_models, transformers_models
 from zpipe.pipeline.classifier import as_classifier
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
-from zpipe.pipeline.methods import DEFAULT_METHOD, METHODS, methods_of
+from zpipe.pipeline.methods import CLOSED_FORM, METHODS, methods_of
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher
 from zpipe.pipeline.verify import verify_store
 from zpipe.schemas.relevance_maps import RelevanceMaps
@@ -97,7 +97,7 @@ def test_a_model_of_another_library_answers_as_it_does_itself(family):
     assert row is None if classifier.parts == ("pool",) else row.sum() == pytest.approx(1)
     if classifier.num_classes:
         for name, refusal in methods_of(classifier).items():
-            assert (refusal != "") == (name == DEFAULT_METHOD)
+            assert (refusal != "") == (name in CLOSED_FORM)
             if not refusal:
                 maps, logits = METHODS[name](classifier, images(), torch.tensor([0, 1]))
                 torch.testing.assert_close(logits, answer, rtol=1e-4, atol=1e-4)
@@ -137,7 +137,7 @@ def test_the_same_weights_have_the_same_maps_in_timm_and_transformers():
     for block in ours.blocks:
         block.norm1.eps = block.norm2.eps = ours.norm.eps = theirs.config.layer_norm_eps
     torch.testing.assert_close(theirs(pixels).logits, ours(pixels), rtol=1e-9, atol=1e-9)
-    for name in [name for name in METHODS if name != DEFAULT_METHOD]:
+    for name in [name for name in METHODS if name not in CLOSED_FORM]:
         torch.testing.assert_close(METHODS[name](theirs, pixels, targets), METHODS[name](ours, pixels, targets))
 
 
@@ -157,7 +157,7 @@ def test_the_list_of_teachers_needs_no_shards(cli):
             row = []
     assert listed["timmViT,DeiT"][:2] == ["classtoken", "all"]
     assert listed["timmCLIP"][1] == "all" and listed["timmCLIP"][2].startswith("vit_base_patch16_clip_224.openai")
-    assert listed["timmSigLIP"][:2] == ["poolingattention", f"allbut{DEFAULT_METHOD}"]
+    assert listed["timmSigLIP"][:2] == ["poolingattention", f"allbut{','.join(CLOSED_FORM)}"]
     assert listed["transformersViTModel"][0] == "classtoken(needsaheadorclassembeddings)"
     named = {name.removeprefix("transformers") for name in listed if name.startswith("transformers")}
     assert named == set(transformers_models.ARCHITECTURES) and len(listed) == len(families.FAMILIES)

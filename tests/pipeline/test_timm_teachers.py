@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 
 from zpipe.pipeline.classifier import as_classifier
 from zpipe.pipeline.explainer import check_method
-from zpipe.pipeline.methods import DEFAULT_METHOD, METHODS, methods_of
+from zpipe.pipeline.methods import CLOSED_FORM, METHODS, methods_of
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher, state_digest
 from zpipe.schemas.errors import UsageError, ZpipeError
 
@@ -57,7 +57,7 @@ def test_a_model_of_timm_answers_as_it_does_itself_or_is_refused_by_name(name):
     if MODELS[name] is None:
         assert refused == set(METHODS) and "calls attention 4 times, not 2 times" in methods_of(classifier)["rollout"]
         return
-    assert refused <= {DEFAULT_METHOD}
+    assert refused <= set(CLOSED_FORM)
     maps = {
         method: METHODS[method](classifier, images, torch.tensor([0, 1])).maps for method in METHODS.keys() - refused
     }
@@ -155,12 +155,12 @@ def test_whose_answer_counts_of_a_distilled_teacher():
 WITHOUT_FUSED = """
 import timm, torch
 from zpipe.pipeline.classifier import as_classifier
-from zpipe.pipeline.methods import methods_of
+from zpipe.pipeline.methods import CLOSED_FORM, methods_of
 for name in {names}:
     model = timm.create_model(name, **{size}).eval()
     assert not model.blocks[0].attn.fused_attn
     reasons = methods_of(as_classifier(model))
-    assert not [r for m, r in reasons.items() if r and m != "transformer-attribution"], (name, reasons)
+    assert not [r for m, r in reasons.items() if r and m not in CLOSED_FORM], (name, reasons)
 """
 
 
