@@ -77,7 +77,8 @@ class Fitted(NamedTuple):
 def fit(rows: Rows, scaling: Scaling, num_classes: int, strength: float, start: Affine | None = None) -> Fitted:
     """Minimise the mean cross-entropy + strength / 2 times the squared norm of W.
 
-    The minimum is over the affine functions of standardised features. In scikit-learn's LogisticRegression, strength is 1 / (C * number of rows). The bias has no penalty.
+    The minimum is over the affine functions of standardised features. In scikit-learn's LogisticRegression, strength is
+    1 / (C * number of rows). The bias has no penalty.
 
     Args:
         rows: The rows.
