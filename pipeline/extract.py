@@ -224,7 +224,7 @@ def extract_teacher_maps(
         label_field=index.label_field,
         stability=config.stability,
     )
-    notes = [note for note in (teacher.note, matched.note) if note]
+    notes = [note for note in (teacher.note, _frame_note(teacher, config), matched.note) if note]
     if config.explain.precision == AUTO:
         store, note = _with_precision(store, teacher, config, progress)
         config = replace(config, explain=replace(config.explain, precision=store.provenance.precision))
@@ -244,6 +244,13 @@ def extract_teacher_maps(
         report = _extract(stores, spec, config, lease, progress)
     top1 = None if matched.note else report.top1
     return replace(report, notes=(*notes, *report.notes), top1=top1, left_out=index.left_out)
+
+
+def _frame_note(teacher: Teacher, config: ExtractConfig) -> str:
+    """What the user should know if a fitted head is used on another view of the images; empty if it is not."""
+    if teacher.head_frame in ("", config.frame):
+        return ""
+    return f"{config.head}: was fitted to --frame {teacher.head_frame}, these maps are of --frame {config.frame}"
 
 
 def _stores(store: WantedStore, teacher: Teacher, config: ExtractConfig) -> dict[str, WantedStore]:

@@ -11,6 +11,7 @@ import timm
 from zpipe.pipeline import torchvision_models, transformers_models
 from zpipe.pipeline.classifier import Part, as_classifier
 from zpipe.pipeline.methods import methods_of
+from zpipe.pipeline.timm_models import has_classes
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 2}
 TOWER = {
@@ -42,6 +43,8 @@ class Family:
     """Builds a small model of the family with random weights."""
     needs: str = ""
     """The extra that must be installed; empty for none."""
+    encoders: bool = False
+    """Whether the examples have no classes; it is known of those that `tiny` builds without any."""
 
     def row(self) -> dict[str, str]:
         """What `--list-teachers` prints about it: family, answer read from, methods, examples."""
@@ -51,7 +54,7 @@ class Family:
             return row | {"methods": f"pip install 'zpipe[{self.needs}]'"}
         classifier = as_classifier(self.tiny()).eval()
         refused = [name for name, reason in methods_of(classifier).items() if reason]
-        head = "" if classifier.num_classes else " (needs a head or class embeddings)"
+        head = "" if classifier.num_classes and not self.encoders else " (needs a head or class embeddings)"
         return row | {
             "answer read from": " and ".join(READS[part] for part in classifier.parts) + head,
             "methods": f"all but {', '.join(refused)}" if refused else "all",
@@ -59,7 +62,13 @@ class Family:
 
 
 def _timm(name: str, *examples: str, **size: Any) -> Family:
-    return Family(name=name, examples=examples, tiny=lambda: timm.create_model(examples[0], **SIZE | size))
+    encoders = not any(has_classes(example) for example in examples)
+    return Family(
+        name=name,
+        examples=examples,
+        tiny=lambda: timm.create_model(examples[0], **SIZE | size),
+        encoders=encoders,
+    )
 
 
 def _transformers(name: str, *examples: str, nested: bool = False) -> Family:
@@ -83,8 +92,9 @@ FAMILIES = (
     _timm("timm ViT with registers", "vit_base_patch14_reg4_dinov2", "vit_base_patch14_dinov2"),
     _timm("timm CLIP", "vit_base_patch16_clip_224.openai", "vit_large_patch14_clip_224.laion2b"),
     _timm("timm ViT with SwiGLU", "vit_giant_patch14_dinov2", "vit_giant_patch14_reg4_dinov2"),
-    _timm("timm ViT, mean pooling", "vit_so150m_patch16_reg4_gap_256", "aimv2_large_patch14_224"),
-    _timm("timm SigLIP", "vit_base_patch16_siglip_224", "vit_so150m_patch16_reg4_map_256"),
+    _timm("timm ViT, mean pooling", "vit_so150m_patch16_reg4_gap_256", "vit_betwixt_patch16_reg4_gap_256"),
+    _timm("timm AIMv2", "aimv2_large_patch14_224", "aimv2_huge_patch14_224"),
+    _timm("timm SigLIP", "vit_base_patch16_siglip_224", "vit_large_patch16_siglip_256"),
     _timm("timm ViT, relative positions", "vit_relpos_base_patch16_224", "vit_relpos_base_patch16_clsgap_224"),
     _timm("timm distilled DeiT", "deit_base_distilled_patch16_224", "deit_tiny_distilled_patch16_224"),
     _timm("timm EVA-02", "eva02_base_patch14_448", "eva02_large_patch14_448"),

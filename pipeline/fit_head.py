@@ -22,6 +22,8 @@ from zpipe.schemas.choices import check_choice
 from zpipe.schemas.classes import ClassNames, match_classes
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.formats import header
+from zpipe.schemas.lease import LEASE_NAME, held_lease
+from zpipe.schemas.model_config import MAX_CLASSES
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.storage import as_local, as_path, remove
 
@@ -122,29 +124,31 @@ def fit_head(
     reader, note = _reader(out, config)
     if say is not None and note:
         say(note)
-    train, *others = (reader.read(tars, index.label_field, progress) for tars, index in sets)
-    num_classes = _check_labels(train, names[0])
-    for other in others:
-        _check_labels(other, names[-1], num_classes)
-    strength, held_out = config.strength, None
-    if strength is None:
-        strength, held_out = _choose(train, num_classes, reader.device, progress)
-    rows = rows_of(train, reader.device)
-    scaling = Scaling.of(rows)
-    fitted = fit(rows, scaling, num_classes, strength)
-    head = fitted.affine.after(scaling)
-    report = FitHeadReport(
-        classes=num_classes,
-        features=head.weight.shape[1],
-        count=sum(len(tar.labels) for tar in train),
-        strength=strength,
-        held_out=held_out,
-        val=score(rows_of(others[0], reader.device), head) if others else None,
-        unusable=tuple(line for tars in (train, *others) for tar in tars for line in tar.problems),
-        notes=tuple(each for each in (note, fitted.note) if each),
-    )
-    write_head(out, head.weight, head.bias, _record(reader, config, report, names[0]))
-    remove(reader.folder)
+    with held_lease(reader.folder, "folder of features") as lease:
+        write_json(reader.folder / MARKER, header("zpipe-head-features", 1))
+        train, *others = (reader.read(tars, index.label_field, progress) for tars, index in sets)
+        num_classes = _check_labels(train, names[0])
+        for other in others:
+            _check_labels(other, names[-1], num_classes)
+        given, device = config.strength, reader.device
+        strength, held_out = _choose(train, num_classes, device, progress) if given is None else (given, None)
+        rows = rows_of(train, device)
+        scaling = Scaling.of(rows)
+        fitted = fit(rows, scaling, num_classes, strength)
+        head = fitted.affine.after(scaling)
+        report = FitHeadReport(
+            classes=num_classes,
+            features=head.weight.shape[1],
+            count=sum(len(tar.labels) for tar in train),
+            strength=strength,
+            held_out=held_out,
+            val=score(rows_of(others[0], device), head) if others else None,
+            unusable=tuple(line for tars in (train, *others) for tar in tars for line in tar.problems),
+            notes=tuple(each for each in (note, fitted.note) if each),
+        )
+        lease.check()
+        write_head(out, head.weight, head.bias, _record(reader, config, report, names[0]))
+        remove(reader.folder)
     return report
 
 
@@ -155,8 +159,7 @@ def _reader(out: Path, config: FitHeadConfig) -> tuple[FeatureReader, str]:
     torch.set_num_threads(threads)
     teacher = load_teacher(config.teacher, device=device, needs_classes=False)
     folder = out.with_name(f"{out.name}.features")
-    claim_folder(folder, MARKER, "features of a head")
-    write_json(folder / MARKER, header("zpipe-head-features", 1))
+    claim_folder(folder, MARKER, "features of a head", lease=LEASE_NAME)
     batch_size = config.batch_size or (64 if device.startswith("cuda") else 8)
     frame = frame_of(teacher, config.frame)
     return FeatureReader(teacher, frame, folder, batch_size=batch_size, threads=threads), teacher.note
@@ -167,15 +170,15 @@ def _check_labels(tars: Sequence[TarFeatures], names: ClassNames, num_classes: i
     for tar in tars:
         if tar.unlabelled:
             raise ZpipeError(f"{tar.path}: key {tar.unlabelled}: has no label (.cls, or label in .json); add one")
-    counts = torch.bincount(torch.cat([tar.labels for tar in tars]))
-    if not len(counts):
+    labels = torch.cat([tar.labels for tar in tars])
+    if not len(labels):
         raise ZpipeError(f"{names.where}: no image has usable features; mend the images")
-    limit = num_classes or len(names.names) or len(counts)
-    if len(counts) > limit:
-        raise ZpipeError(
-            f"{names.where}: has the label {len(counts) - 1}, there are {limit} classes; correct the labels"
-        )
-    empty = [number for number in range(limit) if number >= len(counts) or not counts[number]]
+    largest = int(labels.max())
+    limit = num_classes or len(names.names) or min(largest + 1, MAX_CLASSES)
+    if largest >= limit:  # before memory is taken for the counts of so many
+        among = f"there are {limit} classes" if limit < MAX_CLASSES else f"a head has at most {limit} classes"
+        raise ZpipeError(f"{names.where}: has the label {largest}, {among}; correct the labels")
+    empty = (torch.bincount(labels, minlength=limit) == 0).nonzero()[:, 0].tolist()
     if empty and num_classes is None:
         name = f", {names.names[empty[0]]!r}," if names.names else ""
         raise ZpipeError(
@@ -210,12 +213,18 @@ def _choose(tars: Sequence[TarFeatures], num_classes: int, device: str, progress
 
 
 def _record(reader: FeatureReader, config: FitHeadConfig, report: FitHeadReport, names: ClassNames) -> HeadRecord:
+    teacher = reader.teacher
     return HeadRecord(
-        teacher=reader.teacher.name,
-        teacher_digest=reader.teacher.digest,
+        teacher=teacher.name,
+        teacher_digest=teacher.digest,
         reads_mean=reader.with_mean,
         classes=tuple(names.names),
         frame=config.frame,
+        own_parts=teacher.model.own_parts,
+        mean=teacher.mean,
+        std=teacher.std,
+        interpolation=teacher.interpolation,
+        crop_pct=teacher.crop_pct,
         count=report.count,
         strength=report.strength,
         held_out=report.held_out.count if report.held_out else 0,

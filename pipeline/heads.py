@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -41,7 +41,10 @@ CLIP_SCALE = 100.0  # what CLIP and its relatives learn, capped at this value (R
 NORM_TOLERANCE = 0.01  # rounding to float16 changes the norm of an embedding by less
 NPY = b"\x93NUMPY"
 
+PREPARATION_TOLERANCE = 1e-4  # descriptions round mean and standard deviation differently
+
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,16 @@ class HeadRecord:
     """Names of its classes; empty if only numbers are known."""
     frame: Text
     """What the teacher saw of an image: a name of `zpipe.pipeline.shard_reader.FRAMES`."""
+    own_parts: tuple[Text, ...] = ()
+    """`Classifier.own_parts` of the teacher, which say of two own heads which one answers; empty if not recorded."""
+    mean: Channels | None = None
+    """Mean of each channel, subtracted from pixels in 0 to 1; None if not recorded. So for the next three."""
+    std: Channels | None = None
+    """Standard deviation of each channel."""
+    interpolation: Text | None = None
+    """How images were resized."""
+    crop_pct: float | None = None
+    """Fraction of the image that the frame ``center`` showed."""
     count: Count
     """Number of images that it was fitted to."""
     strength: Annotated[float, msgspec.Meta(ge=0)]
@@ -157,23 +170,28 @@ class OtherHead(NamedTuple):
     """Names of its classes; empty if nothing names them."""
     note: str = ""
     """What was assumed about it, for the user."""
+    frame: str = ""
+    """What the teacher saw of an image when the head was fitted; empty if it was not."""
 
 
-def other_head(spec: TeacherSpec, classifier: Classifier, digest: str) -> OtherHead:
+def other_head(spec: TeacherSpec, classifier: Classifier, digest: str, prepared: Mapping[str, Any]) -> OtherHead:
     """Read the head that a request names in place of the model's own.
 
     Args:
         spec: The request; its `head` or its `class_embeddings` names a file, or neither does.
         classifier: The model with its own head, or none, on the CPU.
         digest: `zpipe.pipeline.teacher.state_digest` of the model's weights.
+        prepared: How images are prepared: `mean`, `std`, `interpolation` and `crop_pct`.
 
     Raises:
         UsageError: There is no such file.
-        ZpipeError: The file cannot be read, is not what it should be, or belongs to another teacher.
+        ZpipeError: The file cannot be read, is not what it should be, or belongs to another teacher, or to images that
+            are normalised differently.
     """
     if spec.head is not None:
         head, record = read_head(Path(spec.head), classifier, digest)
-        return OtherHead(head, record.classes)
+        note = _preparation_note(Path(spec.head), record, prepared)
+        return OtherHead(head, record.classes, note, record.frame)
     if spec.class_embeddings is not None:
         return read_class_embeddings(Path(spec.class_embeddings), classifier)
     return OtherHead()
@@ -198,7 +216,7 @@ def read_head(path: Path, classifier: Classifier, digest: str) -> tuple[LinearHe
 
     Raises:
         UsageError: There is no such file.
-        ZpipeError: It is damaged, no head, of a newer version, or was fitted to another teacher.
+        ZpipeError: It is damaged, no head, of a newer version, or was fitted to another teacher or own head.
     """
     _check_is_there(path, "head")
     check_digest(path, REFIT)
@@ -210,6 +228,11 @@ def read_head(path: Path, classifier: Classifier, digest: str) -> tuple[LinearHe
         raise ZpipeError(
             f"{path}: was fitted to {printable(record.teacher)[:80]} with digest {record.teacher_digest[:12]}, these "
             f"weights have {digest[:12]}; give that teacher, or {REFIT}"
+        )
+    if record.own_parts not in ((), classifier.own_parts):
+        raise ZpipeError(
+            f"{path}: reads {' and '.join(record.own_parts)} of the teacher, not {' and '.join(classifier.own_parts)}; "
+            f"give --own-head as it was fitted with, or {REFIT}"
         )
     tensors = safetensors.torch.load_file(path)
     wanted = _features(classifier, record.reads_mean)
@@ -225,6 +248,24 @@ def read_head(path: Path, classifier: Classifier, digest: str) -> tuple[LinearHe
     if bad := not_finite(tensors):
         raise ZpipeError(f"{path}: {bad} holds NaN or infinity; {REFIT}")
     return LinearHead(weight, bias, own_parts=classifier.parts, reads_mean=record.reads_mean), record
+
+
+def _preparation_note(path: Path, record: HeadRecord, prepared: Mapping[str, Any]) -> str:
+    """What differs between the images that a head was fitted to and those of a request; empty if nothing does.
+
+    Raises:
+        ZpipeError: They are normalised differently, so that the features are others.
+    """
+    for name in ("mean", "std"):
+        fitted = getattr(record, name)
+        if fitted is not None and not np.allclose(fitted, prepared[name], rtol=0, atol=PREPARATION_TOLERANCE):
+            raise ZpipeError(
+                f"{path}: was fitted to images of the {name} {list(fitted)}, these have {list(prepared[name])}; give "
+                f"--{name} {','.join(map(str, fitted))}, or {REFIT}"
+            )
+    if record.interpolation not in (None, prepared["interpolation"]):
+        return f"{path}: was fitted to {record.interpolation} images, these are {prepared['interpolation']}"
+    return ""
 
 
 @torch.no_grad()

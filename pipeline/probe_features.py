@@ -90,7 +90,7 @@ class FeatureReader:
         read, done, total = [], 0, sum(entry.count for _, entry in tars)
         for path, entry in tars:
             progress("fit-head: features", done, total)
-            file = self.folder / f"{entry.stem}-{self._fingerprint(entry)}{SUFFIX}"
+            file = self.folder / f"{entry.stem}-{self._fingerprint(entry, label_field)}{SUFFIX}"
             if not file.exists():
                 self._compute(path, entry, label_field, file)
             read.append(_load(file, path))
@@ -98,10 +98,12 @@ class FeatureReader:
         progress("fit-head: features", done, total)
         return read
 
-    def _fingerprint(self, entry: ShardEntry) -> str:
-        """Names what determines the features of a tar."""
+    def _fingerprint(self, entry: ShardEntry, label_field: str | None) -> str:
+        """Names what determines the features and labels of a tar."""
+        teacher = self.teacher
+        of_teacher = (teacher.digest, teacher.mean, teacher.std, teacher.model.own_parts, self.with_mean)
         of_images = (self.frame.kind, self.frame.size, self.frame.interpolation, self.frame.crop_pct)
-        facts = (self.teacher.digest, self.teacher.mean, self.teacher.std, *of_images, entry.sha256, entry.keys_sha256)
+        facts = (*of_teacher, *of_images, entry.sha256, entry.keys_sha256, label_field)
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def _compute(self, path: Path, entry: ShardEntry, label_field: str | None, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""A frozen timm ViT that is ready for attribution, and the digest that identifies it."""
+"""A frozen ViT that is ready for attribution, and the digest that identifies it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from zpipe.pipeline.classifier import Classifier, as_classifier
 from zpipe.pipeline.heads import other_head
 from zpipe.pipeline.shard_reader import PIL_FILTERS
 from zpipe.pipeline.teacher_spec import TORCHVISION, TRANSFORMERS, TeacherFiles, TeacherSpec, find_files
+from zpipe.pipeline.timm_models import embedding_widths
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
 from zpipe.schemas.manifest import Provenance
 from zpipe.schemas.model_config import CONFIG_NAME, read_class_names
@@ -42,7 +43,7 @@ class Teacher:
     model: Classifier
     """The model: in eval mode, without gradients."""
     name: str
-    """timm's name of the architecture."""
+    """Its name, as `TeacherSpec.name` takes it."""
     weights: str
     """`TeacherSpec.weights` that it was loaded from."""
     digest: str
@@ -67,6 +68,9 @@ class Teacher:
     """Names of its classes, "" for one without; empty if nothing names them."""
     note: str = ""
     """What was assumed about it, for the user; empty if everything is known."""
+    head_frame: str = ""
+    """What it saw of an image when its head was fitted: a name of `zpipe.pipeline.shard_reader.FRAMES`; empty if its
+    head is its own, or made of class embeddings."""
 
 
 def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu", needs_classes: bool = True) -> Teacher:
@@ -85,20 +89,18 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu", needs
     if bad := not_finite(built.model.state_dict()):
         raise ZpipeError(f"teacher {spec.weights}: {bad} holds NaN or infinity; give weights that did not diverge")
     digest = state_digest(built.model.state_dict())
-    other = other_head(spec, as_classifier(built.model, own_head=spec.own_head).eval(), digest)
+    own = as_classifier(built.model, own_head=spec.own_head).eval()
+    prepared, note = _preparation(spec, built, own.channels)
+    other = other_head(spec, own, digest, prepared)
     model = as_classifier(built.model, other.head, spec.own_head)
     if other.head is not None:
         digest = state_digest(model.state_dict())
-    if needs_classes and not model.num_classes:
-        raise ZpipeError(
-            f"teacher {built.name}: {spec.weights} has no classification head; fit one with zpipe fit-head and give it "
-            "as --head, or give --class-embeddings"
-        )
+    elif needs_classes:
+        _check_classes(spec, built, own.num_classes)
     try:
         model = model.eval().requires_grad_(False).to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError is what a CPU build of torch raises for "cuda"
         raise UsageError(f"device {device}: {first_line(error)}; give a device that torch has here, or cpu") from error
-    prepared, note = _preparation(spec, built)
     return Teacher(
         model=model,
         name=built.name,
@@ -110,6 +112,7 @@ def load_teacher(spec: TeacherSpec, *, device: str | torch.device = "cpu", needs
         model_args=built.model_args if spec.own_head is None else built.model_args | {"own_head": spec.own_head},
         classes=built.classes if other.head is None else other.classes,
         note="; ".join(each for each in (note, other.note) if each),
+        head_frame=other.frame,
         **prepared,
     )
 
@@ -276,7 +279,22 @@ def _check_family(model: nn.Module, name: str, own_head: str | None) -> None:
         raise UsageError(f"--own-head {own_head}: {error}; leave it out") from error
 
 
-def _preparation(spec: TeacherSpec, built: _Built) -> tuple[dict[str, Any], str]:
+def _check_classes(spec: TeacherSpec, built: _Built, count: int) -> None:
+    """Check that the model's own head is a classifier.
+
+    Weights that name their classes are one, and a request for that number of classes says so.
+    """
+    remedy = "fit one with zpipe fit-head and give it as --head, or give --class-embeddings"
+    if not count:
+        raise ZpipeError(f"teacher {built.name}: {spec.weights} has no classification head; {remedy}")
+    if spec.num_classes is None and not built.classes and count in embedding_widths(built.name):
+        raise ZpipeError(
+            f"teacher {built.name}: {spec.weights} has no classification head, its {count} outputs are the embedding "
+            f"that images and texts share; {remedy}; if they are classes, give --num-classes {count}"
+        )
+
+
+def _preparation(spec: TeacherSpec, built: _Built, channels: int) -> tuple[dict[str, Any], str]:
     """How images are prepared: `mean`, `std`, `interpolation` and `crop_pct`; and a note about what is assumed."""
     values: dict[str, Any] = {}
     assumed = []
@@ -293,8 +311,9 @@ def _preparation(spec: TeacherSpec, built: _Built) -> tuple[dict[str, Any], str]
             f"teacher {spec.weights}: resizes images by {values['interpolation']!r}, which is none of "
             f"{', '.join(PIL_FILTERS)}; choose one with --interpolation"
         )
-    if len(values["mean"]) != 3:
-        raise ZpipeError(f"teacher {spec.weights}: takes {len(values['mean'])} channels, images have 3; give another")
+    for count in (channels, len(values["mean"]), len(values["std"])):
+        if count != 3:
+            raise ZpipeError(f"teacher {spec.weights}: takes {count} channels, images have 3; give another")
     notes = [f"teacher {spec.weights}: {built.note}"] if built.note else []
     if built.why_not and assumed:
         notes.append(

@@ -58,7 +58,7 @@ class TeacherSpec:
     - a folder: what timm's `save_for_hf`, our training runs and transformers' `save_pretrained` write, config.json and
       model.safetensors. Other weights of a run are RUN:best, and RUN:7 for an epoch that was kept.
     - a file, see `zpipe.schemas.weights.read_weights`. A config.json beside it describes it, as it does a folder's
-      weights. It is loaded strictly, and nothing is resized.
+      weights. It is loaded strictly, and nothing is resized but positions, with `resize_positions`.
 
     What config.json says, `name`, `num_classes` and `model_args` may repeat.
     """

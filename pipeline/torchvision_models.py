@@ -84,9 +84,18 @@ def split_name(name: str) -> tuple[str, Any]:
 
 
 def create(name: str, **kwargs: Any) -> Any:
-    """Build a model with torchvision's initialisation; `kwargs` as its constructor takes them, None for its default."""
+    """Build a model with torchvision's initialisation.
+
+    Args:
+        name: Its name, see `split_name`.
+        kwargs: Arguments of its constructor; None takes the default. `num_classes` of 0 makes an encoder without a
+            head, as timm does.
+    """
     sizes = {"image_size": 224} | SIZES[split_name(name)[0]]
-    return VisionTransformer(**sizes | {key: value for key, value in kwargs.items() if value is not None})
+    model = VisionTransformer(**sizes | {key: value for key, value in kwargs.items() if value is not None})
+    if not model.num_classes:
+        model.heads = nn.Sequential()  # torchvision would give it a head of no rows, which no file holds
+    return model
 
 
 def pretrained(name: str, model_args: dict[str, Any], num_classes: int | None) -> tuple[Any, tuple[str, ...]]:

@@ -38,6 +38,12 @@ from zpipe.schemas.weights import read_weights
 PREPARATION_NAMES = ("preprocessor_config.json", "processor_config.json")
 WEIGHTS_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 REMEDY = "write the folder again with save_pretrained"
+# Fields of config.json that choose kernels, which the library would fetch and load from any repository.
+IMPLEMENTATIONS = {
+    f"{start}{kind}_implementation{end}"
+    for kind in ("attn", "experts")
+    for start, end in (("", ""), ("_", ""), ("_", "_internal"))
+}
 # PIL's numbers of filters, by which preprocessor_config.json names them.
 FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
@@ -275,6 +281,8 @@ def create(architecture: str, model_args: Mapping[str, Any], num_classes: int | 
         )
     model_class = getattr(_library(), architecture)
     fields = dict(model_args) | ({} if num_classes is None else {"num_labels": num_classes})
+    if _without_implementations(fields) != fields:
+        raise UsageError(f"model_args: {', '.join(sorted(IMPLEMENTATIONS))} are not chosen here; leave them out")
     try:
         with _silent():
             return model_class._from_config(model_class.config_class(**fields), attn_implementation="sdpa")
@@ -316,8 +324,12 @@ def _config_of(model_class: Any, raw: Mapping[str, Any], path: Path) -> Any:
     """The configuration of the model, or of the part for images of a model of images and texts."""
     inner = raw.get(model_class.config_class.base_config_key or "", raw)
     try:
+        if "quantization_config" in raw:
+            raise ValueError("quantised weights are not known")
         with _silent():
-            config = model_class.config_class.from_dict(dict(inner))
+            config = model_class.config_class.from_dict(_without_implementations(inner))
+            if "CLIPModel" in raw["architectures"][:1]:  # the projection is that of the whole model
+                config.projection_dim = raw.get("projection_dim", _library().CLIPConfig().projection_dim)
         sizes = getattr(config, "vision_config", config)
         limits = {"num_hidden_layers": MAX_BLOCKS, "image_size": MAX_SIDE, "patch_size": MAX_SIDE}
         limits |= dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_channels"), 1 << 16)
@@ -331,6 +343,15 @@ def _config_of(model_class: Any, raw: Mapping[str, Any], path: Path) -> Any:
             f"{path}: is no configuration of a {model_class.__name__} ({first_line(error)}); {REMEDY}"
         ) from error
     return config
+
+
+def _without_implementations(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A description without the implementations that it asks for, which may be native code of a repository."""
+    return {
+        key: _without_implementations(value) if isinstance(value, dict) else value
+        for key, value in raw.items()
+        if key not in IMPLEMENTATIONS
+    }
 
 
 def _read_state(folder: Path) -> dict[str, Tensor]:
@@ -359,7 +380,7 @@ def _fill(model_class: Any, config: Any, state: dict[str, Tensor], file: Path) -
     extra = {"add_pooling_layer": False} if name in ("ViTModel", "DeiTModel") else {}
     try:
         with torch.device("meta"):
-            shape = model_class._from_config(config, **extra)
+            shape = model_class._from_config(config, attn_implementation="sdpa", **extra)
         # A description may ask for any size. What a file lacks is named below, unless it lacks half of the model.
         if sum(each.numel() for each in shape.parameters()) > 2 * sum(each.numel() for each in state.values()):
             raise ValueError(f"{CONFIG_NAME} describes a larger model")
@@ -370,6 +391,7 @@ def _fill(model_class: Any, config: Any, state: dict[str, Tensor], file: Path) -
                 state_dict=state,
                 dtype=torch.float32,
                 attn_implementation="sdpa",
+                ignore_mismatched_sizes=True,  # the check below names the tensor
                 output_loading_info=True,
                 **extra,
             )

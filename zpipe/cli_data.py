@@ -433,6 +433,8 @@ def fit_head_command(
             own_head=own_head,
             resize_positions=resize_positions,
         )
+        if weights == "random":
+            warn("warning: random weights were asked for: a head of their features means little")
         config = FitHeadConfig(
             teacher=spec, frame=frame, strength=strength, batch_size=batch_size, threads=threads, device=device
         )

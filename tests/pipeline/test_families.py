@@ -157,7 +157,10 @@ def test_the_list_of_teachers_needs_no_shards(cli):
             row = []
     assert listed["timmViT,DeiT"][:2] == ["classtoken", "all"]
     assert listed["timmCLIP"][1] == "all" and listed["timmCLIP"][2].startswith("vit_base_patch16_clip_224.openai")
-    assert listed["timmSigLIP"][:2] == ["poolingattention", f"allbut{','.join(CLOSED_FORM)}"]
+    needs = "(needsaheadorclassembeddings)"
+    assert [listed[f"timm{name}"][0] for name in ("CLIP", "EVACLIP", "ViTwithregisters")] == [f"classtoken{needs}"] * 3
+    assert listed["timmAIMv2"][0] == f"meanofpatches{needs}"
+    assert listed["timmSigLIP"][:2] == [f"poolingattention{needs}", f"allbut{','.join(CLOSED_FORM)}"]
     assert listed["transformersViTModel"][0] == "classtoken(needsaheadorclassembeddings)"
     named = {name.removeprefix("transformers") for name in listed if name.startswith("transformers")}
     assert named == set(transformers_models.ARCHITECTURES) and len(listed) == len(families.FAMILIES)

@@ -1,6 +1,7 @@
 """zpipe fit-head: a head for a frozen encoder, from shards to a file, and what goes wrong on the way."""
 
 import io
+import json
 import shutil
 
 import numpy as np
@@ -12,10 +13,13 @@ from sklearn.linear_model import LogisticRegression
 from tiny import write_tar
 
 from zpipe.pipeline.fit_head import STRENGTHS, FitHeadConfig, fit_head
+from zpipe.pipeline.heads import read_head
+from zpipe.pipeline.make_shards import index_shards
 from zpipe.pipeline.probe_features import TarFeatures, hold_out
 from zpipe.pipeline.shard_reader import Frame, frame_image, open_shards, read_samples
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher
 from zpipe.schemas.errors import UsageError, ZpipeError
+from zpipe.schemas.lease import held_lease
 from zpipe.schemas.shard_index import read_index, write_index
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,6 +158,64 @@ def test_features_of_another_frame_are_not_taken(train, tmp_path):
     assert len(list((tmp_path / "head.safetensors.features").glob("*.features.safetensors"))) == 2
 
 
+def features_after(train, out, config):
+    """Names of the files of features after a run that was ended after its first tar."""
+    with pytest.raises(Interrupted):
+        fit_head(train, out, config, progress=stop)
+    return {path.name for path in out.with_name(f"{out.name}.features").glob("*.features.safetensors")}
+
+
+def test_features_of_the_other_own_head_are_not_taken(train, tmp_path):
+    """The weights, and so their digest, are the same."""
+    distilled = {"name": "deit_tiny_distilled_patch16_224", "weights": "random", "model_args": ARGS}
+    counts = [
+        len(features_after(train, tmp_path / "h.safetensors", config(teacher=TeacherSpec(**distilled, own_head=own))))
+        for own in ("class", "distilled", None, "class")
+    ]
+    assert counts == [1, 2, 3, 3]
+
+
+def test_labels_of_another_field_are_not_taken(train, tmp_path):
+    """A field is a property of the index: the tars, and so their digests, are the same."""
+    members = {}
+    for label in range(2):
+        for number in range(4):
+            named = sample(label, number)
+            key = next(iter(named)).removesuffix(".png")
+            members |= named | {f"{key}.json": json.dumps({"other": 1 - label}).encode()}
+    write_tar(tmp_path / "a" / "0.tar", members)
+    counts = []
+    for field in (None, "other"):
+        (tmp_path / "a" / "shards.json").unlink(missing_ok=True)
+        index_shards(str(tmp_path / "a"), None, label_field=field)
+        counts.append(len(features_after(tmp_path / "a", tmp_path / "head.safetensors", config())))
+    assert counts == [1, 2]
+    resumed, undisturbed = tmp_path / "head.safetensors", tmp_path / "undisturbed.safetensors"
+    for out in (resumed, undisturbed):
+        fit_head(tmp_path / "a", out, config(strength=0.1))
+    assert torch.equal(load_file(resumed)["weight"], load_file(undisturbed)["weight"])
+
+
+def test_one_run_at_a_time_fits_a_head(cli, train, tmp_path):
+    out = tmp_path / "head.safetensors"
+    kept = features_after(train, out, config())
+    folder = tmp_path / "head.safetensors.features"
+    with held_lease(folder):
+        assert "has been writing to this folder of features since" in failure(cli, 1, train, out)
+    assert {path.name for path in folder.glob("*.features.safetensors")} == kept and not out.exists()
+
+
+def test_a_head_says_how_its_images_were_prepared(train, tmp_path):
+    out = tmp_path / "head.safetensors"
+    prepared = {"mean": (0.25, 0.5, 0.75), "std": (0.5, 0.5, 0.5), "interpolation": "lanczos", "crop_pct": 0.75}
+    spec = TeacherSpec(**vars(SPEC) | prepared)
+    fit_head(train, out, config(teacher=spec, strength=0.1))
+    teacher = load_teacher(spec, needs_classes=False)
+    record = read_head(out, teacher.model, teacher.digest)[1]
+    said = prepared | {"frame": "center", "own_parts": ("class",), "reads_mean": True}
+    assert vars(record) | said == vars(record)
+
+
 def test_the_choice_depends_on_neither_order_nor_tars():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 3, (40,), generator=generator)
@@ -204,6 +266,20 @@ def test_a_class_without_images_is_named(cli, tmp_path):
     single = tars(tmp_path / "c", (1, 1))
     assert "no class has two images" in failure(cli, 1, single, out) and not out.exists()
     assert cli("fit-head", single, "--out", out, *FLAGS, "--l2", "0.1").code == 0
+
+
+def test_a_label_that_no_model_has_takes_no_memory(cli, tmp_path):
+    broken = sample(1, 90)
+    name = next(name for name in broken if name.endswith("cls"))
+    shards = tars(tmp_path / "a", (3, 3))
+    write_tar(shards / "broken.tar", broken | {name: b"2000000000"})
+    message = failure(cli, 1, shards, tmp_path / "head.safetensors")
+    assert "has the label 2000000000, a head has at most 1000000 classes; correct the labels" in message
+
+
+def test_random_weights_are_warned_of(cli, train, tmp_path):
+    done = cli("fit-head", train, "--out", tmp_path / "head.safetensors", *FLAGS, "--l2", "0.1")
+    assert done.code == 0 and "warning: random weights were asked for" in done.stderr
 
 
 def test_classes_of_the_validation_shards_must_be_the_same(cli, shards, tmp_path):

@@ -210,6 +210,29 @@ def test_a_head_of_other_features_is_refused(teacher, tmp_path):
     assert "reads 24 features, this teacher has 48" in failure(ZpipeError, head=str(file))
 
 
+def test_a_head_of_the_other_of_two_own_heads_is_refused(tmp_path):
+    """Both features have the same width, and the weights are the same."""
+    name = "deit_tiny_distilled_patch16_224"
+    fitted = encoder(name, own_head="class", num_classes=5)
+    file = head_file(tmp_path / "head.safetensors", fitted, own_parts=fitted.model.own_parts)
+    assert encoder(name, own_head="class", num_classes=5, head=str(file)).num_classes == 3
+    for own_head, parts in (("distilled", "distilled"), (None, "class and distilled")):
+        message = failure(ZpipeError, name=name, num_classes=5, own_head=own_head, head=str(file))
+        assert f"reads class of the teacher, not {parts}; give --own-head as it was fitted with" in message
+
+
+def test_a_head_of_images_that_are_normalised_differently_is_refused(teacher, tmp_path):
+    prepared = {"mean": teacher.mean, "std": (0.5, 0.25, 0.125), "interpolation": teacher.interpolation}
+    file = head_file(tmp_path / "head.safetensors", teacher, **prepared)
+    message = failure(ZpipeError, head=str(file))
+    assert "was fitted to images of the std [0.5, 0.25, 0.125], these have [0.229, 0.224, 0.225]" in message
+    assert "give --std 0.5,0.25,0.125, or fit a head" in message
+    rounded = (0.50001, 0.25, 0.125)
+    assert load_teacher(spec(head=str(file), std=rounded)).note == ""
+    note = load_teacher(spec(head=str(file), std=rounded, interpolation="lanczos")).note
+    assert note == f"{file}: was fitted to {teacher.interpolation} images, these are lanczos"
+
+
 def test_a_head_with_other_names_is_refused(teacher, tmp_path):
     file = head_file(tmp_path / "head.safetensors", teacher, classes=4)
     assert "names 3 classes and has 4" in failure(ZpipeError, head=str(file))
@@ -421,6 +444,16 @@ def test_maps_explain_the_classes_of_a_fitted_head(shards, teacher, file, tmp_pa
     other = head_file(tmp_path / "other.safetensors", teacher, seed=9)
     with pytest.raises(ZpipeError, match="made with teacher_digest"):
         extract(shards, tmp_path / "maps", head=str(other))
+
+
+def test_a_head_of_another_view_of_the_images_is_noted(shards, file, tmp_path):
+    notes = {
+        frame: extract(shards, tmp_path / frame, head=str(file), frame=frame).notes for frame in ("full", "center")
+    }
+    assert notes == {
+        "full": (f"{file}: was fitted to --frame center, these maps are of --frame full",),
+        "center": (),
+    }
 
 
 def test_maps_of_zero_shot_classes(shards, tmp_path):

@@ -59,6 +59,23 @@ def test_random_weights_of_torchvision_come_from_the_seed_alone():
     assert first.digest == again.digest != other.digest and first.num_classes == 3
 
 
+def test_an_encoder_of_torchvision_takes_a_head(tmp_path):
+    model = of_torchvision()
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("heads.")}
+    save_file(state, tmp_path / "w.safetensors")
+    spec = {"name": "torchvision:vit_b_16", "weights": str(tmp_path / "w.safetensors"), "model_args": OF_TORCHVISION}
+    loaded = load_teacher(TeacherSpec(**spec), needs_classes=False)
+    assert loaded.num_classes == 0 and loaded.digest == state_digest(state)
+    model.heads = torch.nn.Identity()
+    assert torch.equal(loaded.model(images()), model(images()))
+    embeddings = torch.randn(3, 24, generator=torch.Generator().manual_seed(2))
+    save_file({"embeddings": embeddings}, tmp_path / "classes.safetensors")
+    zero_shot = load_teacher(TeacherSpec(**spec, class_embeddings=str(tmp_path / "classes.safetensors")))
+    expected = 100 * torch.nn.functional.cosine_similarity(model(images())[:, None], embeddings[None], dim=2)
+    torch.testing.assert_close(zero_shot.model(images()), expected)
+    assert "has no classification head" in failure(ZpipeError, *list(spec.values())[:2], model_args=OF_TORCHVISION)
+
+
 def test_torchvision_has_no_such_model(tmp_path, monkeypatch):
     assert "choose one of vit_b_16, vit_b_32" in failure(UsageError, "torchvision:resnet50", "random")
     assert "choose IMAGENET1K_V1 or" in failure(UsageError, "torchvision:vit_b_16.V9", "pretrained")
@@ -153,7 +170,7 @@ def test_weights_that_do_not_fit_a_model_of_transformers(folder):
         ({"classifier.bias": None}, "has no classifier.bias"),
         ({"extra.weight": weight}, "has the unknown extra.weight"),
         ({"vit.pooler.dense.weight": weight}, ""),
-        ({"classifier.bias": torch.zeros(6)}, "does not fit ViTForImageClassification"),
+        ({"classifier.bias": torch.zeros(6)}, "ViTForImageClassification, it has another shape of classifier.bias"),
         ({"classifier.bias": torch.full((5,), torch.nan)}, "classifier.bias holds NaN"),
     ):
         whole = (folder / "model.safetensors").read_bytes()
@@ -181,9 +198,50 @@ def test_a_description_of_transformers_is_not_trusted(folder, tmp_path):
     (folder / "ours.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Ours: pass\n")
     change(folder, auto_map={"AutoModelForImageClassification": "ours.Ours", "AutoConfig": "ours.Ours"})
     assert load(None, folder) and not (tmp_path / "ran").exists()
+    (folder / "config.json").write_text(whole)
+    change(folder, quantization_config={"quant_method": "mxfp4"})
+    assert "quantised weights are not known" in failure(ZpipeError, None, folder)
     (folder / "config.json").write_text("{")
     assert "config.json" in failure(ZpipeError, None, folder)
     assert "holds no model.safetensors" in failure(ZpipeError, None, tmp_path)
+
+
+KERNEL_FIELDS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+
+
+@pytest.fixture
+def loads_of_kernels(monkeypatch):
+    """What the library was asked to load kernels of."""
+    from transformers import modeling_utils
+
+    asked = []
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda name, **_: asked.append(name))
+    monkeypatch.setattr(modeling_utils, "is_kernel", lambda name: bool(name and "/" in name) and not asked.append(name))
+    return asked
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "CLIPForImageClassification"])
+@pytest.mark.parametrize("kernel", ["owner/kernel", "flash_attention_2", {"": "owner/kernel"}])
+def test_a_description_chooses_no_kernel(name, kernel, tmp_path, loads_of_kernels):
+    of_transformers(name).save_pretrained(tmp_path)
+    plain = load(None, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for field in (*KERNEL_FIELDS, "experts_implementation", "_experts_implementation"):
+        change(tmp_path, **{field: kernel})
+        if "vision_config" in raw:
+            change(tmp_path, vision_config=raw["vision_config"] | {field: kernel})
+        loaded = load(None, tmp_path)
+        assert loaded.model.model.config._attn_implementation == "sdpa"
+        assert torch.equal(loaded.model(images()), plain.model(images()))
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert loads_of_kernels == []
+
+
+def test_a_request_chooses_no_kernel(loads_of_kernels):
+    for fields in ({"_attn_implementation": "owner/kernel"}, {"vision_config": {"experts_implementation": "o/k"}}):
+        message = failure(UsageError, "transformers:ViTModel", "random", model_args=fields)
+        assert "are not chosen here; leave them out" in message
+    assert loads_of_kernels == []
 
 
 def test_a_request_that_contradicts_a_folder_of_transformers(folder):
@@ -238,6 +296,23 @@ def test_the_part_for_images_of_a_model_of_images_and_texts(tmp_path):
         spec = TeacherSpec(weights=str(tmp_path / name))
         classifier = load_teacher(spec, needs_classes=False).model
         assert torch.equal(classifier(images()), expected) and classifier.num_classes == 0
+
+
+@pytest.mark.parametrize("inner", [None, 12])
+def test_the_projection_is_that_of_the_whole_model(inner, tmp_path):
+    import transformers
+
+    texts = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "vocab_size": 50, "eos_token_id": 1}
+    size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
+    for width in (20, 512):  # the default, which the library leaves out of the file
+        config = transformers.CLIPConfig(
+            vision_config=size | ({} if inner is None else {"projection_dim": inner}),
+            text_config=texts | {"bos_token_id": 0},
+            projection_dim=width,
+        )
+        transformers.CLIPModel(config).save_pretrained(tmp_path / str(width))
+        loaded = load_teacher(TeacherSpec(weights=str(tmp_path / str(width))), needs_classes=False)
+        assert loaded.model(images()).shape == (2, width)
 
 
 def test_the_hub_and_its_cache(folder, tmp_path, monkeypatch):

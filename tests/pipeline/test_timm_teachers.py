@@ -13,6 +13,7 @@ from zpipe.pipeline.classifier import as_classifier
 from zpipe.pipeline.explainer import check_method
 from zpipe.pipeline.methods import CLOSED_FORM, METHODS, methods_of
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher, state_digest
+from zpipe.pipeline.timm_models import embedding_widths
 from zpipe.schemas.errors import UsageError, ZpipeError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,6 +131,67 @@ def test_weights_for_images_of_another_size_name_the_remedy(name, tmp_path):
     spec = TeacherSpec(name=name, weights=str(tmp_path / "w.safetensors"), model_args=SIZE | {"img_size": 48})
     with pytest.raises(ZpipeError, match="its images have 32 pixels: give model_args img_size=32"):
         load_teacher(spec)
+
+
+# ------------------------------------------------------------------------------------------------------ embeddings
+
+
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("vit_base_patch16_clip_224", {512}),
+        ("vit_large_patch14_clip_224.laion2b_ft_in1k", {768}),
+        ("eva02_base_patch16_clip_224", {512}),
+        ("vit_pe_core_base_patch16_224", {1024}),
+        ("vit_base_patch16_siglip_224", set()),
+        ("vit_base_patch16_224", set()),
+        ("eva_giant_patch14_224", set()),
+        ("torchvision:vit_b_16", set()),
+    ],
+)
+def test_the_widths_of_embeddings(name, widths):
+    assert embedding_widths(name) == widths
+
+
+def test_an_embedding_is_no_classifier(tmp_path):
+    spec = {"weights": "random", "model_args": SIZE}
+    for name in ("vit_base_patch16_clip_224.openai", "eva02_base_patch16_clip_224"):
+        with pytest.raises(ZpipeError) as error:
+            load_teacher(TeacherSpec(name=name, **spec))
+        assert "has no classification head, its 512 outputs are the embedding" in str(error.value)
+        assert "zpipe fit-head" in str(error.value) and "give --num-classes 512" in str(error.value)
+        # For class embeddings, the embedding is what the model answers; a request may also call them classes.
+        images = torch.zeros(1, 3, 32, 32)
+        assert load_teacher(TeacherSpec(name=name, **spec), needs_classes=False).model(images).shape == (1, 512)
+        assert load_teacher(TeacherSpec(name=name, num_classes=512, **spec)).num_classes == 512
+    tuned = TeacherSpec(name="vit_base_patch16_clip_224.openai_ft_in1k", **spec)
+    assert load_teacher(tuned).num_classes == 1000
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_weights_of_an_embedding_that_name_classes_are_a_classifier(named, tmp_path):
+    model = timm.create_model("vit_base_patch16_clip_224.openai", **SIZE)
+    names = {"label_names": [f"class {number}" for number in range(512)]} if named else {}
+    save_for_hf(model, tmp_path / "clip", model_config=names, model_args=SIZE, safe_serialization=True)
+    for spec in (
+        TeacherSpec(weights=str(tmp_path / "clip")),
+        TeacherSpec(weights=str(tmp_path / "clip" / "model.safetensors")),
+    ):
+        if named:
+            assert load_teacher(spec).classes[7] == "class 7"
+        else:
+            with pytest.raises(ZpipeError, match="its 512 outputs are the embedding"):
+                load_teacher(spec)
+
+
+@pytest.mark.parametrize("weights", ["random", "file"])
+def test_a_teacher_of_other_channels_is_refused(weights, tmp_path):
+    args = SIZE | {"in_chans": 1}
+    if weights == "file":
+        save_file(tiny("vit_base_patch16_224", in_chans=1).state_dict(), tmp_path / "w.safetensors")
+        weights = str(tmp_path / "w.safetensors")
+    with pytest.raises(ZpipeError, match="takes 1 channels, images have 3; give another"):
+        load_teacher(TeacherSpec(name="vit_base_patch16_224", weights=weights, model_args=args))
 
 
 # ------------------------------------------------------------------------------------------------------- two heads
