@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast
 
 import torch
 
-from zpipe.pipeline.heads import HeadRecord, write_head
+from zpipe.pipeline.heads import Channels, HeadRecord, write_head
 from zpipe.pipeline.logistic_regression import Scaling, Score, fit, score
 from zpipe.pipeline.probe_features import FeatureReader, TarFeatures, hold_out, rows_of
 from zpipe.pipeline.shard_reader import FRAMES, open_shards
@@ -113,7 +114,8 @@ def fit_head(
 
     Raises:
         UsageError: A path or an option makes no sense.
-        ZpipeError: An image has no label, a class has no images, the classes of `val` are others, a tar is damaged.
+        ZpipeError: An image has no label, a class has no images, the classes of `val` are others, a tar is damaged, or
+            another run is fitting a head for the same file.
     """
     out = as_local(out)
     check_out_file(out, (".safetensors",))
@@ -221,8 +223,8 @@ def _record(reader: FeatureReader, config: FitHeadConfig, report: FitHeadReport,
         classes=tuple(names.names),
         frame=config.frame,
         own_parts=teacher.model.own_parts,
-        mean=teacher.mean,
-        std=teacher.std,
+        mean=cast(Channels, teacher.mean),
+        std=cast(Channels, teacher.std),
         interpolation=teacher.interpolation,
         crop_pct=teacher.crop_pct,
         count=report.count,
