@@ -15,7 +15,7 @@ from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.checkpoint import load_run
 from zpipe.train.evaluation.evaluate import evaluate
-from zpipe.train.evaluation.judge import JudgeConfig, judge
+from zpipe.train.evaluation.judge import JudgeConfig, judge_maps
 from zpipe.train.evaluation.operating_points import EvalConfig
 from zpipe.train.evaluation.results import Result, read_results
 from zpipe.train.fit.config import TrainConfig
@@ -125,7 +125,7 @@ def test_all_are_measured_at_equal_cost_and_beside_two_controls(data, finished):
 def test_maps_are_judged_on_the_teacher(data, finished):
     _, rows, _ = finished
     (store,) = (data / "zoom" / "studies" / "map-methods" / "maps" / OTHER).glob("val-*")
-    expected = judge(data / "teacher", data / "val", store, JudgeConfig(batch_size=24, device="cpu"))["rows"]
+    expected = judge_maps(data / "teacher", data / "val", store, JudgeConfig(batch_size=24, device="cpu"))
     for row, name in zip(expected, (OTHER, "centre", "random"), strict=True):
         for metric in ("deletion", "insertion", "pointing_game"):
             assert list(chosen(rows, metric, maps=name).values()) == pytest.approx([row[metric]])
