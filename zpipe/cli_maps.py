@@ -309,6 +309,7 @@ def maps_judge(
         opened = [open_maps(store) for store in stores]
         judged_on = open_classifier(model, device) if model else teacher_of(opened, weights=weights, device=device)
         stable: Mapping[str, Mapping[str, float]] = {}
+        note = ""
         if join == "tar":
             find = partial(stability_of, opened, shards, weights=weights, device=device, progress=progress)
             try:
@@ -316,14 +317,16 @@ def maps_judge(
             except ZpipeError as error:
                 if stability is not None:
                     raise
-                warn(f"note: stability is not measured: {error}")
+                note = f"note: stability is not measured: {error}"
         elif stability:
             raise UsageError(
                 "--stability: the maps are computed anew from the store's own tars; leave out --join image"
             )
         elif any(map(has_stability, opened)):
-            warn("note: stability is left out: with --join image, keys of the stores may be those of other images")
+            note = "note: stability is left out: with --join image, keys of the stores may be those of other images"
         content = judge(judged_on, shards, opened, config, stability=stable, progress=progress)
+        if note:  # only now, because judging may end with an error for the same reason
+            warn(note)
     rows = content["rows"]
     _print_judged(rows, f"{rows[0]['count']} images of {shards}, baseline {baseline}, {steps} steps")
     if content["masks_left_out"]:
@@ -342,7 +345,7 @@ def _print_judged(rows: Sequence[Mapping[str, Any]], title: str) -> None:
         table.add_column("metric")
         for row in members:
             table.add_column(row["setting"], justify="right")
-        for metric in metrics:
+        for metric in (name for name in metrics if any(name in column for column in columns)):
             pairs = zip(members, columns, strict=True)
             table.add_row(metric, *(_judged_cell(row, metric, column.get(metric)) for row, column in pairs))
         print_table(table)
