@@ -129,17 +129,21 @@ def load_teacher_of(
         device: Where the model shall be.
 
     Raises:
-        UsageError: The store was made without a teacher, or its weights are gone.
+        UsageError: The store was made without a teacher, or its weights or its head are not there.
         ZpipeError: Other weights lie in their place, or they cannot be loaded.
     """
     if not origin.teacher:
         raise UsageError(f"{store}: holds no maps of a teacher; give a store that does")
     spec = TeacherSpec.of(origin, weights)
-    for file in (spec.path, spec.head, spec.class_embeddings):
+    where = "(a relative path counts from the current folder)"
+    if spec.path is not None and not spec.path.exists():
+        raise UsageError(
+            f"{store}: its teacher's weights {spec.path} are not there {where}; put them back, or say where they are "
+            "with --weights"
+        )
+    for what, file in (("head", spec.head), ("class embeddings", spec.class_embeddings)):
         if file is not None and not Path(file).exists():
-            raise UsageError(
-                f"{store}: {file} of its teacher is gone; put it back, or give --weights for other weights"
-            )
+            raise UsageError(f"{store}: the {what} of its teacher, {file}: no such file {where}; put the file back")
     teacher = load_teacher(spec, device=device)
     if teacher.digest != origin.teacher_digest:
         raise ZpipeError(

@@ -50,11 +50,18 @@ class Sample:
 
         They are those in `boxes` of the .json whose entry in `box_labels` is the label, or all where it has no
         `box_labels`; of a .json without `boxes`, its `box`. Those of another form are left out.
+
+        Raises:
+            ZpipeError: `boxes` and `box_labels` have different lengths.
         """
         boxes, labels = self.meta.get("boxes"), self.meta.get("box_labels")
         if not isinstance(boxes, list):
             boxes, labels = [self.meta.get("box")], None
-        own = labels if isinstance(labels, list) and len(labels) == len(boxes) else [self.label] * len(boxes)
+        own = labels if isinstance(labels, list) else [self.label] * len(boxes)
+        if len(own) != len(boxes):
+            raise ZpipeError(
+                f"key {self.key}: its .json has {len(boxes)} boxes and {len(own)} box_labels; give each box one label"
+            )
         found = (_box(box) for box, label in zip(boxes, own, strict=True) if label == self.label)
         return [box for box in found if box is not None]
 

@@ -251,7 +251,7 @@ def maps_judge(
         typer.Option(
             min=0,
             help="Images whose stability to measure, for stores that were extracted without --stability; 0 for none. "
-            "Default: 200, if the teacher can be loaded.",
+            "Default: 200 of the images to judge, if the teacher can be loaded.",
         ),
     ] = None,
     masks: Annotated[
@@ -260,7 +260,7 @@ def maps_judge(
             parser=path_or_url,
             metavar="PATH|URL",
             help="Folder of masks, KEY.png in the size of the image: 0 is background, 255 is ignored, all else is the "
-            "object; or those of ImageNet-S.",
+            "object; or a folder of ImageNet-S, with its folders of classes.",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Points per curve.")] = 10,
@@ -285,6 +285,7 @@ def maps_judge(
     with reporting() as progress:
         from zpipe import open_maps
         from zpipe.judging import stability_of, teacher_of
+        from zpipe.pipeline.inspection import has_stability
         from zpipe.train.data.join import Damaged as DamagedChoice
         from zpipe.train.data.map_stores import Join as JoinChoice
         from zpipe.train.evaluation.faithfulness import Baseline
@@ -308,19 +309,24 @@ def maps_judge(
         opened = [open_maps(store) for store in stores]
         judged_on = open_classifier(model, device) if model else teacher_of(opened, weights=weights, device=device)
         stable: Mapping[str, Mapping[str, float]] = {}
+        note = ""
         if join == "tar":
             find = partial(stability_of, opened, shards, weights=weights, device=device, progress=progress)
             try:
-                stable = find(limit=200 if stability is None else stability)
+                stable = find(limit=min(200, limit) if stability is None else stability)
             except ZpipeError as error:
                 if stability is not None:
                     raise
-                warn(f"note: stability is not measured: {error}")
+                note = f"note: stability is not measured: {error}"
         elif stability:
             raise UsageError(
                 "--stability: the maps are computed anew from the store's own tars; leave out --join image"
             )
+        elif any(map(has_stability, opened)):
+            note = "note: stability is left out: with --join image, keys of the stores may be those of other images"
         content = judge(judged_on, shards, opened, config, stability=stable, progress=progress)
+        if note:  # only now, because judging may end with an error for the same reason
+            warn(note)
     rows = content["rows"]
     _print_judged(rows, f"{rows[0]['count']} images of {shards}, baseline {baseline}, {steps} steps")
     if content["masks_left_out"]:
@@ -339,11 +345,18 @@ def _print_judged(rows: Sequence[Mapping[str, Any]], title: str) -> None:
         table.add_column("metric")
         for row in members:
             table.add_column(row["setting"], justify="right")
-        for metric in metrics:
-            cells = (column.get(metric) for column in columns)
-            text = ("" if cell is None else "{:.3f} ({:.3f} to {:.3f})".format(*cell) for cell in cells)
-            table.add_row(metric, *text)
+        for metric in (name for name in metrics if any(name in column for column in columns)):
+            pairs = zip(members, columns, strict=True)
+            table.add_row(metric, *(_judged_cell(row, metric, column.get(metric)) for row, column in pairs))
         print_table(table)
+
+
+def _judged_cell(row: Mapping[str, Any], metric: str, cell: Sequence[float] | None) -> str:
+    """A value with its interval, and with the number of images where these are not all images of the row."""
+    if cell is None:
+        return ""
+    text = "{:.3f} ({:.3f} to {:.3f})".format(*cell)
+    return f"{text}, n = {row['counts'][metric]}" if metric in row["counts"] else text
 
 
 @maps_app.command("compare", short_help="Show how far the maps of two stores agree.")

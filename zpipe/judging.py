@@ -5,8 +5,7 @@ Evaluation does not know the pipeline; here the two meet.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -26,6 +25,8 @@ from zpipe.train.evaluation.answers import match_labels
 from zpipe.train.evaluation.judge import Classifier, row_names
 from zpipe.train.evaluation.metrics import LARGEST_LOGIT, check_numbers
 
+TEACHER_FIELDS = ("teacher_digest", "mean", "std", "image_size", "interpolation")  # of one teacher these are equal
+
 
 def teacher_of(stores: Sequence[RelevanceMaps], *, weights: str | None = None, device: str = "auto") -> Classifier:
     """Open the teacher that made the maps of all these stores as the classifier to judge them on.
@@ -36,20 +37,34 @@ def teacher_of(stores: Sequence[RelevanceMaps], *, weights: str | None = None, d
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        UsageError: The stores are of several teachers, the teacher's images are not square, or its weights are gone.
+        UsageError: The stores are of several teachers, the teacher's images are not square, or its weights are not
+            there.
         ZpipeError: The weights are others, or cannot be loaded.
     """
-    first = stores[0]
+    first, origin = stores[0], stores[0].manifest.provenance
     for store in stores[1:]:
-        if store.manifest.provenance.teacher_digest != first.manifest.provenance.teacher_digest:
-            raise UsageError(f"{first.path} and {store.path}: made by different teachers; give --model RUN to judge by")
+        other = store.manifest.provenance
+        if differing := [name for name in TEACHER_FIELDS if getattr(other, name) != getattr(origin, name)]:
+            raise UsageError(
+                f"{first.path} and {store.path}: made by different teachers ({', '.join(differing)}); give --model RUN "
+                "to judge by"
+            )
     place = resolve_device(device)
-    teacher = load_teacher_of(first.path, first.manifest.provenance, weights=weights, device=place)
-    return as_judge(teacher, place)
+    try:
+        teacher = load_teacher_of(first.path, origin, weights=weights, device=place)
+    except UsageError as error:
+        raise UsageError(f"{error}, or judge by --model RUN") from error
+    return as_judge(teacher)
 
 
-def as_judge(teacher: Teacher, device: torch.device) -> Classifier:
-    """A teacher on a device as the classifier to judge maps on. Raises UsageError if its images are not square."""
+def as_judge(teacher: Teacher) -> Classifier:
+    """A teacher as the classifier to judge maps on, where its weights are.
+
+    Its images are resized bicubically, as all images in training and evaluation.
+
+    Raises:
+        UsageError: Its images are not square.
+    """
     height, width = teacher.image_size
     if height != width:
         raise UsageError(f"teacher {teacher.name}: takes images of {height} x {width}; give --model RUN to judge by")
@@ -69,7 +84,7 @@ def as_judge(teacher: Teacher, device: torch.device) -> Classifier:
             crop_pct=teacher.crop_pct,
         ),
         num_classes=teacher.num_classes,
-        device=device,
+        device=next(teacher.model.parameters()).device,
         logits=logits,
         match=lambda index, shards, how: match_labels(own, teacher.num_classes, index, shards, how),
         about={"study": "judge", "run": Path(teacher.weights).name, "model": teacher.name, "seed": None},
@@ -105,11 +120,42 @@ def stability_of(
     values: dict[str, Mapping[str, float]] = {}
     for name, store in zip(row_names(stores), stores, strict=True):
         if has_stability(store):
-            table = store.table(["key", "stability"])
-            pairs = zip(table["key"].to_pylist(), table["stability"].to_pylist(), strict=True)
-            values[name] = {key: value for key, value in pairs if not math.isnan(value)}
+            values[name] = _StabilityColumn(store)
         elif limit:
             values[name] = measure_stability(
                 store, shards, limit=limit, device=device, weights=weights, progress=progress
             )
     return values
+
+
+class _StabilityColumn(Mapping[str, float]):
+    """The column `stability` of a store, by key. A shard is read when its first key is looked up.
+
+    Maps are judged in the order of the shards, so that a test of a few thousand images reads, and holds, no more than
+    their shards, however large the store is.
+
+    Args:
+        store: The store.
+    """
+
+    def __init__(self, store: RelevanceMaps) -> None:
+        self._store = store
+        self._unread = [shard.stem for shard in reversed(store.manifest.shards)]
+        self._values: dict[str, float] = {}
+
+    def __getitem__(self, key: str) -> float:
+        while key not in self._values and self._unread:
+            self._read()
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        while self._unread:
+            self._read()
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return self._store.manifest.count
+
+    def _read(self) -> None:
+        table = self._store.index(self._unread.pop(), ["key", "stability"])
+        self._values |= zip(table["key"].to_pylist(), table["stability"].to_pylist(), strict=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from zpipe.judging import as_judge
-from zpipe.pipeline.explainer import ExplainConfig
+from zpipe.pipeline.explainer import ExplainConfig, precisions_of
 from zpipe.pipeline.extract import Executor, ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.methods import CLASS_BLIND, METHODS, methods_of
 from zpipe.pipeline.shard_reader import open_shards
@@ -61,7 +61,8 @@ def extract_method_maps(
 ) -> MethodMaps:
     """Extract the maps that the study `map-methods` asks for; what was extracted before is kept.
 
-    Teacher, target, frame and precision are those of the store that exists already, which is used as it is.
+    Teacher, target, frame and precision are those of the store that exists already, which is used as it is. A method
+    without that precision is explained in float32.
 
     Args:
         wanted: What the study asks for.
@@ -77,16 +78,22 @@ def extract_method_maps(
     own = read_manifest(wanted.own)
     origin = own.provenance
     base = _extraction(wanted, own, config)
-    teacher = load_teacher_of(wanted.own, origin, weights=config.weights)
+    teacher = load_teacher_of(wanted.own, origin, weights=config.weights, device=resolve_device(config.device))
     methods, notes = _methods(teacher, config.methods)
     if origin.method in CLASS_BLIND:
         notes.append(f"{wanted.own}: {origin.method} has no target; the other maps explain the images' own labels")
     judge = None
     if teacher.image_size[0] == teacher.image_size[1]:
-        judge = as_judge(teacher, resolve_device(config.device))
+        judge = as_judge(teacher)
     else:
         notes.append(f"the maps are not judged: images of the teacher {teacher.name} are not square")
     _check_val_maps(wanted, origin, methods)
+    explained = {method: _explain(method, origin) for method in methods}  # a refusal comes before any extraction
+    for method, explain in explained.items():
+        if explain.precision not in (origin.precision, origin.precision.partition("+")[0]):
+            notes.append(
+                f"{method}: explained in {explain.precision}, as it has no {origin.precision}, that of {wanted.own}"
+            )
     train: dict[str, Path] = {}
     val: dict[str, Path] = {}
     places = ((train, wanted.train, wanted.own, "train"), (val, wanted.val, wanted.val_maps, wanted.val_name))
@@ -96,7 +103,7 @@ def extract_method_maps(
                 stores[method] = given
                 continue
             stores[method] = wanted.out / method / name
-            settings = replace(base, explain=_explain(method, origin))
+            settings = replace(base, explain=explained[method])
             notes += _extract(method, shards, stores[method], settings, progress, say)
     classes = None if base.classes == "same" else base.classes
     return MethodMaps(train=train, val=val, teacher=judge, classes=classes, notes=tuple(dict.fromkeys(notes)))
@@ -141,6 +148,8 @@ def _explain(method: str, origin: Provenance) -> ExplainConfig:
         target = "ground-truth"
     # The arithmetic of the downward sweep belongs to the store's own method.
     precision = origin.precision if method == origin.method else origin.precision.partition("+")[0]
+    if precision not in precisions_of(method):
+        precision = "float32"
     return ExplainConfig(method=method, target=target, symmetrise=origin.symmetrised, precision=precision)
 
 

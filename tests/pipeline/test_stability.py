@@ -229,7 +229,9 @@ def test_what_does_not_fit_the_store_is_named(store, store_copy, shards, shards_
         return str(error.value)
 
     assert "--limit 0: give a number" in refused(store, shards, limit=0)
-    assert "elsewhere.safetensors of its teacher is gone" in refused(store, shards, weights="elsewhere.safetensors")
+    assert "its teacher's weights elsewhere.safetensors are not there (a relative path" in refused(
+        store, shards, weights="elsewhere.safetensors"
+    )
     tar = shards_copy / f"{STEM}.tar"
     write_tar(tar, {"x.jpg": encode("JPEG", 40, 40), "x.cls": b"1"})
     (shards_copy / "shards.json").unlink()

@@ -307,7 +307,7 @@ WRONG = {
     "judge: no masks": (
         "maps judge {maps} {shards} --model {plain} --masks {empty} --device cpu",
         2,
-        "--masks {empty}: none of the first 40 images has a usable mask (train_0000000.png is missing); give a folder",
+        "--masks {empty}: has no PNG file; give a folder of KEY.png",
     ),
     "judge: a zoomer": ("maps judge {maps} {shards} --model {zoomer}", 2, "zoomer: holds a zoomer, no classifier"),
     "show: unknown key": ("maps show {maps} nobody --out {out}.png", 2, "no map for key 'nobody'"),

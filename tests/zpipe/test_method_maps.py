@@ -6,13 +6,16 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from tiny import BODY, SIDE, scenes
 
 from zpipe import open_maps
+from zpipe.judging import as_judge
 from zpipe.method_maps import MethodsConfig, extract_method_maps
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.methods import CLASS_BLIND, CLOSED_FORM, METHODS
+from zpipe.pipeline.teacher import load_teacher_of
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import read_manifest, write_manifest
 from zpipe.train.fit.config import TrainConfig
@@ -95,6 +98,22 @@ def test_the_settings_of_the_store_are_those_of_the_others(data, tmp_path):
     assert (origin.symmetrised, origin.target, origin.precision) == (True, "class:3", "float64")
 
 
+def test_a_method_without_the_precision_of_the_store_is_explained_in_float32(data, tmp_path):
+    own = extract(data, tmp_path / "own", method=OTHER, explain={"precision": "bfloat16"})
+    made = extract_method_maps(wanted(data, tmp_path / "out", own=own), local(OTHER, "legrad", OWN))
+    precisions = {method: read_manifest(store).provenance.precision for method, store in made.val.items()}
+    assert precisions == {OTHER: "bfloat16", "legrad": "bfloat16", OWN: "float32"}
+    notes = [note for note in made.notes if "explained in" in note]
+    assert notes == [f"{OWN}: explained in float32, as it has no bfloat16, that of {own}"]
+
+
+def test_the_judge_is_where_the_weights_are(data):
+    teacher = load_teacher_of(data / "maps", read_manifest(data / "maps").provenance, device="cpu")
+    assert as_judge(teacher).device == torch.device("cpu")
+    teacher.model.to("meta")
+    assert as_judge(teacher).device == torch.device("meta")
+
+
 def test_a_store_without_a_target_leads_to_maps_of_the_labels(data, tmp_path):
     own = extract(data, tmp_path / "own", method="rollout")
     made = extract_method_maps(wanted(data, tmp_path / "out", own=own), local("rollout", OTHER))
@@ -135,7 +154,7 @@ def test_weights_that_are_gone_or_others(data, tmp_path):
     own = extract(data, tmp_path / "own", teacher=root / "teacher")
     (root / "teacher").rename(root / "elsewhere")
     asked = wanted(data, tmp_path / "out", own=own)
-    with pytest.raises(UsageError, match=r"own: .*teacher of its teacher is gone; .*--weights"):
+    with pytest.raises(UsageError, match=r"own: its teacher's weights .*teacher are not there .*; put.* --weights"):
         extract_method_maps(asked, local(OTHER))
     made = extract_method_maps(asked, local(OTHER, weights=str(root / "elsewhere")))
     assert read_manifest(made.train[OTHER]).provenance.compared() == dict(

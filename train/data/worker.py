@@ -243,7 +243,11 @@ def _augment_sample(spec: EpochSpec, copy: int, item: Joined) -> dict[str, Any]:
     if sample.box is not None:
         out["object_box"] = np.asarray(view_box(sample.box, view), np.float32)
     if spec.view.augment == "eval":
-        out["object_boxes"] = np.array([view_box(box, view) for box in sample.boxes], np.float32).reshape(-1, 4)
+        try:
+            boxes = sample.boxes
+        except ZpipeError as error:
+            raise DamagedSample(f"{item.shard.path}: {error}") from error
+        out["object_boxes"] = np.array([view_box(box, view) for box in boxes], np.float32).reshape(-1, 4)
     return out
 
 

@@ -187,10 +187,12 @@ def judge(
         (their difference) and `saco`; if the shards have boxes, `pointing_game`, `max_box_acc_30`, `_50` and `_70`, and
         `max_box_acc_v2`; with masks, `pixel_accuracy`, `miou` and `average_precision`; and `stability`. `counts` has
         the number of images of the metrics that lack some; `curves` the mean curves; `difference` the difference to
-        the first row as [value, low, high].
+        the first row as [value, low, high], of the metrics that both rows have of the same images. A metric that is not
+        finite for the whole data set, such as the mIoU of masks without background, is left out.
 
     Raises:
-        UsageError: a store has no maps, or they have no image in common; or `stability` has other rows.
+        UsageError: a store has no maps, or they have no image in common; no image has a usable mask; or `stability` has
+            other rows.
         ZpipeError: a file is broken, the classes of model and shards differ, or a label is outside the model's classes.
     """
     stores = _open(maps)
@@ -211,6 +213,8 @@ def judge(
             known = torch.tensor([by_key.get(key, torch.nan) for key in batch["key"]], dtype=torch.float64)
             sums.add(row, "stability", _counted(known))
         progress("judge", batches.taken, batches.most)
+    if masks is not None:
+        masks.check_used()
     rows = _rows(sums, [*names, *CONTROLS], batches.taken)
     about = _about(classifier, config, stores, names) | {"shards": str(shards)} | batches.stated()
     about["masks_left_out"] = masks and masks.summary()
@@ -243,7 +247,8 @@ def _open(maps: Maps | Sequence[Maps]) -> list[RelevanceMaps]:
     stores = [store if isinstance(store, RelevanceMaps) else RelevanceMaps(store) for store in listed]
     for store in stores:
         if store.manifest.provenance.kind != "map":
-            raise UsageError(f"{store.path}: holds {store.manifest.provenance.kind}, not one map for each image")
+            kind = store.manifest.provenance.kind
+            raise UsageError(f"{store.path}: holds {kind}, not one map for each image; give a store of maps")
     if not stores:
         raise UsageError("no store to judge; give one or several")
     return stores
@@ -283,6 +288,7 @@ def _about(
         "target": "label",
         "image_size": classifier.preprocessing.image_size,
         "crop_pct": classifier.preprocessing.crop_pct,
+        "interpolation": "bicubic",  # the loader knows no other
         "masks": None if config.masks is None else str(config.masks),
         "resamples": RESAMPLES,
         "resamples_seed": config.seed,
@@ -373,14 +379,16 @@ def _judge_masks(relevance: Tensor, masks: Tensor, known: Tensor) -> Iterator[tu
 def _rows(sums: ResampledSums, names: Sequence[str], count: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     first: dict[str, np.ndarray] = {}
+    first_counts: dict[str, np.ndarray] = {}
     for name in names:
         statistics, counts = _statistics(sums, name)
-        first = first or statistics
+        if not rows:
+            first, first_counts = statistics, counts
         row: dict[str, Any] = {"setting": name, "count": count}
         for metric, replicates in statistics.items():
             value, low, high = estimate(replicates)
             row |= {metric: value, f"{metric}_low": low, f"{metric}_high": high}
-        row["counts"] = {metric: number for metric, number in counts.items() if number < count}
+        row["counts"] = {metric: int(images[0]) for metric, images in counts.items() if images[0] < count}
         curves = sums.of(name, "curves")[0]
         deletion, insertion = np.split(curves[1:] / curves[0], 2)
         row["curves"] = {"deletion": deletion.tolist(), "insertion": insertion.tolist()}
@@ -388,33 +396,30 @@ def _rows(sums: ResampledSums, names: Sequence[str], count: int) -> list[dict[st
             row["difference"] = {
                 metric: list(estimate(replicates - first[metric]))
                 for metric, replicates in statistics.items()
-                if metric in first
+                # Other images would have other counts in some of the resamples.
+                if metric in first and np.array_equal(counts[metric], first_counts[metric])
             }
         rows.append(row)
     return rows
 
 
-def _statistics(sums: ResampledSums, row: str) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """The metrics of a row, of the data set and of each resample [1 + RESAMPLES], and their numbers of images."""
+def _statistics(sums: ResampledSums, row: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The metrics of a row and their numbers of images, both of the data set and of each resample [1 + RESAMPLES]."""
     metrics: dict[str, np.ndarray] = {}
-    counts: dict[str, int] = {}
+    counts: dict[str, np.ndarray] = {}
     for name in sums.names(row):
         total = sums.of(row, name)  # [1 + RESAMPLES, m]
         if name == "curves":
-            found = _of_curves(total)
-            number = total[0, 0]
+            found, images = _of_curves(total), total[:, 0]
         elif name == "boxes":
-            found = _of_boxes(total)
-            number = total[0, 0]
+            found, images = _of_boxes(total), total[:, 0]
         elif name == "miou":
-            found = {name: ratio(total[:, 1:3], total[:, 3:5]).mean(axis=1)}
-            number = total[0, 0]
+            found, images = {name: ratio(total[:, 1:3], total[:, 3:5]).mean(axis=1)}, total[:, 0]
         else:
-            found = {name: ratio(total[:, 0], total[:, 1])}
-            number = total[0, 1]
-        if number:
-            metrics |= found
-            counts |= dict.fromkeys(found, int(number))
+            found, images = {name: ratio(total[:, 0], total[:, 1])}, total[:, 1]
+        found = {metric: values for metric, values in found.items() if np.isfinite(values[0])}
+        metrics |= found
+        counts |= dict.fromkeys(found, images)
     return metrics, counts
 
 

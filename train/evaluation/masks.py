@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,26 +12,30 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zpipe.schemas.errors import UsageError, ZpipeError, last_line
+from zpipe.schemas.errors import UsageError, ZpipeError, first_line, last_line
 from zpipe.schemas.images import DECODE_ERRORS, open_image
-from zpipe.schemas.storage import read_file
+from zpipe.schemas.storage import is_web, map_files, names_in, read_file, storage_errors
 from zpipe.train.evaluation.localisation import BACKGROUND, IGNORED, OBJECT
 
 MAX_MASK_BYTES = 64 << 20
 IGNORED_VALUE, IGNORED_CLASS = 255, 1000  # in masks of one channel, and in those of ImageNet-S
 
+REMEDY = "give a folder of KEY.png with 0 for background and 1 for the object (255 is ignored)"
 NO_MASK, NO_OBJECT = "is missing", "has no object in view"
 
 
 class MaskFolder:
-    """A folder with one mask per image, KEY.png; a key with slashes is a path below it.
+    """A folder with one mask per image, KEY.png, in the folder itself or in any of its folders.
+
+    The second is the layout of ImageNet-S, which has a folder for each class. A key with slashes is a path below the
+    folder.
 
     A mask has the size of its image. In a mask of one channel 0 is background, 255 is ignored, and any other value is
     the object; of a palette the indices count. In one of three channels, as ImageNet-S has, a class is R + 256 * G,
     where 0 is background and 1000 is ignored.
 
     Args:
-        folder: the folder or its URL.
+        folder: the folder or its URL; one of a web server, which lists nothing, has its masks in the folder itself.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,7 +56,7 @@ class MaskFolder:
             The masks, uint8 [B, S, S], and whether an image has one with an object, bool [B].
 
         Raises:
-            UsageError: none of the first images has a mask.
+            UsageError: the folder has no PNG file, or two of the same name in its folders.
             ZpipeError: a mask can't be read, or has another size than its image.
         """
         masks = np.full((len(keys), side, side), IGNORED, np.uint8)
@@ -63,22 +68,16 @@ class MaskFolder:
                 self.left_out[reason] += 1
                 self.first.setdefault(reason, key)
         self.used += int(found.sum())
-        if not self.used:
-            reason, first = next(iter(self.first.items()))
-            raise UsageError(
-                f"--masks {self.folder}: none of the first {len(keys)} images has a usable mask ({first}.png "
-                f"{reason}); give a folder of KEY.png with 0 for background and 1 for the object (255 is ignored)"
-            )
         return torch.from_numpy(masks), torch.from_numpy(found)
 
     def _read(self, key: str, box: Sequence[float], out: np.ndarray) -> str | None:
         """Read one mask into `out` [S, S]; the reason if there is none."""
-        path = self.folder / f"{key}.png"
-        try:
-            with open_image(read_file(path, MAX_MASK_BYTES)) as image:
-                values = classes(image)  # [H, W]
-        except FileNotFoundError:
+        path, data = self._find(key)
+        if data is None:
             return NO_MASK
+        try:
+            with open_image(data) as image:
+                values = classes(image)  # [H, W]
         except DECODE_ERRORS as error:
             raise ZpipeError(f"{path}: can't be decoded ({last_line(error)}); replace it, or remove it") from error
         # The centre of the crop is that of the image.
@@ -93,6 +92,46 @@ class MaskFolder:
         out[:] = np.asarray(whole.resize(out.shape, Image.Resampling.NEAREST, box=crop))
         return None if (out == OBJECT).any() else NO_OBJECT
 
+    def _find(self, key: str) -> tuple[Path, bytes | None]:
+        """The file of a mask and its content; None if there is none."""
+        name = f"{key}.png"
+        path = self.folder / name
+        data = _read(path)
+        if data is None and "/" not in key and not is_web(self.folder):
+            among = self._inner.get(name, [])
+            if len(among) > 1:
+                raise UsageError(
+                    f"--masks {self.folder}: has {among[0]}/{name} and {among[1]}/{name}; give the folder of one split"
+                )
+            if among:
+                path = self.folder / among[0] / name
+                data = _read(path)
+        return path, data
+
+    @cached_property
+    def _inner(self) -> dict[str, list[str]]:
+        """The PNG files in the folders of the folder: the names of their folders, by that of the file."""
+        names = names_in(self.folder)
+        folders = [name for name in names if not name.endswith(".png")]
+        found: dict[str, list[str]] = {}
+        inside = map_files(self.folder, lambda name: names_in(self.folder / name), folders)
+        for folder, files in zip(folders, inside, strict=True):
+            for file in files:
+                if file.endswith(".png"):
+                    found.setdefault(file, []).append(folder)
+        if not found and len(folders) == len(names):  # so that the error does not come after hours
+            raise UsageError(f"--masks {self.folder}: has no PNG file; {REMEDY}")
+        return found
+
+    def check_used(self) -> None:
+        """Check, after the last batch, that there was a mask. Raises UsageError if no image had a usable one."""
+        if not self.used and self.first:
+            reason, first = next(iter(self.first.items()))
+            count = self.left_out.total()
+            raise UsageError(
+                f"--masks {self.folder}: none of {count} images has a usable mask ({first}.png {reason}); {REMEDY}"
+            )
+
     def summary(self) -> str | None:
         """A line about the images without a usable mask; None if there are none."""
         if not self.left_out:
@@ -101,6 +140,15 @@ class MaskFolder:
             f"of {count} the mask {reason} ({self.first[reason]} first)" for reason, count in self.left_out.items()
         )
         return f"{self.folder}: segmentation is measured on {self.used} images; {', '.join(parts)}"
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return read_file(path, MAX_MASK_BYTES)
+    except FileNotFoundError:
+        return None
+    except storage_errors() as error:
+        raise ZpipeError(f"{path}: can't be read ({first_line(error)}); check it and your access to it") from error
 
 
 def classes(image: Image.Image) -> np.ndarray:

@@ -27,12 +27,13 @@ def judged_tables(judged: Sequence[JudgedMaps]) -> list[Table]:
         note = f"{_setting(test.about)} In brackets: the 95 % interval over images."
         if any(row.metric == LOWER_IS_BETTER for row in plain):
             note += " Deletion: lower is better; all others: higher."
-        tables.append(_table(f"judged {place}", _title(test.about), note, plain))
+        tables.append(_table(f"judged {place}", _title(test), note, plain))
         # Files of earlier versions have no differences.
         if differences := [row for row in test.results if "minus" in row.setting]:
-            caption = f"{_title(test.about)}: differences to {differences[0].setting['minus']}"
+            caption = f"{_title(test)}: differences to {differences[0].setting['minus']}"
             note = (
-                "All maps have the same resampled images. Where an interval is without 0, the difference is not chance."
+                "All maps have the same resampled images. 95 of 100 such intervals hold the true difference: with many "
+                "metrics, some exclude 0 by chance."
             )
             tables.append(_table(f"judged differences {place}", caption, note, differences))
     return tables
@@ -44,9 +45,16 @@ def _table(name: str, caption: str, note: str, results: Sequence[Result]) -> Tab
     columns = ["maps", *map(_heading, metrics), "n"]
     cells = []
     for order, own in rows.items():
-        values = [cell(metric, own[metric]) if metric in own else "" for metric in metrics]
-        cells.append([order, *values, f"{max(measure.n for measure in own.values()):,}"])
+        most = max(measure.n for measure in own.values())
+        values = [_cell(metric, own[metric], most) if metric in own else "" for metric in metrics]
+        cells.append([order, *values, f"{most:,}"])
     return {"id": name, "caption": caption, "note": note, "columns": columns, "rows": cells}
+
+
+def _cell(metric: str, measure: Measure, most: int) -> str:
+    """A value with its interval, and with the number of images where other metrics of the row have more."""
+    text = cell(metric, measure)
+    return text if measure.n == most else f"{text}, n = {measure.n:,}"
 
 
 def judged_figures(judged: Sequence[JudgedMaps]) -> list[Figure]:
@@ -58,6 +66,7 @@ def judged_figures(judged: Sequence[JudgedMaps]) -> list[Figure]:
         for series, (name, own) in enumerate(rows.items()):
             metrics = [metric for metric in _metrics(rows) if metric in own]
             measures = [own[metric] for metric in metrics]
+            most = max(measure.n for measure in measures)
             data.append(
                 {
                     "type": "bar",
@@ -66,7 +75,7 @@ def judged_figures(judged: Sequence[JudgedMaps]) -> list[Figure]:
                     "x": [plot_text(_heading(metric)) for metric in metrics],
                     "y": [measure.value for measure in measures],
                     "error_y": error_bars(measures, 1.0),
-                    "text": [plot_text(f"{name}: {cell(m, own[m])}") for m in metrics],
+                    "text": [plot_text(f"{name}: {_cell(m, own[m], most)}") for m in metrics],
                     "textposition": "none",
                     "hoverinfo": "text",
                 }
@@ -77,7 +86,7 @@ def judged_figures(judged: Sequence[JudgedMaps]) -> list[Figure]:
             "barmode": "group",
         }
         note = f"{_setting(test.about)} Bars: 95 % interval."
-        figure = {"id": f"judged-{place}", "title": _title(test.about), "note": note, "table": f"judged {place}"}
+        figure = {"id": f"judged-{place}", "title": _title(test), "note": note, "table": f"judged {place}"}
         figures.append(figure | {"data": data, "layout": layout})
     return figures
 
@@ -100,11 +109,10 @@ def _heading(metric: str) -> str:
     return HEADINGS.get(metric, metric.replace("_", " "))
 
 
-def _title(about: dict[str, Any]) -> str:
-    shards = Path(str(about.get("shards") or "")).name
-    return f"Maps judged on {Path(str(about.get('run') or about.get('model'))).name}" + (
-        f", {shards}" if shards else ""
-    )
+def _title(test: JudgedMaps) -> str:
+    run, shards = test.about.get("run") or test.about.get("model"), test.about.get("shards")
+    of = f", {Path(str(shards)).name}" if shards else ""
+    return f"Maps judged on {Path(str(run)).name}{of} ({test.file})"
 
 
 def _setting(about: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const about = read("about-data");
 
-  const MAPS_HINT = "No test of maps. To make one: zpipe maps judge STORES SHARDS --model RUN --json FILE, with FILE in a folder of this report.";
+  const MAPS_HINT = "No test of maps. To make one: zpipe maps judge STORES SHARDS --json FILE, with FILE in a folder of this report.";
 
   const runs = about.runs.length ? `${about.runs.length} runs: ${about.runs.join(", ")}. ` : "";
   document.getElementById("about").textContent = `${runs}Made by zpipe ${about.zpipe}.`;

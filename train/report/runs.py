@@ -63,6 +63,8 @@ class RunRecord:
 class JudgedMaps:
     """A test of maps."""
 
+    file: str
+    """The name of its file, with that of the folder."""
     about: dict[str, Any]
     """What the file says of itself, and its rows."""
     results: list[Result]
@@ -108,7 +110,10 @@ def gather(paths: Sequence[Path]) -> Gathered:
     for run in runs:
         for row in run.results:
             known.setdefault(_key(row), row)  # a study may hold the same value
-    judged = [JudgedMaps(about=about, results=rows) for about, rows in map(read_results, judged_files)]
+    judged = []
+    for file in judged_files:
+        about, rows = read_results(file)
+        judged.append(JudgedMaps(file="/".join(file.parts[-2:]), about=about, results=rows))
     return Gathered(runs=runs, results=list(known.values()), titles=titles, judged=judged)
 
 

@@ -23,9 +23,10 @@ from torch import Tensor
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import read_manifest
 from zpipe.schemas.relevance_store import OK
+from zpipe.schemas.storage import as_path
 from zpipe.train.checkpoint import Run, digest_zoomer, load_run
 from zpipe.train.evaluation.evaluate import measure_zoomer, zoomer_results
-from zpipe.train.evaluation.inference import trained_with
+from zpipe.train.evaluation.inference import Tally, trained_with
 from zpipe.train.evaluation.judge import CONTROLS as JUDGE_CONTROLS
 from zpipe.train.evaluation.judge import JudgeConfig, judge
 from zpipe.train.evaluation.metrics import spearman
@@ -64,12 +65,13 @@ def map_methods(bench: Bench) -> list[Result]:
         )
     maps = bench.method_maps(
         WantedMaps(
-            own=Path(base.settings["maps"]),
+            own=as_path(base.settings["maps"]),
             train=bench.train_shards(base),
             val=bench.shards,
             val_maps=bench.maps,
             out=bench.folder / "maps",
-            val_name=f"val-{bench.loader(bench.opened).digest[:8]}",
+            # Other tars with equal keys have another name, as they may hold other images.
+            val_name=f"val-{Tally(bench.loader(bench.opened)).digest[:8]}",
         )
     )
     bench.notes += maps.notes
@@ -152,7 +154,7 @@ def _without_unusable(bench: Bench, method: str, base: Run, store: Path) -> dict
     """
     statuses = read_manifest(store).statuses
     lost = {status: count for status, count in statuses.items() if status != OK and count}
-    if not lost or store == Path(base.settings["maps"]) or base.settings.get("missing", "error") != "error":
+    if not lost or store == as_path(base.settings["maps"]) or base.settings.get("missing", "error") != "error":
         return {}
     counts = ", ".join(f"{count} {status}" for status, count in lost.items())
     note = f"{method}: its zoomers do without the images whose maps can't be used ({counts})"

@@ -438,6 +438,19 @@ def test_a_box_of_another_form_is_none(tmp_path, box):
     assert [len(batch["object_boxes"][0]) for batch in batches] == [1, 0]
 
 
+def test_boxes_and_their_labels_go_together(tmp_path):
+    members = {}
+    for key, labels in (("a", [3, 3]), ("b", [3])):
+        members |= {f"{key}.png": encode(np.zeros((8, 8, 3), np.uint8)), f"{key}.cls": b"3"}
+        members[f"{key}.json"] = json.dumps({"boxes": [[0, 0, 4, 4]] * 2, "box_labels": labels}).encode()
+    shards = write_shards(tmp_path / "s", [members])
+    loader = RelevanceLoader(shards, batch_size=2, image_size=8, augment="eval")
+    with pytest.raises(ZpipeError, match=r"00000.tar: key b: its .json has 2 boxes and 1 box_labels; give each"):
+        list(loader)
+    loader = RelevanceLoader(shards, batch_size=2, image_size=8, augment="eval", damaged="skip")
+    assert [batch["key"] for batch in loader] == [["a"]]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_all_boxes_of_the_class_of_an_image(tmp_path, workers):
     """Of an image with several objects those of its label count; a batch keeps the order of its samples."""

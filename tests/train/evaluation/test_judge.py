@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -18,7 +19,7 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.relevance_store import ZERO
 from zpipe.train.checkpoint import Preprocessing
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.evaluation.judge import Classifier, JudgeConfig, judge, judge_maps, open_classifier
+from zpipe.train.evaluation.judge import Classifier, JudgeConfig, judge, judge_maps, open_classifier, row_names
 from zpipe.train.evaluation.results import read_results
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.train_vit import VitConfig, train_vit
@@ -182,6 +183,48 @@ def test_stability_is_a_column(data):
         judge(open_classifier(data / "run", "cpu"), data / "shards", data / "maps", CPU, stability={"rollout": {}})
 
 
+def test_a_difference_is_of_images_that_both_rows_have(data, tmp_path):
+    shutil.copytree(data / "maps", tmp_path / "maps")
+    stores = [open_maps(data / "maps"), open_maps(tmp_path / "maps")]
+    names, keys = row_names(stores), list(stores[0])
+    classifier = open_classifier(data / "run", "cpu")
+    for own, other, alike in ((keys, keys, True), (keys, keys[:8], False), (keys[:8], keys[12:], False)):
+        stability = {names[0]: dict.fromkeys(own, 0.9), names[1]: dict.fromkeys(other, 0.8)}
+        row = judge(classifier, data / "shards", stores, CPU, stability=stability)["rows"][1]
+        assert row["stability"] == pytest.approx(0.8) and ("stability" in row["difference"]) == alike
+        assert set(FAITHFULNESS) <= set(row["difference"])
+
+
+def test_a_metric_that_is_not_finite_is_left_out(data, tmp_path):
+    """Where neither a mask nor a map has any background that counts, its union is empty, and mIoU is 0 / 0."""
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    keys = list(open_maps(data / "maps"))
+    for key in keys:
+        mask = np.full((SIDE, SIDE), 255, np.uint8)  # ignored, but for one pixel of the object, which the map finds
+        mask[SIDE // 2, SIDE // 2] = 1
+        Image.fromarray(mask).save(masks / f"{key}.png")
+    peak = np.zeros((GRID, GRID), np.float32)
+    peak[GRID // 2, GRID // 2] = 1
+    maps = rewrite_store(shutil.copytree(data / "maps", tmp_path / "maps"), dict.fromkeys(keys, peak))
+    config = JudgeConfig(device="cpu", steps=1, masks=masks)
+    row, *controls = judge_maps(data / "run", data / "shards", maps, config, out=tmp_path / "judge.json")
+    assert "miou" not in row and row["pixel_accuracy"] == 1
+    assert all("miou" not in control["difference"] for control in controls)
+    assert read_results(tmp_path / "judge.json")[1]
+
+
+def test_masks_of_the_last_images_only(data, pointing, tmp_path):
+    shutil.copytree(pointing / "masks", tmp_path / "masks")
+    for path in sorted((tmp_path / "masks").iterdir())[:18]:
+        path.unlink()
+    config = JudgeConfig(device="cpu", steps=1, masks=tmp_path / "masks", batch_size=3)
+    assert judge_maps(data / "run", data / "shards", data / "maps", config)[0]["counts"]["miou"] == 2
+    few = dataclasses.replace(config, limit=18)
+    with pytest.raises(UsageError, match="none of 18 images has a usable mask"):
+        judge_maps(data / "run", data / "shards", data / "maps", few)
+
+
 def test_maps_on_a_wide_grid_and_a_classifier_of_ones_own(data, tmp_path):
     """The classifier sees one half of the image, so that maps of this half are right, and of the other half wrong."""
 
@@ -232,7 +275,7 @@ def test_the_command(data, pointing, tmp_path):
     more = ["--masks", str(masks), "--json", str(tmp_path / "judge.json"), "--device", "cpu"]
     result = CliRunner().invoke(app, [*line, *more])
     assert result.exit_code == 0, result.output
-    assert all(word in result.output for word in ("miou", "Difference to", "of 1 the mask is missing"))
+    assert all(word in result.output for word in ("miou", "n = 19", "Difference to", "of 1 the mask is missing"))
     assert len(read_results(tmp_path / "judge.json")[0]["rows"]) == 4
 
 

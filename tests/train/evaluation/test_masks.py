@@ -89,11 +89,42 @@ def test_missing_and_empty_masks_are_counted(tmp_path):
     assert complete.summary() is None
 
 
-def test_a_folder_without_any_of_the_first_masks_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"none of the first 2 images has a usable mask \(a.png is missing\); give a"):
-        MaskFolder(tmp_path).view(["a", "b"], WHOLE.expand(2, 4), 8)
+def test_a_folder_without_any_of_the_masks_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"has no PNG file; give a folder of KEY.png"):
+        MaskFolder(tmp_path).view(["a"], WHOLE, 8)
     save(tmp_path, "a", square(255))
+    folder = MaskFolder(tmp_path)
+    for key in ("b", "a", "c"):  # the size of the batches decides nothing
+        folder.view([key], WHOLE, 8)
+    with pytest.raises(UsageError, match=r"none of 3 images has a usable mask \(b.png is missing\); give a"):
+        folder.check_used()
+    folder = MaskFolder(tmp_path)
+    folder.view(["a"], WHOLE, 8)
     with pytest.raises(UsageError, match=r"a.png has no object in view\); .* \(255 is ignored\)"):
+        folder.check_used()
+    save(tmp_path, "d", square())
+    folder.view(["d"], WHOLE, 8)
+    folder.check_used()
+
+
+def test_folders_of_classes_as_imagenet_s_has_them(tmp_path):
+    save(tmp_path, "n01440764/a", square())
+    save(tmp_path, "n01443537/b", square())
+    (tmp_path / "README.txt").write_text("no mask")
+    folder = MaskFolder(tmp_path)
+    masks, known = folder.view(["a", "b", "c"], WHOLE.expand(3, 4), 8)
+    assert known.tolist() == [True, True, False] and (masks[1].numpy() == square()).all()
+    save(tmp_path, "b", 1 - square())  # a mask in the folder itself comes first
+    assert (MaskFolder(tmp_path).view(["b"], WHOLE, 8)[0][0].numpy() == 1 - square()).all()
+    save(tmp_path, "n01443537/a", square())
+    with pytest.raises(UsageError, match=r"has n01440764/a.png and n01443537/a.png; give the folder of one split"):
+        MaskFolder(tmp_path).view(["a"], WHOLE, 8)
+    assert MaskFolder(tmp_path).view(["n01443537/a"], WHOLE, 8)[1].all()
+
+
+def test_a_mask_that_can_not_be_read(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(ZpipeError, match=r"a.png: can't be read \(.*\); check it and your access"):
         MaskFolder(tmp_path).view(["a"], WHOLE, 8)
 
 

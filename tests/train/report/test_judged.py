@@ -58,11 +58,11 @@ def test_rows_and_differences_with_intervals(tmp_path):
     write_judged(tmp_path / "judge.json")
     judged = gather([tmp_path]).judged
     table, differences = judged_tables(judged)
-    assert table["caption"] == "Maps judged on teacher, val"
+    assert table["caption"] == f"Maps judged on teacher, val ({tmp_path.name}/judge.json)"
     assert "Removed cells: blur; 10 steps" in table["note"] and "Deletion: lower is better" in table["note"]
     assert table["columns"] == ["maps", "deletion", "ABPC", "mIoU", "n"]
     assert [row[0] for row in table["rows"]] == ["rollout", "gradient-attention", "centre", "random"]
-    assert table["rows"][0][1:] == ["0.3 (0.25 to 0.35)", "0.2 (0.15 to 0.25)", "50.0 % (45.0 to 55.0)", "200"]
+    assert table["rows"][0][1:] == ["0.3 (0.25 to 0.35)", "0.2 (0.15 to 0.25)", "50.0 % (45.0 to 55.0), n = 150", "200"]
     assert differences["caption"].endswith("differences to rollout")
     assert [row[0] for row in differences["rows"]] == ["gradient-attention", "centre", "random"]
     assert differences["rows"][0][1:] == ["0 (-0.02 to 0.02)", "-0.125 (-0.225 to -0.01)", "200"]

@@ -12,10 +12,10 @@ from tiny import BODY, SIDE, rewrite_store, scenes
 from zpipe import open_maps
 from zpipe.method_maps import MethodsConfig, extract_method_maps
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
-from zpipe.schemas.errors import UsageError
+from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.train.checkpoint import load_run
 from zpipe.train.evaluation.evaluate import evaluate
-from zpipe.train.evaluation.judge import JudgeConfig, judge
+from zpipe.train.evaluation.judge import JudgeConfig, judge_maps
 from zpipe.train.evaluation.operating_points import EvalConfig
 from zpipe.train.evaluation.results import Result, read_results
 from zpipe.train.fit.config import TrainConfig
@@ -125,7 +125,7 @@ def test_all_are_measured_at_equal_cost_and_beside_two_controls(data, finished):
 def test_maps_are_judged_on_the_teacher(data, finished):
     _, rows, _ = finished
     (store,) = (data / "zoom" / "studies" / "map-methods" / "maps" / OTHER).glob("val-*")
-    expected = judge(data / "teacher", data / "val", store, JudgeConfig(batch_size=24, device="cpu"))["rows"]
+    expected = judge_maps(data / "teacher", data / "val", store, JudgeConfig(batch_size=24, device="cpu"))
     for row, name in zip(expected, (OTHER, "centre", "random"), strict=True):
         for metric in ("deletion", "insertion", "pointing_game"):
             assert list(chosen(rows, metric, maps=name).values()) == pytest.approx([row[metric]])
@@ -237,6 +237,30 @@ def test_a_map_that_can_not_be_used_does_not_end_the_study(data, tmp_path):
     zoomer = load_run(copy / "zoom" / "studies" / "map-methods" / f"zoomer-{OTHER}-seed-0")
     assert zoomer.settings["missing"] == "skip" and chosen(rows, "top1", method=OTHER, budget=2)
     assert any("whose maps can't be used (1 zero)" in note for note in notes)
+
+
+def test_maps_of_a_url_and_the_name_of_a_validation_store(data, tmp_path):
+    """Tars with the same keys and other contents are other images, so that they get a store of their own."""
+    asked = []
+
+    def ask(wanted):
+        asked.append(wanted)
+        raise ZpipeError("enough")
+
+    shutil.copytree(data / "zoomer", tmp_path / "zoomer")
+    settings = json.loads((tmp_path / "zoomer" / "run.json").read_text())
+    url = "memory://bucket/maps"
+    settings["settings"]["maps"] = url
+    (tmp_path / "zoomer" / "run.json").write_text(json.dumps(settings))
+    train_vit(data / "shards", tmp_path / "zoom", ZOOM, zoomer=tmp_path / "zoomer")
+    scenes(tmp_path / "val", 24, shard_size=24, seed=2, split="val")
+    for shards in (data / "val", data / "val", tmp_path / "val"):
+        inputs = StudyInputs(run=tmp_path / "zoom", shards=shards, method_maps=ask)
+        with pytest.raises(ZpipeError, match="enough"):
+            run_study("map-methods", inputs, StudyConfig(evaluation=EVALUATION))
+    assert str(asked[0].own) == url
+    one, same, other = (wanted.val_name for wanted in asked)
+    assert one == same != other
 
 
 # -- what is refused, before anything is extracted or trained ----------------------------------------------------------
