@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zpipe.pipeline.explainer import NO_CLASS, ExplainConfig, Explainer, precisions_of
+from zpipe.pipeline.explainer import NO_CLASS, PRECISIONS, ExplainConfig, Explainer, precisions_of
 from zpipe.pipeline.shard_reader import Frame, FramedImage, framed_batches, read_samples
 from zpipe.pipeline.stability import add_noise, stability
 from zpipe.pipeline.teacher import Teacher
@@ -31,7 +31,8 @@ BATCH = 4
 # The median says what happens to a typical map, the 90 % quantile what happens to the fragile ones, of which there may
 # be few. The worst map would leave the choice to one image; of 16 images, the 90 % quantile is the second worst.
 QUANTILES = (0.5, 0.9)
-NEARLY = 1.1  # costs within this factor are equal: the more exact of two such precisions is chosen
+NEARLY = 1.1  # costs within this factor are equal: which is the cheapest of them is left to disturbances of the timing
+NEGLIGIBLE = 0.1  # errors within this fraction of the noise are equal: fewer bits take less memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,9 @@ def decide(measured: Mapping[str, Measured], noise: np.ndarray) -> str:
         noise: 1 - rank correlation of the float64 maps of the clean and the noisy image, [n].
 
     Returns:
-        The cheapest precision of which both `QUANTILES` of the errors are at most those of the noise; of several that
-        cost nearly the same, the one with the smallest errors.
+        The cheapest precision of which both `QUANTILES` of the errors are at most those of the noise. Of several that
+        cost nearly the same, the one whose model has the fewest bits, if its errors are negligible; if those of none
+        are, the one with the smallest errors.
     """
     # "higher" takes a measured value: between two infinite ones there is none.
     bounds = np.quantile(noise, QUANTILES, method="higher")
@@ -61,7 +63,13 @@ def decide(measured: Mapping[str, Measured], noise: np.ndarray) -> str:
     exact = [name for name in measured if (errors[name] <= bounds).all()]
     cheapest = min(measured[name].seconds for name in exact)
     near = [name for name in exact if measured[name].seconds <= NEARLY * cheapest]
-    return min(near, key=lambda name: (*reversed(errors[name].tolist()), measured[name].seconds))
+    negligible = [name for name in near if (errors[name] <= NEGLIGIBLE * bounds).all()]
+
+    def order(name: str) -> tuple[float, ...]:
+        bits = PRECISIONS[name][0].itemsize if negligible else 0
+        return (bits, *reversed(errors[name].tolist()), measured[name].seconds)
+
+    return min(negligible or near, key=order)
 
 
 def choose_precision(

@@ -279,10 +279,10 @@ def check_method(teacher: Teacher, method: str) -> None:
 
 
 def bytes_per_image(model: Classifier, dtype: torch.dtype = torch.float32) -> int:
-    """Estimate of the peak memory of transformer attribution for one image, in bytes; no method takes more.
+    """Estimate of the peak memory of transformer attribution for one image, in bytes; no other method takes more.
 
     It counts the records of all blocks, and temporaries of one block: three arrays of the attention's size and six of
-    the MLP's.
+    the MLP's. Methods by autograd keep the attention of all blocks as well, but no second array of its size per block.
     """
     tokens, width, heads = model.tokens, model.width, model.num_heads
     # The MLP is the widest of a block's layers, or a gated one of twice its width.

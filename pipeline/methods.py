@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from zpipe.pipeline.attention_recorder import AttentionRecorder
 from zpipe.pipeline.classifier import Classifier, Targets, as_classifier, first
-from zpipe.pipeline.libragrad import BalancedGradients
+from zpipe.pipeline.libragrad import BalancedGradients, check_activations
 from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
 from zpipe.pipeline.supported import check_request, check_supported, resolve_targets
@@ -39,7 +39,7 @@ from zpipe.pipeline.supported import check_request, check_supported, resolve_tar
 Method = Callable[[nn.Module, Tensor, Targets], Attribution]
 
 
-def transformer_attribution(model: nn.Module, images: Tensor, targets: Targets, *, split: str = "sum") -> Attribution:
+def _closed_form(model: nn.Module, images: Tensor, targets: Targets, *, split: str = "sum") -> Attribution:
     """Compute `relevance.attribute` of the model in a `Classifier`. Autocast has no effect on it."""
     classifier = as_classifier(model)
     if reason := _closed_form_refusal(classifier):
@@ -56,19 +56,50 @@ def gradient_attention(model: nn.Module, images: Tensor, targets: Targets) -> At
     Arguments, result and exceptions are those of `Method`.
     """
     classifier = _checked(model, images, targets)
-    rows = []
     with _autograd(images) as images:
         with AttentionRecorder(_begin_graph) as recorder:
             logits = classifier(images)
         recorder.check(classifier, len(images))
         chosen, single = resolve_targets(targets, logits.detach())
-        for grads in _gradients(logits, chosen, recorder.recorded):
-            positive = [(a.detach() * g).clamp_(min=0) for a, g in zip(recorder.recorded, grads, strict=True)]
-            row = _first_row(classifier, positive)
-            for matrices in reversed(positive):
-                row = row + _through(row, matrices)
-            rows.append(row)
+        row = _DownwardRow(classifier, recorder.recorded)
+        rows = [row.finish(grad) for (grad,) in _gradients(logits, chosen, recorder.recorded[:1])]
     return _attribution(classifier, rows, single, logits)
+
+
+class _DownwardRow:
+    """The row of `gradient_attention`, carried down while the backward pass goes on.
+
+    Gradients arrive from the last attention to the first, in the order in which the row needs them, so hooks use each
+    one and let it go: those of all blocks together would take as much memory as the attention.
+
+    Args:
+        classifier: The model.
+        attention: The probabilities of each call, [B, H, Q, N], on the graph of the logits.
+    """
+
+    def __init__(self, classifier: Classifier, attention: list[Tensor]) -> None:
+        self._classifier = classifier
+        self._first = attention[0].detach()
+        self._row: Tensor | None = None  # [B, N]; None before the last attention
+        for probabilities in attention[1:]:
+            # A hook that held the tensor itself, not its values, would keep the graph alive in a circle.
+            probabilities.register_hook(partial(self._descend, probabilities.detach()))
+
+    def _descend(self, attention: Tensor, grad: Tensor) -> None:
+        positive = (attention * grad).clamp_(min=0)
+        if self._row is not None:
+            self._row = self._row + _through(self._row, positive)
+            return
+        matrices = [positive]
+        row = _first_row(self._classifier, matrices)
+        self._row = row + _through(row, positive) if matrices else row
+
+    def finish(self, grad: Tensor) -> Tensor:
+        """The row [B, N] of a backward pass, from the gradient of the first attention, its last one."""
+        self._descend(self._first, grad)
+        row, self._row = self._row, None
+        assert row is not None  # `_descend` has set it
+        return row
 
 
 def legrad(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
@@ -98,6 +129,7 @@ def libragrad(model: nn.Module, images: Tensor, targets: Targets) -> Attribution
     Arguments, result and exceptions are those of `Method`.
     """
     classifier = _checked(model, images, targets)
+    check_activations(classifier.blocks)
     tokens: list[Tensor] = []  # the input [B, N, D] of each block
 
     def begin_block(_block: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -149,8 +181,8 @@ def class_attention(model: nn.Module, images: Tensor, targets: Targets) -> Attri
 
 
 METHODS: dict[str, Method] = {
-    "transformer-attribution": transformer_attribution,
-    "transformer-attribution-stable": partial(transformer_attribution, split="magnitude"),
+    "transformer-attribution": _closed_form,
+    "transformer-attribution-stable": partial(_closed_form, split="magnitude"),
     "gradient-attention": gradient_attention,
     "legrad": legrad,
     "libragrad": libragrad,
@@ -166,12 +198,16 @@ CLASS_BLIND = ("rollout", "class-attention")
 def methods_of(classifier: Classifier) -> dict[str, str]:
     """Why each method cannot explain a classifier, "" where it can, in the order of `METHODS`."""
     unknown = _attention_refusal(classifier)
-    return {name: _closed_form_refusal(classifier) if name in CLOSED_FORM else unknown for name in METHODS}
+    refusals = dict.fromkeys(METHODS, unknown) | dict.fromkeys(CLOSED_FORM, _closed_form_refusal(classifier))
+    return refusals | {"libragrad": unknown or _activation_refusal(classifier)}
 
 
 def refusal_of(classifier: Classifier, method: str) -> str:
     """Why a method cannot explain a classifier; empty if it can."""
-    return _closed_form_refusal(classifier) if method in CLOSED_FORM else _attention_refusal(classifier)
+    if method in CLOSED_FORM:
+        return _closed_form_refusal(classifier)
+    unknown = _attention_refusal(classifier)
+    return unknown or (_activation_refusal(classifier) if method == "libragrad" else "")
 
 
 @torch.no_grad()
@@ -181,6 +217,14 @@ def _attention_refusal(classifier: Classifier) -> str:
     image = weight.new_zeros(1, classifier.channels, *classifier.image_size)
     try:
         _mean_attention(classifier, image)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _activation_refusal(classifier: Classifier) -> str:
+    try:
+        check_activations(classifier.blocks)
     except ValueError as error:
         return str(error)
     return ""

@@ -116,7 +116,11 @@ def measure_stability(
     values: dict[str, float] = {}
     for path, entry, targets, label_field in _shards_of(maps, as_path(shards), progress):
         chosen = dict(islice(targets.items(), total - len(values)))
-        samples = (sample for sample in read_samples(path, entry, label_field=label_field) if sample.key in chosen)
+        if not chosen:
+            continue
+        found = (sample for sample in read_samples(path, entry, label_field=label_field) if sample.key in chosen)
+        # The tar in which `limit` is reached is not read to its end, at which the digests of others are compared.
+        samples = islice(found, len(chosen)) if len(chosen) < len(targets) else found
         for batch in framed_batches(samples, frame, batch_size=BATCH_SIZE, threads=DECODERS):
             values |= _of_batch(explainer, batch, np.array([chosen[item.key] for item in batch], np.int64))
             progress("stability", len(values), total)

@@ -284,7 +284,7 @@ def _finished_shards(
     finished = [(path, entry) for path, entry in store.tars if entry.stem in indexed & mapped]
     kept: dict[str, str] = {}
     damaged: list[DamageError] = []
-    inspect = partial(_inspected, store, listed, replacing)
+    inspect = partial(_inspected, store, listed, replacing, is_being_replaced(store))
     found = map_files(root, inspect, finished)
     for (_, entry), state in zip(_reported(finished, "find-finished-shards", progress), found, strict=True):
         if isinstance(state, str):
@@ -297,14 +297,21 @@ def _finished_shards(
 
 
 def _inspected(
-    store: WantedStore, listed: dict[str, str], replacing: bool, item: tuple[Path, ShardEntry]
+    store: WantedStore, listed: dict[str, str], replacing: bool, resumed: bool, item: tuple[Path, ShardEntry]
 ) -> str | DamageError | None:
-    """SHA-256 of the index of a finished shard; else its damage, or None for a shard of the replaced run."""
+    """SHA-256 of the index of a finished shard; else its damage, or None for a shard of the replaced run.
+
+    That run may have had the same provenance: if this run resumes the replacement (`resumed`), a shard is also of the
+    replaced run if only its column `stability` does not fit.
+    """
     path, entry = item
     fingerprint, known = store.provenance.fingerprint(), listed.get(entry.stem)
     try:
         file = IndexFile(index_path(store.root, entry.stem))
-        if replacing and (file.seal.input_sha256, file.seal.fingerprint) != (entry.sha256, fingerprint):
+        made_of = (file.seal.input_sha256, file.seal.fingerprint)
+        if replacing and made_of != (entry.sha256, fingerprint):
+            return None
+        if resumed and not _fits_stability(store, file):
             return None
         _check_index(file, entry, fingerprint, known, path)
         _check_stability(store, file)
@@ -317,10 +324,14 @@ def _inspected(
     return file.sha256
 
 
+def _fits_stability(store: WantedStore, file: IndexFile) -> bool:
+    return store.stability in (None, "stability" in file.columns)
+
+
 def _check_stability(store: WantedStore, file: IndexFile) -> None:
     """Check that a finished shard has the column `stability` if this run gives it to others, so that all are alike."""
-    has = "stability" in file.columns
-    if store.stability not in (None, has):
+    if not _fits_stability(store, file):
+        has = "stability" in file.columns
         raise ZpipeError(
             f"{store.root}: made {'with' if has else 'without'} --stability; resume {'with' if has else 'without'} it, "
             "give another --out folder, or --replace to start over"

@@ -286,9 +286,10 @@ def extract_command(
     precision: Annotated[
         str,
         typer.Option(
-            help="float32 or float64; for transformer-attribution also FORWARD+SWEEP: float64+float32 (almost exact), "
-            "float64+bfloat16, float32+bfloat16, float32+tf32; for the other methods also bfloat16; or auto: the "
-            "cheapest one whose errors are smaller than what noise of a quarter of a grey level makes of the maps."
+            help="float32 or float64; for transformer-attribution and transformer-attribution-stable also "
+            "FORWARD+SWEEP: float64+float32 (almost exact), float64+bfloat16, float32+bfloat16, float32+tf32; for the "
+            "other methods also bfloat16; or auto: the cheapest one whose errors are smaller than what noise of a "
+            "quarter of a grey level makes of the maps."
         ),
     ] = "float32",
     executor: Annotated[

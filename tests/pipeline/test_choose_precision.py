@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zpipe.pipeline.choose_precision import NEARLY, QUANTILES, Measured, decide
-from zpipe.pipeline.explainer import ExplainConfig, precisions_of
+from zpipe.pipeline.explainer import PRECISIONS, ExplainConfig, precisions_of
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.manifest import read_manifest
 
@@ -44,19 +44,28 @@ def test_a_precision_that_spoils_a_few_maps_is_not_chosen_for_its_median():
 
 
 def test_of_nearly_equal_costs_the_more_exact_is_chosen():
-    measured = {"float64": uniform(0, 1.0), "float32": uniform(1e-4, 0.95), "float64+float32": uniform(1e-5, 0.98)}
-    assert decide(measured, NOISE) == "float64"
-    assert decide(measured | {"float64": uniform(0, 1.2)}, NOISE) == "float64+float32"
+    measured = {"float64": uniform(0, 1.2), "float32": uniform(5e-3, 0.95), "float64+float32": uniform(2e-3, 0.98)}
+    assert decide(measured, NOISE) == "float64+float32"
+    assert decide(measured | {"float64": uniform(0, 1.0)}, NOISE) == "float64"  # the only one with negligible errors
+
+
+@pytest.mark.parametrize("seconds", [0.92, 1.0, 1.06])
+def test_of_nearly_equal_costs_and_negligible_errors_the_fewest_bits_are_chosen(seconds):
+    measured = {"float64": EXACT, "float32": uniform(1e-6, seconds), "float64+float32": uniform(1e-7, 0.98)}
+    assert decide(measured, NOISE) == "float32"
+    assert decide(measured | {"bfloat16": uniform(1e-4, 1.0)}, NOISE) == "bfloat16"
+    assert decide(measured | {"bfloat16": uniform(5e-3, 1.0)}, NOISE) == "float32"
 
 
 @given(
-    st.lists(st.tuples(st.floats(0, 1), st.floats(1e-3, 10)), max_size=5),
+    st.lists(st.tuples(st.floats(0, 1), st.floats(1e-3, 10)), max_size=len(PRECISIONS) - 1),
     st.lists(st.floats(0, 1), min_size=1, max_size=20),
 )
 def test_the_choice_is_below_the_noise_and_hardly_dearer_than_any_other_that_is(others, noise):
     bounds = np.quantile(noise, QUANTILES, method="higher")
     measured = {"float64": EXACT}
-    measured |= {f"p{i}": uniform(error, seconds) for i, (error, seconds) in enumerate(others)}
+    names = [name for name in PRECISIONS if name != "float64"]
+    measured |= {name: uniform(*facts) for name, facts in zip(names, others, strict=False)}
     chosen = measured[decide(measured, np.array(noise))]
     below = [each for each in measured.values() if (np.quantile(each.errors, QUANTILES) <= bounds).all()]
     assert any(chosen is each for each in below)

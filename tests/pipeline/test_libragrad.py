@@ -9,10 +9,11 @@ from timm.layers import GELUTanh, QuickGELU, RmsNorm, SimpleNorm
 from tiny_families import FAMILIES, request, tiny_family
 from tiny_vit import pixels, tiny_vit
 from torch import nn
+from transformers.activations import ACT2FN
 
 from zpipe.pipeline.classifier import as_classifier
-from zpipe.pipeline.libragrad import BalancedGradients
-from zpipe.pipeline.methods import METHODS
+from zpipe.pipeline.libragrad import BalancedGradients, check_activations
+from zpipe.pipeline.methods import METHODS, methods_of, refusal_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,6 +39,8 @@ def shares(model, images, target):
 
 
 VARIANTS = {name: {"name": name} for name in FAMILIES} | {
+    "GELU written out": {"name": "vit_base_patch16_224", "act_layer": partial(ACT2FN.__getitem__, "gelu_new")},
+    "Mish": {"name": "vit_base_patch16_224", "act_layer": nn.Mish},
     "tanh GELU": {"name": "vit_base_patch16_224", "act_layer": GELUTanh},
     "quick GELU": {"name": "vit_base_patch16_224", "act_layer": QuickGELU},
     "RMSNorm": {"name": "vit_base_patch16_224", "norm_layer": RmsNorm},
@@ -122,7 +125,44 @@ def gradient(function, *values):
     return out.detach(), torch.autograd.grad(out.sum(), leaves, allow_unused=True, materialize_grads=True)
 
 
-@pytest.mark.parametrize("activation", [F.gelu, partial(F.gelu, approximate="tanh"), F.silu])
+WRITTEN_OUT = [ACT2FN[name] for name in ("gelu_new", "gelu_fast", "gelu_python", "gelu_python_tanh", "gelu_accurate")]
+
+
+@pytest.mark.parametrize("activation", WRITTEN_OUT, ids=lambda activation: type(activation).__name__)
+def test_a_gelu_that_is_written_out_is_a_gate(activation):
+    values = [-4.0, -1.0, 0.0, 0.5, 3.0]
+    out, (grad,) = gradient(activation, values)
+    assert grad[2] == 0.5
+    torch.testing.assert_close(grad * torch.tensor(values, dtype=torch.float64), out)
+
+
+def test_mish_is_a_gate_with_its_own_limit():
+    out, (grad,) = gradient(F.mish, [-2.0, 0.0, 2.0])
+    torch.testing.assert_close(grad * torch.tensor([-2.0, 0.0, 2.0], dtype=torch.float64), out)
+    near = F.mish(torch.tensor(1e-6, dtype=torch.float64)) / 1e-6
+    assert grad[1] == 0.6 and abs(near - 0.6) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "laplace", "relu2", "relu6", "sqrtsoftplus", "gelu_10"])
+def test_an_activation_whose_gradient_is_not_complete_is_refused(name):
+    model = tiny_family("vit_base_patch16_224")
+    for block in model.blocks:
+        block.mlp.act = ACT2FN[name].eval()
+    classifier = as_classifier(model)
+    reason = refusal_of(classifier, "libragrad")
+    kind = type(model.blocks[0].mlp.act).__name__
+    assert reason == f"no rule for the activation {kind}: its gradient would not be complete"
+    assert methods_of(classifier)["libragrad"] == reason and refusal_of(classifier, "gradient-attention") == ""
+    with pytest.raises(ValueError, match="no rule for the activation"):
+        METHODS["libragrad"](model, *request(model))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_models_that_have_rules_are_not_refused(variant):
+    check_activations(as_classifier(tiny_family(**VARIANTS[variant])).blocks)
+
+
+@pytest.mark.parametrize("activation", [F.gelu, partial(F.gelu, approximate="tanh"), F.silu, F.hardswish])
 def test_an_activation_is_a_gate_of_its_input(activation):
     values = [-30.0, -2.0, -1e-300, 0.0, 1e-8, 3.0, 40.0]
     out, (grad,) = gradient(activation, values)

@@ -161,19 +161,44 @@ def test_a_resumed_extraction_does_not_mix(had, measured_copy, store_copy, shard
     assert verify_store(root, shards) == []
 
 
-def test_an_interrupted_replacement_is_not_resumed_with_the_other_setting(
-    store, store_copy, shards, extract, teacher_settings
-):
+def interrupted_replacement(shards, root, settings):
+    """Replace the maps of a store by maps with the column, and stop in between."""
+
     def stop(stage, done, total, **facts):
         if stage == "extract-teacher-maps" and 0 < done < total:
             raise KeyboardInterrupt
 
-    config = ExtractConfig(**teacher_settings, executor="local", stability=True, replace=True)
     with pytest.raises(KeyboardInterrupt):
-        extract_teacher_maps(shards, store_copy, config, progress=stop)
+        extract_teacher_maps(shards, root, ExtractConfig(**settings, stability=True, replace=True), progress=stop)
+
+
+def test_an_interrupted_replacement_is_not_resumed_with_the_other_setting(
+    store, store_copy, shards, extract, teacher_settings
+):
+    interrupted_replacement(shards, store_copy, teacher_settings | {"executor": "local"})
     assert extract(shards, store_copy, replace=True).extracted == 4
     np.testing.assert_array_equal(RelevanceMaps(store_copy).array(), RelevanceMaps(store).array())
     assert all("stability" not in rs.IndexFile(path).columns for path in (store_copy / "index").iterdir())
+
+
+def test_a_late_shard_of_the_replaced_run_is_made_again(store, store_copy, shards, extract, teacher_settings):
+    interrupted_replacement(shards, store_copy, teacher_settings | {"executor": "local"})
+    late = "shard-00003"  # a worker of the replaced run, which had the same provenance, writes it only now
+    shutil.copytree(rs.maps_path(store, late), rs.maps_path(store_copy, late), dirs_exist_ok=True)
+    shutil.copy(rs.index_path(store, late), rs.index_path(store_copy, late))
+    extract(shards, store_copy, stability=True, replace=True)
+    assert all("stability" in rs.IndexFile(path).columns for path in (store_copy / "index").iterdir())
+    assert verify_store(store_copy, shards) == []
+
+
+def test_the_shards_of_an_interrupted_replacement_are_kept_from_a_run_without_the_column(
+    store_copy, shards, extract, teacher_settings
+):
+    interrupted_replacement(shards, store_copy, teacher_settings | {"executor": "local"})
+    made = sorted(path.name for path in (store_copy / "index").iterdir())
+    with pytest.raises(ZpipeError, match="made with --stability; resume with it"):
+        extract(shards, store_copy, stability=False)
+    assert made and sorted(path.name for path in (store_copy / "index").iterdir()) == made
 
 
 def rewrite(root, values):
@@ -220,6 +245,21 @@ def test_the_stability_of_a_store_without_the_column(store, measured, shards):
     # Of random weights the maps, and so the values, differ between batches; of most images they agree.
     assert np.median([abs(values[key] - expected[key]) for key in values]) < 0.05
     assert len(measure_stability(RelevanceMaps(store), shards, device="cpu")) == 18
+
+
+def test_no_more_of_the_tars_is_read_than_the_images_that_are_measured(extract, encode, tmp_path):
+    tars, out = tmp_path / "shards", tmp_path / "store"
+    write_tar(tars / "a.tar", {"broken.jpg": b"no image", "broken.cls": b"1"})
+    images = {f"k{i}.jpg": encode("JPEG", 40, 40) for i in range(4)}
+    write_tar(tars / "b.tar", dict(sorted((images | {f"k{i}.cls": b"1" for i in range(4)}).items())))
+    index_shards(tars)
+    extract(tars, out)
+    a, b = (tars / "a.tar").read_bytes(), (tars / "b.tar").read_bytes()
+    (tars / "a.tar").write_bytes(bytes(len(a)))  # it has no image with a map, and is not read
+    (tars / "b.tar").write_bytes(b[: len(b) // 2] + bytes(len(b) - len(b) // 2))
+    assert list(measure_stability(RelevanceMaps(out), tars, limit=1, device="cpu")) == ["k0"]
+    with pytest.raises(ZpipeError, match=r"b\.tar"):
+        measure_stability(RelevanceMaps(out), tars, device="cpu")
 
 
 def test_what_does_not_fit_the_store_is_named(store, store_copy, shards, shards_copy, encode):
