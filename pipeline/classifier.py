@@ -53,6 +53,10 @@ class Layout:
     classes: int
     """Number of classes of the head; 0 for none."""
 
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise ValueError("a model without blocks has no attention")
+
 
 class Classifier(nn.Module, ABC):
     """A ViT of any family; `forward` gives its logits [B, classes].
@@ -240,14 +244,17 @@ def _timm_parts(model: Any) -> tuple[Part, ...]:
 
 
 def _timm_layout(model: Any, parts: tuple[Part, ...]) -> Layout:
-    embed = model.patch_embed
+    blocks, embed = tuple(model.blocks), model.patch_embed
+    if getattr(embed, "dynamic_img_pad", False):
+        raise ValueError(f"a {type(model).__name__} with dynamic_img_pad=True, whose grid depends on the padding")
     # A hybrid has a convolutional network before the projection of its features.
     stem = next(part for part in embed.modules() if isinstance(part, nn.Conv2d))
-    heads = next((part.num_heads for part in model.blocks[0].modules() if hasattr(part, "num_heads")), None)
-    if heads is None:
-        raise ValueError(f"blocks of the class {type(model.blocks[0]).__name__} have no attention that is known")
+    parts_of_one = (part for block in blocks[:1] for part in block.modules())
+    heads = next((part.num_heads for part in parts_of_one if hasattr(part, "num_heads")), 0)
+    if blocks and not heads:
+        raise ValueError(f"blocks of the class {type(blocks[0]).__name__} have no attention that is known")
     return Layout(
-        blocks=tuple(model.blocks),
+        blocks=blocks,
         parts=parts,
         image_size=tuple(embed.img_size),
         grid=tuple(embed.grid_size),

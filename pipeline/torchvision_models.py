@@ -46,7 +46,7 @@ class TorchvisionClassifier(Classifier):
             channels=stem.in_channels,
             prefix_tokens=1,
             width=model.hidden_dim,
-            num_heads=blocks[0].self_attention.num_heads,
+            num_heads=blocks[0].self_attention.num_heads if blocks else 0,
             classes=model.num_classes,
         )
         super().__init__(model, layout, head)

@@ -447,3 +447,16 @@ def test_a_folder_that_is_not_whole(folder):
         assert "config.json" in failure(ZpipeError, None, str(folder))
     config.unlink()
     assert "holds no config.json" in failure(ZpipeError, None, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    [
+        (NAME, ARGS | {"depth": 0}, "without blocks"),
+        ("torchvision:vit_b_16", {"image_size": 32, "patch_size": 8, "num_layers": 0}, "without blocks"),
+        ("transformers:ViTForImageClassification", {"num_hidden_layers": 0}, "without blocks"),
+        (NAME, ARGS | {"img_size": 36, "dynamic_img_pad": True}, "dynamic_img_pad=True"),
+    ],
+)
+def test_a_model_that_is_no_vit_in_the_end(name, arguments, reason):
+    assert reason in failure(ZpipeError, name, "random", model_args=arguments)
