@@ -119,13 +119,22 @@ def _expand_braces(text: str) -> list[str]:
 
 
 def _number_of_names(text: str) -> int:
-    """How many names braces stand for, without making them: what is within braces is counted from the inside out."""
+    """How many names braces stand for, without making them: what is within braces is counted from the inside out.
+
+    Raises UsageError for `{b..{1..3}}`: bash leaves both braces as they are there, braceexpand the outer ones alone.
+    """
+    pattern = text
 
     def product(part: str) -> int:
         return math.prod(int(number) for number in part.split("\0")[1::2])
 
     def counted(braces: re.Match[str]) -> str:
         ends = _RANGE.fullmatch(braces[1])
+        if ends is None and ".." in braces[1] and "\0" in braces[1] and "," not in braces[1]:
+            raise UsageError(
+                f"{printable(pattern)[:80]}: '..' between braces that hold others is no range; write a backslash "
+                "before braces of a name"
+            )
         if ends is None:
             number = sum(product(part) for part in braces[1].split(","))
         elif any(len(digits or "") > _MAX_DIGITS for digits in ends.groups()):

@@ -34,6 +34,13 @@ PARTS = st.recursive(
 )
 
 
+def test_dots_around_braces_are_no_range():
+    for pattern in ("x{b..{47..49}}.tar", "x{b_\\{._.._{47..89..1}}x.tar"):
+        with pytest.raises(UsageError, match="is no range"):
+            expand(Path(pattern))
+    assert expand(Path("x{b..,{1..2}}.tar"))[1] == ["x1.tar", "x2.tar", "xb...tar"]
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash, which the braces are compared with")
 @settings(deadline=None, max_examples=60)
 @given(st.lists(PARTS, min_size=1, max_size=15))
@@ -44,6 +51,14 @@ def test_braces_stand_for_what_bash_makes_of_them(patterns):
     made = subprocess.run(["bash", "-fc", script], capture_output=True, text=True, check=True).stdout.splitlines()
     for pattern, line in zip(patterns, made, strict=True):
         names = line.split("/")[:-1]
+        try:
+            expand(Path(pattern))
+        except UsageError as error:
+            if "is no range" in str(error):
+                assert any(".." in name and "{" in name for name in names)  # bash leaves braces, and what they hold
+            else:
+                assert _number_of_names(pattern) > MAX_TARS and "stands for more than" in str(error)
+            continue
         assert expand(Path(pattern)) == (Path("."), sorted(set(names)))
         assert _number_of_names(pattern) >= len(names)
         assert "{" not in pattern.replace("\\{", "") or is_pattern(Path(pattern))
