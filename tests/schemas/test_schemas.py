@@ -686,7 +686,9 @@ def test_every_other_field_of_the_provenance_counts():
     for field in dataclasses.fields(PROVENANCE):
         value = different.get(field.name, -1 if isinstance(getattr(PROVENANCE, field.name), int) else "other")
         same = dataclasses.replace(PROVENANCE, **{field.name: value}).fingerprint() == PROVENANCE.fingerprint()
-        assert same == (field.name in ("weights", "seed")), field.name
+        # Where files lie counts for nothing: the digest of the teacher is of all weights, as they are after loading.
+        places = ("weights", "seed", "head", "class_embeddings", "positions_resized")
+        assert same == (field.name in places), field.name
 
 
 def test_reading_what_is_no_manifest(tmp_path):
