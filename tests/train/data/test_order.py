@@ -44,7 +44,8 @@ def same_batches(found, wanted):
     for one, other in zip(found, wanted, strict=True):
         assert one.keys() == other.keys() and one["key"] == other["key"]
         for name in one.keys() - {"key"}:
-            assert torch.equal(one[name], other[name]), name
+            parts = [each if isinstance(each, list) else [each] for each in (one[name], other[name])]
+            assert all(torch.equal(a, b) for a, b in zip(*parts, strict=True)), name
 
 
 # ------------------------------------------------------------------------------------------------------- pure functions
