@@ -229,7 +229,7 @@ class Explainer:
         return ((images - self._mean) / self._std).to(self._dtype)  # [n, 3, H, W]
 
     def _symmetrised(self, maps: Tensor, images: Tensor, targets: Tensor) -> Tensor:
-        """The maps, or where it is asked for, their mean with those of the mirrored images."""
+        """Average the maps with those of the mirrored images if `symmetrise` is set, else return them."""
         if not self.config.symmetrise:
             return maps
         return (maps + self._attribute(images.flip(-1), targets.clamp(min=0)).maps.flip(-1)) / 2

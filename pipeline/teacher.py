@@ -21,7 +21,7 @@ from zpipe.pipeline import torchvision_models, transformers_models
 from zpipe.pipeline.classifier import Classifier, as_classifier
 from zpipe.pipeline.heads import other_head
 from zpipe.pipeline.shard_reader import PIL_FILTERS
-from zpipe.pipeline.teacher_spec import TORCHVISION, TRANSFORMERS, TeacherFiles, TeacherSpec, find_files
+from zpipe.pipeline.teacher_spec import BUILD_ERRORS, TORCHVISION, TRANSFORMERS, TeacherFiles, TeacherSpec, find_files
 from zpipe.pipeline.timm_models import embedding_widths
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
 from zpipe.schemas.manifest import Provenance
@@ -364,16 +364,7 @@ def _create(name: str, **kwargs: Any) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of layers without weights, which the checks refuse
             return create(name, **kwargs)
-    except (
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except BUILD_ERRORS as error:
         args = ", ".join(f"{key}={value!r}" for key, value in kwargs.items() if value is not None)
         raise UsageError(f"teacher {name} cannot be built with ({args[:200]}): {first_line(error)}") from error
 
@@ -400,7 +391,7 @@ def _pretrained(name: str, spec: TeacherSpec) -> Any:
 def _head_classes(files: TeacherFiles, state: Mapping[str, Tensor], num_classes: int | None) -> int | None:
     name = next((each for each in HEADS if each in state), None)
     if name is None:
-        return num_classes or 0  # an encoder alone; a head that was asked for is named as missing later
+        return num_classes or 0  # An encoder has no head. If one was requested, `_check_fit` names the missing tensors.
     head = state[name]
     if head.ndim == 0:
         return num_classes  # its shape is named later

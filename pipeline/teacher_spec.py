@@ -33,6 +33,17 @@ from zpipe.schemas.storage import as_local
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm writes beside config.json, the safe form first
 TORCHVISION, TRANSFORMERS = "torchvision:", "transformers:"  # how names of their models begin
+# What constructors of models raise for arguments that do not fit.
+BUILD_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 GIVE = "give 'pretrained', 'random', a weights file, a model folder, or RUN:best"
 BEST_NAME = "best.safetensors"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer, get_model_weights  # type: ignore[import-untyped]
+from torchvision.models import VisionTransformer, get_model_weights
 from typing_extensions import override
 
 from zpipe.pipeline.classifier import Classifier, Layout

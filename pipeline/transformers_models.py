@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from zpipe.pipeline.classifier import DISTILLED, Classifier, Layout, Part, mean_answer, read_parts
-from zpipe.pipeline.teacher_spec import TRANSFORMERS
+from zpipe.pipeline.hub import hub_errors
+from zpipe.pipeline.teacher_spec import BUILD_ERRORS, TRANSFORMERS
 from zpipe.schemas.errors import UsageError, ZpipeError, first_line
 from zpipe.schemas.formats import read_json
 from zpipe.schemas.model_config import CONFIG_NAME, MAX_BLOCKS, MAX_BYTES, MAX_CLASSES, MAX_SIDE
@@ -219,7 +220,7 @@ def fetch_folder(name: str) -> Path:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"]))
         if not any((folder / file).is_file() for file in WEIGHTS_NAMES):
             folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model.bin"]))
-    except Exception as error:  # the hub client and its transport each raise their own; all mean no weights
+    except hub_errors() as error:
         raise ZpipeError(
             f"teacher {TRANSFORMERS}{name}: cannot be fetched ({type(error).__name__}: {first_line(error)}); fetch it "
             "on a machine with network access (hf download) and give the folder as weights"
@@ -286,7 +287,7 @@ def create(architecture: str, model_args: Mapping[str, Any], num_classes: int | 
     try:
         with _silent():
             return model_class._from_config(model_class.config_class(**fields), attn_implementation="sdpa")
-    except Exception as error:  # each configuration checks its fields in its own way
+    except _build_errors() as error:
         text = ", ".join(f"{key}={value!r}" for key, value in fields.items())
         raise UsageError(
             f"teacher {TRANSFORMERS}{architecture} cannot be built with ({text[:200]}): {first_line(error)}"
@@ -338,7 +339,7 @@ def _config_of(model_class: Any, raw: Mapping[str, Any], path: Path) -> Any:
                 raise ValueError(f"{field} is not within 1..{limit}")
         if config.num_labels > MAX_CLASSES:
             raise ValueError(f"id2label names more than {MAX_CLASSES} classes")
-    except Exception as error:  # each configuration checks its fields in its own way
+    except _build_errors() as error:
         raise ZpipeError(
             f"{path}: is no configuration of a {model_class.__name__} ({first_line(error)}); {REMEDY}"
         ) from error
@@ -395,7 +396,7 @@ def _fill(model_class: Any, config: Any, state: dict[str, Tensor], file: Path) -
                 output_loading_info=True,
                 **extra,
             )
-    except Exception as error:  # the library raises many kinds, all mean that the two do not fit
+    except _build_errors() as error:
         raise ZpipeError(f"{file}: does not fit {name} ({first_line(error)}); {REMEDY}") from error
     ignored = ARCHITECTURES[name].ignored
     unknown = [key for key in info["unexpected_keys"] if not key.startswith(ignored) and "position_ids" not in key]
@@ -477,13 +478,20 @@ def _class_names(config: Any) -> tuple[str, ...]:
     return () if all(name in ("", f"LABEL_{number}") for number, name in enumerate(names)) else names
 
 
+def _build_errors() -> tuple[type[Exception], ...]:
+    """What the library raises for a configuration that does not fit; it checks fields by classes of huggingface_hub."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (*BUILD_ERRORS, ImportError, OSError, StrictDataclassError)
+
+
 def _pair(size: Any) -> tuple[int, int]:
     return tuple(size) if isinstance(size, tuple | list) else (size, size)
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep the library's bars and reports from the terminal: what matters in them is checked and told in a line."""
+    """Hide the library's progress bars and reports; we check for the errors that these would show."""
     logging = importlib.import_module("transformers.utils.logging")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -68,7 +68,7 @@ def box_overlaps(maps: Tensor, boxes: Tensor, side: int) -> Overlaps:
         side: height and width of the upsampled map.
     """
     # Loaded here, because an evaluation needs only the pointing game. scipy has no stubs.
-    from scipy import ndimage  # type: ignore[import-untyped]
+    from scipy import ndimage
 
     overlaps = np.zeros((2, len(maps), len(THRESHOLDS)), np.float32)
     wanted = boxes.view(len(maps), -1, 4).double().cpu().numpy() * side  # [B, n, 4], pixels
@@ -157,7 +157,7 @@ def average_precision(scores: Tensor, right: Tensor) -> Tensor:
     place = torch.arange(n, device=scores.device)
     is_last = torch.ones_like(right)
     is_last[:, :-1] = scores[:, 1:] != scores[:, :-1]  # of the items with its score
-    # The end of each item's rank is the first end at or behind it.
+    # Items of equal score share a rank, which ends at the last of them.
     ends = torch.where(is_last, place, n).flip(1).cummin(dim=1).values.flip(1)
     precision = right.double().cumsum(dim=1) / (place + 1)
     return (precision.gather(1, ends) * right).sum(dim=1) / right.sum(dim=1)

@@ -1,4 +1,4 @@
-"""Masks: every kind of file, the view of the image, and what is said of files that are missing or wrong."""
+"""Masks: all file formats, the crop of the image, and the errors for missing or invalid files."""
 
 from __future__ import annotations
 
