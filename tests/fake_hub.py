@@ -11,11 +11,13 @@ import json
 import re
 import threading
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from web_server import WebServer
 
 REPO = r"(?P<type>datasets|models|spaces)/(?P<repo>[^/]+/[^/]+)"
 
@@ -70,18 +72,15 @@ class FakeHub:
         self.leaked: list[str] = []  # tokens that were sent to the place of large files
         self.faults: list[Fault] = []
         self.lock = threading.Lock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
-        self.server.daemon_threads = True
-        self.port = self.server.server_address[1]
-        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self.server = WebServer(type("Bound", (Handler,), {"hub": self}))
+        self.port, self.endpoint = self.server.server_address[1], self.server.url
 
     def __enter__(self) -> "FakeHub":
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        self.server.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+    def __exit__(self, *exception: Any) -> None:
+        self.server.__exit__(*exception)
 
     def environment(self) -> dict[str, str]:
         """Variables for a process that shall use this Hub."""
@@ -183,10 +182,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: object) -> None:
         pass
-
-    def handle(self) -> None:
-        with suppress(ConnectionError):  # the client was killed
-            super().handle()
 
     def do(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hub_stores import ADDRESS, DATASET, TOKEN, copied, damaged, killed_when, of_shards, saved, started, with_logits
 from leases import holder_of
+from web_server import WebServer
 
 from zpipe.pipeline import download
 from zpipe.pipeline import hub as hub_module
@@ -311,7 +313,6 @@ def test_a_manifest_that_is_none_is_one_line(pushed, tmp_path, cli, data):
 @pytest.fixture
 def website(tmp_path):
     """A plain web server that lists nothing: `website(folder) -> URL`."""
-    servers = []
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):
@@ -320,16 +321,12 @@ def website(tmp_path):
         def list_directory(self, path):
             self.send_error(403)
 
-    def serve(folder):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=folder))
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_address[1]}"
+    with ExitStack() as servers:
 
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+        def serve(folder):
+            return servers.enter_context(WebServer(functools.partial(Quiet, directory=folder))).url
+
+        yield serve
 
 
 def test_from_a_web_server(website, store, tmp_path, cli, contents):
@@ -369,16 +366,13 @@ def test_a_web_server_that_refuses_is_one_line(tmp_path, cli, monkeypatch, statu
         def log_message(self, *arguments):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        url = f"http://127.0.0.1:{server.server_address[1]}/store"
-        if status is not None:
-            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        else:
-            server.server_close()
+    server = WebServer(Refusing)
+    url = f"{server.url}/store"
+    if status is None:
+        server.server_close()  # nobody listens
+    with nullcontext() if status is None else server:
         done = cli("maps", "pull", url, tmp_path / "back")
         assert done.code == 1 and done.error.startswith(f"error: {url}/manifest.json: ") and told in done.error
-        if status is not None:
-            server.shutdown()
     assert not (tmp_path / "back").exists()
 
 
@@ -462,11 +456,9 @@ def test_a_server_that_denies_what_is_absent_is_asked_no_more(store, tmp_path, c
             pass
 
     serving = functools.partial(Denying, directory=store.parent)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serving) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/{store.name}"
+    with WebServer(serving) as server:
+        url = f"{server.url}/{store.name}"
         done = cli("maps", "pull", url, tmp_path / "back")
-        server.shutdown()
     assert done.code == 0 and verify_store(tmp_path / "back") == []
     assert f"{url}/logits: access is denied, if it exists, and left out; ask its owner" in done.stderr
 

@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import http.server
 import json
-import threading
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 from tiny import encode as encoded
 from tiny import store as make_store
 from tiny import write_shards, write_tar
+from web_server import WebServer
 
 import zpipe
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
@@ -112,12 +112,8 @@ def web(tmp_path):
     """The address of a web server on loopback that serves the test's folder."""
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     handler.log_message = lambda *args: None
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-        thread.join()
+    with WebServer(handler) as server:
+        yield server.url
 
 
 @pytest.mark.parametrize("place", ["local", "web"])

@@ -6,9 +6,8 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
 import hypothesis.strategies as st
@@ -19,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from killing import kill_after_three_tars
 from PIL import Image
+from web_server import WebServer
 
 from zpipe.pipeline import parquet, parquet_scan
 from zpipe.pipeline.imagenet_names import synsets, wnids
@@ -647,17 +647,12 @@ def hub(plain, monkeypatch):
     """A server of the files of `plain`; processes take it for the Hugging Face Hub."""
     files = {path.relative_to(plain).as_posix(): path.read_bytes() for path in sorted(plain.rglob("*.parquet"))}
     handler = type("Handler", (FakeHub,), {"files": files | {"README.md": b"#"}, "served": [], "answer": {}})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    handler.url = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setenv("HF_ENDPOINT", handler.url)
-    monkeypatch.setenv("HF_TOKEN", "hf_" + "canary" * 6)
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    yield handler
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with WebServer(handler) as server:
+        handler.url = server.url
+        monkeypatch.setenv("HF_ENDPOINT", handler.url)
+        monkeypatch.setenv("HF_TOKEN", "hf_" + "canary" * 6)
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+        yield handler
 
 
 def tars_of(contents, out):
