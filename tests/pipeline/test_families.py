@@ -15,7 +15,9 @@ from zpipe.pipeline.methods import CLOSED_FORM, METHODS, methods_of
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher
 from zpipe.pipeline.verify import verify_store
 from zpipe.schemas.relevance_maps import RelevanceMaps
-from zpipe.train.data.loader import RelevanceLoader
+from zpipe.train.checkpoint import load_run
+from zpipe.train.fit.config import TrainConfig
+from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -67,8 +69,10 @@ def test_maps_of_every_family(family, tmp_path, shards, extract, contents):
     maps, others = RelevanceMaps(whole), RelevanceMaps(resumed)
     assert all((maps[key] == others[key]).all() for key in maps) and maps.array().shape == (18, 4, 4)
     assert verify_store(whole, shards) == []
-    batch = next(iter(RelevanceLoader(shards, whole, batch_size=4)))
-    assert len(batch["relevance"]) == 4 and 0 < batch["relevance"].max() <= 1
+    loop = TrainConfig(epochs=2, batch_size=6, lr=1e-3, data_workers=0, device="cpu")
+    zoomer = ZoomerConfig(num_blocks=2, width=4, image_size=32, train=loop)
+    train_zoomer(shards, whole, tmp_path / "zoomer", zoomer)
+    assert load_run(tmp_path / "zoomer").model(images()).shape == (2, 16)
     provenance = maps.manifest.provenance
     spec = TeacherSpec(
         name=provenance.teacher,
