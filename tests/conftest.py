@@ -190,6 +190,15 @@ def shards_copy(tmp_path, shards) -> Path:
 
 
 @pytest.fixture
+def cuda():
+    """A pretend CUDA device, which counts what makes the host wait, kernels and bytes."""
+    from pretend_cuda import pretend_cuda
+
+    with pretend_cuda() as cuda:
+        yield cuda
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1 MiB. `small_disk.fill(leave)` fills it up to `leave` bytes."""
     root = tmp_path / "disk"
