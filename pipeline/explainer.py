@@ -18,6 +18,7 @@ from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
 from zpipe.pipeline.teacher import Teacher
 from zpipe.schemas.choices import check_choice
+from zpipe.schemas.devices import float32_arithmetic
 from zpipe.schemas.errors import UsageError, ZpipeError
 
 T = TypeVar("T")
@@ -235,6 +236,7 @@ class Explainer:
         return (maps + self._attribute(images.flip(-1), targets.clamp(min=0)).maps.flip(-1)) / 2
 
     @torch.no_grad()
+    @float32_arithmetic()
     def _features(self, images: Tensor) -> Tensor:
         if not self._with_features:
             return images.new_zeros(len(images), *self._model.grid, 0, dtype=torch.float32)

@@ -31,11 +31,12 @@ from zpipe.pipeline.libragrad import BalancedGradients, check_activations
 from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
 from zpipe.pipeline.supported import check_request, check_supported, resolve_targets
+from zpipe.schemas.devices import float32_arithmetic
 
 # Takes a `Classifier`, or a model that `as_classifier` wraps, in eval mode; normalised images [B, C, H, W] in its size,
 # dtype and device; and class numbers [B], or [B, K] for K maps per image, or a function that computes them from the
 # logits. Returns raw maps. Raises ValueError, in one line, if an argument does not fit or the method cannot explain the
-# model. Computes in the dtype of the model, and under autocast in what autocast chooses.
+# model. Computes in the dtype of the model, and under autocast in what autocast chooses; float32 is never TF32.
 Method = Callable[[nn.Module, Tensor, Targets], Attribution]
 
 
@@ -47,6 +48,7 @@ def _closed_form(model: nn.Module, images: Tensor, targets: Targets, *, split: s
     return attribute(classifier.model, images, targets, split=split)
 
 
+@float32_arithmetic()
 def gradient_attention(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
     """The readout's row of the product over blocks of I + mean over heads of max(0, G_A * A), G_A the gradient.
 
@@ -102,6 +104,7 @@ class _DownwardRow:
         return row
 
 
+@float32_arithmetic()
 def legrad(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
     """The sum over blocks of the positive gradient of the block's own class score by its attention.
 
@@ -120,6 +123,7 @@ def legrad(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
     return _attribution(classifier, list(rows), single, logits)
 
 
+@float32_arithmetic()
 def libragrad(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
     """The sum over blocks of token times gradient at the block's input, by a complete backward pass.
 
@@ -149,6 +153,7 @@ def libragrad(model: nn.Module, images: Tensor, targets: Targets) -> Attribution
 
 
 @torch.no_grad()
+@float32_arithmetic()
 def rollout(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
     """The readout's row of the product over blocks of (I + mean over heads of A) / 2.
 
@@ -165,6 +170,7 @@ def rollout(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
 
 
 @torch.no_grad()
+@float32_arithmetic()
 def class_attention(model: nn.Module, images: Tensor, targets: Targets) -> Attribution:
     """The readout's row of the last block's attention, or the row of the pooling attention, averaged over heads.
 

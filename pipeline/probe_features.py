@@ -25,6 +25,7 @@ from zpipe.pipeline.logistic_regression import Rows
 from zpipe.pipeline.shard_reader import Frame, FramedImage, framed_batches, read_samples
 from zpipe.pipeline.teacher import Teacher
 from zpipe.schemas.atomic import commit
+from zpipe.schemas.devices import float32_arithmetic
 from zpipe.schemas.errors import ZpipeError, first_line
 from zpipe.schemas.progress import Progress
 from zpipe.schemas.shard_index import ShardEntry
@@ -135,6 +136,7 @@ class FeatureReader:
             tmp.write_bytes(safetensors.torch.save(tensors, metadata=about))
 
     @torch.inference_mode()
+    @float32_arithmetic()
     def _features(self, images: Sequence[FramedImage]) -> Tensor:
         pixels = torch.from_numpy(np.stack([image.pixels for image in images if image.pixels is not None]))
         x = pixels.to(self._mean.device).permute(0, 3, 1, 2).to(self._mean.dtype) / 255.0  # [n, 3, H, W]

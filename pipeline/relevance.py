@@ -34,8 +34,7 @@ Symbols in the shape comments are those of `zpipe.pipeline.recorded_forward`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -55,6 +54,7 @@ from zpipe.pipeline.recorded_forward import (
     split_heads,
 )
 from zpipe.pipeline.supported import check_request, check_supported
+from zpipe.schemas.devices import float32_arithmetic
 
 __all__ = ["SPLITS", "SWEEPS", "Attribution", "attribute", "transformer_attribution"]
 
@@ -106,9 +106,10 @@ def attribute(
     rule = residual_rule if split == "sum" else magnitude_rule
     # Autocast would silently compute the products, and so the divisions after them, in another dtype than the model's.
     with torch.autocast(images.device.type, enabled=False):
-        recorded = record_forward(model, images, targets, images.dtype if sweep == "model" else torch.float32)
+        with float32_arithmetic():
+            recorded = record_forward(model, images, targets, images.dtype if sweep == "model" else torch.float32)
         count = recorded.targets.shape[1]
-        with _tf32() if sweep == "tf32" else nullcontext():
+        with float32_arithmetic("tf32" if sweep == "tf32" else "ieee"):
             rows = [_sweep(model, recorded, k, products, rule, keep=k + 1 < count) for k in range(count)]
         return Attribution(recorded.as_maps(model, rows), recorded.logits)
 
@@ -141,17 +142,6 @@ def _bfloat16_on_cuda(a: Tensor, b: Tensor) -> Tensor:
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a, b = (x.expand(*batch, *x.shape[-2:]).flatten(0, -3) for x in (a, b))
     return torch.bmm(a, b, out_dtype=torch.float32).unflatten(0, batch)
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    """Let CUDA round factors to TF32 within the context. This is a setting of the whole process."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 # ---------------------------------------------------------------------------------------------------------- rules

@@ -128,8 +128,6 @@ class ShardWorker:
                 f"{spec.teacher.weights}: weights with digest {self.teacher.digest[:12]}, the run began with "
                 f"{spec.teacher_digest[:12]}; every machine needs the same file"
             )
-        # A reduced precision is only used when `explain` names it, whatever the settings of the process are.
-        torch.set_float32_matmul_precision("highest")
         batch_size, note = _batch_size(spec, self.teacher)
         self._explainer = Explainer(
             self.teacher,

@@ -92,6 +92,7 @@ def broken_rules(path: str, source: str) -> list[str]:
         own = {"storage.py": {"upath"}, "images.py": {"PIL"}, "map_array.py": {"numcodecs"}}
         own |= {
             "weights.py": {"torch", "safetensors"},
+            "devices.py": {"torch"},
             "image_digest.py": {"xxhash"},
             "shard_patterns.py": {"braceexpand"},
         }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zpipe.schemas.devices import float32_arithmetic
 from zpipe.schemas.errors import UsageError, ZpipeError
 
 LOW_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,6 +62,8 @@ def keep_freed_memory() -> None:
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """Return a function that makes the context of one forward pass: autocast, or a null context for float32.
 
+    In training, float32 is what the user made of it by torch's settings, such as TF32.
+
     Raises:
         UsageError: If the precision is unknown.
     """
@@ -69,3 +72,8 @@ def autocast(precision: str, device: torch.device) -> Callable[[], AbstractConte
     if precision not in LOW_PRECISIONS:
         raise UsageError(f"--precision {precision}: choose float32, {' or '.join(LOW_PRECISIONS)}")
     return partial(torch.autocast, device.type, dtype=LOW_PRECISIONS[precision])
+
+
+def evaluation_context(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """As :func:`autocast`, but float32 is never rounded to TF32: what is measured must not depend on the device."""
+    return float32_arithmetic if precision == "float32" else autocast(precision, device)

@@ -16,6 +16,7 @@ from zpipe.pipeline.inspection import has_stability
 from zpipe.pipeline.stability import measure_stability
 from zpipe.pipeline.teacher import Teacher, load_teacher_of
 from zpipe.schemas.classes import ClassNames
+from zpipe.schemas.devices import float32_arithmetic
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.relevance_maps import RelevanceMaps
@@ -71,7 +72,7 @@ def as_judge(teacher: Teacher) -> Classifier:
     own = ClassNames(names=teacher.classes, where=f"teacher {teacher.weights}")
 
     def logits(images: Tensor, keys: Sequence[str]) -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), float32_arithmetic():
             values = cast(Tensor, teacher.model(images))
         check_numbers(values, keys, "the teacher's logits", limit=LARGEST_LOGIT, where=teacher.weights)
         return values

@@ -287,3 +287,24 @@ def test_a_trained_teachers_maps_keep_their_order_in_low_precision(method, train
     assert rank_correlations(torch.float32).min() >= 0.9999
     reduced = rank_correlations(torch.bfloat16)
     assert np.median(reduced) >= 0.998 and reduced.min() >= 0.95
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_computes_in_exact_float32(method):
+    """Seen by hooks in the model, under settings of the user that would round; these stay as they were."""
+    model, seen = tiny_vit(dtype=torch.float32), []
+
+    def look(*_):
+        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.cudnn.conv)
+        seen.extend(each.fp32_precision for each in backends)
+
+    model.patch_embed.proj.register_forward_hook(look)
+    model.head.register_forward_hook(look)
+    torch.set_float32_matmul_precision("high")
+    try:
+        METHODS[method](model, *pixels(model))
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cuda.matmul.fp32_precision == torch.backends.cudnn.conv.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"ieee"}

@@ -19,7 +19,7 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import Run, load_run
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.device import autocast, keep_freed_memory, resolve_device
+from zpipe.train.device import evaluation_context, keep_freed_memory, resolve_device
 from zpipe.train.evaluation.answers import BY_INDEX, BY_NAME, Answers, match_run, read_several
 from zpipe.train.evaluation.calibrate import CalibrationConfig, calibrate
 from zpipe.train.evaluation.costs import CostMeter
@@ -314,14 +314,14 @@ def measure_zoomer(
     Raises:
         UsageError: the precision is unknown.
     """
-    autocasting = autocast(precision, device)
+    context = evaluation_context(precision, device)
     zoomer = cast(Zoomer, opened.model).to(device)
     sums: dict[str, float] = defaultdict(float)
     count = with_box = ranked = 0
     batches = len(samples.loader)
     where = str(opened.path) if precision == "float32" else f"{opened.path} in {precision}"
     for number, batch in enumerate(samples):
-        with autocasting():
+        with context():
             scores = zoomer(opened.preprocessing.normalise(batch["image"].to(device))).float().cpu()  # [B, g * g]
         check_numbers(scores, batch["key"], "the zoomer's scores", where=where)
         target = batch["relevance"].flatten(1)  # [B, g * g]

@@ -21,7 +21,7 @@ from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.map_stores import Join
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.device import autocast, keep_freed_memory, resolve_device
+from zpipe.train.device import evaluation_context, keep_freed_memory, resolve_device
 from zpipe.train.evaluation.metrics import LARGEST_LOGIT, check_numbers
 from zpipe.train.models.operating_points import OperatingPoint, logits_of
 from zpipe.train.models.zoom_tokens import token_boxes
@@ -51,7 +51,7 @@ class OpenRun:
         run: the run.
         source: where its scores come from, see `choose_run_source`; None for a model that takes none.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        precision: of both scores and model: float32, or bf16 or fp16 under autocast.
+        precision: of both scores and model: float32, never rounded to TF32, or bf16 or fp16 under autocast.
 
     Raises:
         UsageError: the run is not a classifier, or the device or the precision is unknown.
@@ -68,7 +68,7 @@ class OpenRun:
         self._checked = None if source is None else replace(source, score=partial(self._check_scores, source))
         self._where = str(run.path) if precision == "float32" else f"{run.path} in {precision}"
         self.device = resolve_device(device)
-        self._autocast = autocast(precision, self.device)
+        self._context = evaluation_context(precision, self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
         # Any, because num_classes, the grid of a ZoomViT and the like are not declared by nn.Module.
@@ -87,7 +87,7 @@ class OpenRun:
         Raises:
             ZpipeError: scores or logits are no numbers, or logits are far too large; the message names run and key.
         """
-        with self._autocast():
+        with self._context():
             output, scores = run_model(self.model, self._checked, prepared, point)
         answered: Any = logits_of(output)
         for logits in answered if isinstance(answered, tuple) else (answered,):  # those of both stages, for calibration
@@ -112,7 +112,7 @@ class OpenRun:
     @torch.inference_mode()
     def scores(self, batch: dict[str, Any]) -> Tensor | None:
         """The scores [B, s * s] that the model would get for a batch; None for none. Raises as `respond`."""
-        with self._autocast():
+        with self._context():
             return None if self._checked is None else self._checked.score(self.prepare(batch)["image"], batch)
 
     def token_boxes(
@@ -131,7 +131,7 @@ class OpenRun:
         """
         if scores is None or not hasattr(self.model, "tokenise"):
             return None
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), self._context():
             ids = self.model.tokenise(prepared["image"], scores, **point.arguments).by_image()
         size = self.run.preprocessing.image_size
         return [token_boxes(each.cpu(), self.model.coarse_grid, size) for each in ids]

@@ -439,6 +439,20 @@ def test_scores_that_are_no_numbers(data):
 # ------------------------------------------------------------------------------------------------ weights and precision
 
 
+def test_an_evaluation_in_float32_is_never_rounded_to_tf32(data):
+    ready = OpenRun(load_run(data / "plain"), None, device="cpu")
+    seen = []
+    ready.model.head.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.matmul.fp32_precision))
+    batch = {"image": torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8), "key": ["k"]}
+    torch.set_float32_matmul_precision("high")
+    try:
+        ready.answer(batch, OperatingPoint(name="plain"))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["ieee"]
+
+
 def test_the_weights_of_the_best_epoch_and_of_a_kept_one(data, tmp_path):
     run, loop = tmp_path / "run", replace(LOOP, epochs=3, keep=2)
     config = VitConfig(model="deit_tiny_patch16_224", model_args=BODY, image_size=SIDE, train=loop)
