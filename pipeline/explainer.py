@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from zpipe.pipeline.batch_size import BatchSize
 from zpipe.pipeline.classifier import Classifier, Targets
 from zpipe.pipeline.methods import CLASS_BLIND, CLOSED_FORM, DEFAULT_METHOD, METHODS, methods_of, refusal_of
 from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
 from zpipe.pipeline.teacher import Teacher
 from zpipe.schemas.choices import check_choice
-from zpipe.schemas.devices import float32_arithmetic
+from zpipe.schemas.devices import float32_arithmetic, is_out_of_memory
 from zpipe.schemas.errors import UsageError, ZpipeError
 
 T = TypeVar("T")
@@ -121,7 +123,8 @@ class Explained(NamedTuple):
 class Explainer:
     """Computes the maps of batches of any size, at most `batch_size` images at once.
 
-    A batch that does not fit the memory of the device is halved and tried again; `notes` has a line about it.
+    A batch that does not fit the memory of the device is halved and tried again; `notes` has a line about it. Later
+    batches are larger again if they fit, see :class:`BatchSize`.
 
     Args:
         teacher: The teacher; its model is moved to the device.
@@ -150,6 +153,7 @@ class Explainer:
             )
         self.config, self.batch_size, self.device, self.name = config, batch_size, device, teacher.name
         self.notes: list[str] = []
+        self._batch = BatchSize(batch_size)
         self._with_features = features
         dtype, self._sweep = PRECISIONS[config.precision]
         self._dtype = dtype
@@ -186,24 +190,35 @@ class Explainer:
     ) -> Iterator[T]:
         start = 0
         while start < len(pixels):
-            chosen = slice(start, start + self.batch_size)
-            try:
-                yield compute(pixels[chosen], labels[chosen])
-            except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                self._lower_batch_size(min(self.batch_size, len(pixels) - start))
+            chosen = slice(start, start + self._batch.size)
+            part = self._unless_out_of_memory(compute, pixels[chosen], labels[chosen])
+            if part is None:
+                self._make_room(len(pixels[chosen]))
                 continue
+            self._batch.fitted(len(pixels[chosen]))
+            yield part
             start = chosen.stop
 
-    def _lower_batch_size(self, tried: int) -> None:
+    def _unless_out_of_memory(
+        self, compute: Callable[[np.ndarray, np.ndarray], T], pixels: np.ndarray, labels: np.ndarray
+    ) -> T | None:
+        try:
+            return compute(pixels, labels)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        return None
+
+    def _make_room(self, tried: int) -> None:
+        """Lower the batch size and give memory back to the device, once the error that holds all tensors is gone."""
         if tried == 1:
             raise ZpipeError(
                 f"teacher {self.name}: not even one image fits the memory of {self.device}; "
                 "run fewer workers, or take a smaller teacher"
             )
-        self.batch_size = tried // 2
-        self.notes.append(f"a batch of {tried} did not fit the memory of {self.device}: lowered to {self.batch_size}")
+        change = self._batch.failed(tried)
+        self.notes.append(f"a batch of {tried} did not fit the memory of {self.device}: {change}")
+        gc.collect()  # a graph and its hooks may refer to each other
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
@@ -263,13 +278,6 @@ class Explainer:
             return torch.full((len(labels),), NO_CLASS, device=self.device)
         targets = self._targets(labels)
         return targets if isinstance(targets, Tensor) else targets(logits)
-
-
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    # The allocators of the CPU raise no exception of their own. oneDNN's messages have other causes too; such an error
-    # remains when the batch is down to one image.
-    messages = ("can't allocate memory", "could not create a primitive", "could not create a memory object")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(part in str(error) for part in messages)
 
 
 def check_method(teacher: Teacher, method: str) -> None:

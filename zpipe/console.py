@@ -26,13 +26,16 @@ from zpipe.schemas.secrets import redacted
 from zpipe.schemas.storage import as_local, as_path
 
 # What torch's RuntimeErrors say, and what to do. It raises them wherever the main thread happens to be.
+_TOO_SMALL = "the accelerator's memory is too small; give a smaller --batch-size"
 _TORCH_ERRORS = (
     (
         "DataLoader worker (pid",
         "a data-loading process was killed, often because memory ran out; give fewer --data-workers",
     ),
-    ("out of memory", "the accelerator's memory is too small; give a smaller --batch-size"),
+    ("out of memory", _TOO_SMALL),
+    ("_ALLOC_FAILED", _TOO_SMALL),
     ("allocate memory", "there is not enough memory; give a smaller --batch-size"),
+    ("CUDA error", "the GPU failed; look at nvidia-smi and at dmesg, choose another one by CUDA_VISIBLE_DEVICES"),
     ("Too many open files", "too many files are open; raise the limit (ulimit -n), or give fewer --data-workers"),
 )
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -175,7 +176,7 @@ Path("/proc/self/clear_refs").write_text("5")
 before = held("VmRSS:")
 maps = explain(pixels, labels).maps
 print(json.dumps({"peak": held("VmHWM:") - before, "reckoned": bytes_per_image(teacher.model) * batch,
-                  "notes": explain.notes, "batch_size": explain.batch_size, "maps": maps.tolist()}))
+                  "notes": explain.notes, "batch_size": explain._batch.size, "maps": maps.tolist()}))
 """
 
 
@@ -286,7 +287,59 @@ def test_a_batch_too_large_for_the_machine_is_lowered_before_it_starts(shards, t
     assert "note: a batch of 1000000000 would take" in done.stderr and "lowered to" in done.stderr
 
 
+def as_on(device, explain):
+    """Make room as on a device that this machine lacks."""
+
+    def make_room(tried):
+        explain.device = device
+        Explainer._make_room(explain, tried)
+        explain.device = "cpu"
+
+    return make_room
+
+
+def test_memory_is_free_again_before_a_smaller_batch_is_tried(explainer, pixels, monkeypatch):
+    """Everything that the failed attempt made: activations, the graph, what the method recorded."""
+    explain, alive, sizes = explainer(method="gradient-attention"), [], []
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def look(module, args, output):
+        made.extend(weakref.ref(each) for each in (*args, output))
+        if module is explain._model.model.head:
+            sizes.append(len(output))
+            if len(output) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: alive.append(sum(each() is not None for each in made)))
+    wanted = explain(pixels, LABELS).maps
+    for module in (*explain._model.blocks, explain._model.model.head):
+        module.register_forward_hook(look)
+    monkeypatch.setattr(explain, "_make_room", as_on("cuda", explain))
+    found = explain(pixels, LABELS).maps
+    assert sizes == [4, 2, 2, 2] and alive == [0] and len(made) > 6
+    assert explain.notes == ["a batch of 4 did not fit the memory of cuda: lowered to 2"]
+    assert relative(found, wanted).max() < 1e-3
+
+
 def test_not_even_one_image_is_an_error(explainer, pixels):
-    explain = explainer(batch_size=1)
-    with pytest.raises(ZpipeError, match="not even one image fits"):
-        explain._lower_batch_size(1)
+    explain = explainer(method="rollout")
+    explain._model.model.head.register_forward_hook(out_of_memory)
+    with pytest.raises(ZpipeError, match="not even one image fits the memory of cpu"):
+        explain(pixels, LABELS)
+    assert [note.rpartition(" ")[2] for note in explain.notes] == ["2", "1"]
+
+
+def out_of_memory(*_):
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def test_another_error_is_no_shortage_of_memory(explainer, pixels):
+    explain = explainer(method="rollout")
+
+    def fail(*_):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    explain._model.model.head.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        explain(pixels, LABELS)
+    assert explain.notes == []

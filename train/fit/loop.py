@@ -15,6 +15,7 @@ from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from zpipe.schemas.devices import is_out_of_memory
 from zpipe.schemas.errors import UsageError, ZpipeError, last_line
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import keep_epoch
@@ -403,10 +404,12 @@ class Trainer:
 
 @contextmanager
 def explain_out_of_memory(run: Path, device: torch.device) -> Iterator[None]:
-    """Turn torch's out-of-memory error into one line that says what needs less memory."""
+    """Turn an error that says that memory is short into one line that says what needs less."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise ZpipeError(
             f"{run}: a step doesn't fit into the memory of {device}; lower --batch-size (train.accumulate=2 makes the "
             "step as large as before), or set train.precision=bf16"
