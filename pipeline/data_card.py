@@ -199,7 +199,7 @@ def _teacher_facts(origin: Provenance) -> list[tuple[str, str]]:
         *rows,
         ("frame", f"{origin.frame}, {origin.crop_pct:g} of the image"),
         ("input", f"{width} x {height} pixels, {origin.interpolation}, mean {origin.mean}, std {origin.std}"),
-        ("precision", origin.precision),
+        ("precision", f"{origin.precision} on {origin.device}" if origin.device else origin.precision),
     ]
 
 

@@ -9,19 +9,33 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
+from zpipe.pipeline.sick_gpus import Place, SickGpus
 from zpipe.pipeline.worker import ShardReport, ShardTask, ShardWorker, WorkerSpec
-from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.devices import device_fault
+from zpipe.schemas.errors import ZpipeError, first_line
 from zpipe.schemas.ray_session import RaySession, cause_of, ray_session
+
+
+class Worker(Protocol):
+    """What runs shards: a `ShardWorker`."""
+
+    def process(self, task: ShardTask) -> ShardReport:
+        """Run one shard and commit its maps."""
+
 
 OnReport = Callable[[ShardReport], None]
 Check = Callable[[], None]
+MakeWorker = Callable[[WorkerSpec], Worker]
 
 READY_TIMEOUT_S = 300.0  # without any worker
 TICK_S = 1.0  # at most, between two calls of `check`
 GRACE_S = 600.0  # per shard, beside the time for its images: a slow store, a first compilation
+IMAGE_TIMEOUT_S = 10.0  # per image of a shard, until one is finished
+PATIENCE = 20.0  # a shard may take so many times as long as the slowest finished one
 MAX_RETRIES = 2  # of a shard whose worker died
+GPU_REMEDY = "look at nvidia-smi and dmesg there, choose other GPUs by CUDA_VISIBLE_DEVICES, and run again to resume"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +48,22 @@ class Resources:
     """GPUs of each worker, a fraction where workers share one; 0 takes 1 where the device is CUDA."""
     address: str | None = None
     """Address of a Ray cluster; None takes RAY_ADDRESS, else starts Ray on this machine."""
-    image_timeout_s: float = 10.0
-    """Seconds per image of a shard, beside `GRACE_S`, after which a silent worker counts as hung."""
+    image_timeout_s: float | None = None
+    """Seconds per image of a shard, beside `GRACE_S`, after which a silent worker counts as hung; None follows the pace
+    of the run, see :func:`hang_limit`."""
+
+
+def hang_limit(count: int, slowest: float | None, image_timeout_s: float | None = None) -> float:
+    """Seconds after which a worker that has not finished a shard counts as hung.
+
+    Args:
+        count: Images of the shard.
+        slowest: Seconds per image of the slowest shard that is finished; None if there is none.
+        image_timeout_s: Seconds per image that the user gave.
+    """
+    if image_timeout_s is None:
+        image_timeout_s = IMAGE_TIMEOUT_S if slowest is None else min(IMAGE_TIMEOUT_S, PATIENCE * slowest)
+    return GRACE_S + image_timeout_s * count
 
 
 def run_local(
@@ -49,20 +77,37 @@ def run_local(
         resources: Not used here.
         on_report: Called with the report of each shard.
         check: Called before each shard; it may raise to end the run.
+
+    Raises:
+        ZpipeError: The device failed, so that this process can't use it any more.
     """
     worker = ShardWorker(replace(spec, sharing=1))
     for task in tasks:
         check()
-        on_report(worker.process(task))
+        report = worker.process(task)
+        if report.fault == "device":
+            raise ZpipeError(f"{report.error}: {spec.device} has failed; {GPU_REMEDY}")
+        if report.fault == "assert":
+            raise ZpipeError(
+                f"{report.error}: a value in this shard is out of range; leave the shard out, and report a defect of "
+                "zpipe; run again to resume"
+            )
+        on_report(report)
 
 
 def run_ray(
-    spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, on_report: OnReport, check: Check
+    spec: WorkerSpec,
+    tasks: Sequence[ShardTask],
+    resources: Resources,
+    on_report: OnReport,
+    check: Check,
+    make_worker: MakeWorker = ShardWorker,
 ) -> None:
     """Run the tasks on Ray actors, one task at a time on each.
 
-    A worker that hangs or dies, alone or with its node, is replaced, and its shard is retried up to `MAX_RETRIES`
-    times; then the shard is reported as failed, and the others continue.
+    A worker that hangs or dies, alone, with its GPU or with its node, is replaced, and its shard is retried up to
+    `MAX_RETRIES` times; then the shard is reported as failed, and the others continue. A GPU on which workers die again
+    and again is not used any more, see :class:`SickGpus`.
 
     Args:
         spec: What each worker needs.
@@ -70,13 +115,25 @@ def run_ray(
         resources: The resources to use. Without an address, Ray is started on this machine for the time of the run.
         on_report: Called with the report of each shard, in the order of completion.
         check: Called every few seconds; it may raise to end the run.
+        make_worker: Makes a worker in its process.
 
     Raises:
-        ZpipeError: Ray cannot be reached, does not have the resources or is lost, or no worker can begin.
+        ZpipeError: Ray cannot be reached, does not have the resources or is lost, no worker can begin, or no GPU is
+            left.
     """
     cpus = resources.actors * spec.threads
     with ray_session(_import_ray, resources.address, cpus, instead="use --executor local") as session:
-        _Fleet(session, spec, tasks, resources, on_report).run(check)
+        _Fleet(session, spec, tasks, resources, on_report).run(check, make_worker)
+
+
+def device_of_cluster(address: str | None) -> str:
+    """The kind of device that workers on a Ray cluster get: cuda if a machine of it has a GPU, else cpu.
+
+    Raises:
+        ZpipeError: Ray cannot be reached.
+    """
+    with ray_session(_import_ray, address, 0, instead="use --executor local") as session:
+        return "cuda" if session.ray.cluster_resources().get("GPU", 0) else "cpu"
 
 
 def _import_ray() -> Any:
@@ -85,20 +142,57 @@ def _import_ray() -> Any:
     return ray
 
 
+class ShardActor:
+    """A worker on Ray. It does nothing until it is told to begin, so that it can say where it is first."""
+
+    def __init__(self, spec: WorkerSpec, make_worker: MakeWorker, gpus: float) -> None:
+        self._spec, self._make, self._gpus = spec, make_worker, gpus
+        self._worker: Worker | None = None
+
+    def begin(self, sick: SickGpus) -> tuple[Place, str]:
+        """Load the teacher, unless the GPU is known to be sick; returns the place, and why the GPU failed or ""."""
+        place, cpus_per_worker = self._place()
+        if place not in sick:
+            try:
+                self._worker = self._make(replace(self._spec, threads=self._spec.threads or cpus_per_worker))
+            except RuntimeError as error:
+                if device_fault(error) is None:
+                    raise
+                return place, first_line(error)
+        return place, ""
+
+    def process(self, task: ShardTask) -> ShardReport:
+        """Run one shard and commit its maps."""
+        assert self._worker is not None  # only those that began get tasks
+        return self._worker.process(task)
+
+    def _place(self) -> tuple[Place, int]:
+        """Where this process is, and its share of the machine's CPUs where GPUs limit the number of workers."""
+        ray = _import_ray()
+        context = ray.get_runtime_context()
+        number = context.get_node_id()
+        node = next(each for each in ray.nodes() if each["NodeID"] == number)
+        place = Place(node["NodeManagerHostname"], number, tuple(context.get_accelerator_ids().get("GPU", ())))
+        workers = max(1, int(node["Resources"].get("GPU", 0) / self._gpus)) if self._gpus else 1
+        return place, max(1, int(node["Resources"].get("CPU", 1) / workers))
+
+
 @dataclass
 class _Job:
     """A task that runs on an actor."""
 
     actor: Any
+    place: Place
     task: ShardTask
-    deadline: float  # monotonic seconds after which the actor counts as hung
+    begun: float  # monotonic seconds
 
 
 class _Fleet:
     """The actors of a run, each starting or running one task.
 
     A starting actor has no task yet, so no task waits for a worker that never comes. An actor without a further task is
-    killed: it would hold the resources that a new one needs, and could die unnoticed with its node.
+    killed: it would hold the resources that a new one needs, and could die unnoticed with its node. An actor on a sick
+    GPU is kept without a task for that very reason: Ray gives the GPU to no other one.
     """
 
     def __init__(
@@ -111,32 +205,38 @@ class _Fleet:
     ) -> None:
         ray = session.ray
         has = ray.cluster_resources()
-        device = spec.device if spec.device != "auto" else "cuda" if has.get("GPU", 0) else "cpu"
-        gpus = (resources.gpus_per_actor or 1.0) if device.startswith("cuda") else 0.0
+        gpus = (resources.gpus_per_actor or 1.0) if spec.device.startswith("cuda") else 0.0
         room = has.get("GPU", 0) / gpus if gpus else has.get("CPU", 1) / spec.threads
         self._session, self._ray, self._on_report = session, ray, on_report
         self._wanted = min(resources.actors or max(1, int(room)), len(tasks))
-        # Ask Ray for the CPUs of the machines, which this one need not belong to; any worker may be on the largest one.
-        most = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
-        # It bounds the batch size, so it must not depend on how many tasks are left: a resumed run would sum in another
-        # order than an undisturbed one.
-        sharing = max(1, min(resources.actors or int(room), int(most / spec.threads), spec.sharing))
-        self._spec = replace(spec, device=device, sharing=sharing)
+        if not gpus:
+            # Ask Ray for the CPUs of the machines, which this one need not belong to; any worker may be on the largest
+            # one. It bounds the batch size, so it must not depend on how many tasks are left: a resumed run would sum
+            # in another order than an undisturbed one.
+            most = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+            sharing = max(1, min(resources.actors or int(room), int(most / spec.threads), spec.sharing))
+            spec = replace(spec, sharing=sharing)
+        self._spec = spec
         self._image_timeout_s = resources.image_timeout_s
         self._gpus = gpus
         # GPU workers hardly use CPUs, so they must not wait until some are free.
         self._actor_class = ray.remote(
             num_cpus=0 if gpus else spec.threads, num_gpus=gpus, max_restarts=0, max_task_retries=0
-        )(ShardWorker)
+        )(ShardActor)
         self._queue = deque(tasks)
         self._tries: dict[str, int] = {}
-        self._starting: dict[Any, Any] = {}  # reference of ready() -> actor
+        self._starting: dict[Any, Any] = {}  # reference of begin() -> actor
         self._running: dict[Any, _Job] = {}  # reference of process() -> job
         self._failed_starts = 0
         self._last_active = time.monotonic()  # when a worker last had a task
+        self._slowest: float | None = None  # seconds per image, of the finished shards
+        self._sick = SickGpus()
+        self._parked: list[tuple[Any, Place]] = []  # actors that hold the sick GPUs
+        self._notes: list[str] = []  # for the next report
 
-    def run(self, check: Check) -> None:
+    def run(self, check: Check, make_worker: MakeWorker) -> None:
         """Run until every task has been reported."""
+        self._make_worker = self._ray.put(make_worker)
         for _ in range(self._wanted):
             self._start_actor()
         while self._queue or self._running:
@@ -152,16 +252,19 @@ class _Fleet:
                 else:
                     self._on_finished(reference)
             self._kill_hung_actors()
+            self._check_workers()
 
     def _start_actor(self) -> None:
-        actor = self._actor_class.remote(self._spec)
-        self._starting[actor.ready.remote()] = actor
+        actor = self._actor_class.remote(self._spec, self._make_worker, self._gpus)
+        self._starting[actor.begin.remote(self._sick)] = actor
 
-    def _assign(self, actor: Any) -> None:
-        if self._queue:
+    def _assign(self, actor: Any, place: Place) -> None:
+        if place in self._sick:
+            self._parked.append((actor, place))
+            self._replace_actor()
+        elif self._queue:
             task = self._queue.popleft()
-            limit = GRACE_S + self._image_timeout_s * task.entry.count
-            self._running[actor.process.remote(task)] = _Job(actor, task, time.monotonic() + limit)
+            self._running[actor.process.remote(task)] = _Job(actor, place, task, time.monotonic())
         else:
             self._ray.kill(actor)
 
@@ -175,7 +278,7 @@ class _Fleet:
 
         actor = self._starting.pop(reference)
         try:
-            self._ray.get(reference)
+            place, failure = self._ray.get(reference)
         except RayError as error:
             # The constructor raised, or its node was lost. If others may still start, one failure is no reason to end.
             self._failed_starts += 1
@@ -186,26 +289,59 @@ class _Fleet:
             if _is_death(error):
                 self._replace_actor()
             return
-        self._assign(actor)
+        if failure:
+            self._leave(actor, place, "", failure)
+            self._replace_actor()
+        else:
+            self._assign(actor, place)
 
     def _on_finished(self, reference: Any) -> None:
         from ray.exceptions import RayActorError, RayError
 
         job = self._running.pop(reference)
+        stem = job.task.entry.stem
         try:
-            self._on_report(self._ray.get(reference))
+            report: ShardReport = self._ray.get(reference)
         except RayActorError as error:
             # The worker died: killed, out of memory, node lost. It gets a new actor, not a restart, because Ray refuses
             # calls to an actor while it restarts, and counts restarts over the whole run, so that one bad shard would
             # use up those of the others.
             self._retry(job.task, f"worker failed: {cause_of(error)}")
             self._replace_actor()
+            return
         except RayError as error:
             # The worker lives, but raised an exception that none should raise: a bug of ours, the same on every retry.
-            self._on_report(ShardReport(stem=job.task.entry.stem, error=f"{job.task.path}: {cause_of(error)}"))
-            self._assign(job.actor)
+            report = ShardReport(stem=stem, error=f"{job.task.path}: {cause_of(error)}")
+        if report.fault == "device":
+            reason = report.error.removeprefix(f"{job.task.path}: ")
+            self._leave(job.actor, job.place, stem, reason)
+            self._retry(job.task, f"{job.place} failed: {reason}")
+            self._replace_actor()
+        elif report.fault == "assert":
+            # The same on every GPU; but this worker can't use its own any more.
+            self._report(report)
+            self._ray.kill(job.actor)
+            self._replace_actor()
         else:
-            self._assign(job.actor)
+            if not report.error:
+                pace = (time.monotonic() - job.begun) / max(1, report.count)
+                self._slowest = max(pace, self._slowest or 0.0)
+                self._sick.worked(job.place)
+            self._report(report)
+            self._assign(job.actor, job.place)
+
+    def _leave(self, actor: Any, place: Place, stem: str, reason: str) -> None:
+        """Give up an actor whose GPU has failed while it had a shard ("" while it started)."""
+        if self._sick.died(place, stem, reason):
+            self._notes.append(f"{place} failed again ({reason}): not used any more")
+            self._parked.append((actor, place))
+        else:
+            self._notes.append(f"{place} failed ({reason}): its worker was replaced")
+            self._ray.kill(actor)
+
+    def _report(self, report: ShardReport) -> None:
+        self._on_report(replace(report, notes=(*self._notes, *report.notes)))
+        self._notes.clear()
 
     def _retry(self, task: ShardTask, reason: str) -> None:
         stem = task.entry.stem
@@ -213,24 +349,36 @@ class _Fleet:
         if self._tries[stem] <= MAX_RETRIES:
             self._queue.append(task)
         else:
-            self._on_report(ShardReport(stem=stem, error=f"{task.path}: {reason}"))
+            self._report(ShardReport(stem=stem, error=f"{task.path}: {reason}"))
 
     def _kill_hung_actors(self) -> None:
         now = time.monotonic()
         for reference, job in list(self._running.items()):
-            if now > job.deadline:
+            limit = hang_limit(job.task.entry.count, self._slowest, self._image_timeout_s)
+            if now > job.begun + limit:
                 del self._running[reference]
                 self._ray.kill(job.actor)
-                self._retry(job.task, "worker gave no answer in time; give more by --image-timeout")
+                self._retry(job.task, f"worker gave no answer in {limit:.0f} s; give more by --image-timeout")
                 self._replace_actor()
-        if self._running:
-            self._last_active = now
-        elif now - self._last_active > READY_TIMEOUT_S:
+
+    def _check_workers(self) -> None:
+        """Raise ZpipeError if no worker comes up, or none can because no GPU is left."""
+        if self._running or not self._queue:
+            self._last_active = time.monotonic()
+            return
+        if self._parked and self._gpus_left() < self._gpus:
+            raise ZpipeError(f"no GPU is left: {self._sick}; {GPU_REMEDY}")
+        if time.monotonic() - self._last_active > READY_TIMEOUT_S:
             wants = f"{self._gpus:g} GPU" if self._gpus else f"{self._spec.threads} CPU"
             raise ZpipeError(
                 f"no worker came up in {READY_TIMEOUT_S:.0f} s: each wants {wants}, Ray has "
                 f"{self._ray.available_resources()}; lower --threads or --gpus-per-actor, or use --executor local"
             )
+
+    def _gpus_left(self) -> float:
+        """GPUs that Ray can give to new workers, now or when others end."""
+        alive = {node["NodeID"]: node["Resources"].get("GPU", 0.0) for node in self._ray.nodes() if node["Alive"]}
+        return sum(alive.values()) - self._gpus * sum(place.node_id in alive for _, place in self._parked)
 
 
 def _is_death(error: Exception) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from zpipe.pipeline.choose_precision import choose_precision, some_images
-from zpipe.pipeline.executor import Resources, run_local, run_ray
+from zpipe.pipeline.executor import Resources, device_of_cluster, run_local, run_ray
 from zpipe.pipeline.explainer import AUTO, ExplainConfig, check_method
 from zpipe.pipeline.shard_reader import FRAMES, open_shards
 from zpipe.pipeline.store_plan import (
@@ -111,10 +112,11 @@ class ExtractConfig:
     address: str | None = None
     """Address of a Ray cluster; None takes RAY_ADDRESS, else starts Ray on this machine."""
     device: str = "auto"
-    """``cpu``, ``cuda`` or ``auto``: CUDA where there is any, on a Ray cluster where the cluster has any."""
-    image_timeout_s: float = 10.0
+    """``cpu``, ``cuda``, for the executor ``local`` also ``cuda:N``, or ``auto``: CUDA where there is any, on a Ray
+    cluster where the cluster has any."""
+    image_timeout_s: float | None = None
     """Seconds per image of a shard, beside ten minutes, after which a silent Ray worker counts as hung and is replaced.
-    An image takes about a second on a slow CPU; the largest teachers in float64 may need more than the default."""
+    None takes 10, and once a shard is finished 20 times as long as the slowest one took, if that is less."""
     replace: bool = False
     """Remove what the store holds and start over. A replacement that was interrupted is resumed."""
 
@@ -129,8 +131,15 @@ class ExtractConfig:
         for name in ("batch_size", "actors", "threads", "gpus_per_actor"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: give a number >= 0")
-        if not self.image_timeout_s > 0:
+        if self.image_timeout_s is not None and not self.image_timeout_s > 0:
             raise UsageError(f"--image-timeout {self.image_timeout_s}: give a number of seconds > 0")
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
+            raise UsageError(f"--device {self.device}: choose auto, cpu or cuda")
+        if self.executor == "ray" and ":" in self.device:
+            raise UsageError(
+                f"--device {self.device}: Ray gives each worker GPUs of its own; give --device cuda and choose GPUs by "
+                "CUDA_VISIBLE_DEVICES, or give --executor local"
+            )
         self.teacher_spec()
 
     def teacher_spec(self) -> TeacherSpec:
@@ -210,7 +219,7 @@ def extract_teacher_maps(
     """
     shards, out = as_path(shards), as_path(out)
     tars, index = open_shards(shards, progress=progress)
-    device = _device(config)
+    config = replace(config, device=_device(config))
     teacher = load_teacher(config.teacher_spec())
     check_method(teacher, config.explain.method)
     classes = ClassNames(names=index.classes, where=str(shards))
@@ -219,7 +228,7 @@ def extract_teacher_maps(
         root=out,
         source=shards,
         tars=tars,
-        provenance=provenance_of(teacher, config, matched.numbers, index.label_field),
+        provenance=_as_begun(provenance_of(teacher, config, matched.numbers, index.label_field), out, config),
         classes=tuple(teacher.classes),
         label_field=index.label_field,
         stability=config.stability,
@@ -233,7 +242,7 @@ def extract_teacher_maps(
     for each in stores.values():
         each.check_sizes()
     saved = {name: each.provenance.fingerprint() for name, each in stores.items() if name != MAPS}
-    spec = replace(_worker_spec(store, teacher, config, device, matched.numbers), saved=saved)
+    spec = replace(_worker_spec(store, teacher, config, matched.numbers), saved=saved)
     if say is not None:
         for note in notes:
             say(note)
@@ -281,16 +290,14 @@ def _with_precision(
             check_compatible(earlier, resumed.provenance, store.root)
         if not config.replace or is_being_replaced(resumed):
             return resumed, f"--precision auto: {earlier.precision}, with which {store.root} was begun"
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    if here == "cpu" and config.device != "cpu" and _is_elsewhere(config):
+    if config.device != "cpu" and not torch.cuda.is_available():
         raise UsageError(
             "--precision auto: measures where the command runs, and this machine has no CUDA device as the cluster may "
             "have; name a precision, or give --device cpu"
         )
-    device = here if config.device == "auto" else config.device
     path, entry = store.tars[0]
     images = some_images(path, entry, frame_of(teacher, config.frame))
-    chosen, note = choose_precision(teacher, config.explain, images, device=device, progress=progress)
+    chosen, note = choose_precision(teacher, config.explain, images, device=config.device, progress=progress)
     return replace(store, provenance=replace(store.provenance, precision=chosen)), note
 
 
@@ -419,11 +426,18 @@ def provenance_of(
         crop_pct=frame_of(teacher, config.frame).crop_pct,
         symmetrised=config.explain.symmetrise,
         precision=config.explain.precision,
+        device=config.device.partition(":")[0],
     )
 
 
+def _as_begun(provenance: Provenance, out: Path, config: ExtractConfig) -> Provenance:
+    """The provenance, without its device where the store was begun by an earlier version, which did not record it."""
+    earlier = None if config.replace else begun_with(out)
+    return provenance if earlier is None or earlier.device else replace(provenance, device="")
+
+
 def _worker_spec(
-    store: WantedStore, teacher: Teacher, config: ExtractConfig, device: str, numbers: tuple[int, ...] | None
+    store: WantedStore, teacher: Teacher, config: ExtractConfig, numbers: tuple[int, ...] | None
 ) -> WorkerSpec:
     # Prepared alike on every machine, whatever the description beside its copy of the weights says.
     alike = {name: getattr(teacher, name) for name in ("mean", "std", "interpolation", "crop_pct")}
@@ -439,16 +453,24 @@ def _worker_spec(
         batch_size=config.batch_size,
         threads=_threads(config, len(store.tars)),
         sharing=len(store.tars),
-        device=device,
+        device=config.device,
     )
 
 
 def _device(config: ExtractConfig) -> str:
-    """The device of the workers, or `auto` where only Ray knows what the machines have."""
+    """The device of the workers."""
+    if _is_elsewhere(config):
+        return device_of_cluster(config.address) if config.device == "auto" else config.device
     if config.device == "auto":
-        return "auto" if config.executor == "ray" else "cuda" if torch.cuda.is_available() else "cpu"
-    if config.device.startswith("cuda") and not _is_elsewhere(config) and not torch.cuda.is_available():
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
         raise UsageError(f"--device {config.device}: torch sees no CUDA device here; use --device cpu")
+    if int(config.device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {config.device}: torch sees {torch.cuda.device_count()} CUDA devices; give a lower number"
+        )
     return config.device
 
 
@@ -462,12 +484,15 @@ def _threads(config: ExtractConfig, shards: int) -> int:
 
     More processes with fewer threads are faster, fewer processes take less memory: up to 4 threads each. The number
     must not depend on how much is left to do, or a resumed run would sum in another order than an undisturbed one.
+    GPU workers on Ray take theirs from the machines that they run on (0).
     """
     cpus = os.cpu_count() or 1
     if config.threads:
         return config.threads
     if config.executor == "local":
         return cpus
+    if config.device == "cuda":
+        return 0
     few = min(4, max(1, cpus // 2))
     if _is_elsewhere(config):
         return few  # how many CPUs the machines of a cluster have isn't known here

@@ -28,7 +28,8 @@ from zpipe.pipeline.explainer import (
 from zpipe.pipeline.shard_reader import Frame, FramedImage, framed_batches, read_samples
 from zpipe.pipeline.stability import add_noise, stability
 from zpipe.pipeline.teacher import Teacher, TeacherSpec, load_teacher
-from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.devices import Fault, device_fault
+from zpipe.schemas.errors import ZpipeError, first_line
 from zpipe.schemas.relevance_store import (
     MORE_COLUMNS,
     NONFINITE,
@@ -63,12 +64,12 @@ class WorkerSpec:
     batch_size: int
     """Images per batch; 0 takes the default of the device."""
     threads: int
-    """CPU threads of this worker."""
+    """CPU threads of this worker; 0 for a GPU worker on Ray takes its share of the machine that it runs on."""
     sharing: int
     """How many workers share the memory of a machine at most: the number of shards, fewer where an executor knows
     better."""
     device: str
-    """Device of the teacher; `auto` until an executor has resolved it."""
+    """Device of the teacher."""
     classes: tuple[int, ...] | None = None
     """The teacher's class for each label, -1 for none; None if labels are its numbers."""
     stability: bool = False
@@ -108,6 +109,8 @@ class ShardReport:
     """Key -> why the image could not be decoded, which the store doesn't keep."""
     error: str = ""
     """Why nothing was committed; empty on success."""
+    fault: Fault | None = None
+    """What the error says about the device, with which this worker can do nothing more; None if it says nothing."""
     notes: tuple[str, ...] = ()
     """What the worker had to change on the way."""
 
@@ -146,12 +149,18 @@ class ShardWorker:
     def process(self, task: ShardTask) -> ShardReport:
         """Run one shard and commit its maps.
 
-        After a :class:`ZpipeError`, the report's `error`, nothing is committed.
+        After a :class:`ZpipeError` or a fault of the device, the report's `error`, nothing is committed.
         """
         try:
             return self._process(task)
         except ZpipeError as error:
             return ShardReport(stem=task.entry.stem, error=str(error))
+        except RuntimeError as error:
+            # Here, where the exception still has its type.
+            fault = device_fault(error)
+            if fault is None:
+                raise
+            return ShardReport(stem=task.entry.stem, error=f"{task.path}: {first_line(error)}", fault=fault)
 
     def _process(self, task: ShardTask) -> ShardReport:
         path, count = as_path(task.path), task.entry.count

@@ -83,6 +83,8 @@ class Provenance:
     """File of the embeddings of the classes that took the place of a head, "" for none; likewise."""
     positions_resized: bool = False
     """Whether the position embeddings in the weights file were resized if they had another size; likewise."""
+    device: Text = ""
+    """Kind of the device that computed them, ``cpu`` or ``cuda``, whose rounding differs; "" where it is not known."""
 
     # Where the weights come from may differ while they, and with them the digest of the teacher, are the same.
     NOT_COMPARED = ("weights", "seed", "head", "class_embeddings", "positions_resized")
@@ -118,7 +120,14 @@ class Provenance:
 
 
 # The fields that were added later, with the values for which they are not written.
-LATER: dict[str, Any] = {"kind": "map", "shape": [], "head": "", "class_embeddings": "", "positions_resized": False}
+LATER: dict[str, Any] = {
+    "kind": "map",
+    "shape": [],
+    "head": "",
+    "class_embeddings": "",
+    "positions_resized": False,
+    "device": "",
+}
 
 
 def check_compatible(existing: Provenance, wanted: Provenance, path: Path) -> None:
@@ -126,9 +135,10 @@ def check_compatible(existing: Provenance, wanted: Provenance, path: Path) -> No
     old, new = existing.compared(), wanted.compared()
     for name in old | new:
         if old.get(name) != new.get(name):
+            settings = f"--device {existing.device}" if name == "device" else "the settings that made this store"
             raise ZpipeError(
                 f"{path}: made with {name} = {_short(old.get(name))}, this run has {_short(new.get(name))}; "
-                "give another --out folder, the settings that made this store, or --replace to start over"
+                f"give another --out folder, {settings}, or --replace to start over"
             )
 
 

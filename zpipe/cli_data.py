@@ -309,12 +309,13 @@ def extract_command(
     ] = "auto",  # type: ignore[assignment]
     device: Device = "auto",
     image_timeout: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0.001,
-            help="Seconds per image of a shard, beside ten minutes, after which a silent Ray worker counts as hung.",
+            help="Seconds per image of a shard, beside ten minutes, after which a silent Ray worker counts as hung; by "
+            "default 10, and less once shards are finished.",
         ),
-    ] = 10.0,
+    ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Delete what the store holds and start over.")] = False,
 ) -> None:
     """Run a frozen teacher over tar shards and store its relevance maps for each image's own label.

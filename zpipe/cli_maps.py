@@ -40,7 +40,10 @@ def maps_info(store: Store) -> None:
         teacher = f"{origin.teacher}, weights {origin.weights}{origin.head_note}, digest {origin.teacher_digest[:12]}"
         table.add_row("teacher", teacher)
         method = f"{origin.method}{' symmetrised' if origin.symmetrised else ''}"
-        table.add_row("method", f"{method}, target {origin.target}, {origin.precision}")
+        table.add_row(
+            "method",
+            f"{method}, target {origin.target}, {origin.precision}{f' on {origin.device}' if origin.device else ''}",
+        )
         table.add_row("frame", f"{origin.frame}, grid {origin.grid[0]} x {origin.grid[1]}")
         if origin.kind != "map":
             table.add_row("kind", f"{origin.kind} of {' x '.join(map(str, origin.sample_shape))}")

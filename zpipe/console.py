@@ -35,7 +35,6 @@ _TORCH_ERRORS = (
     ("out of memory", _TOO_SMALL),
     ("_ALLOC_FAILED", _TOO_SMALL),
     ("allocate memory", "there is not enough memory; give a smaller --batch-size"),
-    ("CUDA error", "the GPU failed; look at nvidia-smi and at dmesg, choose another one by CUDA_VISIBLE_DEVICES"),
     ("Too many open files", "too many files are open; raise the limit (ulimit -n), or give fewer --data-workers"),
 )
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import shutil
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import cast
 
 from zpipe import limits
 from zpipe.limits import Finding
+from zpipe.schemas.errors import first_line
 
 REQUIRED = (
     "torch",
@@ -25,6 +29,7 @@ REQUIRED = (
 )
 MIN_SHM_BYTES = 80 * 1024 * 1024  # Ray's smallest object store
 MIN_TEMP_BYTES = 1024**3
+ROOT = Path("/")
 
 
 def examine(folder: Path | None = None) -> list[Finding]:
@@ -100,8 +105,30 @@ def _torch() -> Finding:
         import torch
     except (ImportError, OSError) as error:
         return Finding(name="torch devices", value=f"torch can't be imported ({error})", ok=False)
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    with warnings.catch_warnings(record=True) as warned:  # torch warns of a driver that it can't use
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if available else []
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU only"
-    return Finding(
-        name="torch devices", value=f"{', '.join(devices) or 'cpu'} (build: {build}, {torch.get_num_threads()} threads)"
-    )
+    value = f"{', '.join(devices) or 'cpu'} (build: {build}, {torch.get_num_threads()} threads)"
+    if devices or not (signs := _signs_of_a_gpu(ROOT)):
+        return Finding(name="torch devices", value=value)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden in ("", "-1"):
+        return Finding(name="torch devices", value=f"{value}; CUDA_VISIBLE_DEVICES={hidden} hides the GPUs")
+    if torch.version.cuda is None:
+        remedy = "install a torch that is built for CUDA"
+    else:
+        reason = f" ({first_line(cast(Warning, warned[0].message))})" if warned else ""
+        remedy = (
+            f"torch can't use it{reason}; run nvidia-smi, update the driver or install a torch built for its CUDA, and "
+            "start containers with --gpus all"
+        )
+    return Finding(name="torch devices", value=f"{value}; there is a GPU ({signs}): {remedy}", ok=False)
+
+
+def _signs_of_a_gpu(root: Path) -> str:
+    """What says that this machine has an NVIDIA GPU; empty if nothing does."""
+    driver, devices = root / "proc/driver/nvidia", sorted((root / "dev").glob("nvidia[0-9]*"))
+    signs = [str(path) for path in (driver, *devices[:1]) if path.exists()]
+    return ", ".join(signs + (["nvidia-smi"] if shutil.which("nvidia-smi") else []))

@@ -289,7 +289,7 @@ def kill_in_mid_run(running, out):
     below = descendants(running.pid)
     running.kill()
     running.wait(30)
-    assert wait_for(lambda: not any("ShardWorker" in name_of(pid) for pid in below), 30)
+    assert wait_for(lambda: not any("ShardActor" in name_of(pid) for pid in below), 30)
     made = committed(out)
     assert 3 <= made < 18 and not (out / "manifest.json").exists()
     return made
@@ -319,7 +319,7 @@ def test_on_ray_with_a_worker_killed_the_store_is_the_same(undisturbed, tmp_path
     def worker_at_work():
         if committed(out) < 2:
             return None
-        return next((pid for pid in descendants(running.pid) if "ShardWorker.process" in name_of(pid)), None)
+        return next((pid for pid in descendants(running.pid) if "ShardActor.process" in name_of(pid)), None)
 
     worker = wait_for(worker_at_work, 150, running)
     assert worker, running.said()
@@ -376,7 +376,7 @@ def test_a_shard_that_kills_every_worker_is_reported_and_the_rest_goes_on(undist
 
     def kill_who_is_at_work():
         for pid in descendants(running.pid):
-            if pid not in dead and "ShardWorker.process" in name_of(pid) and committed(out) >= 17:
+            if pid not in dead and "ShardActor.process" in name_of(pid) and committed(out) >= 17:
                 os.kill(pid, signal.SIGKILL)
                 dead.add(pid)
         return running.poll() is not None

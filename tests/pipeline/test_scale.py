@@ -256,7 +256,7 @@ def uneven(tmp_path, encode):
 def workers():
     """Ray's workers of this process: process id -> what it is at."""
     names = {pid: name_of(pid) for pid in descendants(os.getpid())}
-    return {pid: name for pid, name in names.items() if "ray::ShardWorker" in name}
+    return {pid: name for pid, name in names.items() if "ray::ShardActor" in name}
 
 
 def test_a_shard_is_not_handed_to_workers_that_died_while_idle(uneven, tmp_path, extract, monkeypatch):

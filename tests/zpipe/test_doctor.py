@@ -3,8 +3,10 @@
 import errno
 import shutil
 import tempfile
+import warnings
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from zpipe import doctor, limits
@@ -132,3 +134,34 @@ def test_a_folder_that_cannot_hold_output_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     (found,) = limits.output_folder(tmp_path / "file" / "x")
     assert not found.ok and found.value == f"{tmp_path / 'file'}: no folder; give another"
+
+
+@pytest.mark.parametrize(
+    ("signs", "build", "hidden", "said"),
+    [
+        (("dev/nvidia0",), "13.2", None, "/dev/nvidia0): torch can't use it (the driver is too old); run nvidia-smi"),
+        (("proc/driver/nvidia", "dev/nvidia0"), None, None, "install a torch that is built for CUDA"),
+        (("bin/nvidia-smi",), "13.2", None, "there is a GPU (nvidia-smi): torch can't use it"),
+        (("dev/nvidia0",), "13.2", "", None),
+        ((), "13.2", None, None),
+        (("dev/nvidiactl",), "13.2", None, None),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_named(monkeypatch, tmp_path, signs, build, hidden, said):
+    def unavailable():
+        warnings.warn("the driver is too old\nmore", stacklevel=1)
+        return False
+
+    for sign in signs:
+        (tmp_path / sign).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / sign).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setattr(torch.cuda, "is_available", unavailable)
+    monkeypatch.setattr(torch.version, "cuda", build)
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    found = doctor._torch()
+    assert found.ok == (said is None) and found.value.startswith("cpu (build: ") and "\n" not in found.value
+    assert said is None or said in found.value.replace(str(tmp_path), "")
