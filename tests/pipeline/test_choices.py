@@ -67,6 +67,12 @@ CASES = {
     "values of NumPy": (lambda: export_numpy(None, NONE, values="log"), "--values log: choose raw or minmax"),
     "batch size": (lambda: ExtractConfig(batch_size=-1), "--batch-size -1: give a number >= 0"),
     "GPUs": (lambda: ExtractConfig(gpus_per_actor=-0.5), "--gpus-per-actor -0.5: give a number >= 0"),
+    "device": (lambda: ExtractConfig(device="mps"), "--device mps: choose auto, cpu or cuda"),
+    "one GPU on Ray": (
+        lambda: ExtractConfig(device="cuda:1"),
+        "--device cuda:1: Ray gives each worker GPUs of its own; give --device cuda and choose GPUs by "
+        "CUDA_VISIBLE_DEVICES, or give --executor local",
+    ),
     "image timeout": (lambda: ExtractConfig(image_timeout_s=0), "--image-timeout 0: give a number of seconds > 0"),
     "teacher arguments": (
         lambda: ExtractConfig(teacher_args={"num_classes": 3}),

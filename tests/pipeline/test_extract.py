@@ -6,6 +6,7 @@ import shutil
 import signal
 import tarfile
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from zpipe.pipeline import extract as extraction
 from zpipe.pipeline import store_plan
 from zpipe.pipeline.executor import Resources, run_ray
 from zpipe.pipeline.explainer import ExplainConfig
-from zpipe.pipeline.extract import ExtractConfig, _threads, extract_teacher_maps
+from zpipe.pipeline.extract import ExtractConfig, _threads, extract_teacher_maps, provenance_of
 from zpipe.pipeline.make_shards import index_shards
 from zpipe.pipeline.relevance import transformer_attribution
 from zpipe.pipeline.shard_reader import frame_image, open_shards, read_samples
@@ -29,7 +30,7 @@ from zpipe.pipeline.verify import verify_store
 from zpipe.pipeline.worker import ShardReport, ShardTask, WorkerSpec, frame_of
 from zpipe.schemas import relevance_store
 from zpipe.schemas.errors import UsageError, ZpipeError
-from zpipe.schemas.manifest import read_manifest
+from zpipe.schemas.manifest import read_manifest, write_extraction
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.relevance_store import index_path, maps_path, read_index, read_stored, write_shard
 
@@ -608,6 +609,36 @@ def test_options_that_make_no_sense(shards, tmp_path, failing, flags, told):
 def test_a_device_that_is_not_there(shards, tmp_path, extract):
     with pytest.raises(UsageError, match="--device cuda: torch sees no CUDA device"):
         extract(shards, tmp_path / "out", device="cuda")
+
+
+def test_the_kind_of_device_is_recorded_and_kept(shards, tmp_path, extract):
+    out = tmp_path / "out"
+    provenance = extract(shards, out).provenance
+    assert provenance.device == read_manifest(out).provenance.device == "cpu"
+    write_extraction(out, replace(provenance, device="cuda"))
+    (out / "manifest.json").unlink()
+    with pytest.raises(ZpipeError, match='made with device = "cuda", this run has "cpu"; .*, --device cuda, or --repl'):
+        extract(shards, out)
+
+
+def test_a_store_without_a_recorded_device_is_resumed_as_it_was_begun(shards, tmp_path, extract, monkeypatch):
+    """As stores of earlier versions are."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(extraction, "provenance_of", lambda *args: replace(provenance_of(*args), device=""))
+        extract(shards, out)
+    index_path(out, "shard-00001").unlink()
+    (out / "manifest.json").unlink()
+    report = extract(shards, out)
+    assert report.extracted == 1 and report.provenance.device == read_manifest(out).provenance.device == ""
+    assert verify_store(out, shards) == []
+    assert extract(shards, out, replace=True).provenance.device == "cpu"
+
+
+def test_gpu_workers_take_their_threads_from_their_machines():
+    assert _threads(ExtractConfig(device="cuda"), 8) == 0
+    assert _threads(ExtractConfig(device="cuda", threads=3), 8) == 3
+    assert _threads(ExtractConfig(device="cuda", executor="local"), 8) == (os.cpu_count() or 1)
 
 
 @pytest.mark.parametrize("leave", [0, 6_000, 30_000])
