@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,12 +25,11 @@ def flash_on_cpu() -> Iterator[None]:
         library._destroy()
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, begins: Tensor, begins_k: Tensor, longest: int, longest_k: int, *rest: Any, **_: Any
-) -> tuple[Tensor, ...]:
-    dropout, causal, _ = rest
+def _forward(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, *rest: Any, **_: Any) -> tuple[Tensor, ...]:
+    begins_k, longest, longest_k, dropout, causal, _ = rest
     assert (dropout, causal) == (0.0, False) and q.dtype in DTYPES and begins.dtype == torch.int32
-    assert longest == longest_k == begins.diff().max() and begins[-1] == len(q) and q.stride(2) == 1
+    assert torch.equal(begins, begins_k) and begins[-1] == len(q) and q.stride(2) == 1
+    assert longest == longest_k == begins.diff().max()
     parts = [_weights(q, k, rows) @ _heads(v, rows) for rows in _sequences(begins)]
     out = torch.cat([part.transpose(0, 1) for part in parts]).to(q.dtype)
     state = torch.zeros(2, dtype=torch.uint64)
@@ -52,7 +52,7 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: An
 
 def _sequences(begins: Tensor) -> list[slice]:
     ends: list[int] = begins.tolist()
-    return [slice(begin, end) for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+    return [slice(begin, end) for begin, end in pairwise(ends)]
 
 
 def _heads(x: Tensor, rows: slice) -> Tensor:

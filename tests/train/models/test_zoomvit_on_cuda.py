@@ -80,7 +80,11 @@ def test_gradients_of_rows_that_many_tokens_read_are_summed_in_float32(zoom):
     weight = torch.randn(tokens.tokens.shape).to(torch.bfloat16)
     (tokens.tokens * weight).sum().backward()
     exact = torch.zeros(81, 24, dtype=torch.float64).index_add_(0, tokens.ids, weight.double())
-    for parameter, rows in ((model.cls_token, exact[80:]), (model.pos_fine, exact[:64]), (model.pos_coarse, exact[64:80])):
+    for parameter, rows in (
+        (model.cls_token, exact[80:]),
+        (model.pos_fine, exact[:64]),
+        (model.pos_coarse, exact[64:80]),
+    ):
         torch.testing.assert_close(parameter.grad[0].double(), rows, atol=1e-4, rtol=1e-5)
 
 
