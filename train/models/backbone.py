@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import timm
 import torch
@@ -222,8 +222,7 @@ def compiled(model: nn.Module) -> nn.Module:
     A model with a method `compiled` says itself which of its parts are compiled. Any other is compiled as a whole.
     """
     own = getattr(model, "compiled", None)
-    made: nn.Module = torch.compile(model) if own is None else own()
-    return made
+    return cast(nn.Module, torch.compile(model) if own is None else own())
 
 
 def check_plain(vit: nn.Module) -> int:

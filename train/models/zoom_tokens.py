@@ -87,21 +87,15 @@ def check_alpha(alpha: float) -> float:
 
 
 def refuse_nan(scores: Tensor) -> None:
-    """Refuse scores that hold NaN, without making the host wait for an accelerator.
+    """Raise ValueError if scores on a CPU hold NaN; let an accelerator check an assertion, without waiting for it.
 
-    An accelerator is given an assertion to check; if it fails, a later operation raises and the process must be started
-    again. While a graph is compiled nothing is checked, since the graph can't branch on values.
-
-    Raises:
-        ValueError: NaN in scores on a CPU.
+    After a failed assertion the process must be started again. While a graph is compiled nothing is checked.
     """
-    if torch.compiler.is_compiling():
-        return
-    problem = "scores must be numbers, got NaN"
-    if scores.device.type != "cpu":
-        torch._assert_async(scores.isnan().logical_not().all(), problem)
-    elif scores.isnan().any():
-        raise ValueError(problem)
+    if not torch.compiler.is_compiling():
+        if scores.device.type != "cpu":
+            torch._assert_async(scores.isnan().logical_not().all(), "scores must be numbers, got NaN")
+        elif scores.isnan().any():
+            raise ValueError("scores must be numbers, got NaN")
 
 
 def coarse_scores(scores: Tensor, zoom_factor: float) -> Tensor:
