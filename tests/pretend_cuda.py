@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from flash_on_cpu import flash_on_cpu
 from pretend_autocast import AUTOCAST, autocast_lists
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -405,6 +406,7 @@ def pretend_cuda() -> Iterator[PretendCuda]:
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, converted)
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
+        stack.enter_context(flash_on_cpu())
         stack.enter_context(autocast_lists(OnDevice))
         stack.enter_context(cuda)
         stack.enter_context(_Calls(cuda))

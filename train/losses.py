@@ -191,7 +191,7 @@ class TokenLabelLoss(nn.Module):
         self.weight = weight
 
     def forward(self, logits: Tensor, dense: Tensor, labels: Tensor, token_labels: Tensor) -> Tensor:
-        """Compute the loss.
+        """Compute the loss, in float32 for inputs of any dtype.
 
         Args:
             logits: Logits of the class token [B, K].
@@ -200,7 +200,7 @@ class TokenLabelLoss(nn.Module):
             token_labels: Distributions [B, N, K].
 
         Returns:
-            The loss, 0-d.
+            The loss, 0-d float32.
 
         Raises:
             ValueError: If the shapes disagree.
@@ -210,8 +210,8 @@ class TokenLabelLoss(nn.Module):
                 f"dense and token_labels must be [batch, patches, classes] alike, got {list(dense.shape)} and "
                 f"{list(token_labels.shape)}"
             )
-        patches = F.cross_entropy(dense.flatten(0, 1), token_labels.flatten(0, 1))
-        return F.cross_entropy(logits, labels) + self.weight * patches
+        patches = F.cross_entropy(dense.float().flatten(0, 1), token_labels.float().flatten(0, 1))
+        return F.cross_entropy(logits.float(), labels if labels.ndim == 1 else labels.float()) + self.weight * patches
 
 
 def relevance_token_labels(maps: Tensor, labels: Tensor, num_classes: int, side: int) -> Tensor:

@@ -6,6 +6,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import load_zoomer
+from zpipe.train.device import to_device
 from zpipe.train.macs import count_macs
 from zpipe.train.models.operating_points import OperatingPoint, ScoreUse
 from zpipe.train.models.operating_points import score_use as use_of
@@ -147,11 +149,11 @@ def choose_source(
         return ScoreSource(name=name, score=lambda images, batch: batch["relevance"].to(images.device).flatten(1))
     if name == "attention" and not use.class_attention:
         raise UsageError("--scores attention: needs a zoomvit_* model, whose class attention it is")
-    prior = centre_prior(side)
+    prior = cache(lambda device: to_device(centre_prior(side), device))
     scorers: dict[str, Scorer] = {
         "attention": lambda images, batch: class_attention(model, images, side),
         "entropy": lambda images, batch: entropy_scores(images, side),
-        "centre": lambda images, batch: prior.to(images.device).expand(len(images), -1),
+        "centre": lambda images, batch: prior(images.device).expand(len(images), -1),
         "random": lambda images, batch: _noise(side * side, images, None if training else batch["key"]),
         "none": lambda images, batch: None,
     }
@@ -183,9 +185,10 @@ def _frozen(zoomer: Zoomer, images: Tensor) -> Tensor:
 
 
 def _noise(cells: int, images: Tensor, keys: list[str] | None) -> Tensor:
-    """Uniform noise in [0, 1), [B, cells], from the global generator or, with keys, from each key alone."""
-    noise = torch.rand(len(images), cells) if keys is None else key_noise(cells, keys)
-    return noise.to(images.device)
+    """Uniform noise in [0, 1), [B, cells], from the device's generator or, with keys, from each key alone."""
+    if keys is None:
+        return torch.rand(len(images), cells, device=images.device)
+    return to_device(key_noise(cells, keys), images.device)
 
 
 def key_noise(cells: int, keys: Sequence[str]) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zpipe.train.evaluation import metrics
-from zpipe.train.losses import CoarseToFineLoss, ZoomerLoss, dice_loss, distribution, kl_divergence
+from zpipe.train.losses import CoarseToFineLoss, TokenLabelLoss, ZoomerLoss, dice_loss, distribution, kl_divergence
 
 torch.set_num_threads(1)
 few = settings(max_examples=40, deadline=None)
@@ -193,3 +193,17 @@ def test_topk_overlap():
     for k in (0, 5):
         with pytest.raises(ValueError, match="k must lie between 1 and the 4"):
             metrics.topk_overlap(first, second, k)
+
+
+@pytest.mark.parametrize("targets", ["indices", "distributions"])
+def test_token_labels_in_half_precision_are_computed_in_float32(targets):
+    torch.manual_seed(0)
+    logits, dense = 8 * torch.randn(6, 10), 8 * torch.randn(6, 4, 10)
+    labels = torch.arange(6) if targets == "indices" else torch.rand(6, 10).softmax(dim=1)
+    token_labels = torch.rand(6, 4, 10).softmax(dim=2)
+    loss = TokenLabelLoss()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = loss(logits.bfloat16(), dense.bfloat16(), labels, token_labels)
+    exact = loss(logits.bfloat16().double(), dense.bfloat16().double(), labels, token_labels)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, exact.float())

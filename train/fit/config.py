@@ -89,7 +89,7 @@ class TrainConfig:
     """Precision of the forward pass; fp16 uses loss scaling."""
 
     compile: bool = False
-    """Whether to torch.compile the model."""
+    """Whether to torch.compile the model; of a ZoomViT, its blocks."""
 
     keep: int = 0
     """Number of epochs whose weights are kept beside the last checkpoint."""

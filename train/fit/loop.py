@@ -25,6 +25,7 @@ from zpipe.train.fit.clock import Clock
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.metric_log import Log, metric_log, trim_log
 from zpipe.train.fit.optim import make_optimizer, make_scheduler, restore_optimizer, update_weights
+from zpipe.train.models.backbone import compiled
 from zpipe.train.ranks import Ranks, ranks
 from zpipe.train.resume_state import check_weights, load_checkpoint, save_checkpoint
 from zpipe.train.run_files import CHECKPOINT_NAME, damaged_remedy, forget_attempt
@@ -275,7 +276,7 @@ class Trainer:
                 raise ZpipeError(
                     f"{self.run / CHECKPOINT_NAME}: not this run's checkpoint ({reason}); {damaged_remedy(self.run)}"
                 ) from error
-        model: Any = torch.compile(self.task.model) if self.config.compile else self.task.model
+        model: Any = compiled(self.task.model) if self.config.compile else self.task.model
         self.task.call = self.ranks.share(model)
         if self.ranks.first:
             if self.step == 0:

@@ -251,6 +251,7 @@ class ClassifyTask:
 
     def _class_loss(self, logits: Tensor, batch: dict[str, Any]) -> Tensor:
         smoothing = self._config.label_smoothing
+        logits = logits.float()  # not every autocast computes losses in float32
         target = batch.get("target")  # [B, classes] of a mixed batch, with label smoothing
         if self._config.loss == "ce":
             if target is not None:

@@ -1,6 +1,7 @@
 """What the models share.
 
 - `StandaloneModel`, `transformer_blocks`, `linear_head`, `init_linear`: models made of their own layers;
+- `compiled`: any model, compiled;
 - `WrappedModel`, `build_wrapped`, `create_backbone`: models around a timm model;
 - `check_plain` and the functions after it: running a plain timm ViT part by part, and counting its multiply-adds;
 - `untrained_cfgs`, `build`, the `DEIT_*` sizes: timm's registry.
@@ -13,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import timm
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from zpipe.train.models.operating_points import ImageCost, OperatingPoint, count_patches
 from zpipe.train.models.warm_start import WarmStart, load_weights
+from zpipe.train.models.zoom_tokens import refuse_nan
 
 
 class StandaloneModel(nn.Module):
@@ -214,6 +216,15 @@ def create_backbone(
     return timm.create_model(name, pretrained=False, **arguments)
 
 
+def compiled(model: nn.Module) -> nn.Module:
+    """A module to call in place of a model, with the same parameters, compiled; the model itself stays as it is.
+
+    A model with a method `compiled` says itself which of its parts are compiled. Any other is compiled as a whole.
+    """
+    own = getattr(model, "compiled", None)
+    return cast(nn.Module, torch.compile(model) if own is None else own())
+
+
 def check_plain(vit: nn.Module) -> int:
     """Check that the functions below can run a model part by part.
 
@@ -299,13 +310,12 @@ def read_scores(scores: Tensor, batch: int, side: int) -> Tensor:
         [batch, side * side], detached.
 
     Raises:
-        ValueError: scores of another shape, or NaN (which is not looked for while a graph is compiled).
+        ValueError: scores of another shape, or NaN (see `zoom_tokens.refuse_nan`).
     """
     own = math.isqrt(scores.shape[-1]) if scores.ndim == 2 else 0
     if scores.ndim != 2 or len(scores) != batch or own * own != scores.shape[1] or not own:
         raise ValueError(f"scores must be [{batch}, s * s], a square map for each image, got {list(scores.shape)}")
-    if not torch.compiler.is_compiling() and scores.isnan().any():
-        raise ValueError("scores must be numbers, got NaN")
+    refuse_nan(scores)
     scores = scores.detach()
     if own == side:
         return scores

@@ -139,7 +139,8 @@ def run_with_class_attention(block: Block, x: Tensor) -> tuple[Tensor, Tensor]:
     attn = block.attn
     qkv = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.num_heads, attn.head_dim))  # [B, N, 3, H, D]
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D] each
-    row = ((q[:, :, :1] * attn.scale) @ k.transpose(2, 3)).softmax(dim=3)  # [B, H, 1, N]
+    logits = (q[:, :, :1] * attn.scale) @ k.transpose(2, 3)  # [B, H, 1, N]
+    row = logits.softmax(dim=3, dtype=torch.promote_types(logits.dtype, torch.float32))
     others = F.scaled_dot_product_attention(q[:, :, 1:], k, v)  # [B, H, N - 1, D]
     mixed = torch.cat([(row.to(v.dtype) @ v).transpose(1, 2), others.transpose(1, 2)], dim=1).flatten(2)  # [B, N, E]
     x = x + block.drop_path1(attn.proj(mixed))

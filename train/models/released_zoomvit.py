@@ -17,6 +17,7 @@ from torch import Tensor
 from zpipe.train.models import zoom_tokens
 from zpipe.train.models.backbone import DEIT_SMALL, build, untrained_cfgs
 from zpipe.train.models.operating_points import ScoreUse
+from zpipe.train.models.packing import packing
 from zpipe.train.models.released_weights import ReleasedWeights
 from zpipe.train.models.zoom_tokens import Zoom
 from zpipe.train.models.zoomer import Zoomer
@@ -97,10 +98,11 @@ class ReleasedZoomViT(ZoomViT):
             gap, last = fine.new_tensor([-1]), fine.new_tensor([5 * self.coarse_grid**2])
             ids.append(torch.cat([last, fine, gap, coarse + self.pos_fine.shape[1], gap]))
         by_length = sorted(range(len(images)), key=lambda b: len(ids[b]))
+        lengths = [len(ids[b]) for b in by_length]
         return Tokens(
             tokens=torch.cat([sequences[b] for b in by_length]),
             ids=torch.cat([ids[b] for b in by_length]),
-            lengths=tuple(len(ids[b]) for b in by_length),
+            packed=packing(torch.tensor(lengths, device=images.device), lengths),
             index=torch.tensor(by_length, device=images.device),
         )
 

@@ -66,8 +66,10 @@ def match(metric: Tensor, r: int, prefix: int = 1) -> Matching:
             f"r must lie between 0 and the {most_merged(length, prefix)} that {length} tokens can lose, got {r!r}"
         )
     place = torch.arange(length, device=metric.device)
-    metric = F.normalize(metric.detach(), dim=-1)
-    similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)  # [B, A, B']
+    with torch.autocast(metric.device.type, enabled=False):  # half precision would make many edges equally strong
+        metric = metric.detach().to(torch.promote_types(metric.dtype, torch.float32))
+        metric = F.normalize(metric, dim=-1)
+        similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)  # [B, A, B']
     protected = (place[::2, None] < prefix) | (place[None, 1::2] < prefix)
     strength, partner = similarity.masked_fill(protected, -torch.inf).max(dim=2)  # [B, A]
     ranked = strength.argsort(dim=1, descending=True, stable=True)

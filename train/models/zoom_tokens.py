@@ -86,6 +86,18 @@ def check_alpha(alpha: float) -> float:
     return alpha
 
 
+def refuse_nan(scores: Tensor) -> None:
+    """Raise ValueError if scores on a CPU hold NaN; let an accelerator check an assertion, without waiting for it.
+
+    After a failed assertion the process must be started again. While a graph is compiled nothing is checked.
+    """
+    if not torch.compiler.is_compiling():
+        if scores.device.type != "cpu":
+            torch._assert_async(scores.isnan().logical_not().all(), "scores must be numbers, got NaN")
+        elif scores.isnan().any():
+            raise ValueError("scores must be numbers, got NaN")
+
+
 def coarse_scores(scores: Tensor, zoom_factor: float) -> Tensor:
     """The score of every coarse cell: its own at zoom factor 2, the highest of its 2 x 2 block at 0.5.
 
@@ -167,8 +179,8 @@ def choose_cells(
         bool [B, C].
 
     Raises:
-        ValueError: scores of another shape or with NaN (which is not looked for while a graph is compiled, since that
-            can't branch on values), both or neither of alpha and budget, or values of them out of range.
+        ValueError: scores of another shape or with NaN (see `refuse_nan`), both or neither of alpha and budget, or
+            values of them out of range.
     """
     if tuple(scores.shape) != (batch, side * side):
         raise ValueError(
@@ -176,8 +188,7 @@ def choose_cells(
         )
     if (alpha is None) == (budget is None):
         raise ValueError(f"scores need either alpha or budget, got alpha={alpha}, budget={budget}")
-    if not torch.compiler.is_compiling() and scores.isnan().any():
-        raise ValueError("scores must be numbers in [0, 1], got NaN")
+    refuse_nan(scores)
     cell_scores = coarse_scores(scores.detach(), zoom_factor)
     if budget is not None:
         return select_top(cell_scores, budget)

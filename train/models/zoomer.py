@@ -85,7 +85,14 @@ class Zoomer(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, in_chans, H, W] float -> scores [B, grid * grid] in [0, 1], row-major."""
+        """images [B, in_chans, H, W] float -> scores float32 [B, grid * grid] in [0, 1], row-major.
+
+        Under autocast only the trunk runs in half precision. Scores are compared with each other, and half precision
+        would make many of them equal; a zoomer in float64 has scores in float64.
+        """
         x = self.trunk(images)  # [B, C, h, w]
-        x = torch.relu(self.reduce(self.pool(x)))  # [B, 1, 2*grid, 2*grid]
-        return torch.sigmoid(self.project(x.flatten(1)))  # [B, grid*grid]
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.pool(x.to(self.reduce.weight.dtype))
+            x = torch.relu(self.reduce(x))  # [B, 1, 2*grid, 2*grid]
+            logits = self.project(x.flatten(1))  # [B, grid*grid]
+            return torch.sigmoid(logits.to(torch.promote_types(logits.dtype, torch.float32)))

@@ -7,8 +7,9 @@ over them. Importing this module registers zoomvit_{tiny,small,base}_patch16_224
 
 from __future__ import annotations
 
+import copy
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -41,7 +42,7 @@ from zpipe.train.models.operating_points import (
     SettingError,
     zoom_points,
 )
-from zpipe.train.models.packing import packing, run_blocks
+from zpipe.train.models.packing import packing, run_block, run_blocks
 from zpipe.train.models.warm_start import WarmStart, fill_from_vit, resize_positions
 from zpipe.train.models.zoom_tokens import TokenOrder, Zoom
 from zpipe.train.models.zoomvit_embedding import (
@@ -163,6 +164,7 @@ class ZoomViT(StandaloneModel):
         )
         self.norm = layer_norm(embed_dim)
         self.head = linear_head(embed_dim, num_classes)
+        self._run_block: Callable[..., Tensor] = run_block
 
         nn.init.normal_(self.cls_token, std=1e-6)
         self.apply(init_linear)
@@ -212,12 +214,28 @@ class ZoomViT(StandaloneModel):
         if choice.fixed is None:
             return self._run_packed(embed_packed(images, choice.order, self._embedding()))
         tokens, _ = embed_fixed(images, choice.order, choice.fixed, self._embedding())
+        if self._run_block is not run_block:
+            return self.norm(run_blocks(self.blocks, tokens, None, self._run_block)[:, 0])
         return self.norm(self.blocks(tokens)[:, 0])
 
     def _run_packed(self, sequences: Tokens) -> Tensor:
-        packed = packing(sequences.lengths, sequences.tokens.device)
-        tokens = run_blocks(self.blocks, sequences.tokens, packed)
-        return self.norm(tokens[packed.offsets[:-1][sequences.index.argsort()]])  # [B, E]
+        tokens = run_blocks(self.blocks, sequences.tokens, sequences.packed, self._run_block)
+        first = sequences.packed.offsets[:-1].index_select(0, sequences.index.argsort())
+        return self.norm(tokens.index_select(0, first))  # [B, E]
+
+    def compiled(self, **options: Any) -> ZoomViT:
+        """The same model with the same parameters, its blocks compiled.
+
+        All blocks share one graph (or two, with and without stochastic depth), which takes any batch size and any
+        number of tokens. Tokens are chosen and embedded outside of it, since under a threshold the host has to read how
+        many there are. A model that is bound to a budget can also be compiled as a whole, by `torch.compile`.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        twin = copy.copy(self)  # shares parameters, buffers and blocks
+        twin._run_block = torch.compile(run_block, **{"dynamic": True} | options)
+        return twin
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Features [B, embed_dim] -> logits [B, num_classes], or with pre_logits the features themselves."""
@@ -238,7 +256,8 @@ class ZoomViT(StandaloneModel):
             return embed_packed(images, choice.order, self._embedding())
         tokens, ids = embed_fixed(images, choice.order, choice.fixed, self._embedding())
         index = torch.arange(len(images), device=images.device)
-        return Tokens(tokens.flatten(0, 1), ids.flatten(), (tokens.shape[1],) * len(images), index)
+        packed = packing(torch.full_like(index, tokens.shape[1]), [tokens.shape[1]] * len(images))
+        return Tokens(tokens.flatten(0, 1), ids.flatten(), packed, index)
 
     def token_counts(
         self,
@@ -396,9 +415,10 @@ class ZoomViT(StandaloneModel):
         return _Choice(order, fixed)
 
     def _embedding(self) -> Embedding:
-        positions = torch.cat([self.pos_fine[0], self.pos_coarse[0], self.pos_cls[0]])  # [5C + 1, E], by token id
+        class_token = self.cls_token[0] + self.pos_cls[0]  # [1, E]
+        positions = torch.cat([self.pos_fine[0], self.pos_coarse[0], class_token])  # [5C + 1, E], by token id
         kernel, bias = self.patch_embed.weight, cast(Tensor, self.patch_embed.bias)
-        return Embedding(kernel, bias, self.cls_token[0], positions, self.zoom_factor, self.zfe, self.omega)
+        return Embedding(kernel, bias, positions, self.zoom_factor, self.zfe, self.omega)
 
 
 # -- timm registry -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zpipe.train.models import zoom_tokens
-from zpipe.train.models.packing import rows_of
+from zpipe.train.models.packing import Packing, packing, rows_of
 from zpipe.train.models.zoom_tokens import TokenOrder
 
 POSITIONS = ("learned", "sincos", "sincos-1d")
@@ -41,14 +41,19 @@ class Tokens(NamedTuple):
     Attributes:
         tokens: float [T, E], for each image the class token, then its embedded patches.
         ids: int64 [T], token ids (see `zoom_tokens`); 5C for class tokens, -1 for a vector that stands for no patch.
-        lengths: tokens of each sequence with its class token, ascending.
+        packed: where the sequences lie; their lengths, with the class tokens, ascend.
         index: int64 [B], the place of each sequence in the batch.
     """
 
     tokens: Tensor
     ids: Tensor
-    lengths: tuple[int, ...]
+    packed: Packing
     index: Tensor  # type: ignore[assignment]  # a public name that hides tuple.index, which nobody needs here
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence with its class token, ascending."""
+        return self.packed.lengths
 
     def by_image(self) -> list[Tensor]:
         """The token ids of each image in the order of the batch, int64 [n], without the class token."""
@@ -76,8 +81,8 @@ class Embedding(NamedTuple):
     Attributes:
         kernel: [E, D, p, p], the patch kernel of both grids.
         bias: [E].
-        class_token: [1, E].
-        positions: [5C + 1, E], by token id; the last one is the class token's.
+        positions: [5C + 1, E], by token id; the last one is the class token, its own position added. Many tokens read
+            one row, so the table stays in float32 under autocast, and its gradients are summed in float32.
         zoom_factor: 2.0 or 0.5.
         zfe: kind of the zoom factor embedding.
         omega: steepness of the soft one.
@@ -85,7 +90,6 @@ class Embedding(NamedTuple):
 
     kernel: Tensor
     bias: Tensor
-    class_token: Tensor
     positions: Tensor
     zoom_factor: float
     zfe: str
@@ -118,7 +122,7 @@ def embed_fixed(
     fine_patches, fine_kernel, coarse_patches, coarse_kernel = zoom_tokens.patches_and_kernels(
         images, embedding.kernel, embedding.zoom_factor
     )
-    parts = [embedding.class_token.expand(batch, 1, -1)]
+    parts = [embedding.bias.new_zeros(()).expand(batch, 1, len(embedding.bias))]  # the class token's: see `positions`
     for chosen, patches, kernel in (
         (ids[:, :fine], fine_patches, fine_kernel),
         (ids[:, fine:] - fine_cells, coarse_patches, coarse_kernel),
@@ -144,18 +148,16 @@ def embed_packed(images: Tensor, order: TokenOrder, embedding: Embedding) -> Tok
     fine = order.fine[index].minimum(lengths - 1)  # [B]; N_k, less what was pruned
     # The only synchronisation with an accelerator: from here on all shapes are known.
     known_lengths, known_fine = torch.stack([lengths, fine]).tolist()
-    total, total_fine, longest = sum(known_lengths), sum(known_fine), known_lengths[-1]
-    ids = F.pad(order.ids[index, : longest - 1], (1, 0), value=class_id)  # [B, N], the class token first
-    sequence, place = rows_of(lengths, total)  # [T] each
-    source = sequence * longest + place  # [T], row of the flattened [B, N]
-    flat, image = ids.flatten().index_select(0, source), index.index_select(0, sequence)  # [T] each
+    packed = packing(lengths, known_lengths)
+    ids = F.pad(order.ids[index, : packed.longest - 1], (1, 0), value=class_id)  # [B, N], the class token first
+    flat, image = ids.flatten().index_select(0, packed.rows), index.index_select(0, packed.sequence)  # [T] each
 
     # Embed the tokens that are present, all fine ones in one product and all coarse ones in another.
     # A sequence is the class token, then fine tokens, then coarse ones.
-    begin = lengths.cumsum(0) - lengths + 1  # [B]
-    owner, number = rows_of(fine, total_fine)
+    begin = packed.offsets[:-1] + 1  # [B]
+    owner, number = rows_of(fine, sum(known_fine))
     fine_rows = begin.index_select(0, owner) + number
-    owner, number = rows_of(lengths - 1 - fine, total - len(known_lengths) - total_fine)
+    owner, number = rows_of(lengths - 1 - fine, len(flat) - len(known_lengths) - sum(known_fine))
     coarse_rows = (begin + fine).index_select(0, owner) + number
     fine_patches, fine_kernel, coarse_patches, coarse_kernel = zoom_tokens.patches_and_kernels(
         images, embedding.kernel, embedding.zoom_factor
@@ -167,15 +169,14 @@ def embed_packed(images: Tensor, order: TokenOrder, embedding: Embedding) -> Tok
     ):
         place = image[rows] * patches.shape[1] + flat[rows] - first_id
         parts.append(F.linear(patches.flatten(0, 1).index_select(0, place), kernel, embedding.bias))
-    embedded = torch.cat([*parts, embedding.class_token.to(parts[0].dtype)])  # [fine + coarse + 1, E]
-    row = torch.full_like(flat, len(embedded) - 1)  # the row of `embedded` that holds each token
-    row[fine_rows] = torch.arange(len(fine_rows), device=flat.device)
-    row[coarse_rows] = torch.arange(len(fine_rows), len(embedded) - 1, device=flat.device)
-    tokens = embedded.index_select(0, row) + embedding.positions.index_select(0, flat)  # [T, E]
+    patches = torch.cat(parts)  # [fine + coarse, E]
+    embedded = patches.new_zeros(len(flat), patches.shape[1])  # of class tokens nothing: see `positions`
+    embedded.index_copy_(0, torch.cat([fine_rows, coarse_rows]), patches)
+    tokens = embedded + embedding.positions.index_select(0, flat)  # [T, E]
     if embedding.zfe != "none":
-        added = embedding.zoom_factor_embedding(order.fine[index], longest - 1, tokens.dtype)
-        tokens = tokens + added.flatten().index_select(0, source)[:, None]
-    return Tokens(tokens, flat, tuple(known_lengths), index)
+        added = embedding.zoom_factor_embedding(order.fine[index], packed.longest - 1, tokens.dtype)
+        tokens = tokens + added.flatten().index_select(0, packed.rows)[:, None]
+    return Tokens(tokens, flat, packed, index)
 
 
 # -- positions ---------------------------------------------------------------------------------------------------------

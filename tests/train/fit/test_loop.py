@@ -357,6 +357,27 @@ def test_losses_are_what_they_are_called(data, loss, mixed):
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["ce", "bce"])
+def test_losses_of_half_precision_logits_are_float32(loss):
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 5))
+    model.num_classes = 5
+    preprocessing = Preprocessing(image_size=SIDE, mean=(0, 0, 0), std=(1, 1, 1))
+    config = replace(PLAIN, loss=loss, label_smoothing=0.2)
+    task = ClassifyTask(model, None, config, preprocessing, torch.device("cpu"))
+    batch = {
+        "image": torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8),
+        "label": torch.arange(4),
+        "key": list("abcd"),
+    }
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, _ = task.loss(batch)
+        logits = model(preprocessing.normalise(batch["image"])).detach()
+    assert logits.dtype == torch.bfloat16 and got.dtype == torch.float32
+    target = F.one_hot(batch["label"], 5) * 0.8 + 0.2 / 5
+    exact = F.cross_entropy if loss == "ce" else F.binary_cross_entropy_with_logits
+    torch.testing.assert_close(got.detach(), exact(logits.double(), target.double()).float())
+
+
 @pytest.mark.parametrize("name", [*VIT_RECIPES, *ZOOMER_RECIPES])
 def test_small_recipes_train_and_large_ones_stand(data, tmp_path, name):
     config = {**VIT_RECIPES, **ZOOMER_RECIPES}[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pretend_cuda import host
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,6 +48,18 @@ def test_gradients_reach_every_parameter():
             nn.init.ones_(module.weight)
     zoomer(torch.randn(4, 3, 32, 32)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in zoomer.parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_scores_under_autocast_are_as_fine_as_float32(cuda, device):
+    torch.manual_seed(0)
+    zoomer, images = Zoomer(2, 14, width=8).eval().to(device), torch.randn(4, 3, 64, 64)
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
+        scores = host(zoomer(images.to(device)))
+    assert scores.dtype == torch.float32
+    assert all(len(row.unique()) > 180 for row in scores)  # of 196; bfloat16 tells 8 apart
+    assert zoomer.cpu().double()(images.double()).dtype == torch.float64
+    assert zoomer.bfloat16()(images.bfloat16()).dtype == torch.float32
 
 
 def test_a_frozen_zoomer_stays_in_eval_whatever_its_owner_does():
