@@ -130,7 +130,9 @@ class BatchParts(IterableDataset[Part | ZpipeError]):
             spec.shards, spec.stores, spec.missing, skip_damaged=spec.damaged == "skip", check=spec.check
         ) as join:
             join.expect(plan)
-            yield from wds.DataPipeline(lambda: requests, fetch(join), augment(spec, join), collate(spec, join, self.staging))
+            yield from wds.DataPipeline(
+                lambda: requests, fetch(join), augment(spec, join), collate(spec, join, self.staging)
+            )
 
 
 def begin_worker(_: int) -> None:

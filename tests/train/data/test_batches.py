@@ -6,12 +6,12 @@ import subprocess
 import sys
 import textwrap
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from ramps import CELLS, keys_of, load
+from pretend_cuda import pretend_cuda
+from ramps import keys_of, load
 from tiny import encode, write_shards
 
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -20,6 +20,7 @@ from zpipe.train.data.batches import BatchMemory, Field, image_field, merge, sta
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.processes import _start_failure, descriptor_problem
 from zpipe.train.data.transforms import ViewConfig
+from zpipe.train.device import to_device
 
 FIELDS = {"image": image_field(5), "relevance": Field((2, 2), np.dtype(np.float32))}
 
@@ -103,38 +104,28 @@ def test_no_batch_is_overwritten_before_it_is_copied(data, monkeypatch):
 # --------------------------------------------------------------------------------------------------- kept batches
 
 
+# What may be kept of a batch, and how its values are read later.
+KEPT = (
+    (lambda batch: batch["image"][1:, :, ::2], lambda kept: kept.tolist()),
+    (lambda batch: batch["image"].numpy()[0], lambda kept: kept.tolist()),
+    (lambda batch: memoryview(batch["relevance"].numpy()), lambda kept: kept.tolist()),
+    (lambda batch: batch["relevance"].detach().view(-1).untyped_storage(), lambda kept: kept.tolist()),
+    (  # what a gradient needs
+        lambda batch: (torch.ones_like(batch["relevance"], requires_grad=True) * batch["relevance"]).sum(),
+        lambda kept: kept.grad_fn.next_functions[0][0]._saved_other.tolist(),
+    ),
+)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_kept_batch_stays_what_it_is(data, num_workers):
-    """Also when only a view of it is kept, an array over it, or a gradient's saved tensor."""
-    options = {"batch_size": 2, "image_size": 8, "num_workers": num_workers}
-    kept, copies = [], []
-    for number, batch in enumerate(RelevanceLoader(*data, **options)):
-        image, relevance = batch["image"], batch["relevance"]
-        views = (
-            lambda: image[1:, :, ::2],
-            lambda: image.numpy()[0],
-            lambda: relevance.numpy().T,
-            lambda: relevance.detach().view(-1).untyped_storage(),
-            lambda: (torch.ones_like(relevance, requires_grad=True) * relevance).sum(),
-            lambda: memoryview(image.permute(0, 2, 3, 1).numpy()),
-        )
-        kept.append(views[number % len(views)]())
-        copies.append((image.clone(), relevance.clone()))
-    assert len(kept) == 12
-    for number, (view, (image, relevance)) in enumerate(zip(kept, copies, strict=True)):
-        case = number % 6
-        if case == 0:
-            assert torch.equal(view, image[1:, :, ::2])
-        elif case == 1:
-            np.testing.assert_array_equal(view, image.numpy()[0])
-        elif case == 2:
-            np.testing.assert_array_equal(view, relevance.numpy().T)
-        elif case == 3:
-            assert bytes(view) == relevance.numpy().tobytes()
-        elif case == 4:
-            assert torch.equal(view.grad_fn.next_functions[0][0]._saved_other, relevance)
-        else:
-            assert bytes(view) == image.permute(0, 2, 3, 1).numpy().tobytes()
+    """Also when only a view of one of its tensors is kept."""
+    kept = []
+    for number, batch in enumerate(RelevanceLoader(*data, batch_size=2, image_size=8, num_workers=num_workers)):
+        keep, read = KEPT[number % len(KEPT)]
+        view = keep(batch)
+        kept.append((view, read, read(view)))
+    assert len(kept) == 12 and all(read(view) == values for view, read, values in kept)
 
 
 def test_a_list_of_batches_holds_the_whole_epoch(data):
@@ -150,7 +141,7 @@ def test_memory_is_used_again_when_nobody_holds_it(data):
     assert len(places) == 2
 
 
-def test_spare_memory_is_bounded_and_ends_with_its_loader(monkeypatch):
+def test_spare_memory_is_bounded_and_ends_with_its_loader():
     memory = BatchMemory(FIELDS, 4)
     held = [memory.empty("image", count) for count in (4, 4, 3, 0)]
     assert [tensor.shape for tensor in held] == [(count, 5, 5, 3) for count in (4, 4, 3, 0)]
@@ -164,23 +155,25 @@ def test_spare_memory_is_bounded_and_ends_with_its_loader(monkeypatch):
     assert (last == 7).all()
 
 
-def test_pinned_memory_is_asked_of_torch(data, monkeypatch):
-    """Which uses it again when copies from it have ended."""
+def test_pinned_memory_needs_a_device(data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="pin_memory=True: torch sees no CUDA device here"):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         RelevanceLoader(data[0], batch_size=4, pin_memory=True)
-    asked = []
 
-    def empty(size, *, pin_memory=False, **options):
-        asked.append((size, pin_memory))
-        return torch.zeros(size, **options)
 
-    options = {"batch_size": 4, "image_size": 8, "num_workers": 2}
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_pinned_batches_are_moved_as_they_are_and_nobody_waits(data, num_workers):
+    options = {"batch_size": 4, "image_size": 8, "num_workers": num_workers}
     whole = list(RelevanceLoader(*data, **options))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(batches, "torch", SimpleNamespace(empty=empty, from_numpy=torch.from_numpy))
-    assert all(map(same, whole, RelevanceLoader(*data, pin_memory=True, **options)))
-    assert asked == [((4, 8, 8, 3), True), ((4, CELLS, CELLS), True)] * len(whole)
+    with pretend_cuda() as cuda:
+        moved = []
+        for batch in RelevanceLoader(*data, pin_memory=True, **options):
+            assert all(batch[name].pin_memory() is batch[name] for name in ("image", "relevance"))
+            moved.append({name: to_device(batch[name], torch.device("cuda")) for name in ("image", "relevance")})
+        assert not cuda.syncs
+        moved = [{name: value.cpu() for name, value in batch.items()} for batch in moved]
+    for batch, values in zip(whole, moved, strict=True):
+        assert all(torch.equal(values[name], batch[name]) for name in values)
 
 
 @pytest.mark.gpu
