@@ -75,8 +75,8 @@ def stage(fields: Fields, batch_size: int) -> Arrays:
 class BatchMemory:
     """Memory for the tensors of batches, which is used again when nobody holds the tensor any more, nor a view of it.
 
-    The kernel clears fresh memory page by page, which takes longer than the copy of a batch into it. The memory is that
-    of the batches in use, and of two more for each field.
+    The kernel clears fresh memory page by page, which can take longer than the copy of a batch into it. This holds the
+    memory of the batches in use, and of at most two more for each field.
 
     Pinned memory comes from torch, which keeps what is freed, and uses it again when the copies from it to a device
     have ended. It rounds each block up to a power of two.
