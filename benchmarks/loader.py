@@ -1,12 +1,16 @@
 """Images per second and core of the loader and of other loaders, on the same JPEGs, transform and core.
 
     python benchmarks/loader.py --photos FOLDER [--pillow FOLDER]
+    python benchmarks/loader.py --parent 2 8
 
 Each loader runs in a process of its own, with one thread and no workers, in turn with the others. The baseline is this
 loader without maps. The transform is a random resized crop to 224, a flip, and a uint8 tensor (webdataset's documented
 pipeline ends with ToTensor and Normalize, and so it does here). FOLDER is an ImageFolder tree or has a labels.csv;
 without it, photos are generated. --pillow names a folder with plain Pillow (pip install --no-deps --target FOLDER
 pillow), for the loaders named +pillow. litdata and streaming are run where they are installed.
+
+--parent measures something else: the CPU time per image of the process that iterates over the loader, with that many
+data-loading processes, which decode tiny JPEGs. The yardstick is one copy of as many bytes in the same process.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 SIZE, BATCH = 224, 64
+PARENT_BATCH, PARENT_BATCHES, WARM_UP = 256, 16, 4
 YARDSTICK = "zpipe, no maps"
 
 
@@ -146,6 +151,63 @@ def child(name: str, root: Path, images: int) -> None:
     os._exit(0)  # some contenders leave threads behind
 
 
+def parent_child(workers: int, root: Path) -> None:
+    """CPU time of this process in microseconds per image: of the loader, and of a copy of its images."""
+    import numpy as np
+    import torch
+
+    from zpipe.train.data.loader import RelevanceLoader
+
+    torch.set_num_threads(1)
+    batches = iter(RelevanceLoader(root / "shards", batch_size=PARENT_BATCH, image_size=SIZE, num_workers=workers))
+    for _ in range(WARM_UP):
+        batch = next(batches)
+    spent = time.process_time()
+    for _ in range(WARM_UP, PARENT_BATCHES):
+        batch = next(batches)  # which is held while the next one is made, as in a loop
+    loader = (time.process_time() - spent) / (PARENT_BATCHES - WARM_UP) / PARENT_BATCH * 1e6
+    source = np.ones(batch["image"].nbytes, np.uint8)
+    target = source.copy()
+    spent = time.process_time()
+    for _ in range(PARENT_BATCHES):
+        np.copyto(target, source)
+    copy = (time.process_time() - spent) / PARENT_BATCHES / PARENT_BATCH * 1e6
+    print(json.dumps({"loader": loader, "copy": copy}))
+
+
+def measure_parent(counts: list[int], rounds: int) -> dict[str, list[float]]:
+    """Print the parent's CPU time with each number of workers; return the ratios to the yardstick, higher is better."""
+    import numpy as np
+    from PIL import Image
+
+    from zpipe.pipeline.make_shards import FolderSource, make_shards
+
+    found: dict[int, list[dict[str, float]]] = {count: [] for count in counts}
+    with tempfile.TemporaryDirectory(prefix="zpipe-benchmark-") as scratch:
+        rng, root = np.random.default_rng(0), Path(scratch)
+        for number in range(PARENT_BATCH * PARENT_BATCHES):
+            target = root / "photos" / f"c{number % 10}" / f"{number:06d}.jpg"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(target)
+        make_shards(FolderSource(root / "photos", shard_size=256, shuffle_seed=0, key_rule="stem"), root / "shards")
+        for _ in range(rounds):
+            for count in counts:
+                line = [sys.executable, "-W", "ignore", __file__, "--parent-child", str(count), scratch]
+                done = subprocess.run(line, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1"))
+                if done.returncode:
+                    raise SystemExit(f"{count} workers: {done.stderr[-2000:]}")
+                found[count].append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"{rounds} rounds; microseconds of the parent's CPU time per image; of a copy of its bytes; their ratio")
+    report = {}
+    for count, runs in found.items():
+        columns = [[run["loader"] for run in runs], [run["copy"] for run in runs]]
+        columns.append([loader / copy for loader, copy in zip(*columns, strict=True)])
+        shown = (f"{statistics.median(each):7.2f} [{min(each):.2f}, {max(each):.2f}]" for each in columns)
+        print(f"{count} workers", *shown)
+        report[f"copy, of the parent of {count} workers"] = [1 / ratio for ratio in columns[2]]
+    return report
+
+
 def prepare(root: Path, photos: Path | None, copies: int) -> list[str]:
     """The same JPEGs as ImageFolder, tars, and the other formats that can be made here; what can be run."""
     from extraction import make_photos
@@ -201,9 +263,19 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--names", nargs="+", choices=list(CONTENDERS), help="only these, beside the yardstick")
+    parser.add_argument("--parent", nargs="+", type=int, metavar="WORKERS", help="measure the parent process only")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--parent-child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.parent_child:
+        parent_child(int(args.parent_child[0]), Path(args.parent_child[1]))
+        return
+    if args.parent:
+        report = measure_parent(args.parent, args.rounds)
+        if args.json:
+            args.json.write_text(json.dumps({"ratios": report}, indent=2) + "\n")
+        return
     if args.child:
         child(args.child[0], Path(args.child[1]), args.images)
     with tempfile.TemporaryDirectory(prefix="zpipe-benchmark-") as scratch:

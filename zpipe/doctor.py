@@ -52,7 +52,7 @@ def examine(folder: Path | None = None) -> list[Finding]:
         _optional("scikit-learn", "only `zpipe demo` and scenes need it"),
         limits.shared_memory(limits.SHARED_MEMORY, MIN_SHM_BYTES),
         limits.descriptors(),
-        *limits.sockets(),
+        limits.sockets(),
         limits.temporary_folder(MIN_TEMP_BYTES),
         limits.memory(),
         limits.clock(),

@@ -18,11 +18,9 @@ MIN_INODES = 10_000
 MIN_MEMORY_BYTES = 1 << 30
 MIN_DESCRIPTORS = 256
 MAX_SKEW_S = 60.0  # the leases of stores and runs count as given up after minutes
-BATCH_SIZE, IMAGE_SIZE = 128, 224  # of training by default
 MAX_SOCKET_BYTES = 107  # of the path of a socket, on Linux
-# What Ray and Python's multiprocessing put behind the folder of temporary files.
+# What Ray puts behind the folder of temporary files.
 RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
-LOADER_SOCKET = "/pymp-12345678/listener-12345678"
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
@@ -40,23 +38,19 @@ class Finding:
 
 
 def shared_memory(path: Path, minimum: int) -> Finding:
-    """Room in shared memory, for Ray and for batches on their way from data-loading processes.
+    """Room in shared memory, for Ray.
 
     Args:
         path: Where it is mounted.
         minimum: Bytes that Ray needs.
     """
-    from zpipe.train.data.parcel import part_bytes, shared_memory_problem
-
     name = str(path)
     if not path.is_dir():
-        return Finding(name=name, value="absent; Ray and data-loading workers use temporary files instead")
+        return Finding(name=name, value="absent; Ray uses temporary files instead")
     free = shutil.disk_usage(path).free
     value = f"{free // MIB} MiB free"
     if free < minimum:
         value += f", Ray wants {minimum // MIB}; docker: --shm-size=1g"
-    if shared_memory_problem(part_bytes(BATCH_SIZE, IMAGE_SIZE, None), path):
-        value += f"; too small for batches of {BATCH_SIZE} images of {IMAGE_SIZE} px, which go through slower pipes"
     return Finding(name=name, value=value, ok=free >= minimum)
 
 
@@ -74,22 +68,13 @@ def descriptors() -> Finding:
     )
 
 
-def sockets() -> list[Finding]:
-    """Length of the paths of sockets, which lie in the folder of temporary files."""
-    loaders = tempfile.gettempdir()
-    ray = os.environ.get("RAY_TMPDIR") or loaders
-    short, value = _socket_room(ray, RAY_SOCKET)
-    value += "" if short else "; set RAY_TMPDIR to a short folder, such as /tmp"
-    found = [Finding(name="sockets of Ray", value=value, ok=short)]
-    short, value = _socket_room(loaders, LOADER_SOCKET)
-    value += "" if short else "; batches go through slower pipes; set TMPDIR to a short folder"
-    return [*found, Finding(name="sockets of loaders", value=value)]
-
-
-def _socket_room(folder: str, suffix: str) -> tuple[bool, str]:
-    """Whether a socket's path fits, and its length in words."""
-    length, room = len(os.fsencode(folder)), MAX_SOCKET_BYTES - len(suffix)
-    return length <= room, f"{folder}: {length} bytes of at most {room}"
+def sockets() -> Finding:
+    """Length of the paths of Ray's sockets, which lie in the folder of temporary files."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    length, room = len(os.fsencode(folder)), MAX_SOCKET_BYTES - len(RAY_SOCKET)
+    value = f"{folder}: {length} bytes of at most {room}"
+    value += "" if length <= room else "; set RAY_TMPDIR to a short folder, such as /tmp"
+    return Finding(name="sockets of Ray", value=value, ok=length <= room)
 
 
 def temporary_folder(minimum: int) -> Finding:

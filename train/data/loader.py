@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress
 from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.schemas.storage import as_path
+from zpipe.train.data.batches import Arrays, BatchMemory, Field, Part, image_field, merge, stage, staged_batches
 from zpipe.train.data.damage import DamageLog
 from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.map_stores import ImageStore, Join, MapSource, TarStore, check_frame
@@ -31,8 +32,7 @@ from zpipe.train.data.order import (
     shard_order,
     whole_batches,
 )
-from zpipe.train.data.parcel import Part, part_bytes
-from zpipe.train.data.processes import check_limits, end_workers, start_workers, warn_of_pipes
+from zpipe.train.data.processes import end_workers, start_workers
 from zpipe.train.data.stream import digests_are_checked, list_shards
 from zpipe.train.data.transforms import Augment, ViewConfig
 from zpipe.train.data.worker import BatchParts, EpochSpec
@@ -125,6 +125,8 @@ class RelevanceLoader:
             et al. 2020). An epoch has as many batches as without repeats and sees a part of the samples, another one
             every time.
         view: Crop, flip and colour settings; `augment` overrides its mode.
+        pin_memory: Whether images and maps lie in page-locked memory, from which copies to a CUDA device are
+            asynchronous.
 
     Raises:
         UsageError: If an argument is out of range, or there are no shards.
@@ -149,6 +151,7 @@ class RelevanceLoader:
         join: Join = "tar",
         repeats: int = 1,
         view: ViewConfig | None = None,
+        pin_memory: bool = False,
     ) -> None:
         low = batch_size < 1 or image_size < 1 or num_workers < 0 or seed < 0 or repeats < 1
         if low or not 0 <= rank < world_size:
@@ -164,6 +167,8 @@ class RelevanceLoader:
             raise UsageError(f"join={join!r}; choose tar or image")
         if augment not in get_args(Augment):
             raise UsageError(f"augment={augment!r}; choose train or eval")
+        if pin_memory and not torch.cuda.is_available():
+            raise UsageError("pin_memory=True: torch sees no CUDA device here; leave it out")
         self.path = as_path(shards)
         self.shards, self.index = list_shards(self.path)
         self.batch_size, self.image_size, self.seed = batch_size, image_size, seed
@@ -174,6 +179,7 @@ class RelevanceLoader:
         self.view = replace(view or ViewConfig(), augment=augment)
         self.train = augment == "train"
         self.repeats = repeats if self.train else 1
+        self.pin_memory = pin_memory
         self.epoch = 0
         self._lanes = self._own_lanes()
         self._start = 0  # the batch that the next iteration begins with
@@ -419,15 +425,15 @@ class RelevanceLoader:
         if start == total:  # the state of a finished epoch
             return
         served = 0
-        parts = self._start_workers(range(start, total))
+        fields, rows = self._fields(), min(self.batch_size, self.sample_count)
+        staging = [stage(fields, rows) for _ in range(staged_batches(self.num_workers))]
+        memory = BatchMemory(fields, rows, pinned=self.pin_memory)
+        parts = self._start_workers(range(start, total), staging)
         try:
             for number in range(start, total):
-                batch = _merge(
-                    [self._checked(next(parts, None), number, total) for _ in range(max(1, self.num_workers))]
-                )
+                received = [self._checked(next(parts, None), number, total) for _ in range(max(1, self.num_workers))]
+                batch = merge(received, staging[(number - start) % len(staging)], memory)
                 self.damage.add(batch.pop("damaged"))
-                for note in batch.pop("notes"):
-                    warn_of_pipes(note)
                 self._next = number + 1
                 self._verified |= start == 0 and self._next == total
                 served += len(batch["key"])
@@ -442,14 +448,20 @@ class RelevanceLoader:
             reason = (self.damaged_samples or self.damaged_shards)[0]
             raise ZpipeError(f"{self.path}: no sample of the epoch can be used; the first one: {reason}")
 
-    def _start_workers(self, batches: range) -> Iterator[Part | ZpipeError]:
+    def _fields(self) -> dict[str, Field]:
+        """The tensors of a batch that are large."""
+        fields = {"image": image_field(self.image_size)}
+        for name, store in self.stores.items():
+            dtype = np.dtype(np.int32 if store.maps.kind.dtype.kind == "i" else np.float32)
+            fields[name] = Field(store.maps.manifest.provenance.sample_shape, dtype)
+        return fields
+
+    def _start_workers(self, batches: range, staging: Sequence[Arrays]) -> Iterator[Part | ZpipeError]:
         """Begin the parts of these batches, one of each worker after the other."""
-        shapes = [store.maps.manifest.provenance.sample_shape for store in self.stores.values()]
-        shared = check_limits(self.num_workers, part_bytes(self.batch_size, self.image_size, *shapes))
         for store in self.stores.values():
             if isinstance(store, ImageStore):
                 store.copy()  # before data-loading processes start, which share it
-        return start_workers(BatchParts(self._epoch_spec(batches, shared=shared)), self.num_workers)
+        return start_workers(BatchParts(self._epoch_spec(batches), staging), self.num_workers)
 
     def _checked(self, part: Part | ZpipeError | None, number: int, total: int) -> Part:
         if part is None:
@@ -461,7 +473,7 @@ class RelevanceLoader:
             raise part
         return part
 
-    def _epoch_spec(self, batches: range, *, shared: bool) -> EpochSpec:
+    def _epoch_spec(self, batches: range) -> EpochSpec:
         return EpochSpec(
             epoch=self.epoch,
             seed=self.seed,
@@ -476,7 +488,6 @@ class RelevanceLoader:
             check=not self._verified,
             image_size=self.image_size,
             view=self.view,
-            shared=shared,
         )
 
     def _shards_to_evaluate(self) -> np.ndarray:
@@ -493,23 +504,3 @@ class RelevanceLoader:
             return plan
         plan = whole_batches(plan, self.global_batch, self.repeats)
         return plan[deal(plan, self.global_batch, self.world_size) == self.rank]
-
-
-def _merge(parts: list[Part]) -> Part:
-    """Join the parts of one batch, its samples in the order of their slots."""
-    full = [part for part in parts if part["key"]] or parts[:1]
-    order = torch.cat([part["slot"] for part in full]).argsort()
-    out: Part = {name: [each for part in parts for each in part.get(name, ())] for name in ("damaged", "notes")}
-    for name in full[0]:
-        if name in ("slot", *out) or not all(name in part for part in full):
-            continue
-        if isinstance(full[0][name], list):
-            values = [value for part in full for value in part[name]]
-            if name == "object_boxes":  # arrays on the way: each tensor would travel in shared memory of its own
-                values = [torch.as_tensor(value) for value in values]
-            out[name] = [values[i] for i in order.tolist()]
-        elif len(full) == 1:
-            out[name] = full[0][name]  # the slots of one part are sorted
-        else:
-            out[name] = torch.cat([part[name] for part in full])[order]
-    return out

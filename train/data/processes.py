@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import atexit
 import errno
-import warnings
+import os
+import resource
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -13,39 +14,33 @@ import torch
 from torch.utils.data import DataLoader
 
 from zpipe.schemas.errors import ZpipeError
-from zpipe.train.data.parcel import PREFETCH, SHARED_MEMORY, Part, descriptor_problem, shared_memory_problem
+from zpipe.train.data.batches import PREFETCH, Part
 from zpipe.train.data.worker import BatchParts, begin_worker
 from zpipe.train.signals import deferred_signals
+
+PIPE_DESCRIPTORS = 4  # of each worker: the queue of its tasks, and the pipes that tell of its end and its parent's
+SPARE_DESCRIPTORS = 16  # for shards, maps and logs
 
 _running: weakref.WeakSet[Any] = weakref.WeakSet()  # the iterators over parts
 
 
-def check_limits(workers: int, batch_bytes: int) -> bool:
-    """Check that so many data-loading processes can be started, and whether their batches fit into shared memory.
-
-    Args:
-        workers: Number of processes; 0 to load in this one.
-        batch_bytes: Size of a batch.
-
-    Returns:
-        Whether to use shared memory. If it is too small, or descriptors are too few for it, a warning says so.
-
-    Raises:
-        ZpipeError: If there are too few file descriptors for so many processes.
-    """
-    if not workers:
-        return False
-    if too_few := descriptor_problem(workers, shared=False):
-        raise ZpipeError(too_few)
-    problem = shared_memory_problem(batch_bytes) or descriptor_problem(workers, shared=True)
-    if problem is not None:
-        warn_of_pipes(problem)
-    return problem is None
+def descriptor_problem(workers: int) -> str | None:
+    """Why so many workers lack file descriptors, with the remedy; None if there are enough."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    needed = _open_descriptors() + workers * PIPE_DESCRIPTORS + SPARE_DESCRIPTORS
+    if limit == resource.RLIM_INFINITY or needed <= limit:
+        return None
+    return (
+        f"ulimit -n: {limit} file descriptors are allowed, {workers} data-loading processes need about {needed}; "
+        "raise it, or give fewer --data-workers"
+    )
 
 
-def warn_of_pipes(problem: str) -> None:
-    """Warn that batches don't travel in shared memory, because of that problem."""
-    warnings.warn(f"{problem}; until then batches go through pipes, which is slower", RuntimeWarning, stacklevel=3)
+def _open_descriptors() -> int:
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:  # not Linux
+        return 3
 
 
 def start_workers(dataset: BatchParts, workers: int) -> Iterator[Part | ZpipeError]:
@@ -55,14 +50,17 @@ def start_workers(dataset: BatchParts, workers: int) -> Iterator[Part | ZpipeErr
         Their parts of the batches, one of each process in turn.
 
     Raises:
-        ZpipeError: If the processes can't be started.
+        ZpipeError: If the processes can't be started, or there are too few file descriptors for so many.
     """
+    if workers and (too_few := descriptor_problem(workers)):
+        raise ZpipeError(too_few)
     options: dict[str, Any] = {}
     if workers:
         # Forked, they share what the loader holds: stores that are joined by image, lists of rows.
         options = {"prefetch_factor": PREFETCH, "worker_init_fn": begin_worker, "multiprocessing_context": "fork"}
     # A generator of its own: the loader does not draw from the user's.
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, generator=torch.Generator(), **options)
+    options |= {"collate_fn": _unchanged, "generator": torch.Generator()}
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, **options)
     with deferred_signals():
         try:
             parts = iter(loader)
@@ -72,6 +70,11 @@ def start_workers(dataset: BatchParts, workers: int) -> Iterator[Part | ZpipeErr
     return parts
 
 
+def _unchanged(part: Part | ZpipeError) -> Part | ZpipeError:
+    """Instead of torch's conversion to tensors, each of which would travel in shared memory of its own."""
+    return part
+
+
 def _start_failure(workers: int, error: OSError) -> str:
     reason = f"{workers} data-loading processes can't be started ({error.strerror or error})"
     if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -79,7 +82,7 @@ def _start_failure(workers: int, error: OSError) -> str:
     if error.errno in (errno.EAGAIN, errno.ENOMEM):
         return f"{reason}; give fewer --data-workers, or raise the limit of processes (ulimit -u) or of memory"
     # Their queues have semaphores, which are files in shared memory.
-    return f"{reason}; check {SHARED_MEMORY} (docker run --shm-size=1g), or give --data-workers 0"
+    return f"{reason}; check /dev/shm (docker run --shm-size=1g), or give --data-workers 0"
 
 
 def end_workers(parts: Any) -> None:

@@ -192,7 +192,7 @@ def change_colours(rng: np.random.Generator, pixels: np.ndarray, colour: Colour)
         return pixels
     image = Image.fromarray(pixels.transpose(1, 2, 0))
     image = _rand_augment(rng, image) if colour == "deit" else _three_augment(rng, image)
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 PHOTO_MEAN, PHOTO_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -225,7 +225,7 @@ def erase(rng: np.random.Generator, pixels: np.ndarray, probability: float) -> t
             top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
             mean, std = (np.array(value)[:, None, None] for value in (PHOTO_MEAN, PHOTO_STD))
             noise = 255 * (mean + std * rng.standard_normal((3, tall, wide)))
-            pixels = pixels.copy()
+            pixels = pixels.copy("K")  # channels last, as PIL left them
             pixels[:, top : top + tall, left : left + wide] = np.clip(noise, 0, 255).astype(np.uint8)
             return pixels, Box(left, top, left + wide, top + tall)
     return pixels, None

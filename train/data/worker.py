@@ -12,18 +12,17 @@ from multiprocessing.queues import Queue
 from typing import Any
 
 import numpy as np
-import torch
 import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from zpipe.schemas.errors import ZpipeError, last_line
 from zpipe.schemas.geometry import Box
 from zpipe.schemas.images import DECODE_ERRORS
+from zpipe.train.data.batches import Arrays, Part
 from zpipe.train.data.damage import DamagedSample
 from zpipe.train.data.join import Damaged, Joined, Missing, ShardJoin
 from zpipe.train.data.map_stores import MapSource
 from zpipe.train.data.order import Plan, last_uses
-from zpipe.train.data.parcel import Packer, Parcel, Part
 from zpipe.train.data.stream import Shard
 from zpipe.train.data.transforms import (
     ViewConfig,
@@ -82,9 +81,6 @@ class EpochSpec:
     view: ViewConfig
     """Crops, flips and colours."""
 
-    shared: bool = True
-    """Whether data-loading processes send their parts in shared memory."""
-
     def own(self, worker: int, workers: int) -> tuple[Plan, np.ndarray]:
         """The samples that one of the workers reads, those of its lanes.
 
@@ -105,21 +101,18 @@ class PartRequest:
     last: np.ndarray
 
 
-class BatchParts(IterableDataset[Part | ZpipeError | Parcel]):
+class BatchParts(IterableDataset[Part | ZpipeError]):
     """The parts that one worker contributes: one of every batch, in order; a part may be empty.
 
-    A data-loading process packs them.
+    Args:
+        spec: What to deliver.
+        staging: Where images and maps are written, in turn: memory for one batch each.
     """
 
-    def __init__(self, spec: EpochSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: EpochSpec, staging: Sequence[Arrays]) -> None:
+        self.spec, self.staging = spec, staging
 
-    def __iter__(self) -> Iterator[Part | ZpipeError | Parcel]:
-        if get_worker_info() is None:
-            return self._parts()
-        return map(Packer(shared=self.spec.shared).pack, self._parts())
-
-    def _parts(self) -> Iterator[Part | ZpipeError]:
+    def __iter__(self) -> Iterator[Part | ZpipeError]:
         # A DataLoader wraps an exception of a worker process into a traceback; an object arrives as it is.
         try:
             yield from self._pipeline()
@@ -137,7 +130,9 @@ class BatchParts(IterableDataset[Part | ZpipeError | Parcel]):
             spec.shards, spec.stores, spec.missing, skip_damaged=spec.damaged == "skip", check=spec.check
         ) as join:
             join.expect(plan)
-            yield from wds.DataPipeline(lambda: requests, fetch(join), augment(spec, join), collate(spec, join))
+            yield from wds.DataPipeline(
+                lambda: requests, fetch(join), augment(spec, join), collate(spec, join, self.staging)
+            )
 
 
 def begin_worker(_: int) -> None:
@@ -251,48 +246,49 @@ def _augment_sample(spec: EpochSpec, copy: int, item: Joined) -> dict[str, Any]:
     return out
 
 
-def collate(spec: EpochSpec, join: ShardJoin) -> Callable[[Iterable[Augmented]], Iterator[dict[str, Any]]]:
-    """A stage: lists of m augmented samples -> batches as those of `RelevanceLoader`, with `slot` and `damaged`."""
+def collate(
+    spec: EpochSpec, join: ShardJoin, staging: Sequence[Arrays]
+) -> Callable[[Iterable[Augmented]], Iterator[Part]]:
+    """A stage: lists of m augmented samples -> parts of batches, whose images and maps are written to `staging`."""
 
-    def stage(parts: Iterable[Augmented]) -> Iterator[dict[str, Any]]:
-        for part in parts:
-            yield _collate_part(spec, part) | {"damaged": join.pop_damaged()}
+    def stage(parts: Iterable[Augmented]) -> Iterator[Part]:
+        for number, part in enumerate(parts):
+            yield _collate_part(spec, part, staging[number % len(staging)]) | {"damaged": join.pop_damaged()}
 
     return stage
 
 
-def _collate_part(spec: EpochSpec, part: Augmented) -> dict[str, Any]:
-    side = spec.image_size
-    out: dict[str, Any] = {
-        "slot": torch.tensor([item["slot"] for item in part], dtype=torch.int64),  # [m]
-        "image": _stack(part, "image", (3, side, side), np.uint8),  # [m, 3, S, S]
-        "label": torch.tensor([item["label"] for item in part], dtype=torch.int64),  # [m]
-        "box": _stack(part, "box", (4,), np.float32),  # [m, 4]
-        "flipped": torch.tensor([item["flipped"] for item in part], dtype=torch.bool),  # [m]
+def _collate_part(spec: EpochSpec, part: Augmented, staged: Arrays) -> Part:
+    """Write images and maps to their slots; return the rest, by the names of a batch, and `slot`."""
+    slots = np.array([item["slot"] for item in part], np.int64)  # [m]
+    for slot, item in zip(slots.tolist(), part, strict=True):
+        staged["image"][slot] = item["image"].transpose(1, 2, 0)
+    if part:
+        for name, store in spec.stores.items():
+            staged[name][slots] = _view_tensors(spec, part, name, store)
+    out: Part = {
+        "slot": slots,
+        "label": np.array([item["label"] for item in part], np.int64),  # [m]
+        "box": _rows(part, "box"),  # [m, 4]
+        "flipped": np.array([item["flipped"] for item in part], bool),  # [m]
         "key": [item["key"] for item in part],
     }
-    for name, store in spec.stores.items():
-        out[name] = _stack_tensors(spec, part, name, store)
     if all("object_box" in item for item in part):
-        out["object_box"] = _stack(part, "object_box", (4,), np.float32)
+        out["object_box"] = _rows(part, "object_box")
     if spec.view.augment == "eval":
         out["object_boxes"] = [item["object_boxes"] for item in part]
     return out
 
 
-def _stack_tensors(spec: EpochSpec, part: Augmented, name: str, store: MapSource) -> torch.Tensor:
-    """What a batch's views show of one store's tensors, [m, ...]."""
-    kind, shape = store.maps.kind, store.maps.manifest.provenance.sample_shape
-    dtype = np.int32 if kind.dtype.kind == "i" else np.float32
-    whole = _stack(part, f"{TENSOR}{name}", shape, dtype)
-    if not part:
-        return whole
+def _view_tensors(spec: EpochSpec, part: Augmented, name: str, store: MapSource) -> np.ndarray:
+    """What the views of a part show of one store's tensors, [m, ...]."""
+    kind = store.maps.kind
     views, frames, erased = ([item[each] for item in part] for each in ("view", f"{FRAME}{name}", "erased"))
-    values = view_tensors(kind, whole.numpy(), views, frames)
+    values = view_tensors(kind, np.stack([item[f"{TENSOR}{name}"] for item in part]), views, frames)
     if kind.is_relevance and any(box is not None for box in erased):
         values = erase_maps(values, erased, spec.image_size)
-    return torch.from_numpy(values)
+    return values
 
 
-def _stack(part: Augmented, name: str, shape: tuple[int, ...], dtype: type) -> torch.Tensor:
-    return torch.from_numpy(np.stack([item[name] for item in part]) if part else np.zeros((0, *shape), dtype))
+def _rows(part: Augmented, name: str) -> np.ndarray:
+    return np.array([item[name] for item in part], np.float32).reshape(-1, 4)

@@ -112,6 +112,7 @@ def calibration(
         data_workers=config.data_workers,
         damaged=config.damaged,
         join=config.join,
+        device=config.device,
     )
     loader.report_coverage(progress)
     match_run(opened, loader.index, loader.path, config.classes)

@@ -21,7 +21,7 @@ from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.map_stores import Join
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.device import evaluation_context, keep_freed_memory, resolve_device
+from zpipe.train.device import evaluation_context, keep_freed_memory, resolve_device, to_device
 from zpipe.train.evaluation.metrics import LARGEST_LOGIT, check_numbers
 from zpipe.train.models.operating_points import OperatingPoint, logits_of
 from zpipe.train.models.zoom_tokens import token_boxes
@@ -78,7 +78,7 @@ class OpenRun:
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Move the images of a batch to the device and normalise them: uint8 [B, 3, S, S] -> float32 [B, 3, S, S]."""
-        return batch | {"image": self.run.preprocessing.normalise(batch["image"].to(self.device))}
+        return batch | {"image": self.run.preprocessing.normalise(to_device(batch["image"], self.device))}
 
     @torch.inference_mode()
     def respond(self, prepared: dict[str, Any], point: OperatingPoint) -> Answer:
@@ -183,6 +183,7 @@ def eval_loader(
     missing: Missing = "uniform",
     damaged: Damaged = "error",
     join: Join = "tar",
+    device: str = "cpu",
 ) -> RelevanceLoader:
     """Load every sample of the shards once, in the view that a run was made for.
 
@@ -195,6 +196,7 @@ def eval_loader(
         missing: how to handle samples without a usable map, see `RelevanceLoader`.
         damaged: how to handle damaged tars and samples, see `RelevanceLoader`.
         join: how maps find their images, see `RelevanceLoader`.
+        device: the device that the batches will be moved to, by name.
     """
     return RelevanceLoader(
         shards,
@@ -207,6 +209,7 @@ def eval_loader(
         damaged=damaged,
         join=join,
         view=ViewConfig(crop_pct=preprocessing.crop_pct),
+        pin_memory=resolve_device(device).type == "cuda",
     )
 
 

@@ -21,6 +21,7 @@ from zpipe.train.checkpoint import Preprocessing, load_run
 from zpipe.train.data.join import Damaged
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.map_stores import Join
+from zpipe.train.device import to_device
 from zpipe.train.evaluation.answers import Answers, match_run
 from zpipe.train.evaluation.bootstrap import RESAMPLES, ResampledSums, estimate, ratio
 from zpipe.train.evaluation.faithfulness import Baseline, Probe, area, emptied, perturbation_curves, saco
@@ -233,6 +234,7 @@ def _load(
         missing="skip",
         damaged=config.damaged,
         join=config.join,
+        device=str(classifier.device),
     )
     if not loader.sample_count:
         where, remedy = str(stores[0].path), "give the shards that it was made from"
@@ -314,7 +316,7 @@ def _judge_batch(
 ) -> Iterator[tuple[str, str, Tensor]]:
     """For each row of a batch, the names of sums and what its images add to them, [B, m]."""
     keys, side = batch["key"], classifier.preprocessing.image_size
-    images = classifier.preprocessing.normalise(batch["image"].to(classifier.device))
+    images = classifier.preprocessing.normalise(to_device(batch["image"], classifier.device))
     probe = Probe(
         model=lambda shown: classifier.logits(shown, keys),
         images=images,

@@ -10,6 +10,7 @@ from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.map_stores import Join
 from zpipe.train.data.transforms import ViewConfig
+from zpipe.train.device import resolve_device
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.ranks import ranks
 
@@ -64,6 +65,7 @@ def training_loader(shards: Path, maps: RelevanceMaps | None, config: DataConfig
         join=config.join,
         damaged=config.damaged,
         view=config.view,
+        pin_memory=resolve_device(config.train.device).type == "cuda",
     )
 
 
@@ -87,4 +89,5 @@ def validation_loader(shards: Path, maps: Path | None, config: DataConfig) -> Re
         join=config.join,
         damaged=config.damaged,
         view=config.view,
+        pin_memory=resolve_device(config.train.device).type == "cuda",
     )

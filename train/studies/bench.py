@@ -315,6 +315,7 @@ class Bench:
             missing=missing,
             damaged=config.damaged,
             join=config.join,
+            device=config.device,
         )
 
     def images(self, loader: RelevanceLoader) -> Tally:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import pytest
 from ramps import keys_of
 from torch.utils.data import _utils
 
@@ -26,14 +25,8 @@ print(*(process.pid for process in multiprocessing.active_children()), flush=Tru
 """
 
 
-PIPES = """
-import zpipe.train.data.processes as processes
-processes.shared_memory_problem = lambda size: "none"
-"""
-
-
-def begin(data, then, before=""):
-    line = [sys.executable, "-W", "ignore", "-c", before + BEGIN + then, str(data[0])]
+def begin(data, then):
+    line = [sys.executable, "-W", "ignore", "-c", BEGIN + then, str(data[0])]
     running = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     workers = [int(word) for word in running.stdout.readline().split()]
     assert len(workers) == 2
@@ -55,10 +48,9 @@ def gone(pids, limit=30):
     return not any(map(alive, pids))
 
 
-@pytest.mark.parametrize("pipes", [True, False])
-def test_a_parent_that_is_killed_leaves_no_orphans(data, pipes):
+def test_a_parent_that_is_killed_leaves_no_orphans(data):
     """Not even those that wait for somebody to read what they send."""
-    running, workers = begin(data, "time.sleep(600)", PIPES if pipes else "")
+    running, workers = begin(data, "time.sleep(600)")
     assert all(map(alive, workers))
     time.sleep(0.5)  # they fill their queues
     running.kill()
