@@ -19,7 +19,7 @@ from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import Run, load_run
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.device import autocast, keep_freed_memory, resolve_device
+from zpipe.train.device import autocast, keep_freed_memory, resolve_device, to_device
 from zpipe.train.evaluation.answers import BY_INDEX, BY_NAME, Answers, match_run, read_several
 from zpipe.train.evaluation.calibrate import CalibrationConfig, calibrate
 from zpipe.train.evaluation.costs import CostMeter
@@ -322,7 +322,9 @@ def measure_zoomer(
     where = str(opened.path) if precision == "float32" else f"{opened.path} in {precision}"
     for number, batch in enumerate(samples):
         with autocasting():
-            scores = zoomer(opened.preprocessing.normalise(batch["image"].to(device))).float().cpu()  # [B, g * g]
+            scores = (
+                zoomer(opened.preprocessing.normalise(to_device(batch["image"], device))).float().cpu()
+            )  # [B, g * g]
         check_numbers(scores, batch["key"], "the zoomer's scores", where=where)
         target = batch["relevance"].flatten(1)  # [B, g * g]
         sums["mse"] += float(mse(scores, target).sum())

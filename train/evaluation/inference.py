@@ -21,7 +21,7 @@ from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.map_stores import Join
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.device import autocast, keep_freed_memory, resolve_device
+from zpipe.train.device import autocast, keep_freed_memory, resolve_device, to_device
 from zpipe.train.evaluation.metrics import LARGEST_LOGIT, check_numbers
 from zpipe.train.models.operating_points import OperatingPoint, logits_of
 from zpipe.train.models.zoom_tokens import token_boxes
@@ -78,7 +78,7 @@ class OpenRun:
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Move the images of a batch to the device and normalise them: uint8 [B, 3, S, S] -> float32 [B, 3, S, S]."""
-        return batch | {"image": self.run.preprocessing.normalise(batch["image"].to(self.device))}
+        return batch | {"image": self.run.preprocessing.normalise(to_device(batch["image"], self.device))}
 
     @torch.inference_mode()
     def respond(self, prepared: dict[str, Any], point: OperatingPoint) -> Answer:

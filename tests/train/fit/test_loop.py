@@ -132,7 +132,9 @@ def test_a_trainer_goes_on_from_the_state_of_another(data, tmp_path, name):
     assert set(state) == {"model", "optimizer", "step", "epoch", "position"} | own
     second.load_state_dict(state)
     assert second.step == 2
-    assert first.train_step(groups[2]) == second.train_step(groups[2])
+    for trained in (first, second):
+        trained.train_step(groups[2])
+    assert first.metrics() == second.metrics() and first.metrics().keys() == {"loss", "train_top1"}
     for one, other in zip(first.task.model.parameters(), second.task.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -412,24 +414,47 @@ def test_wrong_settings_of_a_vit(change, told):
         replace(PLAIN, **change)
 
 
+@pytest.mark.parametrize("checkpoint_s", [0.0, 600.0])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_no_step_is_taken_on_a_loss_that_is_not_finite(data, tmp_path, monkeypatch, accumulate):
-    """Of the fourth batch; its gradients are there by the time that we look."""
+def test_no_checkpoint_is_written_after_a_loss_that_is_not_finite(
+    data, tmp_path, monkeypatch, accumulate, checkpoint_s
+):
+    """It is read one step late, but before a checkpoint: of the 16th batch, in the second epoch of ten batches."""
     original, update, calls, updates = ClassifyTask.loss, loop.update_weights, [], []
 
     def loss(task, batch):
         calls.append(batch)
         found, told = original(task, batch)
-        return (found * float("nan") if len(calls) == 4 else found), told
+        return (found * float("nan") if len(calls) == 16 else found), told
 
     monkeypatch.setattr(ClassifyTask, "loss", loss)
     monkeypatch.setattr(loop, "update_weights", lambda *given: (updates.append(given), update(*given)))
-    step = 4 // accumulate - 1
-    with pytest.raises(ZpipeError, match=f"the loss became nan in step {step} of "):
-        train_vit(data / "shards", tmp_path / "run", with_loop(PLAIN, accumulate=accumulate, checkpoint_s=0.0))
-    assert len(updates) == step and len(calls) == 4
+    step = 16 // accumulate - 1
+    config = with_loop(PLAIN, accumulate=accumulate, checkpoint_s=checkpoint_s, log_every=1000)
+    with pytest.raises(ZpipeError, match=f"the loss became nan in step {step} of .*the last good state is "):
+        train_vit(data / "shards", tmp_path / "run", config)
+    late = 1 if checkpoint_s else 0  # a checkpoint that is due reads it in its own step
+    assert len(updates) == step + 1 and len(calls) == (step + 1 + late) * accumulate
     state = load_checkpoint(tmp_path / "run")
-    assert state["step"] == step and all(value.isfinite().all() for value in state["model"].values())
+    assert state["step"] == (10 // accumulate if checkpoint_s else step)
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize("step", [5, 9, 19])
+def test_a_loss_that_is_not_finite_ends_the_step_that_reads_it(data, tmp_path, monkeypatch, step):
+    """In mid-epoch, in the last step of an epoch and in the last step of all."""
+    original, calls = ClassifyTask.loss, []
+
+    def loss(task, batch):
+        calls.append(batch)
+        found, told = original(task, batch)
+        return (found / 0 if len(calls) == step + 1 else found), told
+
+    monkeypatch.setattr(ClassifyTask, "loss", loss)
+    with pytest.raises(ZpipeError, match=f"the loss became inf in step {step} of 20"):
+        train_vit(data / "shards", tmp_path / "run", with_loop(PLAIN, log_every=1000), val=data / "val")
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert (tmp_path / "run" / "checkpoint.pt").exists() == (step >= 10)
 
 
 def test_normalising_is_the_same_wherever_it_was_asked_first():
