@@ -370,6 +370,13 @@ class Event:
         return 0.0
 
 
+class Device(nullcontext):
+    """As torch.cuda.device, of which there is one."""
+
+    def __init__(self, device: Any) -> None:
+        super().__init__()
+
+
 class Stream:
     """As torch.cuda.Stream; all streams are one."""
 
@@ -425,7 +432,7 @@ def pretend_cuda() -> Iterator[PretendCuda]:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
-        "device": lambda device: nullcontext(),
+        "device": Device,
         "get_device_name": lambda device=None: "pretend",
         "get_device_capability": lambda device=None: (9, 0),
         "empty_cache": lambda: None,

@@ -1,4 +1,4 @@
-"""Training on a pretend CUDA device: the run of the CPU, and a step waits for nothing but the loss of the one before."""
+"""Training on a pretend CUDA device: it equals that on the CPU, and a step waits only for the loss of the last one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from tiny import BODY, GRID, SIDE, scenes, store
 
 from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.relevance_maps import RelevanceMaps
 from zpipe.train.checkpoint import Preprocessing
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.fit.config import TrainConfig
@@ -76,7 +77,7 @@ def trainer(data, config, run):
     source = None
     if config.scores is not None:
         zoomer = Zoomer(2, GRID, width=8).requires_grad_(False).to(device)
-        source = choose_source(config.scores, model, zoomer=zoomer, store=None, training=True)
+        source = choose_source(config.scores, model, zoomer=zoomer, store=RelevanceMaps(data / "maps"), training=True)
     task = ClassifyTask(model, source, config, PREPROCESSING, device)
     loader = RelevanceLoader(data / "shards", data / "maps", batch_size=4, image_size=SIDE)
     return Trainer(task, loader, config.train, run)
