@@ -37,37 +37,8 @@ SIZED_BY_VALUES = ("nonzero", "masked_select", "_unique", "_unique2", "unique_di
 TAKE_NUMBERS = ("fill_", "masked_fill", "masked_fill_", "index_put", "index_put_", "_index_put_impl_", "where", "lerp")
 
 
-def flash_attention(q: Any, k: Any, v: Any, offsets: Any, *_: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-    """Attention within packed sequences, in the arguments of the CUDA kernel; q, k, v [T, H, D]."""
-    parts = zip(*(_sequences(x, offsets) for x in (q, k, v)), strict=True)
-    scale = kwargs.get("scale") or q.shape[-1] ** -0.5
-    out = [((a @ b.mT * scale).softmax(dim=-1) @ c).transpose(0, 1) for a, b, c in parts]
-    unused = torch.zeros(2)
-    return torch.cat(out).to(q.dtype), torch.zeros(q.shape[1], len(q)), unused, unused, unused
-
-
-def flash_attention_backward(
-    grad: Any, q: Any, k: Any, v: Any, out: Any, _: Any, offsets: Any, *__: Any, **kwargs: Any
-) -> tuple[torch.Tensor, ...]:
-    """The gradients of `flash_attention` by q, k and v."""
-    scale = kwargs.get("scale") or q.shape[-1] ** -0.5
-    grads = []
-    for g, a, b, c, o in zip(*(_sequences(x, offsets) for x in (grad, q, k, v, out)), strict=True):
-        weights = (a @ b.mT * scale).softmax(dim=-1)  # [H, n, n]
-        inner = weights * (g @ c.mT - (g * o).sum(dim=-1, keepdim=True)) * scale
-        grads.append([each.transpose(0, 1) for each in (inner @ b, inner.mT @ a, weights.mT @ g)])
-    return tuple(torch.cat(each).to(q.dtype) for each in zip(*grads, strict=True))
-
-
-def _sequences(x: torch.Tensor, offsets: torch.Tensor) -> list[torch.Tensor]:
-    """[T, H, D] -> float32 [H, n, D] for each sequence."""
-    return [part.transpose(0, 1).float() for part in x.split(offsets.diff().tolist())]
-
-
 # Kernels that only CUDA has. Products of bfloat16 are exact in float32, which sums them.
 CUDA_ONLY: dict[str, Callable[..., Any]] = {
-    "aten::_flash_attention_forward": flash_attention,
-    "aten::_flash_attention_backward": flash_attention_backward,
     "aten::mm.dtype": lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
     "aten::bmm.dtype": lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
 }

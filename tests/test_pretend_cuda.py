@@ -211,23 +211,6 @@ def test_autocast_casts_as_the_lists_for_cuda(cuda):
     assert (x @ w).dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_flash_attention_over_packed_sequences(cuda, dtype):
-    offsets, longest = torch.tensor([0, 3, 4, 9], dtype=torch.int32), 5
-    q, k, v = (torch.randn(9, 2, 8).to(dtype).requires_grad_() for _ in range(3))
-    parts = zip(*(x.transpose(0, 1).split([3, 1, 5], dim=1) for x in (q, k, v)), strict=True)
-    here = torch.cat([F.scaled_dot_product_attention(*part).transpose(0, 1) for part in parts])
-    here.float().square().sum().backward()
-    there = [x.detach().to("cuda").requires_grad_() for x in (q, k, v)]
-    offsets = offsets.to("cuda")
-    cuda.reset()
-    out = torch.ops.aten._flash_attention_forward(*there, offsets, offsets, longest, longest, 0.0, False, False)[0]
-    out.float().square().sum().backward()
-    assert out.dtype == dtype and not cuda.syncs and cuda.ops["_flash_attention_forward"] == 1
-    for found, expected in zip([out, *(x.grad for x in there)], [here, q.grad, k.grad, v.grad], strict=True):
-        torch.testing.assert_close(host(found), expected, rtol=0.05, atol=0.05)
-
-
 def test_under_autocast_gradients_have_the_dtype_of_the_weights(cuda):
     layer, x = torch.nn.Linear(8, 8), torch.randn(4, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -25,7 +25,8 @@ from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.late_metrics import LateMetrics
 from zpipe.train.fit.metric_log import Log, metric_log, trim_log
 from zpipe.train.fit.optim import make_optimizer, make_scheduler, restore_optimizer, update_weights
-from zpipe.train.ranks import Ranks, ranks
+from zpipe.train.fit.position import epoch_seed, position_of, restore_position
+from zpipe.train.ranks import ranks
 from zpipe.train.resume_state import check_weights, load_checkpoint, save_checkpoint
 from zpipe.train.run_files import CHECKPOINT_NAME, damaged_remedy, forget_attempt
 from zpipe.train.signals import stop_flag
@@ -233,7 +234,7 @@ class Trainer:
             state["scaler"] = self.scaler.state_dict()
         position = self._position
         if self._in_epoch:
-            position = _position(self.loader, self.task.draws, self.ranks, self.device)
+            position = position_of(self.loader, self.task.draws, self.ranks, self.device)
         return state | {"position": position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -311,8 +312,8 @@ class Trainer:
     def _begin_epoch(self) -> None:
         """Seed all generators for the epoch, or restore them to where the loaded checkpoint was taken."""
         self.task.model.train()
-        torch.manual_seed(_epoch_seed(self.config.seed, self.epoch, self.ranks.rank))
-        self.task.draws.manual_seed(_epoch_seed(self.config.seed, self.epoch))
+        torch.manual_seed(epoch_seed(self.config.seed, self.epoch, self.ranks.rank))
+        self.task.draws.manual_seed(epoch_seed(self.config.seed, self.epoch))
         self.loader.set_epoch(self.epoch)
         resumed = self._position is not None
         if self._position is not None:
@@ -324,7 +325,7 @@ class Trainer:
     def _restore_position(self, position: dict[str, Any]) -> None:
         path = self.run / CHECKPOINT_NAME
         try:
-            _restore_position(position, self.loader, self.task.draws, self.ranks, self.device)
+            restore_position(position, self.loader, self.task.draws, self.ranks, self.device)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
         if self.loader.epoch != self.epoch:
@@ -449,30 +450,6 @@ def explain_out_of_memory(run: Path, device: torch.device) -> Iterator[None]:
             f"{run}: a step doesn't fit into the memory of {device}; lower --batch-size (train.accumulate=2 makes the "
             "step as large as before), or set train.precision=bf16"
         ) from error
-
-
-def _position(loader: RelevanceLoader, draws: torch.Generator, group: Ranks, device: torch.device) -> dict[str, Any]:
-    """The position within an epoch: that of the loader, and the states of all ranks' random number generators."""
-    # Reading the state of a CUDA generator initialises CUDA, which a run on the CPU must not do.
-    own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-    return {"loader": loader.state_dict(), "draws": draws.get_state(), "ranks": group.gather(own)}
-
-
-def _restore_position(
-    position: dict[str, Any], loader: RelevanceLoader, draws: torch.Generator, group: Ranks, device: torch.device
-) -> None:
-    loader.load_state_dict(position["loader"])
-    draws.set_state(position["draws"])
-    if group.rank >= len(position["ranks"]):
-        return  # the checkpoint is of fewer ranks: this one starts from the seed of the epoch
-    own = position["ranks"][group.rank]
-    torch.set_rng_state(own["cpu"])
-    if own["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(own["cuda"], device)
-
-
-def _epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
-    return (seed * 1_000_003 + epoch + rank * 2_000_000_000_003) % 2**63
 
 
 def _groups(batches: Iterator[Any], size: int, *, max_groups: int) -> Iterator[list[Any]]:

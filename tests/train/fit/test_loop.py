@@ -33,6 +33,7 @@ from zpipe.train.fit.initialise import build_vit
 from zpipe.train.fit.loop import Clock, Stopped, Trainer, _groups
 from zpipe.train.fit.metric_log import metric_log
 from zpipe.train.fit.optim import make_optimizer, make_scheduler, update_weights
+from zpipe.train.fit.position import position_of, restore_position
 from zpipe.train.fit.recipes import VIT_RECIPES, ZOOMER_RECIPES, recipe
 from zpipe.train.fit.train_vit import ClassifyTask, VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import train_zoomer
@@ -515,10 +516,10 @@ def test_a_run_on_the_cpu_opens_no_gpu(data, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch.cuda, name, opened)
-    position = loop._position(loader, draws, group, torch.device("cpu"))
+    position = position_of(loader, draws, group, torch.device("cpu"))
     assert position["ranks"][0]["cuda"] is None
     position["ranks"][0]["cuda"] = torch.ones(3)  # the run was begun on a GPU
-    loop._restore_position(position, loader, draws, group, torch.device("cpu"))
+    restore_position(position, loader, draws, group, torch.device("cpu"))
 
 
 def test_a_checkpoint_holds_the_generator_of_the_device_in_use(data, monkeypatch):
@@ -526,9 +527,9 @@ def test_a_checkpoint_holds_the_generator_of_the_device_in_use(data, monkeypatch
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda asked: states[asked])
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, asked: states.update({asked: state}))
     loader, draws, group = RelevanceLoader(data / "shards", batch_size=4), torch.Generator(), loop.ranks()
-    position = loop._position(loader, draws, group, device)
+    position = position_of(loader, draws, group, device)
     states[device] = torch.zeros(3)
-    loop._restore_position(position, loader, draws, group, device)
+    restore_position(position, loader, draws, group, device)
     assert states == {device: position["ranks"][0]["cuda"]} and states[device].all()
 
 

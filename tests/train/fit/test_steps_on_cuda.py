@@ -47,7 +47,6 @@ STEPS = {
     "bce, adaptive clipping": (replace(with_loop(PLAIN, clip_grad=0.1, clip_mode="agc"), loss="bce"), {}),
     "bf16": (with_loop(PLAIN, precision="bf16"), {}),
     "fp16": (with_loop(PLAIN, precision="fp16"), {"item": 1}),  # the scaler asks whether to leave the step out
-    "lamb": (with_loop(PLAIN, opt="lamb"), {}),
     "budget": (ZOOM, {}),
     "alpha": (replace(ZOOM, zoom_draw="alpha"), {"tolist": 1}),  # the lengths of the sequences
     "alpha, bf16": (replace(with_loop(ZOOM, precision="bf16"), zoom_draw="alpha"), {"tolist": 1}),
