@@ -18,6 +18,7 @@ from zpipe.pipeline.classifier import Classifier, Targets
 from zpipe.pipeline.methods import CLASS_BLIND, CLOSED_FORM, DEFAULT_METHOD, METHODS, methods_of, refusal_of
 from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
+from zpipe.pipeline.supported import check_values, values_are_checked
 from zpipe.pipeline.teacher import Teacher
 from zpipe.schemas.choices import check_choice
 from zpipe.schemas.devices import float32_arithmetic, is_out_of_memory
@@ -154,6 +155,7 @@ class Explainer:
         self.config, self.batch_size, self.device, self.name = config, batch_size, device, teacher.name
         self.notes: list[str] = []
         self._batch = BatchSize(batch_size)
+        self._cuda = device.startswith("cuda")
         self._with_features = features
         dtype, self._sweep = PRECISIONS[config.precision]
         self._dtype = dtype
@@ -223,26 +225,43 @@ class Explainer:
             torch.cuda.empty_cache()
 
     def _explain(self, pixels: np.ndarray, labels: np.ndarray) -> Explained:
-        images = self._normalised(pixels)
-        attribution = self._attribute(images, self._targets(labels))
-        targets = self._explained_classes(attribution.logits, labels)
+        asked = self._targets(labels)
+        images = self._normalised(pixels, asked)
+        asked = self._moved(asked) if isinstance(asked, Tensor) else asked
+        attribution = self._attribute(images, asked)
+        targets = self._explained_classes(attribution.logits, asked)
         # Both maps explain the same class, even if the teacher predicts another one for the mirrored image.
         maps = self._symmetrised(attribution.maps, images, targets)
         # What leads to no class explains none: for methods that depend on the attention alone, the map may be finite.
         logits = attribution.logits.float()
         broken = ~logits.isfinite().all(dim=1).view(-1, *[1] * (maps.ndim - 1))
         maps = maps.float().masked_fill(broken, torch.nan)
-        results = (maps, logits, targets.to(torch.int64), self._features(images))
-        return Explained(*(result.cpu().numpy() for result in results))
+        return Explained(*self._arrays(maps, logits, targets.to(torch.int64), self._features(images)))
 
     def _maps(self, pixels: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        images, classes = self._normalised(pixels), torch.from_numpy(targets).to(self.device)
-        maps = self._attribute(images, classes.clamp(min=0)).maps
-        return self._symmetrised(maps, images, classes).float().cpu().numpy()
+        known = torch.from_numpy(targets).clamp(min=0)
+        images, classes = self._normalised(pixels, known), self._moved(known)
+        maps = self._attribute(images, classes).maps
+        (array,) = self._arrays(self._symmetrised(maps, images, classes).float())
+        return array
 
-    def _normalised(self, pixels: np.ndarray) -> Tensor:
-        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).to(self._mean.dtype) / 255.0
-        return ((images - self._mean) / self._std).to(self._dtype)  # [n, 3, H, W]
+    def _normalised(self, pixels: np.ndarray, targets: Targets) -> Tensor:
+        """Images [n, 3, H, W] on the device. Pixels and targets are checked before, while the CPU has them."""
+        given = torch.from_numpy(pixels)
+        check_values(given, targets, self._model.num_classes)
+        images = self._moved(given).permute(0, 3, 1, 2).to(self._mean.dtype) / 255.0
+        return ((images - self._mean) / self._std).to(self._dtype)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """A tensor on the device; to CUDA it is copied asynchronously, through pinned memory."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self._cuda else tensor.to(self.device)
+
+    def _arrays(self, *tensors: Tensor) -> list[np.ndarray]:
+        """Tensors of the device as arrays; the host waits for it once, after the last of them."""
+        copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        if self._cuda:
+            torch.cuda.current_stream(torch.device(self.device)).synchronize()
+        return [copy.numpy() for copy in copies]
 
     def _symmetrised(self, maps: Tensor, images: Tensor, targets: Tensor) -> Tensor:
         """Average the maps with those of the mirrored images if `symmetrise` is set, else return them."""
@@ -258,10 +277,11 @@ class Explainer:
         return self._model.features(images).float()
 
     def _attribute(self, images: Tensor, targets: Targets) -> Attribution:
-        if self._sweep == "model":
-            return METHODS[self.config.method](self._model, images, targets)
-        split = CLOSED_FORM[self.config.method]
-        return attribute(self._model.model, images, targets, sweep=self._sweep, split=split)
+        with values_are_checked():
+            if self._sweep == "model":
+                return METHODS[self.config.method](self._model, images, targets)
+            split = CLOSED_FORM[self.config.method]
+            return attribute(self._model.model, images, targets, sweep=self._sweep, split=split)
 
     def _targets(self, labels: np.ndarray) -> Targets:
         if self.config.target == "predicted":
@@ -270,13 +290,12 @@ class Explainer:
             count = self.config.top_classes
             return lambda logits: logits.topk(count, dim=1).indices
         if self.config.needs_label:
-            return torch.from_numpy(labels).to(self.device)
-        return torch.full((len(labels),), self.config.fixed_class or 0, device=self.device)
+            return torch.from_numpy(labels)
+        return torch.full((len(labels),), self.config.fixed_class or 0)
 
-    def _explained_classes(self, logits: Tensor, labels: np.ndarray) -> Tensor:
+    def _explained_classes(self, logits: Tensor, targets: Targets) -> Tensor:
         if self.config.method in CLASS_BLIND:
-            return torch.full((len(labels),), NO_CLASS, device=self.device)
-        targets = self._targets(labels)
+            return torch.full((len(logits),), NO_CLASS, device=logits.device)
         return targets if isinstance(targets, Tensor) else targets(logits)
 
 

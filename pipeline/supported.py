@@ -6,6 +6,10 @@ silently give wrong maps. These checks refuse such a part by name.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from timm.layers import GELU, GELUTanh, LayerNorm, LayerScale, Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
@@ -97,11 +101,46 @@ def check_request(classifier: Classifier, images: Tensor, targets: Targets) -> N
         raise ValueError(
             f"images are {images.dtype} on {images.device}, the model is {weight.dtype} on {weight.device}"
         )
-    broken = ~images.isfinite().flatten(1).all(dim=1)
-    if broken.any():
-        raise ValueError(f"image {int(broken.nonzero()[0])} of the batch has pixels that are NaN or infinite")
     if isinstance(targets, Tensor):
-        _check_targets(targets, len(images), classifier.num_classes)
+        _check_targets(targets, len(images))
+    if _read_values.get():
+        check_values(images, targets, classifier.num_classes)
+
+
+def check_values(images: Tensor, targets: Targets, classes: int) -> None:
+    """Check that pixels are finite and targets classes of the model. It waits for an accelerator that has them.
+
+    Args:
+        images: Pixels of any layout, the image first.
+        targets: Class numbers [B] or [B, K]; what a function computes from the logits is not checked.
+        classes: Number of classes.
+
+    Raises:
+        ValueError: A value is wrong; the message says which.
+    """
+    if images.is_floating_point():
+        broken = ~images.isfinite().flatten(1).all(dim=1)
+        if broken.any():
+            raise ValueError(f"image {int(broken.nonzero()[0])} of the batch has pixels that are NaN or infinite")
+    if isinstance(targets, Tensor):
+        _check_classes(targets, classes)
+
+
+# Whether values are read to check them.
+_read_values: ContextVar[bool] = ContextVar("_read_values", default=True)
+
+
+@contextmanager
+def values_are_checked() -> Iterator[None]:
+    """Let no attribution in this context check values of images and targets, because the caller has checked them.
+
+    On an accelerator, reading them would wait until it has done all its work. See `check_values`.
+    """
+    token = _read_values.set(False)
+    try:
+        yield
+    finally:
+        _read_values.reset(token)
 
 
 def resolve_targets(targets: Targets, logits: Tensor) -> tuple[Tensor, bool]:
@@ -115,7 +154,9 @@ def resolve_targets(targets: Targets, logits: Tensor) -> tuple[Tensor, bool]:
     """
     if not isinstance(targets, Tensor):
         targets = targets(logits)
-        _check_targets(targets, *logits.shape)
+        _check_targets(targets, len(logits))
+        if _read_values.get():
+            _check_classes(targets, logits.shape[1])
     targets = targets.to(logits.device, torch.int64, copy=True)  # autograd does not take one of inference mode
     single = targets.ndim == 1
     return (targets[:, None] if single else targets), single
@@ -139,11 +180,14 @@ def _check_parts(classifier: Classifier) -> Tensor:
     return first
 
 
-def _check_targets(targets: Tensor, count: int, classes: int) -> None:
+def _check_targets(targets: Tensor, count: int) -> None:
     if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise ValueError(f"targets are {targets.dtype}, class numbers are integers")
     if targets.ndim not in (1, 2) or len(targets) != count or (targets.ndim == 2 and targets.shape[1] == 0):
         raise ValueError(f"targets have shape {list(targets.shape)}, {count} images need [{count}] or [{count}, K]")
+
+
+def _check_classes(targets: Tensor, classes: int) -> None:
     outside = (targets < 0) | (targets >= classes)
     if outside.any():
         number = int(targets[outside][0])

@@ -27,7 +27,7 @@ from flash_on_cpu import flash_on_cpu
 from pretend_autocast import AUTOCAST, autocast_lists
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 CUDA = torch.device("cuda", 0)
 INNER = torch.device("meta", 1)  # what C++ sees: autograd would ask the driver for the streams of a CUDA device
@@ -36,6 +36,13 @@ ROOT = Path(__file__).parents[1]
 SIZED_BY_VALUES = ("nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount")
 # Take numbers in CPU tensors of no dimension, beside those that torch tags as pointwise.
 TAKE_NUMBERS = ("fill_", "masked_fill", "masked_fill_", "index_put", "index_put_", "_index_put_impl_", "where", "lerp")
+
+
+# Kernels that only CUDA has. Products of bfloat16 are exact in float32, which sums them.
+CUDA_ONLY: dict[str, Callable[..., Any]] = {
+    "aten::mm.dtype": lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
+    "aten::bmm.dtype": lambda a, b, dtype: a.to(dtype) @ b.to(dtype),
+}
 
 
 class OnDevice(torch.Tensor):
@@ -80,7 +87,24 @@ class OnDevice(torch.Tensor):
 
 def host(values: Any) -> Any:
     """Tensors of the pretend device, in any structure, as CPU tensors that share their values; counts nothing."""
-    return tree_map(lambda x: x.inner if isinstance(x, OnDevice) else x, values)
+    return tree_map(_inner, values)
+
+
+def _inner(x: Any) -> Any:
+    return x.inner if isinstance(x, OnDevice) else x
+
+
+def _map(function: Callable[[Any], Any], values: Any) -> Any:
+    """As `tree_map`, but fast, for what operations take and return: lists, tuples and dictionaries."""
+    if isinstance(values, (list, tuple)):
+        return type(values)([_map(function, x) for x in values])
+    return {k: _map(function, x) for k, x in values.items()} if isinstance(values, dict) else function(values)
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    _map(lambda x: found.append(x) if isinstance(x, torch.Tensor) else None, values)
+    return found
 
 
 class PretendCuda(TorchDispatchMode):
@@ -118,7 +142,7 @@ class PretendCuda(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        tensors = _tensors((args, kwargs))
         from_device = any(isinstance(x, OnDevice) for x in tensors)
         device = kwargs.get("device")
         to_device = from_device if device is None else device in (INNER, CUDA)  # CUDA: from a hook of a backward pass
@@ -134,13 +158,14 @@ class PretendCuda(TorchDispatchMode):
         self._count_sync(name, args, kwargs)
         if device is not None:
             kwargs = kwargs | {"device": torch.device("cpu") if to_device else device}
-        inner_args, inner_kwargs = host((args, kwargs))
-        return self._on_device(func, tensors, func(*inner_args, **inner_kwargs), moved=to_device)
+        inner_args, inner_kwargs = _map(_inner, (args, kwargs))
+        kernel = CUDA_ONLY.get(func.name(), func)
+        return self._on_device(func, tensors, kernel(*inner_args, **inner_kwargs), moved=to_device)
 
     def _on_device(self, func: Any, tensors: list[torch.Tensor], result: Any, *, moved: bool = True) -> Any:
         """Count a kernel, unless its results are only views, and move the results to the device."""
-        outputs = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        storages = {host(x).untyped_storage().data_ptr() for x in tensors}
+        outputs = _tensors(result)
+        storages = {_inner(x).untyped_storage().data_ptr() for x in tensors}
         views = not func._schema.is_mutable and all(x.untyped_storage().data_ptr() in storages for x in outputs)
         name = func._schema.name.removeprefix("aten::")
         if not (outputs and views) and not name.startswith(("empty", "new_empty")):
@@ -156,7 +181,7 @@ class PretendCuda(TorchDispatchMode):
         # Under inference mode, too, a view of a tensor from outside of it is such a tensor.
         normal = views and not any(x.is_inference() for x in tensors)
         with torch.inference_mode(False) if normal else nullcontext():
-            return tree_map(wrap, result)
+            return _map(wrap, result)
 
     def _copy(self, func: Any, args: Any, kwargs: dict[str, Any], to_device: bool) -> Any:
         """Copy or cast, `_to_copy` or `copy_`; between the devices, wait unless the host's memory is pinned."""
@@ -166,7 +191,7 @@ class PretendCuda(TorchDispatchMode):
         waits = not (args[2] if len(args) > 2 else kwargs.pop("non_blocking", False))
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
-        inner = host(args[:2])
+        inner = _map(_inner, args[:2])
         if to_device if target is None else isinstance(target, OnDevice):
             pinned = isinstance(source, OnDevice) or is_pinned(source)
             if not isinstance(source, OnDevice) and (waits or not pinned):
@@ -317,6 +342,13 @@ class Event:
         return 0.0
 
 
+class Device(nullcontext):
+    """As torch.cuda.device, of which there is one."""
+
+    def __init__(self, device: Any) -> None:
+        super().__init__()
+
+
 class Stream:
     """As torch.cuda.Stream; all streams are one."""
 
@@ -372,7 +404,7 @@ def pretend_cuda() -> Iterator[PretendCuda]:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
-        "device": lambda device: nullcontext(),
+        "device": Device,
         "get_device_name": lambda device=None: "pretend",
         "get_device_capability": lambda device=None: (9, 0),
         "empty_cache": lambda: None,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -55,6 +55,19 @@ class Ranks:
         sums = torch.tensor(values, dtype=torch.float64, device=_collective_device())
         dist.all_reduce(sums)
         return sums.tolist()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over the ranks, in place; bit-identical on all of them. It doesn't wait for an accelerator.
+
+        Args:
+            values: A tensor of any shape, of the same shape on all ranks, on the device that they train on.
+
+        Returns:
+            The same tensor.
+        """
+        if not self.alone:
+            dist.all_reduce(values)
+        return values
 
     def gather(self, value: Value) -> list[Value]:
         """The values of all ranks, in the order of the ranks."""

@@ -11,6 +11,7 @@ from timm.data.mixup import mixup_target
 
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.geometry import Box, covered_share
+from zpipe.train.device import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +73,8 @@ def mix_batch(batch: dict[str, Any], config: MixConfig, rng: np.random.Generator
     out["image"][:, :, top:bottom, left:right] = images.flip(0)[:, :, top:bottom, left:right]
     if "relevance" in batch:
         relevance = batch["relevance"]
-        covered = torch.from_numpy(
-            covered_share(relevance.shape[1:], Box(left, top, right, bottom), images.shape[2:])
-        ).to(relevance)  # [gh, gw]
+        share_of_cells = covered_share(relevance.shape[1:], Box(left, top, right, bottom), images.shape[2:])
+        covered = to_device(torch.from_numpy(share_of_cells).to(relevance.dtype), relevance.device)  # [gh, gw]
         out["relevance"] = relevance * (1 - covered) + relevance.flip(0) * covered
     return out
 

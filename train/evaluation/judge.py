@@ -321,12 +321,12 @@ def _judge_batch(
         model=lambda shown: classifier.logits(shown, keys),
         images=images,
         empty=emptied(images, config.baseline),
-        targets=labels.to(classifier.device),
+        targets=to_device(labels, classifier.device),
     )
     seen = None if masks is None else masks.view(keys, batch["box"], side)
     # [B, n, 4], NaN after the last box of an image; n is 0 if no image of the batch has any.
     boxes = pad_sequence(batch["object_boxes"], batch_first=True, padding_value=torch.nan)
-    maps = {name: batch[f"map_{number}"].to(classifier.device) for number, name in enumerate(names)}
+    maps = {name: to_device(batch[f"map_{number}"], classifier.device) for number, name in enumerate(names)}
     for row, relevance in (maps | _controls(maps[names[0]], keys)).items():
         curves = torch.cat(perturbation_curves(probe, relevance, config.steps), dim=1)  # [B, 2 * (steps + 1)]
         yield row, "curves", torch.cat([torch.ones_like(curves[:, :1]), curves], dim=1)

@@ -12,8 +12,8 @@ from typing import Any
 class Clock:
     """Measures where the time goes: data, forward, backward (with the optimizer's step), save.
 
-    An accelerator works asynchronously. The loop waits for it after the backward pass, so the wait counts as backward,
-    and forward is the time that it takes to launch the work.
+    An accelerator works asynchronously. The loop waits for the loss of the step before after the backward pass, so the
+    wait counts as backward, and forward is the time that it takes to launch the work.
     """
 
     def __init__(self) -> None:

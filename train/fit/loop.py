@@ -20,18 +20,21 @@ from zpipe.schemas.errors import UsageError, ZpipeError, last_line
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import keep_epoch
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.device import autocast, keep_freed_memory, resolve_device
+from zpipe.train.device import autocast, keep_freed_memory, resolve_device, to_device
 from zpipe.train.fit.clock import Clock
 from zpipe.train.fit.config import TrainConfig
+from zpipe.train.fit.late_metrics import LateMetrics
 from zpipe.train.fit.metric_log import Log, metric_log, trim_log
 from zpipe.train.fit.optim import make_optimizer, make_scheduler, restore_optimizer, update_weights
+from zpipe.train.fit.position import epoch_seed, position_of, restore_position
 from zpipe.train.models.backbone import compiled
-from zpipe.train.ranks import Ranks, ranks
+from zpipe.train.ranks import ranks
 from zpipe.train.resume_state import check_weights, load_checkpoint, save_checkpoint
 from zpipe.train.run_files import CHECKPOINT_NAME, damaged_remedy, forget_attempt
 from zpipe.train.signals import stop_flag
 
 Batch = dict[str, Any]
+VOTES = ("samples", "stop", "save")  # sums over the ranks, beside the metrics of a step
 
 
 class Task(Protocol):
@@ -110,6 +113,8 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._stop_requested = never
         self._stopping, self._save_due = False, False
+        self._late = LateMetrics()
+        self._metrics: dict[str, float] = {}  # of the last step that was read
         self._usable = True  # whether the epoch had a sample that is not damaged
 
     def train(self, stage: str, progress: Progress = silent, stop: Callable[[], bool] = never) -> dict[str, float]:
@@ -145,18 +150,22 @@ class Trainer:
             while self._unfinished():
                 self._begin_epoch()
                 for batches in self._step_batches():
-                    step_metrics = self.train_step(batches)
+                    self.train_step(batches)
                     if self.step % self.config.log_every == 0 or self.step == self.total_steps:
+                        step_metrics = self.metrics()
                         step_metrics["lr"] = max(group["lr"] for group in self.optimizer.param_groups)  # the head's
                         step_metrics["images_per_s"] = self._images / (time.monotonic() - begun)
                         log(self._log_line(step_metrics) | self._clock.shares())
                         progress(stage, self.step, self.total_steps, **step_metrics)
-                    if self._stopping or self._save_due:
-                        self.save()
                     if self._stopping:
-                        self.ranks.total([0.0])  # a barrier: when the first rank ends, Ray ends those that still save
                         break
-                if not self._stopping:
+                    if self._save_due:
+                        self.save()
+                self.metrics()  # of the last step, with the votes of all ranks
+                if self._stopping:
+                    self.save()
+                    self.ranks.total([0.0])  # a barrier: when the first rank ends, Ray ends those that still save
+                else:
                     if self.loader.damaged == "skip" and not self._usable:
                         raise ZpipeError(f"{self.loader.path}: no sample of the epoch can be used; give sound shards")
                     self.epoch, self._in_epoch = self.epoch + 1, False
@@ -173,36 +182,42 @@ class Trainer:
         self._finish()
         return metrics
 
-    def train_step(self, batches: list[Batch]) -> dict[str, float]:
+    def train_step(self, batches: list[Batch]) -> None:
         """Take one optimizer step on `config.accumulate` batches.
 
-        Returns:
-            The loss and the metrics of the task, means over the batches of all ranks.
+        The loss is not waited for. It is read after the next step's gradients are launched, or by `metrics`, which
+        comes before every checkpoint, log line and validation.
 
         Raises:
-            ZpipeError: If the loss is not finite; the weights are then still those before the step.
+            ZpipeError: If the loss of the step before is not finite.
         """
         self.task.progress = self.step / self.total_steps
         self.scheduler.step(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = self._accumulate_gradients(batches)
-        if not math.isfinite(metrics["loss"]):
-            path = self.run / CHECKPOINT_NAME
-            kept = f"the last good state is {path}" if path.is_file() else "no epoch was finished"
-            raise ZpipeError(
-                f"{self.run}: the loss became {metrics['loss']} in step {self.step} of {self.total_steps}; "
-                f"lower --lr; {kept}"
-            )
+        self._accumulate_gradients(batches)
         with self._clock("backward"):
+            self._read_metrics(keep=1)
             update_weights(self.task.model, self.optimizer, self.scaler, self.config)
             if self.average is not None:
                 self.average.update(self.task.model, self.step)
         self.step += 1
         self._images += sum(len(batch["label"]) for batch in batches) * self.ranks.size
-        return metrics
+
+    def metrics(self) -> dict[str, float]:
+        """Wait for the last step, and return its loss and the metrics of the task, means over the batches of all ranks.
+
+        All ranks must call this together. Before the first step it is empty.
+
+        Raises:
+            ZpipeError: If a loss is not finite. The weights are then of no use, but no checkpoint holds them.
+        """
+        with self._clock("backward"):
+            self._read_metrics()
+        return dict(self._metrics)
 
     def validate(self) -> dict[str, float]:
         """Validate the weights that would be the finished ones, and keep them as the config says."""
+        self.metrics()  # raises after a loss that is not finite
         model = self.average.module if self.average is not None else self.task.model
         model.eval()
         metrics = self.task.validate(model)
@@ -221,7 +236,7 @@ class Trainer:
             state["scaler"] = self.scaler.state_dict()
         position = self._position
         if self._in_epoch:
-            position = _position(self.loader, self.task.draws, self.ranks, self.device)
+            position = position_of(self.loader, self.task.draws, self.ranks, self.device)
         return state | {"position": position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -250,11 +265,12 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint. All ranks must call this together; the first one writes."""
+        self.metrics()  # raises after a loss that is not finite
         with self._clock("save"):
             state = self.state_dict()
             if self.ranks.first:
                 save_checkpoint(self.run, state)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._save_due = time.monotonic(), False
 
     def _prepare_device(self) -> None:
         if self.device.type == "cpu":
@@ -298,8 +314,8 @@ class Trainer:
     def _begin_epoch(self) -> None:
         """Seed all generators for the epoch, or restore them to where the loaded checkpoint was taken."""
         self.task.model.train()
-        torch.manual_seed(_epoch_seed(self.config.seed, self.epoch, self.ranks.rank))
-        self.task.draws.manual_seed(_epoch_seed(self.config.seed, self.epoch))
+        torch.manual_seed(epoch_seed(self.config.seed, self.epoch, self.ranks.rank))
+        self.task.draws.manual_seed(epoch_seed(self.config.seed, self.epoch))
         self.loader.set_epoch(self.epoch)
         resumed = self._position is not None
         if self._position is not None:
@@ -311,7 +327,7 @@ class Trainer:
     def _restore_position(self, position: dict[str, Any]) -> None:
         path = self.run / CHECKPOINT_NAME
         try:
-            _restore_position(position, self.loader, self.task.draws, self.ranks, self.device)
+            restore_position(position, self.loader, self.task.draws, self.ranks, self.device)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from error
         if self.loader.epoch != self.epoch:
@@ -326,46 +342,63 @@ class Trainer:
             self._clock.of("data", self.loader), self.config.accumulate, max_groups=self.total_steps - self.step
         )
 
-    def _accumulate_gradients(self, batches: list[Batch]) -> dict[str, float]:
-        """Compute the gradients of the mean loss over the batches of all ranks; stop at a loss that is not finite."""
-        means: dict[str, float] = {}
+    def _accumulate_gradients(self, batches: list[Batch]) -> None:
+        """Compute the gradients of the mean loss over the batches of all ranks, and send the metrics on their way."""
+        means: Tensor | None = None
+        names: list[str] = []
+        counts = torch.zeros(3, dtype=torch.float64)  # samples, votes to stop, votes to save
         call: Any = self.task.call  # a DistributedDataParallel if there are several ranks
         for number, batch in enumerate(batches):
             last = number + 1 == len(batches)
             weight = self._weight(batch)
+            counts[0] += len(batch["key"])
             if not batch["key"]:
                 batch = self._stand_in()
             with nullcontext() if last or self.ranks.alone else call.no_sync():
                 with self._clock("forward"), self._autocast():
                     loss, metrics = self.task.loss(batch)
                     loss, metrics = loss * weight, {name: value * weight for name, value in metrics.items()}
-                flags = self._poll()
+                counts[1:] += torch.tensor(self._poll())
                 with self._clock("backward"):
                     scaled = loss / len(batches)
                     (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
-                    # Reading the loss waits for an accelerator, which has the whole batch's work by now. It is summed
-                    # over the ranks before it is checked: a rank that went on alone would wait for the others'
-                    # gradients forever.
-                    sums = self.ranks.total([*_to_floats(loss, *metrics.values()), *flags])
-            *sums, stop_votes, save_votes = sums
-            self._stopping, self._save_due = stop_votes > 0, save_votes > 0
-            for name, value in zip(["loss", *metrics], sums, strict=True):
-                means[name] = means.get(name, 0.0) + value / self.ranks.size / len(batches)
-            if not math.isfinite(means["loss"]):
-                break
-        return means
+            names = ["loss", *metrics]
+            values = torch.stack([each.detach().double() for each in (loss, *metrics.values())])
+            values = values / self.ranks.size / len(batches)
+            means = values if means is None else means + values
+        assert means is not None  # a step has at least one batch
+        # Summed before they are checked: a rank that stopped alone would let the others wait for its gradients forever.
+        sums = self.ranks.sum(torch.cat([means, to_device(counts, means.device)]))
+        self._late.put(self.step, [*names, *VOTES], sums)
 
-    def _weight(self, batch: Batch) -> float:
+    def _read_metrics(self, *, keep: int = 0) -> None:
+        """Read the metrics of all steps but the last `keep`, and what the ranks voted for in them."""
+        for step, values in self._late.take(keep=keep):
+            samples, stop, save = (values.pop(name) for name in VOTES)
+            self._usable |= samples > 0
+            self._stopping |= stop > 0
+            self._save_due |= save > 0
+            self._metrics = values
+            if not math.isfinite(values["loss"]):
+                path = self.run / CHECKPOINT_NAME
+                kept = f"the last good state is {path}" if path.is_file() else "no epoch was finished"
+                raise ZpipeError(
+                    f"{self.run}: the loss became {values['loss']} in step {step} of {self.total_steps}; "
+                    f"lower --lr; {kept}"
+                )
+
+    def _weight(self, batch: Batch) -> float | Tensor:
         """The weight of this rank's batch in the mean over the ranks, in proportion to its samples.
 
         Only damaged samples that were left out make batches unequal.
         """
         if self.loader.damaged == "error":
             return 1.0
-        count = len(batch["key"])
-        (total,) = self.ranks.total([count])
-        self._usable |= total > 0
-        return count * self.ranks.size / total if total else 0.0
+        if self.ranks.alone:
+            return 1.0 if batch["key"] else 0.0
+        count = torch.full((), float(len(batch["key"])), device=self.device)
+        total = self.ranks.sum(count.clone())
+        return count * self.ranks.size / total.clamp(min=1)
 
     def _stand_in(self) -> Batch:
         """A sample of weight 0, for a rank whose batch is empty: all ranks must take part in every step."""
@@ -377,9 +410,15 @@ class Trainer:
         return batch
 
     def _poll(self) -> tuple[bool, bool]:
-        """Whether this rank wants to stop, and whether a checkpoint is due, by the clock of the first rank alone."""
+        """Whether this rank wants to stop, and whether a checkpoint is due, by the clock of the first rank alone.
+
+        Several ranks do what any of them wants, one step later, when they have read its vote.
+        """
         due = self.ranks.first and time.monotonic() - self._saved_at >= self.config.checkpoint_s
-        return self._stop_requested(), due
+        stop = self._stop_requested()
+        if self.ranks.alone:
+            self._stopping, self._save_due = self._stopping or stop, self._save_due or due
+        return stop, due
 
     def _data_notes(self) -> dict[str, Any]:
         """How many samples had no usable map, and what was damaged so far; empty if all data was in order."""
@@ -417,30 +456,6 @@ def explain_out_of_memory(run: Path, device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def _position(loader: RelevanceLoader, draws: torch.Generator, group: Ranks, device: torch.device) -> dict[str, Any]:
-    """The position within an epoch: that of the loader, and the states of all ranks' random number generators."""
-    # Reading the state of a CUDA generator initialises CUDA, which a run on the CPU must not do.
-    own = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-    return {"loader": loader.state_dict(), "draws": draws.get_state(), "ranks": group.gather(own)}
-
-
-def _restore_position(
-    position: dict[str, Any], loader: RelevanceLoader, draws: torch.Generator, group: Ranks, device: torch.device
-) -> None:
-    loader.load_state_dict(position["loader"])
-    draws.set_state(position["draws"])
-    if group.rank >= len(position["ranks"]):
-        return  # the checkpoint is of fewer ranks: this one starts from the seed of the epoch
-    own = position["ranks"][group.rank]
-    torch.set_rng_state(own["cpu"])
-    if own["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(own["cuda"], device)
-
-
-def _epoch_seed(seed: int, epoch: int, rank: int = 0) -> int:
-    return (seed * 1_000_003 + epoch + rank * 2_000_000_000_003) % 2**63
-
-
 def _groups(batches: Iterator[Any], size: int, *, max_groups: int) -> Iterator[list[Any]]:
     """Lists of `size` consecutive batches, at most `max_groups` of them; an incomplete last one is dropped."""
     for _ in range(max_groups):
@@ -448,11 +463,6 @@ def _groups(batches: Iterator[Any], size: int, *, max_groups: int) -> Iterator[l
         if len(group) < size:
             return
         yield group
-
-
-def _to_floats(*scalars: Tensor) -> list[float]:
-    """The values of 0-d tensors, read from their device in one transfer."""
-    return torch.stack([each.detach().double() for each in scalars]).tolist()
 
 
 def _discard(line: dict[str, Any]) -> None:

@@ -84,15 +84,20 @@ def cell_scores(scores: Tensor, batch: int, cells: int) -> Tensor:
     """Scores of coarse cells [B, C] from scores by cell [B, C] or by patch [B, 4C], of which a cell takes its highest.
 
     Raises:
-        ValueError: scores of another shape, or not finite (which is not checked while a graph is compiled).
+        ValueError: scores of another shape, or not finite. On an accelerator an assertion of its own fails instead, for
+            which the host need not wait; while a graph is compiled nothing is checked.
     """
     if scores.ndim != 2 or scores.shape[0] != batch or scores.shape[1] not in (cells, 4 * cells):
         raise ValueError(
             f"scores must be [{batch}, {cells}], by coarse cell, or [{batch}, {4 * cells}], by patch, "
             f"got {list(scores.shape)}"
         )
-    if not torch.compiler.is_compiling() and not scores.isfinite().all():
-        raise ValueError("scores must be finite, got NaN or infinity")
+    if not torch.compiler.is_compiling():
+        problem = "scores must be finite, got NaN or infinity"
+        if scores.device.type != "cpu":
+            torch._assert_async(scores.isfinite().all(), problem)
+        elif not scores.isfinite().all():
+            raise ValueError(problem)
     scores = scores.detach().float()
     return scores if scores.shape[1] == cells else zoom_tokens.coarse_scores(scores, 0.5)
 

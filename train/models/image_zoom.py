@@ -92,7 +92,8 @@ def crop(images: Tensor, boxes: Tensor) -> Tensor:
         [B, D, H, W].
     """
     height, width = images.shape[2:]
-    boxes = boxes.detach().float() / boxes.new_tensor([width, height, width, height], dtype=torch.float32)
+    edges = zip(boxes.detach().float().unbind(1), (width, height, width, height), strict=True)
+    boxes = torch.stack([edge / length for edge, length in edges], dim=1)
     # The image spans -1 .. 1, as in affine_grid.
     size, centre = boxes[:, 2:] - boxes[:, :2], boxes[:, 2:] + boxes[:, :2] - 1
     places = [

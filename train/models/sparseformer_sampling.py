@@ -139,11 +139,15 @@ def sample(features: Tensor, points: Tensor) -> Tensor:
     """
     height, width = features.shape[2:]
     if points.requires_grad:
-        limit = points.new_tensor([1 / width, 1 / height])
-        points.register_hook(lambda grad: grad.clamp(-limit, limit))
+        points.register_hook(lambda grad: _clamped(grad, (1 / width, 1 / height)))
     with torch.autocast(features.device.type, enabled=False):
         sampled = F.grid_sample(features, 2 * points - 1, "bilinear", "zeros", align_corners=False)  # [B, C, N, P]
     return sampled.permute(0, 2, 3, 1)
+
+
+def _clamped(grad: Tensor, limits: tuple[float, float]) -> Tensor:
+    """[..., 2], each of the two clamped to its limit: by numbers, since a tensor of them would have to be copied."""
+    return torch.stack([x.clamp(-limit, limit) for x, limit in zip(grad.unbind(-1), limits, strict=True)], dim=-1)
 
 
 def _pairs(values: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def break_images(shards):
 
 
 def stop_in_step(number):
-    """Asks to stop in that step; the loop asks once a step."""
+    """Asks to stop in that step; the loop asks once a step. The votes of all ranks are read in it if it is logged."""
     asked = []
 
     def stop():
@@ -126,6 +126,7 @@ def jobs(data, out):
         "drop stopped": vit("again", DROP, stop=7),
         "drop gone on with": vit("again", with_loop(DROP, data_workers=1)),
         "for one": vit("for one", ZOOM, stop=8),
+        "stopped late": vit("late", with_loop(ZOOM, log_every=1000), stop=3),
         "long": vit("long", LONG),
         "zoomer": (train_zoomer, (shards, data / "maps", out / "zoomer", zoomer_config()), {}, 0),
         "repeated": vit("repeated", with_loop(ZOOM, repeats=3)),
@@ -227,7 +228,7 @@ def test_a_stop_that_one_rank_hears_of_ends_all_and_is_gone_on_with(pair):
 def test_no_rank_leaves_before_the_state_is_saved(pair):
     """Ray ends the others when the first of them leaves."""
     saved = {key: step for key, (kind, step) in pair[1].items() if kind == "step"}
-    stops = (("drop stopped", 7), ("for one", 8))
+    stops = (("drop stopped", 7), ("for one", 8), ("stopped late", 4))  # the last reads the votes one step late
     assert saved == {(f"{name}: saved", rank): step for name, step in stops for rank in (0, 1)}
 
 
@@ -263,6 +264,7 @@ def test_all_ranks_end_with_one_error(pair):
         "for one",
         "not finite",
         "other settings",
+        "stopped late",
         "wrong",
     }
 

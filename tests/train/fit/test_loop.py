@@ -33,6 +33,7 @@ from zpipe.train.fit.initialise import build_vit
 from zpipe.train.fit.loop import Clock, Stopped, Trainer, _groups
 from zpipe.train.fit.metric_log import metric_log
 from zpipe.train.fit.optim import make_optimizer, make_scheduler, update_weights
+from zpipe.train.fit.position import position_of, restore_position
 from zpipe.train.fit.recipes import VIT_RECIPES, ZOOMER_RECIPES, recipe
 from zpipe.train.fit.train_vit import ClassifyTask, VitConfig, train_vit
 from zpipe.train.fit.train_zoomer import train_zoomer
@@ -132,7 +133,9 @@ def test_a_trainer_goes_on_from_the_state_of_another(data, tmp_path, name):
     assert set(state) == {"model", "optimizer", "step", "epoch", "position"} | own
     second.load_state_dict(state)
     assert second.step == 2
-    assert first.train_step(groups[2]) == second.train_step(groups[2])
+    for trained in (first, second):
+        trained.train_step(groups[2])
+    assert first.metrics() == second.metrics() and first.metrics().keys() == {"loss", "train_top1"}
     for one, other in zip(first.task.model.parameters(), second.task.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -433,24 +436,47 @@ def test_wrong_settings_of_a_vit(change, told):
         replace(PLAIN, **change)
 
 
+@pytest.mark.parametrize("checkpoint_s", [0.0, 600.0])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_no_step_is_taken_on_a_loss_that_is_not_finite(data, tmp_path, monkeypatch, accumulate):
-    """Of the fourth batch; its gradients are there by the time that we look."""
+def test_no_checkpoint_is_written_after_a_loss_that_is_not_finite(
+    data, tmp_path, monkeypatch, accumulate, checkpoint_s
+):
+    """It is read one step late, but before a checkpoint: of the 16th batch, in the second epoch of ten batches."""
     original, update, calls, updates = ClassifyTask.loss, loop.update_weights, [], []
 
     def loss(task, batch):
         calls.append(batch)
         found, told = original(task, batch)
-        return (found * float("nan") if len(calls) == 4 else found), told
+        return (found * float("nan") if len(calls) == 16 else found), told
 
     monkeypatch.setattr(ClassifyTask, "loss", loss)
     monkeypatch.setattr(loop, "update_weights", lambda *given: (updates.append(given), update(*given)))
-    step = 4 // accumulate - 1
-    with pytest.raises(ZpipeError, match=f"the loss became nan in step {step} of "):
-        train_vit(data / "shards", tmp_path / "run", with_loop(PLAIN, accumulate=accumulate, checkpoint_s=0.0))
-    assert len(updates) == step and len(calls) == 4
+    step = 16 // accumulate - 1
+    config = with_loop(PLAIN, accumulate=accumulate, checkpoint_s=checkpoint_s, log_every=1000)
+    with pytest.raises(ZpipeError, match=f"the loss became nan in step {step} of .*the last good state is "):
+        train_vit(data / "shards", tmp_path / "run", config)
+    late = 1 if checkpoint_s else 0  # a checkpoint that is due reads it in its own step
+    assert len(updates) == step + 1 and len(calls) == (step + 1 + late) * accumulate
     state = load_checkpoint(tmp_path / "run")
-    assert state["step"] == step and all(value.isfinite().all() for value in state["model"].values())
+    assert state["step"] == (10 // accumulate if checkpoint_s else step)
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize("step", [5, 9, 19])
+def test_a_loss_that_is_not_finite_ends_the_step_that_reads_it(data, tmp_path, monkeypatch, step):
+    """In mid-epoch, in the last step of an epoch and in the last step of all."""
+    original, calls = ClassifyTask.loss, []
+
+    def loss(task, batch):
+        calls.append(batch)
+        found, told = original(task, batch)
+        return (found / 0 if len(calls) == step + 1 else found), told
+
+    monkeypatch.setattr(ClassifyTask, "loss", loss)
+    with pytest.raises(ZpipeError, match=f"the loss became inf in step {step} of 20"):
+        train_vit(data / "shards", tmp_path / "run", with_loop(PLAIN, log_every=1000), val=data / "val")
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert (tmp_path / "run" / "checkpoint.pt").exists() == (step >= 10)
 
 
 def test_normalising_is_the_same_wherever_it_was_asked_first():
@@ -511,10 +537,10 @@ def test_a_run_on_the_cpu_opens_no_gpu(data, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("get_rng_state", "set_rng_state"):
         monkeypatch.setattr(torch.cuda, name, opened)
-    position = loop._position(loader, draws, group, torch.device("cpu"))
+    position = position_of(loader, draws, group, torch.device("cpu"))
     assert position["ranks"][0]["cuda"] is None
     position["ranks"][0]["cuda"] = torch.ones(3)  # the run was begun on a GPU
-    loop._restore_position(position, loader, draws, group, torch.device("cpu"))
+    restore_position(position, loader, draws, group, torch.device("cpu"))
 
 
 def test_a_checkpoint_holds_the_generator_of_the_device_in_use(data, monkeypatch):
@@ -522,9 +548,9 @@ def test_a_checkpoint_holds_the_generator_of_the_device_in_use(data, monkeypatch
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda asked: states[asked])
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, asked: states.update({asked: state}))
     loader, draws, group = RelevanceLoader(data / "shards", batch_size=4), torch.Generator(), loop.ranks()
-    position = loop._position(loader, draws, group, device)
+    position = position_of(loader, draws, group, device)
     states[device] = torch.zeros(3)
-    loop._restore_position(position, loader, draws, group, device)
+    restore_position(position, loader, draws, group, device)
     assert states == {device: position["ranks"][0]["cuda"]} and states[device].all()
 
 
