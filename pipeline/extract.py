@@ -292,8 +292,8 @@ def _with_precision(
             return resumed, f"--precision auto: {earlier.precision}, with which {store.root} was begun"
     if config.device != "cpu" and not torch.cuda.is_available():
         raise UsageError(
-            "--precision auto: measures where the command runs, and this machine has no CUDA device as the cluster may "
-            "have; name a precision, or give --device cpu"
+            "--precision auto: measures where the command runs, and this machine has no CUDA device as the cluster "
+            "has; name a precision, or give --device cpu"
         )
     path, entry = store.tars[0]
     images = some_images(path, entry, frame_of(teacher, config.frame))

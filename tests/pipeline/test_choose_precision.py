@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zpipe.pipeline import extract as extraction
 from zpipe.pipeline.choose_precision import NEARLY, QUANTILES, Measured, decide
 from zpipe.pipeline.explainer import PRECISIONS, ExplainConfig, precisions_of
 from zpipe.schemas.errors import UsageError, ZpipeError
@@ -110,6 +112,8 @@ def test_a_replacement_is_measured_anew(extract, shards, tmp_path):
     assert any("noise of the method" in note for note in report.notes)
 
 
-def test_nothing_is_measured_for_machines_elsewhere(extract, shards, tmp_path):
+def test_nothing_is_measured_for_machines_elsewhere(extract, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "device_of_cluster", lambda address: "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="--precision auto: measures where the command runs, and this machine has no"):
         extract(shards, tmp_path / "store", explain=AUTO, executor="ray", address="ray://nowhere:1", device="auto")
