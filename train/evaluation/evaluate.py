@@ -322,9 +322,8 @@ def measure_zoomer(
     where = str(opened.path) if precision == "float32" else f"{opened.path} in {precision}"
     for number, batch in enumerate(samples):
         with autocasting():
-            scores = (
-                zoomer(opened.preprocessing.normalise(to_device(batch["image"], device))).float().cpu()
-            )  # [B, g * g]
+            images = opened.preprocessing.normalise(to_device(batch["image"], device))
+            scores = zoomer(images).float().cpu()  # [B, g * g]
         check_numbers(scores, batch["key"], "the zoomer's scores", where=where)
         target = batch["relevance"].flatten(1)  # [B, g * g]
         sums["mse"] += float(mse(scores, target).sum())
