@@ -40,7 +40,7 @@ MODELS = {
     "fused by budget": (
         "fused_vit",
         {"backbone": "deit_tiny_patch16_224", "backbone_args": LARGE},
-        GRID,
+        2,
         {"budget": 3},
         0,
     ),
