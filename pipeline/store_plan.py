@@ -161,9 +161,9 @@ def claim_store(root: Path) -> None:
 
 
 def begun_with(root: Path) -> Provenance | None:
-    """The provenance that the store at `root` was begun with; None if there is none."""
-    earlier, manifest = read_extraction(root), _earlier_manifest(root)
-    return manifest.provenance if earlier is None and manifest is not None else earlier
+    """The provenance that the store at `root` was begun with; None if there is no store."""
+    earlier = read_extraction(root)
+    return read_manifest(root).provenance if earlier is None and _is_store(root) else earlier
 
 
 def _is_store(root: Path) -> bool:
