@@ -222,7 +222,9 @@ def test_studies_in_half_precision(data, name, run):
     low = replace(CONFIG, evaluation=replace(CONFIG.evaluation, precision="bf16"))
     with torch.no_grad(), expect_autocast() as seen:
         rows, _ = study(data, name, run, low)
-    assert seen and set(seen) == {torch.bfloat16} and rows
+    in_float32 = {width for width, dtype in seen if dtype == torch.float32}
+    assert in_float32 == ({GRID**2} if run == "zoom" else set())  # the zoomer's scores
+    assert {dtype for _, dtype in seen} - {torch.float32} == {torch.bfloat16} and rows
 
 
 def test_zoomers_in_half_precision(data):
@@ -242,12 +244,12 @@ def test_zoomers_in_half_precision(data):
 
 @contextmanager
 def expect_autocast():
-    """Collect the dtypes of the outputs of linear layers."""
+    """Collect widths and dtypes of the outputs of linear layers."""
     seen = []
 
     def look(module, given, out):
         if isinstance(module, torch.nn.Linear) and len(out) > 1:  # multiply-adds are counted on one image, in float32
-            seen.append(out.dtype)
+            seen.append((out.shape[-1], out.dtype))
 
     handle = torch.nn.modules.module.register_module_forward_hook(look)
     try:
