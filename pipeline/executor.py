@@ -143,7 +143,7 @@ def _import_ray() -> Any:
 
 
 class ShardActor:
-    """A worker on Ray. It does nothing until it is told to begin, so that it can say where it is first."""
+    """A worker on Ray. It loads nothing before `begin`, which first finds out on which GPU the process is."""
 
     def __init__(self, spec: WorkerSpec, make_worker: MakeWorker, gpus: float) -> None:
         self._spec, self._make, self._gpus = spec, make_worker, gpus

@@ -132,7 +132,7 @@ _read_values: ContextVar[bool] = ContextVar("_read_values", default=True)
 
 @contextmanager
 def values_are_checked() -> Iterator[None]:
-    """Let no attribution in this context check values of images and targets, because the caller has checked them.
+    """Skip the checks of values of images and targets in this context, because the caller has made them.
 
     On an accelerator, reading them would wait until it has done all its work. See `check_values`.
     """
