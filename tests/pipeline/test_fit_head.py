@@ -119,6 +119,14 @@ def test_the_strength_is_the_best_on_held_out_images(train, tmp_path):
     assert report.strength in STRENGTHS and report.held_out.count == 6 and report.held_out.top1 > 0.6
 
 
+def test_on_a_gpu(cuda, train, tmp_path):
+    """The features are those of the CPU, so that the head is, too, up to rounding."""
+    for device in ("cpu", "cuda"):
+        fit_head(train, tmp_path / f"{device}.safetensors", config(strength=0.1, device=device))
+    expected, found = (load_file(tmp_path / f"{device}.safetensors") for device in ("cpu", "cuda"))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
 class Interrupted(Exception):
     pass
 

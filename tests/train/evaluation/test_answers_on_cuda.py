@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image
 from pretend_cuda import host
-from tiny import BODY, SIDE, scenes
+from tiny import BODY, SIDE, scenes, store
 
 from zpipe.train.checkpoint import load_run
+from zpipe.train.evaluation.calibrate import CalibrationConfig, calibrate
 from zpipe.train.evaluation.evaluate import evaluate
 from zpipe.train.evaluation.inference import OpenRun, choose_run_source, eval_loader
+from zpipe.train.evaluation.judge import JudgeConfig, judge_maps
 from zpipe.train.evaluation.operating_points import EvalConfig
 from zpipe.train.evaluation.predict import PredictConfig, predict
 from zpipe.train.fit.config import TrainConfig
@@ -38,12 +40,16 @@ ANSWERS = {
 }
 
 
+SCORES = ("deletion", "insertion", "abpc", "saco", "pointing_game", "max_box_acc_v2")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("answers")
     scenes(root / "shards", 20)
     for name, config in RUNS.items():
         train_vit(root / "shards", root / name, config)
+    store(root / "shards", root / "maps")
     return root
 
 
@@ -83,3 +89,23 @@ def test_a_prediction(cuda, data, name, tmp_path):
     assert there["tokens"] == here["tokens"]
     for found, expected in zip(there["classes"], here["classes"], strict=True):
         assert found == expected | {"probability": pytest.approx(expected["probability"], rel=1e-3)}
+
+
+@pytest.mark.parametrize(("name", "budget"), [("zoomvit", "20 tokens"), ("cfvit", "0.001 GMACs")])
+def test_a_threshold(cuda, data, name, budget):
+    found, expected = (
+        calibrate(data / name, data / "shards", CalibrationConfig(budget=budget, device=device, batch_size=8))
+        for device in ("cuda", "cpu")
+    )
+    numbers = {name: pytest.approx(value, rel=1e-4) for name, value in expected.items() if name != "unit"}
+    assert found == {"unit": expected["unit"]} | numbers
+
+
+def test_judged_maps(cuda, data):
+    config = JudgeConfig(device="cpu", steps=4, groups=4, batch_size=8)
+    found, expected = (
+        judge_maps(data / "plain", data / "shards", data / "maps", replace(config, device=device))
+        for device in ("cuda", "cpu")
+    )
+    for row, other in zip(found, expected, strict=True):
+        assert {name: row[name] for name in SCORES} == pytest.approx({name: other[name] for name in SCORES}, abs=1e-4)

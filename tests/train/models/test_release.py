@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from golden_models import golden
+from pretend_cuda import host
 from scipy.optimize import linear_sum_assignment
 
 from zpipe.train.checkpoint import Preprocessing, load_run, save_model
@@ -47,6 +48,15 @@ def test_the_authors_numbers(name):
             # Each of theirs with one of ours: sorting both would pair others where rounding tips the order of two rows.
             gaps = np.abs(ours[:, None] - theirs[None]).max(axis=2)
             assert gaps[linear_sum_assignment(gaps)].max() <= 1e-3
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@torch.no_grad()
+def test_the_authors_numbers_on_a_gpu(cuda, name):
+    values, images, state, config = opened(name)
+    vit, zoomer = (model.to("cuda") for model in load_release(state, **config))
+    there = images.to("cuda")
+    np.testing.assert_allclose(host(vit(there, zoomer(there))).numpy(), values["logits"], atol=1e-4)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
