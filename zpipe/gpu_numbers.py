@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,8 +137,8 @@ def made_up_pixels(count: int, side: int) -> np.ndarray:
     return np.stack([np.asarray(image) for image in smooth])
 
 
-def agreement(device: torch.device, config: NumbersConfig) -> list[Agreement]:
-    """Agreement of every precision of every method that the device has."""
+def agreement(device: torch.device, config: NumbersConfig, methods: Iterable[str] = tuple(METHODS)) -> list[Agreement]:
+    """Agreement of every precision of the methods that the device has."""
     teacher, pixels = made_up_teacher(config), made_up_pixels(config.images, config.side)
     targets = np.arange(config.images) % CLASSES
 
@@ -148,7 +148,7 @@ def agreement(device: torch.device, config: NumbersConfig) -> list[Agreement]:
         return Explainer(own, settings, batch_size=config.images, device=place).maps_of(pixels, targets)
 
     found = []
-    for method in METHODS:
+    for method in methods:
         reference = maps(method, "float64", str(device))
         for precision in precisions_of(method, str(device)):
             if precision == "float64":
