@@ -23,7 +23,7 @@ from zpipe.pipeline.make_shards import SceneSource, make_shards
 from zpipe.pipeline.scenes import SceneConfig
 from zpipe.train.checkpoint import Preprocessing
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.device import keep_freed_memory
+from zpipe.train.device import autocast, keep_freed_memory
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.loop import Trainer
 from zpipe.train.fit.train_vit import ClassifyTask, VitConfig
@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="float32", choices=["float32", "bf16"], help="of both loops")
+    parser.add_argument("--data-workers", type=int, default=0, help="of both loops")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
@@ -53,13 +55,21 @@ def main() -> None:
         make_shards(SceneSource(count=args.images, split="train", seed=0, config=config, shard_size=128), shards)
     device = torch.device(args.device)
     preprocessing = Preprocessing(image_size=args.image_size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    loop = TrainConfig(epochs=1.0, batch_size=args.batch, data_workers=0, device=args.device, log_every=5)
+    loop = TrainConfig(
+        epochs=1.0,
+        batch_size=args.batch,
+        data_workers=args.data_workers,
+        device=args.device,
+        log_every=5,
+        precision=args.precision,
+    )
     config = VitConfig(model=args.model, image_size=args.image_size, train=loop)
 
     def parts():
         torch.manual_seed(0)
         model = timm.create_model(args.model, img_size=args.image_size, num_classes=10).to(device).train()
-        return model, RelevanceLoader(shards, batch_size=args.batch, image_size=args.image_size, num_workers=0)
+        options = {"num_workers": args.data_workers, "pin_memory": device.type == "cuda"}
+        return model, RelevanceLoader(shards, batch_size=args.batch, image_size=args.image_size, **options)
 
     def ours(run: Path) -> float:
         model, loader = parts()
@@ -75,9 +85,12 @@ def main() -> None:
         begun = time.perf_counter()
         optimizer = torch.optim.AdamW(model.parameters(), lr=loop.lr, weight_decay=loop.weight_decay)
         loader.set_epoch(0)
+        low = autocast(args.precision, device)
         for batch in loader:
-            images = preprocessing.normalise(batch["image"].to(device))
-            loss = F.cross_entropy(model(images), batch["label"].to(device))
+            images = preprocessing.normalise(batch["image"].to(device, non_blocking=True))
+            labels = batch["label"].to(device, non_blocking=True)
+            with low():
+                loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -94,8 +107,8 @@ def main() -> None:
         rates.append(args.images / own)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     shares = {name: statistics.mean(line[name] for line in lines) for name in lines[0] if name.startswith("share_")}
-    print(f"{args.model} at {args.image_size} px, batch {args.batch}, {args.device}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads")  # fmt: skip
+    print(f"{args.model} at {args.image_size} px, batch {args.batch}, {args.device}, {args.precision}, "
+          f"torch {torch.__version__}, {torch.get_num_threads()} threads")  # fmt: skip
     print(f"  loop: {statistics.median(rates):.1f} images/s, {with_range(ratios)} of the bare loop, "
           "one checkpoint an epoch included")  # fmt: skip
     if args.json:

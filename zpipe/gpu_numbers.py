@@ -290,7 +290,7 @@ def training_step(device: torch.device, config: NumbersConfig, folder: Path) -> 
     for number, pixels in enumerate(made_up_pixels(8, 64)):
         Image.fromarray(pixels).save(folder / "photos" / "class" / f"{number}.png")
     make_shards(FolderSource(folder / "photos", shard_size=8, shuffle_seed=0, key_rule="stem"), folder / "shards")
-    loop = TrainConfig(epochs=10, batch_size=8, data_workers=0, device=str(device), precision="float32")
+    loop = TrainConfig(epochs=10, batch_size=8, data_workers=0, device=str(device), precision="float32", compile=False)
     sizes = {"embed_dim": config.width, "depth": config.depth, "num_heads": 3}
     name = "deit_tiny_patch16_224"
     settings = VitConfig(model=name, model_args=sizes, image_size=config.side, train=loop)

@@ -48,17 +48,19 @@ def test_a_failed_assertion_is_recognised_and_ends_with_its_process():
     assert ask(Part(name="alive", device="cuda", answer=bool), LIMIT_S).value is True
 
 
-class Poisoning(ShardWorker):
-    """A worker that provokes a failed assertion in its second shard."""
+def poisoning():
+    """A class of workers that provoke a failed assertion in their second shard; Ray takes it along, as it is local."""
 
-    def __init__(self, spec):
-        self.device = torch.device("cuda")
+    class Poisoning(ShardWorker):
+        def __init__(self, spec):
+            self.table = torch.zeros(4, device="cuda")
 
-    def _process(self, task):
-        if task.entry.stem.endswith("1"):
-            torch.zeros(4, device=self.device)[torch.full((1,), 9, device=self.device)].sum().item()
-        torch.ones(4, device=self.device).sum().item()
-        return ShardReport(stem=task.entry.stem, count=task.entry.count)
+        def _process(self, task):
+            row = 9 if task.entry.stem.endswith("1") else 0
+            assert self.table[torch.full((1,), row, device="cuda")].sum().item() == 0
+            return ShardReport(stem=task.entry.stem, count=task.entry.count)
+
+    return Poisoning
 
 
 def tasks_of(shards):
@@ -69,7 +71,7 @@ def test_workers_on_ray_are_replaced_after_a_failed_assertion(photo_shards, monk
     pytest.importorskip("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     reports = []
-    run_ray(SPEC, tasks_of(photo_shards), Resources(actors=1), reports.append, lambda: None, Poisoning)
+    run_ray(SPEC, tasks_of(photo_shards), Resources(actors=1), reports.append, lambda: None, poisoning())
     assert {report.stem: bool(report.error) for report in reports} == {
         f"shard-{number:05}": number == 1 for number in range(4)
     }
@@ -86,7 +88,7 @@ test_faults.run_in_this_process(sys.argv[2])
 def run_in_this_process(shards):
     """The local executor with the worker above; its process can't use the GPU afterwards."""
     reports = []
-    with mock.patch("zpipe.pipeline.executor.ShardWorker", Poisoning):
+    with mock.patch("zpipe.pipeline.executor.ShardWorker", poisoning()):
         try:
             run_local(SPEC, tasks_of(Path(shards)), Resources(), reports.append, lambda: None)
         except ZpipeError as error:

@@ -9,6 +9,7 @@ import torch
 from tiny import BODY, SIDE, TEACHER
 
 import zpipe
+from zpipe.gpu_numbers import relative_error
 from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.train.fit.loop import Stopped
@@ -39,7 +40,7 @@ def test_an_extraction_resumes_and_gives_the_maps_of_float64(device, photo_shard
     found, expected = zpipe.open_maps(tmp_path / "maps"), zpipe.open_maps(tmp_path / "exact")
     assert list(found) == list(expected) and len(found) == 24
     ranks = [np.corrcoef(rank(found[key]), rank(expected[key]))[0, 1] for key in found]
-    assert np.median(ranks) > 0.999
+    assert np.median(ranks) > 0.99
 
 
 def rank(values):
@@ -51,11 +52,15 @@ PLAIN = VitConfig(model="deit_tiny_patch16_224", model_args=BODY, image_size=SID
 
 
 def train(shards, run, device, stop_at=None, **changes):
-    loop = replace(PLAIN.train, batch_size=4, device=device.type, **{"epochs": 2} | changes)
+    """Train, and return all weights as one vector."""
+    config = replace(PLAIN, train=replace(PLAIN.train, batch_size=4, device=device.type, **{"epochs": 2} | changes))
     calls = iter(range(1, 100))
-    stop = {"stop": lambda: next(calls) == stop_at} if stop_at else {}
-    train_vit(shards, run, replace(PLAIN, train=loop), **stop)
-    return safetensors.torch.load_file(run / "model.safetensors")
+    train_vit(shards, run, config, **{"stop": lambda: next(calls) == stop_at} if stop_at else {})
+    return weights(run)
+
+
+def weights(run):
+    return torch.cat([value.flatten() for value in safetensors.torch.load_file(run / "model.safetensors").values()])
 
 
 def test_a_training_with_the_defaults_resumes(device, photo_shards, tmp_path):
@@ -63,11 +68,23 @@ def test_a_training_with_the_defaults_resumes(device, photo_shards, tmp_path):
         train(photo_shards, tmp_path / "run", device, stop_at=8)
     resumed = train(photo_shards, tmp_path / "run", device)
     whole = train(photo_shards, tmp_path / "whole", device)
-    rounding = {"atol": 0, "rtol": 0} if device.type == "cpu" else {"atol": 5e-3, "rtol": 5e-2}
-    torch.testing.assert_close(resumed, whole, **rounding)
+    assert relative_error(resumed, whole) <= (0 if device.type == "cpu" else 0.05)
 
 
 def test_a_training_in_float32_equals_that_of_the_cpu(device, photo_shards, tmp_path):
     found = train(photo_shards, tmp_path / "there", device, precision="float32", epochs=1)
     expected = train(photo_shards, tmp_path / "here", torch.device("cpu"), precision="float32", epochs=1)
-    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-2)
+    assert relative_error(found, expected) < 0.02
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_as_one(photo_shards, tmp_path):
+    pytest.importorskip("ray")
+    from zpipe.train.fit.distributed import Workers, run_training
+
+    loop = replace(PLAIN.train, epochs=1, batch_size=4, device="cuda", precision="float32")
+    arguments = {"shards": photo_shards, "out": tmp_path / "two"}
+    run_training(train_vit, arguments, replace(PLAIN, train=loop), Workers(count=2))
+    one = train(photo_shards, tmp_path / "one", torch.device("cuda"), precision="float32", epochs=1)
+    assert relative_error(weights(tmp_path / "two"), one) < 0.02

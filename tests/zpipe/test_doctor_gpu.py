@@ -335,7 +335,7 @@ def report(numbers):
         date="2026-12-01T00:00:00+00:00",
         chip=replace(chip, name="NVIDIA H200", memory_bytes=139 * GIB, capability="9.0", cores=16),
         numbers=replace(numbers, agreement=tuple(AGREEMENT), waits=waits),
-        shortage=Shortage(notes=("a batch of 64 did not fit",), agreement=1.0, kept_bytes=0),
+        shortage=Shortage(notes=("a batch of 64 did not fit",), agreement=1.0, kept_bytes=0, taken_bytes=1 << 30),
         poisoned=Poisoned(said="CUDA error: device-side assert triggered", fault="assert", usable=False),
         alive_afterwards=True,
         sums=(),
@@ -371,8 +371,16 @@ def test_wrong_numbers_are_problems_with_a_remedy(report, name):
 @pytest.mark.parametrize(
     ("changes", "name", "said"),
     [
-        ({"shortage": Shortage(notes=(), agreement=1.0, kept_bytes=0)}, "memory shortage", "was not short"),
-        ({"shortage": Shortage(notes=("x",), agreement=1.0, kept_bytes=1 << 30)}, "memory shortage", "report it"),
+        (
+            {"shortage": Shortage(notes=(), agreement=1.0, kept_bytes=0, taken_bytes=1 << 30)},
+            "memory shortage",
+            "was not short",
+        ),
+        (
+            {"shortage": Shortage(notes=("x",), agreement=1.0, kept_bytes=1 << 30, taken_bytes=1 << 30)},
+            "memory shortage",
+            "report it",
+        ),
         ({"poisoned": Poisoned(said="odd", fault=None, usable=False)}, "poisoned process", "not recognised"),
         ({"alive_afterwards": False}, "a new process afterwards", "nvidia-smi"),
         (
