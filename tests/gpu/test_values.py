@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from tiny_models import CLASSES, MODELS, SIDE
 
 from zpipe.gpu_numbers import NumbersConfig, agreement, attention_errors, float32_errors, relative_error, zoomvit_errors
 from zpipe.pipeline.methods import METHODS
@@ -55,6 +56,29 @@ def test_a_zoomer_and_its_loss(device):
     with float32_arithmetic():
         found = gradients(zoomer.to(device), images.to(device), maps.to(device))
     assert relative_error(found, exact) < 1e-4
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model(device, name):
+    """Against the CPU in float32, since float64 might choose other tokens."""
+    kind, arguments, side, call, _ = MODELS[name]
+    torch.manual_seed(0)
+    size = {"num_classes": CLASSES} | ({} if kind == "sparseformer_tiny" else {"img_size": SIDE})
+    model = timm.create_model(kind, **size | arguments)
+    inputs = [torch.randn(3, 3, SIDE, SIDE)] + ([] if side is None else [torch.rand(3, side * side)])
+    there = copy.deepcopy(model).to(device)
+    with float32_arithmetic():
+        expected, found = outputs(model, inputs, call), outputs(there, [x.to(device) for x in inputs], call)
+    assert all(relative_error(mine, right) < 1e-3 for mine, right in zip(found, expected, strict=True))
+
+
+def outputs(model, inputs, call):
+    """The outputs, and the gradients of the sum of their squares as one vector."""
+    out = model(*inputs, **call)
+    out = [x for x in (out if isinstance(out, tuple) else (out,)) if x.is_floating_point()]
+    sum(x.square().sum() for x in out).backward()
+    gradients = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    return [*(x.detach() for x in out), torch.cat(gradients)]
 
 
 def step(model, call, images, arguments):
