@@ -6,15 +6,14 @@ from dataclasses import replace
 import msgspec
 import pytest
 import torch
-import typer
+from made_up_gpus import AGREEMENT, GIB, H200
 
-from zpipe import cli as command_line
 from zpipe import gpu_children, gpu_numbers, gpu_rates, gpu_report
-from zpipe.gpu_advice import Machine, advise, choose_precision
+from zpipe.gpu_advice import Machine, advise
 from zpipe.gpu_children import Part, ask, ask_together
 from zpipe.gpu_faults import Poisoned, Sum, SumConfig, is_alive, poison
 from zpipe.gpu_numbers import Agreement, Check, NumbersConfig
-from zpipe.gpu_rates import Rate, Rates, RatesConfig
+from zpipe.gpu_rates import RatesConfig
 from zpipe.gpu_report import ExaminationConfig, GpuReport, examine_gpu, findings_of
 from zpipe.gpu_shortage import Shortage
 from zpipe.pipeline.explainer import precisions_of
@@ -159,116 +158,6 @@ def test_training_takes_half_precision_where_it_is_fast(float32, bfloat16, float
 
 def test_a_photo_has_the_bytes_of_a_photo():
     assert 40_000 < len(gpu_rates.made_up_photo(500, 375)) < 120_000
-
-
-# -------------------------------------------------------------------------------------------------------------- advice
-
-NAMES = precisions_of("transformer-attribution")
-WORST = {"float64": 1.0, "float64+float32": 1.0, "float64+bfloat16": 0.998, "float32+bfloat16": 0.89, "float32": 0.9}
-AGREEMENT = [
-    Agreement(
-        method="transformer-attribution",
-        precision=name,
-        median=0.9997 if name.endswith(("+bfloat16", "+tf32")) else 1.0,
-        worst=WORST.get(name, 0.88),
-    )
-    for name in NAMES
-]
-
-
-def rates_of(*, matmul, maps, training, decode, image_mb=80):
-    """Made-up rates of a card; the maps are those of `NAMES`, in this order."""
-    ((precision, speed),) = training.items()
-    return Rates(
-        matmul_tflops=dict(zip(gpu_rates.PRODUCTS, matmul, strict=True)),
-        copy_gb_per_s={"pageable": 10, "pinned": 50, "device": 2000},
-        decode_images_per_s={"one_core": 580, "all_cores": decode},
-        maps={
-            name: Rate(images_per_s=speed, batch_size=64, image_bytes=image_mb * 10**6)
-            for name, speed in zip(NAMES, maps, strict=True)
-        },
-        training={precision: Rate(images_per_s=speed, batch_size=128, image_bytes=50 * 10**6)},
-    )
-
-
-#                 float32, float64, +float32, +bfloat16, float32+bfloat16, float32+tf32
-H200 = rates_of(
-    matmul=(55, 52, 350, 650, 650), maps=(250, 240, 250, 820, 880, 510), training={"bf16": 5000}, decode=9000
-)
-RTX_4090 = rates_of(
-    matmul=(1.2, 70, 140, 150, 150), maps=(260, 7, 20, 18, 600, 400), training={"bf16": 2000}, decode=9000
-)
-T4 = rates_of(
-    matmul=(0.2, 7, 7, 3, 50), maps=(35, 1.5, 4, 4, 30, 35), training={"fp16": 500}, decode=2200, image_mb=200
-)
-GIB = 1 << 30
-
-
-@pytest.mark.parametrize(
-    ("rates", "machine", "extraction", "training"),
-    [
-        (
-            H200,
-            Machine(gpus=1, cores=16, memory_bytes=139 * GIB),
-            "--device cuda --precision float64+bfloat16 --batch-size 64 --actors 1 --threads 2",
-            "--device cuda --set train.precision=bf16 --batch-size 256 --data-workers 14 --num-workers 1",
-        ),
-        (
-            RTX_4090,
-            Machine(gpus=2, cores=16, memory_bytes=24 * GIB),
-            "--device cuda --precision float32+bfloat16 --batch-size 64 --actors 2 --threads 2",
-            "--device cuda --set train.precision=bf16 --batch-size 512 --data-workers 6 --num-workers 2",
-        ),
-        (
-            T4,
-            Machine(gpus=1, cores=4, memory_bytes=15 * GIB),
-            "--device cuda --precision float32 --batch-size 32 --actors 1 --threads 1",
-            "--device cuda --set train.precision=fp16 --batch-size 128 --data-workers 2 --num-workers 1",
-        ),
-    ],
-    ids=["H200", "two RTX 4090", "T4"],
-)
-def test_recommended_flags(rates, machine, extraction, training):
-    advice = advise(machine, rates, AGREEMENT)
-    for command, flags in (("extract-teacher-maps", extraction), ("train-vit", training)):
-        assert " ".join(each.flag for each in advice if each.command == command) == flags
-    assert all(each.reason for each in advice)
-
-
-def test_too_few_cores_are_a_warning_with_their_number():
-    warned = {
-        cores: [
-            each.reason
-            for each in advise(Machine(gpus=1, cores=cores, memory_bytes=139 * GIB), H200, AGREEMENT)
-            if "WARNING" in each.reason
-        ]
-        for cores in (16, 2)
-    }
-    # 9,000 images/s on 16 cores, and on 2: what a core decodes decides, not the number in the rates.
-    assert len(warned[16]) == 0 and len(warned[2]) == 1
-    slow = replace(H200, decode_images_per_s={"one_core": 100, "all_cores": 200})
-    extraction, training = [
-        each.reason
-        for each in advise(Machine(gpus=1, cores=2, memory_bytes=139 * GIB), slow, AGREEMENT)
-        if "WARNING" in each.reason
-    ]
-    assert "2 cores decode 200 images/s, and 820 maps/s need 10 cores for each GPU" in extraction
-    assert "needs 79" in training
-
-
-def test_a_precision_that_disagrees_is_not_recommended():
-    bad = [replace(each, median=0.9 if each.precision == "float64+bfloat16" else 0.9997) for each in AGREEMENT]
-    assert choose_precision(H200, bad) == "float32+bfloat16"
-    assert choose_precision(H200, [replace(each, median=0.9) for each in AGREEMENT]) == "float32"
-    assert choose_precision(H200, []) == "float32"
-
-
-def test_recommended_flags_are_flags_of_the_commands():
-    commands = typer.main.get_command(command_line.app).commands
-    for each in advise(Machine(gpus=1, cores=8, memory_bytes=24 * GIB), H200, AGREEMENT):
-        option, _, value = each.flag.partition(" ")
-        known = [parameter for parameter in commands[each.command].params if option in parameter.opts]
-        assert known and value, each.flag
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
