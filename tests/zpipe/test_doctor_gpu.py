@@ -2,13 +2,14 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
 from made_up_gpus import AGREEMENT, GIB, H200
 
-from zpipe import gpu_children, gpu_numbers, gpu_rates, gpu_report
+from zpipe import gpu_children, gpu_numbers, gpu_rates, gpu_report, gpu_shortage
 from zpipe.gpu_advice import Machine, advise
 from zpipe.gpu_children import Part, ask, ask_together
 from zpipe.gpu_faults import Poisoned, Sum, SumConfig, is_alive, poison
@@ -127,12 +128,49 @@ def test_rates_of_a_cpu():
     assert all(value > 0 for value in (*rates.matmul_tflops.values(), *rates.decode_images_per_s.values()))
 
 
-def test_the_pretend_device_trains_in_each_precision(cuda, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: 0, raising=False)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 4000)
+@pytest.fixture
+def memory(monkeypatch):
+    """The pretend device says that every batch of four takes 4,000 bytes."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device=None: 96)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 4096)
+
+
+def test_rates_of_the_pretend_device(cuda, memory):
+    rates = gpu_rates.rates(torch.device("cuda:0"), BRIEF)
+    assert rates.matmul_tflops.keys() == gpu_rates.PRODUCTS.keys()
+    assert rates.copy_gb_per_s.keys() == {"pageable", "pinned", "device"}
+    assert list(rates.maps) == precisions_of("transformer-attribution", "cuda") and "float32+tf32" in rates.maps
+    for rate in rates.maps.values():
+        assert rate.images_per_s > 0 and rate.batch_size * rate.image_bytes == 4000
+
+
+def test_the_pretend_device_trains_in_each_precision(cuda, memory):
     for precision in gpu_rates.LOW:
         rate = gpu_rates.training_rate(precision, torch.device("cuda"), BRIEF)
         assert rate.images_per_s > 0 and rate.batch_size == 4 and rate.image_bytes == 1000
+
+
+def test_memory_of_the_pretend_device_is_short_and_given_back(cuda, memory, monkeypatch):
+    """It refuses half of the batch's bytes, as CUDA would, until the limit is lifted."""
+    fractions = [1.0]
+    total = SimpleNamespace(total_memory=10_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: fractions.append(fraction)
+    )
+    true = METHODS["transformer-attribution"]
+
+    def tight(model, images, targets):
+        if fractions[-1] < 1 and len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return true(model, images, targets)
+
+    monkeypatch.setitem(METHODS, "transformer-attribution", tight)
+    found = gpu_shortage.provoke_shortage(torch.device("cuda"), replace(SMALL, images=2, depth=1))
+    assert fractions == [1.0, pytest.approx((1000 + 2000) / 10_000), 1.0]
+    assert found.ok and found.kept_bytes == 0 and found.taken_bytes == 4000
+    assert found.notes == ("a batch of 8 did not fit the memory of cuda: lowered to 4",)
 
 
 def test_a_training_batch_that_does_not_fit_is_halved(monkeypatch):
