@@ -62,6 +62,7 @@ def main() -> None:
         device=args.device,
         log_every=5,
         precision=args.precision,
+        compile=False,  # the bare loop isn't compiled either
     )
     config = VitConfig(model=args.model, image_size=args.image_size, train=loop)
 
@@ -85,12 +86,10 @@ def main() -> None:
         begun = time.perf_counter()
         optimizer = torch.optim.AdamW(model.parameters(), lr=loop.lr, weight_decay=loop.weight_decay)
         loader.set_epoch(0)
-        low = autocast(args.precision, device)
         for batch in loader:
             images = preprocessing.normalise(batch["image"].to(device, non_blocking=True))
-            labels = batch["label"].to(device, non_blocking=True)
-            with low():
-                loss = F.cross_entropy(model(images), labels)
+            with autocast(args.precision, device)():
+                loss = F.cross_entropy(model(images), batch["label"].to(device, non_blocking=True))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -107,8 +106,8 @@ def main() -> None:
         rates.append(args.images / own)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     shares = {name: statistics.mean(line[name] for line in lines) for name in lines[0] if name.startswith("share_")}
-    print(f"{args.model} at {args.image_size} px, batch {args.batch}, {args.device}, {args.precision}, "
-          f"torch {torch.__version__}, {torch.get_num_threads()} threads")  # fmt: skip
+    print(f"{args.model} at {args.image_size} px, batch {args.batch}, {args.device}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads")  # fmt: skip
     print(f"  loop: {statistics.median(rates):.1f} images/s, {with_range(ratios)} of the bare loop, "
           "one checkpoint an epoch included")  # fmt: skip
     if args.json:
