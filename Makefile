@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo-run
 
-.PHONY: help setup demo test test-all check format lint types type-links docs coverage coverage-schemas pillow-simd clean
+.PHONY: help setup demo test test-all test-gpu check format lint types type-links docs coverage coverage-schemas pillow-simd clean
 
 help:
 	@echo "make demo      the whole line on embedded data, into $(OUT)/ (minutes)"
 	@echo "make test      the tests, the slow ones left out"
 	@echo "make test-all  all tests that need no GPU"
+	@echo "make test-gpu  the tests that need a GPU, one at a time"
 	@echo "make check     lint, types and tests of one file: make check FILE=train/fit/loop.py"
 	@echo "make format    ruff format, and what ruff and oxlint can mend by themselves"
 	@echo "make lint      ruff, oxlint and mypy"
@@ -100,6 +101,11 @@ test: setup lint
 # Slow tests run one at a time, because each of them uses the whole machine.
 test-all: test
 	$(BIN)/python -m pytest -m 'slow and not gpu'
+
+# One at a time, because they measure and limit the memory of the one GPU.
+test-gpu: setup
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('error: make test-gpu: torch sees no CUDA device here; run it where zpipe doctor shows a GPU')"
+	$(BIN)/python -m pytest -m gpu
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage .coverage.*

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from zpipe.pipeline.executor import Resources, run_local, run_ray
-from zpipe.pipeline.explainer import ExplainConfig, Explainer
+from zpipe.pipeline.explainer import PRECISIONS, ExplainConfig, Explainer
 from zpipe.pipeline.make_shards import FolderSource, make_shards
 from zpipe.pipeline.shard_reader import frame_image, open_shards, read_samples
 from zpipe.pipeline.teacher import TeacherSpec, load_teacher
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="images a shard")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -66,7 +67,8 @@ def main() -> None:
     teacher = load_teacher(teacher_spec)
     load_s = time.perf_counter() - begun
     frame = frame_of(teacher, "full")
-    explain = Explainer(teacher, ExplainConfig(), batch_size=args.batch_size, device=args.device)
+    settings = ExplainConfig(precision=args.precision)
+    explain = Explainer(teacher, settings, batch_size=args.batch_size, device=args.device)
     pixels = np.stack(
         [frame_image(sample, frame).pixels for task in tasks for sample in read_samples(Path(task.path), task.entry)]
     )
@@ -78,7 +80,7 @@ def main() -> None:
             teacher_digest=teacher.digest,
             fingerprint="benchmark",
             out=str(out),
-            explain=ExplainConfig(),
+            explain=settings,
             frame="full",
             batch_size=args.batch_size,
             threads=args.threads,
@@ -111,7 +113,8 @@ def main() -> None:
 
     candidates = {"local": lambda: executor(run_local), "ray": lambda: executor(run_ray)}
     print(
-        f"{args.teacher} on {args.device}, batch {args.batch_size}, {args.threads} threads, torch {torch.__version__}"
+        f"{args.teacher} on {args.device} in {args.precision}, batch {args.batch_size}, {args.threads} threads, "
+        f"torch {torch.__version__}"
     )
     kernel()
     rates: dict[str, list[float]] = {"kernel": [], "local": [], "ray": []}

@@ -23,6 +23,8 @@ from zpipe.cli_results import (
 )
 from zpipe.cli_train import train_vit_command, train_zoomer_command
 from zpipe.console import fail, local_path, open_streams, print_rows, print_table, printing, reporting, tell, warn
+from zpipe.limits import Finding
+from zpipe.schemas.errors import ZpipeError
 
 app = typer.Typer(
     cls=SecretlessGroup,
@@ -108,14 +110,62 @@ def doctor_command(
             parser=local_path, metavar="[FOLDER]", help="Where shards, stores or runs will go: check it too."
         ),
     ] = None,
+    gpu: Annotated[
+        bool,
+        typer.Option(
+            "--gpu",
+            help="Instead: compare what the first GPU computes with float64, provoke faults, measure rates, and "
+            "recommend flags for extraction and training; two minutes.",
+        ),
+    ] = False,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            parser=local_path,
+            metavar="FILE",
+            help="(--gpu only) File of all that was measured; default zpipe-doctor-gpu.json.",
+        ),
+    ] = None,
 ) -> None:
     """Check versions, PIL build, devices, Ray, and limits: shared memory, descriptors, sockets, memory, clock, disk.
 
-    The exit code is 1 if something would fail later.
+    The exit code is 1 if something would fail later, or with --gpu if there is no GPU or it computes wrong values.
     """
     from zpipe.doctor import examine
 
-    findings = examine(folder)
+    if gpu:
+        if folder is not None:
+            fail(f"doctor --gpu {folder}: checks no folder; run zpipe doctor {folder} for that", (), 2)
+        _examine_gpu(json_file or Path("zpipe-doctor-gpu.json"))
+        return
+    if json_file is not None:
+        fail(f"doctor --json {json_file}: is for --gpu; give both", (), 2)
+    _print_findings(examine(folder))
+
+
+def _examine_gpu(json_file: Path) -> None:
+    with reporting() as progress:
+        from zpipe.doctor import missing_gpu
+        from zpipe.schemas.atomic import check_out_file
+
+        check_out_file(json_file, (".json",))
+        if reason := missing_gpu():
+            raise ZpipeError(f"doctor --gpu: no GPU that torch can use: {reason}")
+        import torch
+
+        from zpipe.gpu_report import commands_of, examine_gpu, findings_of, write_report
+
+        report = examine_gpu("cuda", torch.cuda.device_count(), progress=progress)
+        write_report(json_file, report)
+    for line in commands_of(report):
+        tell(line)
+    tell(f"all measurements: {json_file}")
+    _print_findings(findings_of(report))
+
+
+def _print_findings(findings: list[Finding]) -> None:
+    """Print findings as a table; if there are problems, repeat them as an error with exit code 1."""
     table = Table(show_header=False)
     for finding in findings:
         table.add_row("ok" if finding.ok else "PROBLEM", finding.name, finding.value)

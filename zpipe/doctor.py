@@ -127,6 +127,16 @@ def _torch() -> Finding:
     return Finding(name="torch devices", value=f"{value}; there is a GPU ({signs}): {remedy}", ok=False)
 
 
+def missing_gpu() -> str | None:
+    """Why torch can't use a GPU here, with the remedy; None if it can."""
+    import torch
+
+    found = _torch()
+    if found.ok and torch.cuda.is_available():
+        return None
+    return f"{found.value}; run it on a machine with a GPU" if found.ok else found.value
+
+
 def _signs_of_a_gpu(root: Path) -> str:
     """What says that this machine has an NVIDIA GPU; empty if nothing does."""
     driver, devices = root / "proc/driver/nvidia", sorted((root / "dev").glob("nvidia[0-9]*"))

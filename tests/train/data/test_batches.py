@@ -176,19 +176,6 @@ def test_pinned_batches_are_moved_as_they_are_and_nobody_waits(data, num_workers
         assert all(torch.equal(values[name], batch[name]) for name in values)
 
 
-@pytest.mark.gpu
-def test_pinned_batches_are_copied_to_the_device_before_their_memory_is_used_again(data):
-    options = {"batch_size": 2, "image_size": 224, "num_workers": 2}
-    whole = list(RelevanceLoader(*data, **options))
-    moved = []
-    for batch in RelevanceLoader(*data, pin_memory=True, **options):
-        assert batch["image"].is_pinned() and batch["relevance"].is_pinned()
-        torch.cuda._sleep(10**7)  # the copies wait
-        moved.append(batch["image"].to("cuda", non_blocking=True))
-    for batch, image in zip(whole, moved, strict=True):
-        assert torch.equal(image.cpu(), batch["image"])
-
-
 # -------------------------------------------------------------------------------------------------- before the start
 
 
