@@ -25,9 +25,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrai
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
+from zpipe.train.models.checks import refuse_nan
 from zpipe.train.models.operating_points import ImageCost, OperatingPoint, count_patches
 from zpipe.train.models.warm_start import WarmStart, load_weights
-from zpipe.train.models.zoom_tokens import refuse_nan
 
 
 class StandaloneModel(nn.Module):
@@ -310,7 +310,7 @@ def read_scores(scores: Tensor, batch: int, side: int) -> Tensor:
         [batch, side * side], detached.
 
     Raises:
-        ValueError: scores of another shape, or NaN (see `zoom_tokens.refuse_nan`).
+        ValueError: scores of another shape, or NaN (see `checks.refuse_nan`).
     """
     own = math.isqrt(scores.shape[-1]) if scores.ndim == 2 else 0
     if scores.ndim != 2 or len(scores) != batch or own * own != scores.shape[1] or not own:
