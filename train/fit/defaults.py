@@ -1,0 +1,47 @@
+"""Settings that are left to the machine, and what a run that has begun keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from zpipe.schemas.model_config import CONFIG_NAME
+from zpipe.train.device import best_precision, resolve_device
+from zpipe.train.fit.config import TrainConfig
+from zpipe.train.fit.loaders import data_workers
+from zpipe.train.run_files import CHECKPOINT_NAME, RUN_NAME, read_record
+
+# What runs did before these settings were left to the machine.
+BEFORE: Mapping[str, Any] = {"precision": "float32", "compile": False, "data_workers": 1}
+
+
+def resolved(config: TrainConfig, run: Path) -> TrainConfig:
+    """Replace the precision and the number of data-loading processes that are left to the machine by values for it.
+
+    A run that has a checkpoint keeps those that it was begun with, on whatever device it is resumed: the precision
+    because it decides what is computed, the number of processes because the order of the samples can depend on it.
+
+    Args:
+        config: The settings.
+        run: The run folder.
+
+    Raises:
+        ZpipeError: If the device is not available, or the record of the run can't be read.
+    """
+    kept: Mapping[str, Any] = {}
+    begun = (run / CHECKPOINT_NAME).is_file() or (run / CONFIG_NAME).is_file()
+    if begun and (run / RUN_NAME).is_file():
+        kept = {**BEFORE, **read_record(run)["settings"].get("train", {})}
+    if config.precision == "auto":
+        config = replace(config, precision=kept.get("precision") or best_precision(resolve_device(config.device)))
+    if config.data_workers is None:
+        own = kept.get("data_workers")
+        config = replace(config, data_workers=data_workers(config) if own is None else own)
+    return config
+
+
+def of_earlier_versions(settings: dict[str, Any]) -> dict[str, Any]:
+    """The default settings of a stage, but those that are left to the machine now as they were before that."""
+    return settings | {"train": settings["train"] | BEFORE}
