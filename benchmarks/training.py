@@ -23,7 +23,7 @@ from zpipe.pipeline.make_shards import SceneSource, make_shards
 from zpipe.pipeline.scenes import SceneConfig
 from zpipe.train.checkpoint import Preprocessing
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.device import keep_freed_memory
+from zpipe.train.device import autocast, keep_freed_memory
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.loop import Trainer
 from zpipe.train.fit.train_vit import ClassifyTask, VitConfig
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="float32", choices=["float32", "bf16"], help="of both loops")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
@@ -53,7 +54,15 @@ def main() -> None:
         make_shards(SceneSource(count=args.images, split="train", seed=0, config=config, shard_size=128), shards)
     device = torch.device(args.device)
     preprocessing = Preprocessing(image_size=args.image_size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    loop = TrainConfig(epochs=1.0, batch_size=args.batch, data_workers=0, device=args.device, log_every=5)
+    loop = TrainConfig(
+        epochs=1.0,
+        batch_size=args.batch,
+        data_workers=0,
+        device=args.device,
+        log_every=5,
+        precision=args.precision,
+        compile=False,  # the bare loop isn't compiled either
+    )
     config = VitConfig(model=args.model, image_size=args.image_size, train=loop)
 
     def parts():
@@ -77,7 +86,8 @@ def main() -> None:
         loader.set_epoch(0)
         for batch in loader:
             images = preprocessing.normalise(batch["image"].to(device))
-            loss = F.cross_entropy(model(images), batch["label"].to(device))
+            with autocast(args.precision, device)():
+                loss = F.cross_entropy(model(images), batch["label"].to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from zpipe.schemas.errors import UsageError, ZpipeError, last_line
@@ -53,10 +54,10 @@ def run_as_rank(function: Callable[..., Any], arguments: Mapping[str, Any], devi
                 f"--nproc-per-node {gpus}, or --device cpu"
             )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl")
+        _join("nccl")
     else:
-        dist.init_process_group("gloo")
-    if int(os.environ["TORCHELASTIC_RESTART_COUNT"]):
+        _join("gloo")
+    if _restarts():
         arguments = {**arguments, "resume": "auto"}
     try:
         function(**arguments, progress=progress if is_first() else silent)
@@ -70,6 +71,25 @@ def run_as_rank(function: Callable[..., Any], arguments: Mapping[str, Any], devi
     dist.destroy_process_group()
 
 
+def _join(backend: str) -> None:
+    if int(os.environ["GROUP_WORLD_SIZE"]) > 1:  # whose machines count their restarts apart
+        dist.init_process_group(backend)
+        return
+    # torchrun's store outlives the processes: those that are started again must not find addresses of the dead.
+    store = PrefixStore(f"zpipe/attempt-{_restarts()}", _store())
+    size = int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=size)
+
+
+def _store() -> Store:
+    store, _, _ = next(rendezvous("env://"))
+    return store
+
+
+def _restarts() -> int:
+    return int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+
 @contextmanager
 def first_error_alone() -> Iterator[None]:
     """Let only that of torchrun's processes which fails first say why; the others end with exit code 1.
@@ -79,12 +99,12 @@ def first_error_alone() -> Iterator[None]:
     if not is_launched():
         yield
         return
-    store, _, _ = next(rendezvous("env://"))  # of torchrun, a new one at every restart
+    store, key = _store(), f"zpipe/failures-{_restarts()}"
     try:
         yield
     except BaseException as error:
         try:
-            failed = store.add("zpipe: failed processes", 1)
+            failed = store.add(key, 1)
         except dist.DistError:  # torchrun itself has ended
             failed = 1
         if failed > 1:

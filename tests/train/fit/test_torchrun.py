@@ -149,7 +149,7 @@ def test_without_restarts_a_killed_rank_ends_all_and_the_same_command_resumes(da
     assert (
         running.process.returncode == 1 and len(said) == 1 and said[0].endswith("run the same command again to resume")
     )
-    assert 8 <= load_checkpoint(running.out)["step"] < 80
+    assert 7 <= load_checkpoint(running.out)["step"] < 80  # a line is logged before its step is saved
     running = launch(config)
     running.said()
     assert (running.out / "model.safetensors").read_bytes() == two_ranks(data, tmp_path / "whole", config)
@@ -186,7 +186,8 @@ def test_an_error_of_any_rank_is_one_line(launch, options, told):
 
 def environment(monkeypatch, **more):
     names = {"TORCHELASTIC_RUN_ID": "run", "TORCHELASTIC_RESTART_COUNT": "0", "RANK": "1", "LOCAL_RANK": "1"}
-    for name, value in (names | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"} | more).items():
+    names |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "2"}
+    for name, value in (names | more).items():
         monkeypatch.setenv(name, value)
 
 
