@@ -11,6 +11,7 @@ from zpipe.schemas.model_config import CONFIG_NAME
 from zpipe.train.device import best_precision, resolve_device
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.loaders import data_workers
+from zpipe.train.ranks import ranks
 from zpipe.train.run_files import CHECKPOINT_NAME, RUN_NAME, read_record
 
 # What runs did before these settings were left to the machine.
@@ -21,7 +22,8 @@ def resolved(config: TrainConfig, run: Path) -> TrainConfig:
     """Replace the precision and the number of data-loading processes that are left to the machine by values for it.
 
     A run that has a checkpoint keeps those that it was begun with, on whatever device it is resumed: the precision
-    because it decides what is computed, the number of processes because the order of the samples can depend on it.
+    because it decides what is computed, the number of processes because the order of the samples can depend on it. All
+    ranks get the same values, and must call this together: the lower of two numbers, and float32 of two precisions.
 
     Args:
         config: The settings.
@@ -30,16 +32,22 @@ def resolved(config: TrainConfig, run: Path) -> TrainConfig:
     Raises:
         ZpipeError: If the device is not available, or the record of the run can't be read.
     """
+    if config.precision != "auto" and config.data_workers is not None:
+        return config
     kept: Mapping[str, Any] = {}
     begun = (run / CHECKPOINT_NAME).is_file() or (run / CONFIG_NAME).is_file()
     if begun and (run / RUN_NAME).is_file():
         kept = {**BEFORE, **read_record(run)["settings"].get("train", {})}
-    if config.precision == "auto":
-        config = replace(config, precision=kept.get("precision") or best_precision(resolve_device(config.device)))
-    if config.data_workers is None:
+    precision, workers = config.precision, config.data_workers
+    if precision == "auto":
+        precision = kept.get("precision") or best_precision(resolve_device(config.device))
+    if workers is None:
         own = kept.get("data_workers")
-        config = replace(config, data_workers=data_workers(config) if own is None else own)
-    return config
+        workers = data_workers(config) if own is None else own
+    every = ranks().gather((precision, workers))  # the machines may differ
+    if len({precision for precision, _ in every}) > 1:
+        precision = "float32"
+    return replace(config, precision=precision, data_workers=min(workers for _, workers in every))
 
 
 def of_earlier_versions(settings: dict[str, Any]) -> dict[str, Any]:

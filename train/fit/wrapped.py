@@ -68,7 +68,8 @@ def wrap(task: Task, batch: Batch, context: Context, *, compile: bool | None) ->
     """
     group = ranks()
     model = task.call = task.model
-    if compiles_by_default(model) if compile is None else compile:
+    wanted = all(group.gather(compiles_by_default(model))) if compile is None else compile  # the machines may differ
+    if wanted:
         model = _compiled_if_possible(task, batch, context, required=compile is not None)
     if group.alone:
         return

@@ -31,6 +31,7 @@ from zpipe.train.fit.train_zoomer import ZoomerTask
 from zpipe.train.fit.wrapped import channels_last, compiles_by_default
 from zpipe.train.losses import ZoomerLoss
 from zpipe.train.models import Zoomer
+from zpipe.train.ranks import Ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -175,6 +176,15 @@ def test_a_run_keeps_the_precision_and_the_workers_that_it_began_with(data, tmp_
     assert weights(tmp_path / "run").keys() == weights(tmp_path / "whole").keys()
     for name, value in weights(tmp_path / "run").items():
         assert torch.equal(value, weights(tmp_path / "whole")[name])
+
+
+@pytest.mark.parametrize(("other", "agreed"), [(("float32", 5), ("float32", 5)), (("bf16", 20), ("bf16", 7))])
+def test_ranks_on_different_machines_agree(cuda, monkeypatch, tmp_path, other, agreed):
+    """Ranks with other numbers of workers would disagree on who has which sample."""
+    monkeypatch.setattr(devices, "available_cores", lambda: 8)
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, other])
+    config = resolved(TrainConfig(device="cuda"), tmp_path)
+    assert (config.precision, config.data_workers) == agreed
 
 
 def test_a_run_of_an_earlier_version_goes_on_in_float32(data, tmp_path, cuda):
