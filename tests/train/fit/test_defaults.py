@@ -197,6 +197,13 @@ def test_a_run_of_an_earlier_version_goes_on_in_float32(data, tmp_path, cuda):
         del record["settings"]["train"][name]
     path.write_text(json.dumps(record))
     left_open = with_loop(PLAIN, device="cuda", compile=False, precision="auto", data_workers=None)
+    for name, value in (("data_workers", "many"), ("precision", 16)):
+        broken = copy.deepcopy(record)
+        broken["settings"]["train"][name] = value
+        path.write_text(json.dumps(broken))
+        with pytest.raises(ZpipeError, match=rf"run.json: setting {name}: .*; restore the file, or give another"):
+            resolved(left_open.train, tmp_path)
+    path.write_text(json.dumps(record))
     assert resolved(left_open.train, tmp_path).precision == "float32"
     train_vit(data / "shards", tmp_path, with_loop(left_open, data_workers=0))
 
