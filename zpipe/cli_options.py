@@ -126,6 +126,13 @@ DataWorkers = Annotated[
         "there are cores for.",
     ),
 ]
+TrainingDevice = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu or cuda. On a GPU, training is in bf16 and transformer blocks are compiled, unless --set "
+        "train.precision=float32 or --set train.compile=false say otherwise."
+    ),
+]
 NumWorkers = Annotated[
     int,
     typer.Option(

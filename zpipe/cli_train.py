@@ -14,7 +14,6 @@ from zpipe.cli_options import (
     Address,
     Damaged,
     DataWorkers,
-    Device,
     Join,
     Missing,
     ModelArgs,
@@ -25,6 +24,7 @@ from zpipe.cli_options import (
     Sets,
     Shards,
     StepImages,
+    TrainingDevice,
 )
 from zpipe.console import local_path, parse_settings, path_or_url, reporting, tell, warn
 from zpipe.schemas.errors import ZpipeError
@@ -105,7 +105,7 @@ def train_zoomer_command(
     damaged: Damaged = "error",
     join: Join = "tar",
     seed: Seed = 0,
-    device: Device = "auto",
+    device: TrainingDevice = "auto",
     settings: Sets = None,
 ) -> None:
     """Stage 1: teach a small convolutional Zoomer to predict the teacher's maps from the image alone."""
@@ -211,7 +211,7 @@ def train_vit_command(
     damaged: Damaged = "error",
     join: Join = "tar",
     seed: Seed = 0,
-    device: Device = "auto",
+    device: TrainingDevice = "auto",
     settings: Sets = None,
 ) -> None:
     """Stage 2: train a ZoomViT under a frozen zoomer (or cached maps), or a plain timm ViT without zoom."""
