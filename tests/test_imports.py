@@ -21,7 +21,15 @@ RAY_USERS = ("pipeline/executor.py", "train/fit/distributed.py")
 PURE = ("train/models/", "train/losses.py")
 # What models may share: a frozen backbone's parts, the token maths, batches of unequal lengths, and how a model says
 # what it can do, starts from a ViT's weights, and takes published ones.
-SHARED_BY_MODELS = {"backbone", "zoom_tokens", "packing", "operating_points", "warm_start", "released_weights"}
+SHARED_BY_MODELS = {
+    "backbone",
+    "checks",
+    "zoom_tokens",
+    "packing",
+    "operating_points",
+    "warm_start",
+    "released_weights",
+}
 # Models that are built on another one (LF-ViT is a CF-ViT that refines one region), or in more than one file.
 PARENTS = {
     "cfvit": {"cfvit_released", "cfvit_stages"},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from torch import Tensor
 from zpipe.schemas.devices import float32_arithmetic
 from zpipe.schemas.errors import UsageError, ZpipeError
 
+MAX_DATA_WORKERS = 16  # more are of no use to one GPU
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 LOW_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -38,6 +42,40 @@ def resolve_device(name: str) -> torch.device:
         count = torch.cuda.device_count()
         raise ZpipeError(f"device {name}: torch sees {count} CUDA devices here, cuda:0 to cuda:{count - 1}; choose one")
     return device
+
+
+def best_precision(device: torch.device) -> Literal["bf16", "float32"]:
+    """The precision to train in on a device: bf16 on a CUDA device that computes in it, else float32."""
+    if device.type != "cuda":
+        return "float32"
+    with torch.cuda.device(device):
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+
+
+def available_cores() -> int:
+    """The CPU cores that this process may use: those of its affinity, at most those of its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # another kind of cgroup, or the quota is `max`
+        return cores
+
+
+def data_workers_for(device: torch.device, *, processes: int = 1, on_cpu: int) -> int:
+    """How many data-loading processes to start where the user gives no number.
+
+    Args:
+        device: The device that the batches are for.
+        processes: The processes of this machine that start so many each. A core is left to each of them.
+        on_cpu: The number for a CPU, whose cores the model uses itself.
+
+    Returns:
+        At least 1 for a CUDA device.
+    """
+    if device.type != "cuda":
+        return on_cpu
+    return max(1, min(MAX_DATA_WORKERS, available_cores() // processes - 1))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

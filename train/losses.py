@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zpipe.train.models.checks import check_values
+
 Normalisation = Literal["sum", "softmax"]
 KlDirection = Literal["student||teacher", "teacher||student"]
 CoarseTarget = Literal["fine", "labels"]
@@ -233,12 +235,7 @@ def relevance_token_labels(maps: Tensor, labels: Tensor, num_classes: int, side:
         ValueError: If a map has values outside [0, 1]. On an accelerator an assertion of its own fails instead, for
             which the host need not wait.
     """
-    inside = ((maps >= 0) & (maps <= 1)).all()
-    problem = "token labels need maps in [0, 1]; normalise them first"
-    if maps.device.type != "cpu":
-        torch._assert_async(inside, problem)
-    elif not inside:
-        raise ValueError(problem)
+    check_values(((maps >= 0) & (maps <= 1)).all(), "token labels need maps in [0, 1]; normalise them first")
     relevance = F.interpolate(maps[:, None].float(), (side, side), mode="area").flatten(1)[..., None]  # [B, N, 1]
     one_hot = F.one_hot(labels, num_classes).to(relevance.dtype)[:, None]  # [B, 1, K]
     return relevance * one_hot + (1 - relevance) / num_classes

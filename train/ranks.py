@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -96,13 +97,20 @@ class Ranks:
             raise outcome[1]
         return outcome[0]
 
-    def share(self, model: nn.Module) -> nn.Module:
-        """Wrap `model` so that its backward pass averages the gradients over the ranks."""
+    def share(self, model: nn.Module, *, unused_parameters: bool) -> nn.Module:
+        """Wrap `model` so that its backward pass averages the gradients over the ranks, while it goes on.
+
+        Args:
+            model: The model, the same on all ranks.
+            unused_parameters: Whether a step may leave parameters without a gradient. Before its backward pass, every
+                step then looks for those, and gradients are sent in an order that is not that of the pass.
+        """
         if self.alone:
             return model
-        # Some parameters may get no gradient, such as the fine positions of a ZoomViT if nothing is zoomed.
         devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else None
-        return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
+        return DistributedDataParallel(
+            model, device_ids=devices, find_unused_parameters=unused_parameters, gradient_as_bucket_view=True
+        )
 
 
 def ranks() -> Ranks:
@@ -112,6 +120,25 @@ def ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
+def local_ranks() -> int:
+    """The number of training processes on this machine, which torchrun and Ray say; otherwise all are here."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or ranks().size
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error means that another process or a device was lost, so that starting again can help.
+
+    gloo, torch's loader and CUDA raise plain RuntimeErrors, which only their messages distinguish from programming
+    errors.
+    """
+    if isinstance(error, dist.DistError):
+        return True
+    message = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in message for sign in ("gloo", "Gloo", "DataLoader worker (pid", "CUDA error")
+    )
+
+
 def check_batch(batch_size: int, count: int) -> None:
     """Check that `count` training processes can split a batch evenly.
 
@@ -119,9 +146,11 @@ def check_batch(batch_size: int, count: int) -> None:
         UsageError: If they can't.
     """
     if batch_size % count:
+        below = batch_size // count * count
+        nearest = f"{below} or {below + count}" if below else str(count)
         raise UsageError(
-            f"train.batch_size {batch_size}: can't be shared evenly by {count} training processes; "
-            "give a multiple, or another --num-workers"
+            f"train.batch_size {batch_size}: can't be shared evenly by {count} training processes; give --batch-size "
+            f"{nearest}, or another number of processes"
         )
 
 

@@ -48,10 +48,11 @@ OWN_NAMES = (
 MAX_LOG_BYTES = 1 << 30  # of metrics.jsonl: three million lines
 
 # Settings that may change when a run is resumed: how the work is distributed, logged and kept, not what is computed.
-# Another device computes the same up to rounding.
+# Another device, or compiled code, computes the same up to rounding.
 FREE_SETTINGS = (
     "maps_teacher",  # covered by the fingerprint of the maps
     "train.checkpoint_s",
+    "train.compile",
     "train.data_workers",
     "train.device",
     "train.keep",

@@ -273,7 +273,7 @@ def maps_judge(
     damaged: Damaged = "error",
     join: Join = "tar",
     batch_size: BatchSize = 64,
-    data_workers: LoadingProcesses = 0,
+    data_workers: LoadingProcesses = None,
     device: Device = "auto",
     json_path: Annotated[
         Path | None,

@@ -118,10 +118,27 @@ RunFolder = Annotated[
 StepImages = Annotated[
     int | None, typer.Option(min=1, help="Images per step, over all training processes together. Default 128.")
 ]
-DataWorkers = Annotated[int, typer.Option(min=0, help="Data-loading processes of each training process.")]
+DataWorkers = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Data-loading processes of each training process. Default 1 on a CPU, for a GPU up to 16, as many as "
+        "there are cores for.",
+    ),
+]
+TrainingDevice = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu or cuda. On a GPU, training is in bf16 and transformer blocks are compiled, unless --set "
+        "train.precision=float32 or --set train.compile=false say otherwise."
+    ),
+]
 NumWorkers = Annotated[
     int,
-    typer.Option(min=0, help="Training processes, one per GPU; more than one run on Ray and share the batch evenly."),
+    typer.Option(
+        min=0,
+        help="Training processes, one per GPU; more than one run on Ray and share the batch evenly. Not with torchrun.",
+    ),
 ]
 Resume = Annotated[str, typer.Option(help="If the folder already holds a run: auto (resume it) or never (stop).")]
 Missing = Annotated[str, typer.Option(help="What to do with samples without a usable map: error, skip or uniform.")]
@@ -187,7 +204,12 @@ Precision = Annotated[str, typer.Option(help="float32, or under autocast bf16 or
 
 # For the verbs that only run a model.
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
-LoadingProcesses = Annotated[int, typer.Option(min=0, help="Data-loading processes.")]
+LoadingProcesses = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Data-loading processes. Default 0 on a CPU, for a GPU up to 16, as many as there are cores for."
+    ),
+]
 Scores = Annotated[
     str | None,
     typer.Option(

@@ -143,7 +143,7 @@ def evaluate_command(
     weights: Weights = "final",
     precision: Precision = "float32",
     batch_size: BatchSize = 128,
-    data_workers: LoadingProcesses = 0,
+    data_workers: LoadingProcesses = None,
     device: Device = "auto",
     json_path: Annotated[
         Path | None,
@@ -288,7 +288,7 @@ def study_command(
     address: Address = None,
     precision: Precision = "float32",
     batch_size: BatchSize = 128,
-    data_workers: LoadingProcesses = 0,
+    data_workers: LoadingProcesses = None,
     device: Device = "auto",
 ) -> None:
     """Repeat one of the paper's experiments around a run.
@@ -430,7 +430,7 @@ def calibrate_command(
     damaged: Damaged = "error",
     join: Join = "tar",
     batch_size: BatchSize = 128,
-    data_workers: LoadingProcesses = 0,
+    data_workers: LoadingProcesses = None,
     weights: Weights = "final",
     device: Device = "auto",
     json_path: Annotated[

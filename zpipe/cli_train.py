@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,6 @@ from zpipe.cli_options import (
     Address,
     Damaged,
     DataWorkers,
-    Device,
     Join,
     Missing,
     ModelArgs,
@@ -24,9 +24,36 @@ from zpipe.cli_options import (
     Sets,
     Shards,
     StepImages,
+    TrainingDevice,
 )
 from zpipe.console import local_path, parse_settings, path_or_url, reporting, tell, warn
 from zpipe.schemas.errors import ZpipeError
+from zpipe.schemas.progress import Progress
+
+
+@contextmanager
+def _training() -> Iterator[tuple[Progress, Callable[[str], None]]]:
+    """As `reporting`; yields the progress, and a function that shows a line.
+
+    Of torchrun's processes, only the first one shows lines, and only the one that fails first shows its error.
+    """
+    with reporting() as progress:
+        from zpipe.train.fit.torchrun import first_error_alone, is_first
+
+        with first_error_alone():
+            if is_first():
+                yield progress, warn
+            else:
+                warnings.simplefilter("ignore")
+                yield progress, lambda line: None
+
+
+def _tell_first(line: str) -> None:
+    """Print a line of a result; of torchrun's processes only the first one does."""
+    from zpipe.train.fit.torchrun import is_first
+
+    if is_first():
+        tell(line)
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
@@ -34,25 +61,25 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def _warn_of_warmup(config: Any) -> None:
+def _warn_of_warmup(config: Any, say: Callable[[str], None]) -> None:
     """Say that the warm-up is shorter than the settings want, which a few epochs would not outlast."""
     from zpipe.train.fit.optim import warmup_epochs
 
     if warmup_epochs(config) < config.warmup_epochs:
-        warn(
+        say(
             f"warning: a warm-up of {config.warmup_epochs:g} of {config.epochs:g} epochs is shortened to "
             f"{warmup_epochs(config):g}, a quarter of the training; set train.warmup_epochs to choose it"
         )
 
 
 @contextmanager
-def complete(shards: Path) -> Iterator[None]:
+def _complete(shards: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Tell before a training which images of tars without an index belong to no sample, and fail after it."""
     from zpipe.train.data.stream import list_shards
 
     left_out = list_shards(shards)[1].left_out
     if left_out:
-        warn(f"warning: {left_out}")
+        say(f"warning: {left_out}")
     yield
     if left_out:
         raise ZpipeError(left_out)
@@ -70,7 +97,7 @@ def train_zoomer_command(
     epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 100.")] = None,
     batch_size: StepImages = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default 0.01.")] = None,
-    data_workers: DataWorkers = 1,
+    data_workers: DataWorkers = None,
     num_workers: NumWorkers = 1,
     address: Address = None,
     resume: Resume = "auto",
@@ -78,11 +105,11 @@ def train_zoomer_command(
     damaged: Damaged = "error",
     join: Join = "tar",
     seed: Seed = 0,
-    device: Device = "auto",
+    device: TrainingDevice = "auto",
     settings: Sets = None,
 ) -> None:
     """Stage 1: teach a small convolutional Zoomer to predict the teacher's maps from the image alone."""
-    with reporting() as progress:
+    with _training() as (progress, say):
         from zpipe.train.fit.distributed import Workers, run_training
         from zpipe.train.fit.recipes import ZOOMER_RECIPES, recipe
         from zpipe.train.fit.train_zoomer import ZoomerConfig, train_zoomer
@@ -95,17 +122,18 @@ def train_zoomer_command(
             "join": join,
             "damaged": damaged,
         }
-        flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
+        flags |= {"train.seed": seed, "train.device": device}
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
+        flags |= _given({"train.data_workers": data_workers})
         config = with_settings(
             recipe(recipe_name, ZOOMER_RECIPES, ZoomerConfig()), flags | parse_settings(settings, "--set")
         )
-        _warn_of_warmup(config.train)
+        _warn_of_warmup(config.train, say)
         arguments = {"shards": shards, "maps": maps, "out": output, "resume": resume}
         workers = Workers(count=num_workers, address=address)
-        with complete(shards):
-            run_training(train_zoomer, arguments, config, workers, progress=progress, say=warn)
-            tell(f"{output}: zoomer ready; measure it with: zpipe evaluate {output} VAL_SHARDS --maps VAL_MAPS")
+        with _complete(shards, say):
+            run_training(train_zoomer, arguments, config, workers, progress=progress, say=say)
+            _tell_first(f"{output}: zoomer ready; measure it with: zpipe evaluate {output} VAL_SHARDS --maps VAL_MAPS")
 
 
 def train_vit_command(
@@ -175,7 +203,7 @@ def train_vit_command(
     epochs: Annotated[float | None, typer.Option(help="Epochs; fractions are allowed. Default 300.")] = None,
     batch_size: StepImages = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default 0.001.")] = None,
-    data_workers: DataWorkers = 1,
+    data_workers: DataWorkers = None,
     num_workers: NumWorkers = 1,
     address: Address = None,
     resume: Resume = "auto",
@@ -183,11 +211,11 @@ def train_vit_command(
     damaged: Damaged = "error",
     join: Join = "tar",
     seed: Seed = 0,
-    device: Device = "auto",
+    device: TrainingDevice = "auto",
     settings: Sets = None,
 ) -> None:
     """Stage 2: train a ZoomViT under a frozen zoomer (or cached maps), or a plain timm ViT without zoom."""
-    with reporting() as progress:
+    with _training() as (progress, say):
         from zpipe.train.fit.distributed import Workers, run_training
         from zpipe.train.fit.initialise import assumed
         from zpipe.train.fit.recipes import VIT_RECIPES, recipe
@@ -198,17 +226,18 @@ def train_vit_command(
         model_args = base.model_args | parse_settings(model_arg, "--model-arg")
         flags = {"model": model, "model_args": model_args, "num_classes": num_classes}
         flags |= {"missing": missing, "join": join, "damaged": damaged, "init_from": init_from, "scores": scores}
-        flags |= {"train.data_workers": data_workers, "train.seed": seed, "train.device": device}
+        flags |= {"train.seed": seed, "train.device": device}
         flags |= _given({"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr})
+        flags |= _given({"train.data_workers": data_workers})
         flags |= _given({"image_size": image_size})
         config = with_settings(base, flags | parse_settings(settings, "--set"))
-        _warn_of_warmup(config.train)
+        _warn_of_warmup(config.train, say)
         paths = {"shards": shards, "out": output, "zoomer": zoomer, "maps": maps, "val": val, "val_maps": val_maps}
         if config.init_from is not None and config.mean is None and zoomer is None:
             note = assumed(config.init_from)
             if note:
-                warn(f"note: {note}")
+                say(f"note: {note}")
         workers = Workers(count=num_workers, address=address)
-        with complete(shards):
-            run_training(train_vit, {**paths, "resume": resume}, config, workers, progress=progress, say=warn)
-            tell(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")
+        with _complete(shards, say):
+            run_training(train_vit, {**paths, "resume": resume}, config, workers, progress=progress, say=say)
+            _tell_first(f"{output}: model ready; measure it with: zpipe evaluate {output} VAL_SHARDS")

@@ -47,8 +47,8 @@ class CalibrationConfig:
     """The maximum number of images; their scores are held in memory, 4 bytes per cell."""
     batch_size: int = 128
     """Images per batch."""
-    data_workers: int = 0
-    """Processes that load data; 0 to load in this one."""
+    data_workers: int | None = None
+    """Processes that load data, see `eval_loader`."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
@@ -110,6 +110,7 @@ def calibration(
         maps,
         batch_size=config.batch_size,
         data_workers=config.data_workers,
+        limit=config.limit,
         damaged=config.damaged,
         join=config.join,
         device=config.device,

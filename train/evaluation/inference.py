@@ -21,7 +21,7 @@ from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.map_stores import Join
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.device import evaluation_context, keep_freed_memory, resolve_device, to_device
+from zpipe.train.device import data_workers_for, evaluation_context, keep_freed_memory, resolve_device, to_device
 from zpipe.train.evaluation.metrics import LARGEST_LOGIT, check_numbers
 from zpipe.train.models.operating_points import OperatingPoint, logits_of
 from zpipe.train.models.zoom_tokens import token_boxes
@@ -179,7 +179,8 @@ def eval_loader(
     maps: Path | RelevanceMaps | Mapping[str, Path | RelevanceMaps] | None,
     *,
     batch_size: int,
-    data_workers: int = 0,
+    data_workers: int | None = 0,
+    limit: int | None = None,
     missing: Missing = "uniform",
     damaged: Damaged = "error",
     join: Join = "tar",
@@ -192,25 +193,33 @@ def eval_loader(
         shards: a folder of shards, or a tar.
         maps: their relevance store, or several by the names of their maps in a batch; None to load no maps.
         batch_size: images per batch.
-        data_workers: processes that load data; 0 to load in this one.
+        data_workers: processes that load data; 0 to load in this one. None is 0 for a CPU, and for a CUDA device up to
+            16, as many as the machine has cores for; but 0 if a limit leaves out samples, because several processes
+            load them in another order.
+        limit: the largest number of samples that will be taken, from the first on; None for all.
         missing: how to handle samples without a usable map, see `RelevanceLoader`.
         damaged: how to handle damaged tars and samples, see `RelevanceLoader`.
         join: how maps find their images, see `RelevanceLoader`.
         device: the device that the batches will be moved to, by name.
     """
-    return RelevanceLoader(
+    on = resolve_device(device)
+    load = partial(
+        RelevanceLoader,
         shards,
         maps,
         batch_size=batch_size,
         image_size=preprocessing.image_size,
         augment="eval",
-        num_workers=data_workers,
         missing=missing,
         damaged=damaged,
         join=join,
         view=ViewConfig(crop_pct=preprocessing.crop_pct),
-        pin_memory=resolve_device(device).type == "cuda",
+        pin_memory=on.type == "cuda",
     )
+    if data_workers is not None:
+        return load(num_workers=data_workers)
+    loader = load(num_workers=data_workers_for(on, on_cpu=0))
+    return loader if limit is None or limit >= loader.sample_count else load(num_workers=0)
 
 
 class Tally:

@@ -71,8 +71,8 @@ class JudgeConfig:
     """How maps find their images: `tar` or `image`, see `RelevanceLoader`."""
     batch_size: int = 64
     """Images per batch."""
-    data_workers: int = 0
-    """Processes that load data; 0 to load in this one."""
+    data_workers: int | None = None
+    """Processes that load data, see `eval_loader`."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
@@ -231,6 +231,7 @@ def _load(
         {f"map_{number}": store for number, store in enumerate(stores)},
         batch_size=config.batch_size,
         data_workers=config.data_workers,
+        limit=config.limit,
         missing="skip",
         damaged=config.damaged,
         join=config.join,

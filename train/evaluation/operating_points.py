@@ -78,8 +78,8 @@ class EvalConfig:
     """The precision of both scores and model: float32, or bf16 or fp16 under autocast."""
     batch_size: int = 128
     """Images per batch."""
-    data_workers: int = 0
-    """Processes that load data; 0 to load in this one."""
+    data_workers: int | None = None
+    """Processes that load data, see `eval_loader`."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
@@ -105,7 +105,7 @@ class EvalConfig:
             raise UsageError(f"--damaged {self.damaged}: choose error or skip")
         if self.batch_size < 1:
             raise UsageError(f"batch_size={self.batch_size}: give a number >= 1")
-        if self.data_workers < 0:
+        if self.data_workers is not None and self.data_workers < 0:
             raise UsageError(f"data_workers={self.data_workers}: give a number >= 0")
 
     def requested(self) -> dict[str, tuple[Any, ...]]:

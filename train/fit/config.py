@@ -85,11 +85,13 @@ class TrainConfig:
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which are then the finished ones; 0 for none."""
 
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
-    """Precision of the forward pass; fp16 uses loss scaling."""
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    """Precision of the forward pass, in training and validation; fp16 uses loss scaling. `auto` is bf16 on a CUDA
+    device that has it, else float32."""
 
-    compile: bool = False
-    """Whether to torch.compile the model; of a ZoomViT, its blocks."""
+    compile: bool | None = None
+    """Whether to torch.compile the model: the blocks of a ZoomViT or of a plain ViT, any other model as a whole. None
+    compiles blocks on a CUDA device with Triton, and does without if that fails."""
 
     keep: int = 0
     """Number of epochs whose weights are kept beside the last checkpoint."""
@@ -97,8 +99,9 @@ class TrainConfig:
     seed: int = 0
     """Seed of the initialisation, the order of the samples and everything that is drawn."""
 
-    data_workers: int = 1
-    """Data-loading processes of each training process."""
+    data_workers: int | None = None
+    """Data-loading processes of each training process. None is 1 on a CPU; with a CUDA device it is up to 16, as many
+    as the machine has cores for beside the training processes."""
 
     log_every: int = 20
     """Steps between two lines of metrics."""

@@ -1,4 +1,6 @@
-"""Training in several processes, on one machine or many, through Ray Train; the only file of training that imports ray.
+"""Training in several processes, on one machine or many, through Ray Train or torchrun.
+
+This is the only file of training that imports ray.
 
 Every process runs the same function that a single process runs, and torch.distributed joins them. They share the run
 folder: weights, checkpoints and metrics are files there. Only reports of progress, errors and the request to stop go
@@ -26,9 +28,10 @@ from zpipe.schemas.progress import Progress, silent
 from zpipe.schemas.ray_session import RaySession, cause_of, ray_session
 from zpipe.train.fit.loop import Stopped
 from zpipe.train.fit.mailbox import Mailbox
+from zpipe.train.fit.torchrun import is_launched, run_as_rank
 from zpipe.train.fit.train_vit import VitConfig
 from zpipe.train.fit.train_zoomer import ZoomerConfig
-from zpipe.train.ranks import check_batch
+from zpipe.train.ranks import check_batch, is_lost_process
 
 POLL_S = 0.5
 RESTARTS = 3
@@ -75,7 +78,7 @@ def run_training(
     progress: Progress = silent,
     say: Say = lambda line: None,
 ) -> None:
-    """Call `train_vit` or `train_zoomer`, in this process or in all `workers` at once.
+    """Call `train_vit` or `train_zoomer`, in this process, in all `workers` at once, or as a rank of torchrun.
 
     If a process dies, alone or with its machine, the others end too, and all start again from the run's last
     checkpoint, at most `RESTARTS` times. An error that a single process would fail with too, of whatever type, ends all
@@ -96,16 +99,17 @@ def run_training(
         ZpipeError: If Ray can't be reached or has too few resources, or the restarts did not help; else as `function`.
     """
     count = max(1, workers.count)
+    device = config.train.device
+    if is_launched():
+        if workers != Workers():
+            raise UsageError("--num-workers, --address: torchrun has started the training processes; leave them out")
+        _check_processes(config, int(os.environ["WORLD_SIZE"]))
+        run_as_rank(function, {**arguments, "config": config}, device, progress)
+        return
     if count == 1 and workers.address is None:
         function(**arguments, config=config, progress=progress)
         return
-    device = config.train.device
-    check_batch(config.train.batch_size, count)
-    if device.startswith("cuda:"):
-        raise UsageError(
-            f"--device {device}: training processes take a GPU each; give --device cuda, and name GPUs in "
-            "CUDA_VISIBLE_DEVICES"
-        )
+    _check_processes(config, count)
     with (
         ray_session(
             _import_ray, workers.address, count, instead="leave out --num-workers", settings=RAY_SETTINGS
@@ -128,6 +132,21 @@ def run_training(
                 ) from failure.error
             say(f"warning: a training process died; all begin again from the last checkpoint ({reason})")
             job.arguments["resume"] = "auto"
+
+
+def _check_processes(config: VitConfig | ZoomerConfig, count: int) -> None:
+    """Check that so many processes can share the batch and the GPUs.
+
+    Raises:
+        UsageError: If they can't.
+    """
+    check_batch(config.train.batch_size, count)
+    device = config.train.device
+    if device.startswith("cuda:") and count > 1:
+        raise UsageError(
+            f"--device {device}: training processes take a GPU each; give --device cuda, and name GPUs in "
+            "CUDA_VISIBLE_DEVICES"
+        )
 
 
 def _choose_resource(available: Mapping[str, float], device: str, count: int) -> Literal["GPU", "CPU"]:
@@ -343,16 +362,7 @@ def _work(job: _Job) -> None:
 
 
 def _is_a_lost_process(error: Exception) -> bool:
-    """Whether the error means that another process or a device was lost, so that a restart can help.
-
-    gloo, torch's loader and CUDA raise plain RuntimeErrors, which only their messages distinguish from programming
-    errors.
-    """
+    """Whether the error means that another process or a device was lost, so that a restart can help."""
     from ray.exceptions import RayError
 
-    if isinstance(error, (dist.DistError, RayError)):
-        return True
-    message = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in message for sign in ("gloo", "Gloo", "DataLoader worker (pid", "CUDA error")
-    )
+    return isinstance(error, RayError) or is_lost_process(error)

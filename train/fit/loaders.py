@@ -10,9 +10,9 @@ from zpipe.train.data.join import Damaged, Missing
 from zpipe.train.data.loader import RelevanceLoader
 from zpipe.train.data.map_stores import Join
 from zpipe.train.data.transforms import ViewConfig
-from zpipe.train.device import resolve_device
+from zpipe.train.device import data_workers_for, resolve_device
 from zpipe.train.fit.config import TrainConfig
-from zpipe.train.ranks import ranks
+from zpipe.train.ranks import local_ranks, ranks
 
 
 class DataConfig(Protocol):
@@ -57,7 +57,7 @@ def training_loader(shards: Path, maps: RelevanceMaps | None, config: DataConfig
         image_size=config.image_size,
         augment="train",
         seed=config.train.seed,
-        num_workers=config.train.data_workers,
+        num_workers=data_workers(config.train),
         rank=group.rank,
         world_size=group.size,
         repeats=config.train.repeats,
@@ -82,7 +82,7 @@ def validation_loader(shards: Path, maps: Path | None, config: DataConfig) -> Re
         batch_size=group.part(config.train.batch_size),
         image_size=config.image_size,
         augment="eval",
-        num_workers=config.train.data_workers,
+        num_workers=data_workers(config.train),
         rank=group.rank,
         world_size=group.size,
         missing="uniform",
@@ -91,3 +91,10 @@ def validation_loader(shards: Path, maps: Path | None, config: DataConfig) -> Re
         view=config.view,
         pin_memory=resolve_device(config.train.device).type == "cuda",
     )
+
+
+def data_workers(config: TrainConfig) -> int:
+    """The number of data-loading processes of this training process; by the machine if the settings leave it to it."""
+    if config.data_workers is not None:
+        return config.data_workers
+    return data_workers_for(resolve_device(config.device), processes=local_ranks(), on_cpu=1)

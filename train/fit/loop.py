@@ -8,58 +8,33 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 
 from zpipe.schemas.devices import is_out_of_memory
 from zpipe.schemas.errors import UsageError, ZpipeError, last_line
 from zpipe.schemas.progress import Progress, silent
 from zpipe.train.checkpoint import keep_epoch
 from zpipe.train.data.loader import RelevanceLoader
-from zpipe.train.device import autocast, keep_freed_memory, resolve_device, to_device
+from zpipe.train.device import autocast, evaluation_context, resolve_device, to_device
 from zpipe.train.fit.clock import Clock
 from zpipe.train.fit.config import TrainConfig
+from zpipe.train.fit.defaults import resolved
 from zpipe.train.fit.late_metrics import LateMetrics
 from zpipe.train.fit.metric_log import Log, metric_log, trim_log
 from zpipe.train.fit.optim import make_optimizer, make_scheduler, restore_optimizer, update_weights
 from zpipe.train.fit.position import epoch_seed, position_of, restore_position
-from zpipe.train.models.backbone import compiled
+from zpipe.train.fit.task import Batch, Task
+from zpipe.train.fit.wrapped import lay_out, stand_in, wrap
 from zpipe.train.ranks import ranks
 from zpipe.train.resume_state import check_weights, load_checkpoint, save_checkpoint
 from zpipe.train.run_files import CHECKPOINT_NAME, damaged_remedy, forget_attempt
 from zpipe.train.signals import stop_flag
 
-Batch = dict[str, Any]
 VOTES = ("samples", "stop", "save")  # sums over the ranks, beside the metrics of a step
-
-
-class Task(Protocol):
-    """What is trained: a model and its loss."""
-
-    call: Callable[..., Any]
-    """How `loss` runs the model: the model itself, or the trainer's wrapper around it (compiled, distributed)."""
-
-    draws: torch.Generator
-    """For random numbers that must be the same on all ranks; all others come from torch's global generator.
-
-    The trainer seeds both generators for every epoch and keeps their states in checkpoints."""
-
-    progress: float
-    """Fraction of the training that is completed, in [0, 1); the trainer sets it before every step."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The model whose parameters are trained."""
-
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch, 0-d, and metrics to log, 0-d tensors on the model's device."""
-
-    def validate(self, model: nn.Module) -> dict[str, float]:
-        """Metrics of a model on held-out data, after every epoch; may be empty. `val_top1` decides the best epoch."""
 
 
 class Stopped(ZpipeError):
@@ -89,10 +64,11 @@ class Trainer:
     """
 
     def __init__(self, task: Task, loader: RelevanceLoader, config: TrainConfig, run: Path) -> None:
-        self.task, self.loader, self.config, self.run = task, loader, config, run
+        self.config = config = resolved(config, run)
+        self.task, self.loader, self.run = task, loader, run
         self.ranks = ranks()
         self.device = resolve_device(config.device)
-        self._prepare_device()
+        lay_out(task.model, self.device)
         loader.set_epoch(0)
         steps_per_epoch = len(loader) // config.accumulate
         if len(loader) and not steps_per_epoch:
@@ -108,6 +84,7 @@ class Trainer:
         self._in_epoch = False  # between the start of an epoch and the end of its validation
         self._position: dict[str, Any] | None = None  # of a loaded checkpoint, until its epoch is resumed
         self._autocast = autocast(config.precision, self.device)
+        self._evaluation = evaluation_context(config.precision, self.device)
         self._clock = Clock()
         self._images = 0
         self._saved_at = time.monotonic()
@@ -147,6 +124,8 @@ class Trainer:
             explain_out_of_memory(self.run, self.device),
         ):
             self._stop_requested = lambda: signalled() or stop()
+            batch = stand_in(self.loader, self.loader.batch_size)
+            wrap(self.task, batch, self._autocast, compile=self.config.compile)
             while self._unfinished():
                 self._begin_epoch()
                 for batches in self._step_batches():
@@ -220,7 +199,8 @@ class Trainer:
         self.metrics()  # raises after a loss that is not finite
         model = self.average.module if self.average is not None else self.task.model
         model.eval()
-        metrics = self.task.validate(model)
+        with self._evaluation():
+            metrics = self.task.validate(model)
         if self.ranks.first:
             with self._clock("save"):
                 keep_epoch(self.run, model, self.epoch, self.config.keep, metrics.get("val_top1"))
@@ -272,17 +252,8 @@ class Trainer:
                 save_checkpoint(self.run, state)
         self._saved_at, self._save_due = time.monotonic(), False
 
-    def _prepare_device(self) -> None:
-        if self.device.type == "cpu":
-            keep_freed_memory()
-            return
-        if self.device.index is not None:
-            torch.cuda.set_device(self.device)  # the default of all code that names no device
-        if not self.ranks.alone:
-            convert_sync_batchnorm(self.task.model)  # in place
-
     def _resume(self) -> None:
-        """Load the run's checkpoint, if there is one, and wrap the model for training."""
+        """Load the run's checkpoint, if there is one."""
         state = load_checkpoint(self.run)
         if state is not None:
             try:
@@ -292,8 +263,6 @@ class Trainer:
                 raise ZpipeError(
                     f"{self.run / CHECKPOINT_NAME}: not this run's checkpoint ({reason}); {damaged_remedy(self.run)}"
                 ) from error
-        model: Any = compiled(self.task.model) if self.config.compile else self.task.model
-        self.task.call = self.ranks.share(model)
         if self.ranks.first:
             if self.step == 0:
                 forget_attempt(self.run)
@@ -353,7 +322,7 @@ class Trainer:
             weight = self._weight(batch)
             counts[0] += len(batch["key"])
             if not batch["key"]:
-                batch = self._stand_in()
+                batch = stand_in(self.loader, 1)  # all ranks must take part in every step
             with nullcontext() if last or self.ranks.alone else call.no_sync():
                 with self._clock("forward"), self._autocast():
                     loss, metrics = self.task.loss(batch)
@@ -399,15 +368,6 @@ class Trainer:
         count = torch.full((), float(len(batch["key"])), device=self.device)
         total = self.ranks.sum(count.clone())
         return count * self.ranks.size / total.clamp(min=1)
-
-    def _stand_in(self) -> Batch:
-        """A sample of weight 0, for a rank whose batch is empty: all ranks must take part in every step."""
-        side = self.loader.image_size
-        batch: Batch = {"image": torch.zeros(1, 3, side, side, dtype=torch.uint8), "key": [""]}
-        batch["label"] = torch.zeros(1, dtype=torch.int64)
-        if self.loader.maps is not None:
-            batch["relevance"] = torch.ones(1, *self.loader.maps.manifest.provenance.grid)
-        return batch
 
     def _poll(self) -> tuple[bool, bool]:
         """Whether this rank wants to stop, and whether a checkpoint is due, by the clock of the first rank alone.

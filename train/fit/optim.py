@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import dispatch_clip_grad
@@ -16,6 +16,7 @@ from zpipe.train.fit.config import TrainConfig
 
 # Options of a group of weights that the schedule or the machine sets, not the settings of the run.
 OF_THE_MACHINE = ("foreach", "fused", "capturable", "differentiable")
+FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # those with a kernel for CUDA
 CHANGING = ("lr", "step", *OF_THE_MACHINE)
 MAX_WARMUP = 0.25  # of the training
 
@@ -28,7 +29,15 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     """
     options = config.opt_args if config.layer_decay is None else config.opt_args | {"layer_decay": config.layer_decay}
     _try_step(config)
+    if next(model.parameters()).is_cuda and _may_be_fused(config):
+        options = options | {"fused": True}  # one kernel for all weights
     return _create(model, config, options)
+
+
+def _may_be_fused(config: TrainConfig) -> bool:
+    """Whether PyTorch has a fused kernel of the optimizer, and the settings leave it to us how it computes."""
+    kind = get_optimizer_class(config.opt.lower().rpartition("_")[2], bind_defaults=False)  # of lookahead_adamw: adamw
+    return kind in FUSED and not config.opt_args.keys() & set(OF_THE_MACHINE)
 
 
 def _create(model: nn.Module, config: TrainConfig, options: dict[str, Any]) -> torch.optim.Optimizer:
@@ -74,17 +83,26 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
                     f"{str(own[name])[:80]}"
                 )
     machine = [{name: group[name] for name in OF_THE_MACHINE if name in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    # Before it is loaded: a fused optimizer counts its steps on the device.
+    groups = [other | own for other, own in zip(state["param_groups"], machine, strict=False)]
+    optimizer.load_state_dict(state | {"param_groups": groups + state["param_groups"][len(groups) :]})
     if any(len(set(kinds)) > 1 for kinds in _forms(optimizer).values()):
         raise ValueError("its optimizer holds numbers where it holds tensors for other weights")
-    for group, options in zip(optimizer.param_groups, machine, strict=True):
-        group |= options
+    for group in optimizer.param_groups:
         kinds: dict[torch.Size, dict[str, Any]] = {}  # some optimizers treat matrices, or large weights, in another way
         for weight in group["params"]:
             held = optimizer.state.get(weight, {})  # empty for a weight that had no gradient so far
             if held:
                 alike = kinds.setdefault(weight.shape, {name: _kind(value) for name, value in held.items()})
                 _check_held(weight, held, alike)
+                _lay_out_as(weight, held)
+
+
+def _lay_out_as(weight: Tensor, held: dict[str, Any]) -> None:
+    """Store what an optimizer holds as its weight lies, whose channels may be last; fused kernels want it so."""
+    for name, value in held.items():
+        if isinstance(value, Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+            held[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def _check_held(weight: Tensor, held: dict[str, Any], alike: dict[str, Any]) -> None:

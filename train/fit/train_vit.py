@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -30,6 +30,7 @@ from zpipe.train.data.stream import read_tar
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import resolve_device, to_device
 from zpipe.train.fit.config import TrainConfig
+from zpipe.train.fit.defaults import of_earlier_versions, resolved
 from zpipe.train.fit.initialise import build_vit, check_source, start_from
 from zpipe.train.fit.loaders import training_loader, validation_loader
 from zpipe.train.fit.loop import Trainer, never
@@ -369,6 +370,7 @@ def train_vit(
     inputs = VitInputs(
         shards=as_path(shards), **{name: as_path(path) for name, path in paths.items() if path is not None}
     )
+    config = replace(config, train=resolved(config.train, out))
     device = resolve_device(config.train.device)
     store = RelevanceMaps(inputs.maps) if inputs.maps is not None else None
     loader = training_loader(inputs.shards, store, config)
@@ -383,7 +385,7 @@ def train_vit(
     val_loader = _val_loader(inputs, config, source, loader, cast(int, model.num_classes))
     settings = _recorded_settings(inputs, config, loader, store, preprocessing)
     with run_lease(out) as check_lease:
-        if begin_run(out, "vit", settings, resume, defaults=to_json(asdict(VitConfig()))):
+        if begin_run(out, "vit", settings, resume, defaults=of_earlier_versions(to_json(asdict(VitConfig())))):
             return {}
         if config.init_from is not None and not (out / CHECKPOINT_NAME).is_file():  # the checkpoint has its own weights
             _start(model, config.init_from, loader)

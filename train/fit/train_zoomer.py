@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from zpipe.train.data.map_stores import Join
 from zpipe.train.data.transforms import ViewConfig
 from zpipe.train.device import resolve_device, to_device
 from zpipe.train.fit.config import TrainConfig
+from zpipe.train.fit.defaults import of_earlier_versions, resolved
 from zpipe.train.fit.loaders import training_loader
 from zpipe.train.fit.loop import Trainer, never
 from zpipe.train.losses import KlDirection, Normalisation, ZoomerLoss
@@ -148,6 +149,7 @@ def train_zoomer(
     grid = store.manifest.provenance.grid
     if grid[0] != grid[1]:
         raise UsageError(f"{maps}: maps of {grid[0]} x {grid[1]} cells; the zoomer needs a square grid")
+    config = replace(config, train=resolved(config.train, out))
     device = resolve_device(config.train.device)
     loader = training_loader(shards, store, config)
     loader.report_coverage(progress)
@@ -164,7 +166,9 @@ def train_zoomer(
         crop_pct=config.view.crop_pct,
     )
     with run_lease(out) as check_lease:
-        if begin_run(out, "zoomer", to_json(settings), resume, defaults=to_json(asdict(ZoomerConfig()))):
+        if begin_run(
+            out, "zoomer", to_json(settings), resume, defaults=of_earlier_versions(to_json(asdict(ZoomerConfig())))
+        ):
             return {}
         torch.manual_seed(config.train.seed)
         task = ZoomerTask(_zoomer(config, grid[0]).to(device), config.loss(), preprocessing, device)

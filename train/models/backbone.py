@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
@@ -25,9 +26,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrai
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
+from zpipe.train.models.checks import refuse_nan
 from zpipe.train.models.operating_points import ImageCost, OperatingPoint, count_patches
 from zpipe.train.models.warm_start import WarmStart, load_weights
-from zpipe.train.models.zoom_tokens import refuse_nan
 
 
 class StandaloneModel(nn.Module):
@@ -216,13 +217,31 @@ def create_backbone(
     return timm.create_model(name, pretrained=False, **arguments)
 
 
-def compiled(model: nn.Module) -> nn.Module:
+def compiled(model: nn.Module, **options: Any) -> nn.Module:
     """A module to call in place of a model, with the same parameters, compiled; the model itself stays as it is.
 
-    A model with a method `compiled` says itself which of its parts are compiled. Any other is compiled as a whole.
+    A model with a method `compiled` says itself which of its parts are compiled. Of timm's VisionTransformer these are
+    the blocks, one graph for all of them, so that gradients can be sent block by block. Any other is compiled as a
+    whole.
+
+    Args:
+        model: the model. A plain ViT stays in the mode, training or evaluation, in which it is now.
+        options: of `torch.compile`.
     """
     own = getattr(model, "compiled", None)
-    return cast(nn.Module, torch.compile(model) if own is None else own())
+    if own is not None:
+        return cast(nn.Module, own(**options))
+    if not has_blocks_to_compile(model):
+        return cast(nn.Module, torch.compile(model, **options))
+    twin: Any = copy.copy(model)  # shares parameters, buffers and all modules but those that are replaced here
+    twin._modules = dict(model._modules)
+    twin.blocks = nn.Sequential(*(cast(nn.Module, torch.compile(block, **options)) for block in twin.blocks))
+    return cast(nn.Module, twin)
+
+
+def has_blocks_to_compile(model: nn.Module) -> bool:
+    """Whether `compiled` compiles the blocks of a model rather than the whole of it."""
+    return hasattr(model, "compiled") or isinstance(model, VisionTransformer)
 
 
 def check_plain(vit: nn.Module) -> int:
@@ -310,7 +329,7 @@ def read_scores(scores: Tensor, batch: int, side: int) -> Tensor:
         [batch, side * side], detached.
 
     Raises:
-        ValueError: scores of another shape, or NaN (see `zoom_tokens.refuse_nan`).
+        ValueError: scores of another shape, or NaN (see `checks.refuse_nan`).
     """
     own = math.isqrt(scores.shape[-1]) if scores.ndim == 2 else 0
     if scores.ndim != 2 or len(scores) != batch or own * own != scores.shape[1] or not own:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from zpipe.train.models import zoom_tokens
 from zpipe.train.models.backbone import layer_norm
+from zpipe.train.models.checks import check_values
 
 REUSES = ("mlp", "linear", "none", "mlp+class", "mlp+uninformative")
 
@@ -92,12 +93,7 @@ def cell_scores(scores: Tensor, batch: int, cells: int) -> Tensor:
             f"scores must be [{batch}, {cells}], by coarse cell, or [{batch}, {4 * cells}], by patch, "
             f"got {list(scores.shape)}"
         )
-    if not torch.compiler.is_compiling():
-        problem = "scores must be finite, got NaN or infinity"
-        if scores.device.type != "cpu":
-            torch._assert_async(scores.isfinite().all(), problem)
-        elif not scores.isfinite().all():
-            raise ValueError(problem)
+    check_values(scores.isfinite().all(), "scores must be finite, got NaN or infinity")
     scores = scores.detach().float()
     return scores if scores.shape[1] == cells else zoom_tokens.coarse_scores(scores, 0.5)
 

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zpipe.train.models.checks import refuse_nan
+
 ZOOM_FACTORS = (2.0, 0.5)
 ZFE_KINDS = ("none", "fixed", "soft")
 PRUNE_KINDS = ("backward", "forward", "backward-zoomed", "forward-zoomed", "backward-rest", "forward-rest")
@@ -84,18 +86,6 @@ def check_alpha(alpha: float) -> float:
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha!r}")
     return alpha
-
-
-def refuse_nan(scores: Tensor) -> None:
-    """Raise ValueError if scores on a CPU hold NaN; let an accelerator check an assertion, without waiting for it.
-
-    After a failed assertion the process must be started again. While a graph is compiled nothing is checked.
-    """
-    if not torch.compiler.is_compiling():
-        if scores.device.type != "cpu":
-            torch._assert_async(scores.isnan().logical_not().all(), "scores must be numbers, got NaN")
-        elif scores.isnan().any():
-            raise ValueError("scores must be numbers, got NaN")
 
 
 def coarse_scores(scores: Tensor, zoom_factor: float) -> Tensor:
@@ -179,8 +169,8 @@ def choose_cells(
         bool [B, C].
 
     Raises:
-        ValueError: scores of another shape or with NaN (see `refuse_nan`), both or neither of alpha and budget, or
-            values of them out of range.
+        ValueError: scores of another shape or with NaN (see `checks`), both or neither of alpha and budget, or values
+            of them out of range.
     """
     if tuple(scores.shape) != (batch, side * side):
         raise ValueError(

@@ -277,7 +277,7 @@ def test_a_batch_must_come_out_even(process, data, tmp_path):
     with pytest.raises(UsageError, match="train.batch_size 10: can't be shared evenly by 4"):
         check_batch(10, 4)
     told = process("train-vit", data / "shards", "--out", tmp_path / "run", "--batch-size", 5, "--num-workers", 2)
-    assert told.code == 2 and "give a multiple, or another --num-workers" in told.error
+    assert told.code == 2 and "give --batch-size 4 or 6, or another number of processes" in told.error
     assert not (tmp_path / "run").exists()
 
 
