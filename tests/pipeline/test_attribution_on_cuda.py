@@ -66,7 +66,7 @@ def check(cuda, here, there, *, batches=1, rounding=1e-4, copies=0):
     cuda.reset()
     found = there(images(), labels)
     waits = {where.partition(":")[0]: count for where, count in cuda.syncs.items()}
-    assert waits.pop("stream at pipeline/explainer.py") == batches
+    assert waits.pop("event at pipeline/explainer.py") == batches
     assert sum(waits.values()) == copies and all(where.startswith("copy from pageable memory") for where in waits)
     for name, array, other in zip(expected._fields, found, expected, strict=True):
         scale = np.abs(other).max(initial=0)
@@ -128,3 +128,43 @@ def test_a_call_from_python_reads_the_values_to_check_them(cuda, method):
     assert all(place.startswith("item at pipeline/supported.py:") for place in cuda.syncs) and cuda.syncs.total() == 2
     with pytest.raises(ValueError, match=r"class 5 is outside 0\.\.4"):
         METHODS[method](model, given, torch.full((3,), 5, device="cuda"))
+
+
+def test_a_batch_is_launched_before_the_one_before_it_is_waited_for(cuda):
+    _, there = explainers(vit(), method="gradient-attention")
+    expected = there(images(), np.arange(5)), there(images()[::-1].copy(), np.arange(5))
+    cuda.reset()
+    pixels = there.new_array(images().shape)
+    pixels[...] = images()
+    first = there.begin(pixels, np.arange(5))
+    second = there.begin(images()[::-1].copy(), np.arange(5))
+    assert not cuda.syncs and cuda.kernels
+    for number, launched in enumerate((first, second)):
+        for array, other in zip(launched.result(), expected[number], strict=True):
+            np.testing.assert_array_equal(array, other)
+        assert cuda.syncs.total() == number + 1
+
+
+def test_arrays_for_pixels_are_pinned(cuda):
+    _, there = explainers(vit())
+    pixels = there.new_array((5, SIDE, SIDE, 3))
+    assert torch.from_numpy(pixels).is_pinned() and torch.from_numpy(pixels[2:4]).is_pinned()
+    assert not torch.from_numpy(images()).is_pinned()
+
+
+def test_every_batch_has_the_same_shape(cuda, monkeypatch):
+    here, there = explainers(vit(), batch_size=4, target="predicted")
+    sizes = []
+    for each in (here, there):
+        attribute = each._attribute
+        monkeypatch.setattr(
+            each, "_attribute", lambda x, y, attribute=attribute: sizes.append(len(x)) or attribute(x, y)
+        )
+    whole = here(images(), np.arange(5))
+    assert sizes == [4, 1]
+    filled = there(images(), np.arange(5))
+    assert sizes[2:] == [4, 4] and [len(each) for each in filled] == [5] * 4
+    alone = there(images()[2:3], np.arange(1))
+    for name in ("maps", "logits", "targets"):
+        np.testing.assert_allclose(getattr(filled, name), getattr(whole, name), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(getattr(alone, name)[0], getattr(whole, name)[2], rtol=1e-3, atol=1e-5)
