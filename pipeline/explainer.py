@@ -7,8 +7,9 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -199,6 +200,11 @@ class Explainer:
         dtype, self._sweep = PRECISIONS[config.precision]
         self._dtype = dtype
         self._model = teacher.model.to(device=device, dtype=dtype)
+        rope: Any = getattr(self._model.model, "rope", None)
+        if self._cuda and hasattr(rope, "get_embed"):
+            # timm makes the rotary embedding of DINOv3 on the CPU in each forward pass, and copying it waits for the
+            # device. All images have one size, so the first one serves all.
+            rope.get_embed = lru_cache(maxsize=1)(partial(type(rope).get_embed, rope))
         # bfloat16 would round a pixel three times on its way.
         exact = torch.promote_types(dtype, torch.float32)
         self._mean = torch.tensor(teacher.mean, device=device, dtype=exact).view(1, 3, 1, 1)
