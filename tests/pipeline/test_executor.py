@@ -152,6 +152,16 @@ def test_what_is_no_fault_of_the_gpu_costs_its_shard_alone(run, tmp_path, monkey
 
 
 @pytest.mark.slow
+def test_a_shard_beside_a_deadly_one_uses_up_no_try(run, monkeypatch):
+    monkeypatch.setattr(executor, "MAX_RETRIES", 0)
+    deadly = {
+        "shard-01": RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
+        "shard-04": torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    }
+    assert lost(run(lambda gpu, stem, done: deadly.get(stem), count=8)).keys() == deadly.keys()
+
+
+@pytest.mark.slow
 def test_without_a_sound_gpu_the_run_ends_with_one_line(run):
     with pytest.raises(ZpipeError) as raised:
         run(lambda gpu, stem, done: torch.AcceleratorError(ECC))
@@ -180,6 +190,13 @@ def test_which_gpus_are_sick():
     assert second in sick and first not in sick and str(sick) == "GPU 1 of a (two)"
     sick.worked(first)
     assert sick.died(first, {"y"}, "three") and first in sick
+
+
+def test_two_deaths_of_one_shard_beside_others_make_no_gpu_sick():
+    place, sick = Place("a", "1", ("0",)), SickGpus()
+    for suspects, is_sick in (({"x", "y"}, False), ({"x"}, False), ({"x", "z"}, False), ({"y"}, True)):
+        assert sick.died(place, suspects, "one") == is_sick
+        sick.worked(place)
 
 
 @pytest.mark.parametrize(
