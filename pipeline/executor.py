@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from zpipe.pipeline.sick_gpus import Place, SickGpus
-from zpipe.pipeline.worker import ShardReport, ShardTask, ShardWorker, WorkerSpec
+from zpipe.pipeline.worker import ShardReport, ShardTask, ShardWorker, WorkerSpec, process_all, shards_at_once
 from zpipe.schemas.devices import device_fault
 from zpipe.schemas.errors import ZpipeError, first_line
 from zpipe.schemas.ray_session import RaySession, cause_of, ray_session
@@ -69,7 +69,7 @@ def hang_limit(count: int, slowest: float | None, image_timeout_s: float | None 
 def run_local(
     spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, on_report: OnReport, check: Check
 ) -> None:
-    """Run the tasks one after the other in this process.
+    """Run the tasks in this process, on a GPU several at once, on a CPU one after the other.
 
     Args:
         spec: What the worker needs.
@@ -82,15 +82,13 @@ def run_local(
         ZpipeError: The device failed, so that this process can't use it any more.
     """
     worker = ShardWorker(replace(spec, sharing=1))
-    for task in tasks:
-        check()
-        report = worker.process(task)
+    for report in process_all(worker, tasks, check):
         if report.fault == "device":
             raise ZpipeError(f"{report.error}: {spec.device} has failed; {GPU_REMEDY}")
         if report.fault == "assert":
             raise ZpipeError(
                 f"{report.error}: a value in this shard is out of range; leave the shard out, and report a defect of "
-                "zpipe; run again to resume"
+                "zpipe (of shards on the device at once, it may be the other one); run again to resume"
             )
         on_report(report)
 
@@ -103,11 +101,12 @@ def run_ray(
     check: Check,
     make_worker: MakeWorker = ShardWorker,
 ) -> None:
-    """Run the tasks on Ray actors, one task at a time on each.
+    """Run the tasks on Ray actors, on each with a GPU several at once, on others one at a time.
 
     A worker that hangs or dies, alone, with its GPU or with its node, is replaced, and its shard is retried up to
-    `MAX_RETRIES` times; then the shard is reported as failed, and the others continue. A GPU on which workers die again
-    and again is not used any more, see :class:`SickGpus`.
+    `MAX_RETRIES` times; then the shard is reported as failed, and the others continue. If the worker had several
+    shards, nobody knows which one is to blame: each is retried alone, and only that counts. A GPU on which workers die
+    again and again is not used any more, see :class:`SickGpus`.
 
     Args:
         spec: What each worker needs.
@@ -145,8 +144,8 @@ def _import_ray() -> Any:
 class ShardActor:
     """A worker on Ray. It loads nothing before `begin`, which first finds out on which GPU the process is."""
 
-    def __init__(self, spec: WorkerSpec, make_worker: MakeWorker, gpus: float) -> None:
-        self._spec, self._make, self._gpus = spec, make_worker, gpus
+    def __init__(self, spec: WorkerSpec, make_worker: MakeWorker, gpus: float, actors: int) -> None:
+        self._spec, self._make, self._gpus, self._actors = spec, make_worker, gpus, actors
         self._worker: Worker | None = None
 
     def begin(self, sick: SickGpus) -> tuple[Place, str]:
@@ -173,7 +172,8 @@ class ShardActor:
         number = context.get_node_id()
         node = next(each for each in ray.nodes() if each["NodeID"] == number)
         place = Place(node["NodeManagerHostname"], number, tuple(context.get_accelerator_ids().get("GPU", ())))
-        workers = max(1, int(node["Resources"].get("GPU", 0) / self._gpus)) if self._gpus else 1
+        room = int(node["Resources"].get("GPU", 0) / self._gpus) if self._gpus else 1
+        workers = max(1, min(room, self._actors))
         return place, max(1, int(node["Resources"].get("CPU", 1) / workers))
 
 
@@ -181,14 +181,22 @@ class ShardActor:
 class _Job:
     """A task that runs on an actor."""
 
-    actor: Any
-    place: Place
+    actor: _Actor
     task: ShardTask
     begun: float  # monotonic seconds
 
 
+@dataclass(eq=False)
+class _Actor:
+    """An actor that has begun."""
+
+    handle: Any
+    place: Place
+    running: dict[Any, _Job] = field(default_factory=dict)  # reference of process() -> job
+
+
 class _Fleet:
-    """The actors of a run, each starting or running one task.
+    """The actors of a run, each starting or running tasks.
 
     A starting actor has no task yet, so no task waits for a worker that never comes. An actor without a further task is
     killed: it would hold the resources that a new one needs, and could die unnoticed with its node. An actor on a sick
@@ -209,6 +217,7 @@ class _Fleet:
         room = has.get("GPU", 0) / gpus if gpus else has.get("CPU", 1) / spec.threads
         self._session, self._ray, self._on_report = session, ray, on_report
         self._wanted = min(resources.actors or max(1, int(room)), len(tasks))
+        self._at_once = shards_at_once(spec.device)
         if not gpus:
             # Ask Ray for the CPUs of the machines, which this one need not belong to; any worker may be on the largest
             # one. It bounds the batch size, so it must not depend on how many tasks are left: a resumed run would sum
@@ -216,22 +225,25 @@ class _Fleet:
             most = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
             sharing = max(1, min(resources.actors or int(room), int(most / spec.threads), spec.sharing))
             spec = replace(spec, sharing=sharing)
-        self._spec = spec
-        self._image_timeout_s = resources.image_timeout_s
-        self._gpus = gpus
+        self._spec, self._gpus, self._image_timeout_s = spec, gpus, resources.image_timeout_s
         # GPU workers hardly use CPUs, so they must not wait until some are free.
         self._actor_class = ray.remote(
-            num_cpus=0 if gpus else spec.threads, num_gpus=gpus, max_restarts=0, max_task_retries=0
+            num_cpus=0 if gpus else spec.threads,
+            num_gpus=gpus,
+            max_concurrency=self._at_once,
+            max_restarts=0,
+            max_task_retries=0,
         )(ShardActor)
         self._queue = deque(tasks)
         self._tries: dict[str, int] = {}
+        self._suspects: set[str] = set()  # stems of shards that are retried alone
         self._starting: dict[Any, Any] = {}  # reference of begin() -> actor
         self._running: dict[Any, _Job] = {}  # reference of process() -> job
         self._failed_starts = 0
         self._last_active = time.monotonic()  # when a worker last had a task
         self._slowest: float | None = None  # seconds per image, of the finished shards
         self._sick = SickGpus()
-        self._parked: list[tuple[Any, Place]] = []  # actors that hold the sick GPUs
+        self._parked: list[_Actor] = []  # they hold the sick GPUs
         self._notes: list[str] = []  # for the next report
 
     def run(self, check: Check, make_worker: MakeWorker) -> None:
@@ -255,18 +267,34 @@ class _Fleet:
             self._check_workers()
 
     def _start_actor(self) -> None:
-        actor = self._actor_class.remote(self._spec, self._make_worker, self._gpus)
-        self._starting[actor.begin.remote(self._sick)] = actor
+        handle = self._actor_class.remote(self._spec, self._make_worker, self._gpus, self._wanted)
+        self._starting[handle.begin.remote(self._sick)] = handle
 
-    def _assign(self, actor: Any, place: Place) -> None:
-        if place in self._sick:
-            self._parked.append((actor, place))
+    def _assign(self, actor: _Actor) -> None:
+        """Give an actor as many tasks as it can have; park it if its GPU is sick, or end it if there are none."""
+        if actor.place in self._sick and not actor.running:
+            self._parked.append(actor)
             self._replace_actor()
-        elif self._queue:
-            task = self._queue.popleft()
-            self._running[actor.process.remote(task)] = _Job(actor, place, task, time.monotonic())
-        else:
-            self._ray.kill(actor)
+            return
+        while actor.place not in self._sick and (task := self._next_task(actor)):
+            job = _Job(actor, task, time.monotonic())
+            reference = actor.handle.process.remote(task)
+            actor.running[reference] = self._running[reference] = job
+        if not actor.running:
+            self._ray.kill(actor.handle)
+
+    def _next_task(self, actor: _Actor) -> ShardTask | None:
+        """Take a task for an actor from the queue; None if it shall have no further one."""
+        # An actor that starts, or has nothing else to do, must find one.
+        spare = len(self._queue) - len(self._starting)
+        alone = any(job.task.entry.stem in self._suspects for job in actor.running.values())
+        if len(actor.running) >= self._at_once or (actor.running and (alone or spare <= 0)):
+            return None
+        for task in self._queue:
+            if not (actor.running and task.entry.stem in self._suspects):
+                self._queue.remove(task)
+                return task
+        return None
 
     def _replace_actor(self) -> None:
         # Each starting actor will take a shard from the queue.
@@ -276,7 +304,7 @@ class _Fleet:
     def _on_started(self, reference: Any) -> None:
         from ray.exceptions import RayError
 
-        actor = self._starting.pop(reference)
+        handle = self._starting.pop(reference)
         try:
             place, failure = self._ray.get(reference)
         except RayError as error:
@@ -289,77 +317,109 @@ class _Fleet:
             if _is_death(error):
                 self._replace_actor()
             return
+        actor = _Actor(handle, place)
         if failure:
-            self._leave(actor, place, "", failure)
+            self._leave(actor, {""}, failure)
             self._replace_actor()
         else:
-            self._assign(actor, place)
+            self._assign(actor)
 
     def _on_finished(self, reference: Any) -> None:
+        if reference not in self._running:  # counted, or lost with its actor, because of another task
+            return
+        actor, task = self._running[reference].actor, self._running[reference].task
+        outcome = self._outcome(reference)
+        if isinstance(outcome, str) or outcome.fault:
+            self._count_finished(actor)
+        if isinstance(outcome, str):
+            self._retry(actor, outcome)
+        elif outcome.fault == "device" or (outcome.fault and len(actor.running) > 1):
+            reason = outcome.error.removeprefix(f"{task.path}: ")
+            if outcome.fault == "device":
+                self._leave(actor, {job.task.entry.stem for job in actor.running.values()}, reason)
+            else:
+                self._ray.kill(actor.handle)
+            self._retry(actor, f"{actor.place} failed: {reason}")
+        else:
+            self._count(reference, outcome)
+            if outcome.fault:  # an assertion, the same on every GPU; but this worker can't use its own any more
+                self._ray.kill(actor.handle)
+                self._replace_actor()
+            else:
+                self._assign(actor)
+
+    def _outcome(self, reference: Any) -> ShardReport | str:
+        """The report of a task, or why its worker died."""
         from ray.exceptions import RayActorError, RayError
 
-        job = self._running.pop(reference)
-        stem = job.task.entry.stem
+        task = self._running[reference].task
         try:
             report: ShardReport = self._ray.get(reference)
         except RayActorError as error:
-            # The worker died: killed, out of memory, node lost. It gets a new actor, not a restart, because Ray refuses
-            # calls to an actor while it restarts, and counts restarts over the whole run, so that one bad shard would
-            # use up those of the others.
-            self._retry(job.task, f"worker failed: {cause_of(error)}")
-            self._replace_actor()
-            return
+            # Killed, out of memory, node lost. It gets a new actor, not a restart: Ray refuses calls to an actor while
+            # it restarts, and counts restarts over the whole run, so one bad shard would use up those of the others.
+            return f"worker failed: {cause_of(error)}"
         except RayError as error:
             # The worker lives, but raised an exception that none should raise: a bug of ours, the same on every retry.
-            report = ShardReport(stem=stem, error=f"{job.task.path}: {cause_of(error)}")
-        if report.fault == "device":
-            reason = report.error.removeprefix(f"{job.task.path}: ")
-            self._leave(job.actor, job.place, stem, reason)
-            self._retry(job.task, f"{job.place} failed: {reason}")
-            self._replace_actor()
-        elif report.fault == "assert":
-            # The same on every GPU; but this worker can't use its own any more.
-            self._report(report)
-            self._ray.kill(job.actor)
-            self._replace_actor()
-        else:
-            if not report.error:
-                pace = (time.monotonic() - job.begun) / max(1, report.count)
-                self._slowest = max(pace, self._slowest or 0.0)
-                self._sick.worked(job.place)
-            self._report(report)
-            self._assign(job.actor, job.place)
+            return ShardReport(stem=task.entry.stem, error=f"{task.path}: {cause_of(error)}")
+        return report
 
-    def _leave(self, actor: Any, place: Place, stem: str, reason: str) -> None:
-        """Give up an actor whose GPU has failed while it had a shard ("" while it started)."""
-        if self._sick.died(place, stem, reason):
-            self._notes.append(f"{place} failed again ({reason}): not used any more")
-            self._parked.append((actor, place))
+    def _count(self, reference: Any, report: ShardReport) -> None:
+        """Report a task that needs no retry."""
+        job = self._running.pop(reference)
+        del job.actor.running[reference]
+        if not report.error:
+            pace = (time.monotonic() - job.begun) / max(1, report.count)
+            self._slowest = max(pace, self._slowest or 0.0)
+            self._sick.worked(job.actor.place)
+        self._report(report)
+
+    def _count_finished(self, actor: _Actor) -> None:
+        """Count what an actor that is to be given up has finished, such as a shard that was being written."""
+        references = list(actor.running)
+        done, _ = self._ray.wait(references, num_returns=len(references), timeout=TICK_S)
+        for reference in done:
+            outcome = self._outcome(reference)
+            if not isinstance(outcome, str) and not outcome.fault:
+                self._count(reference, outcome)
+
+    def _leave(self, actor: _Actor, stems: set[str], reason: str) -> None:
+        """Give up an actor whose GPU has failed while it had some shards ("" while it started)."""
+        if self._sick.died(actor.place, stems, reason):
+            self._notes.append(f"{actor.place} failed again ({reason}): not used any more")
+            self._parked.append(actor)
         else:
-            self._notes.append(f"{place} failed ({reason}): its worker was replaced")
-            self._ray.kill(actor)
+            self._notes.append(f"{actor.place} failed ({reason}): its worker was replaced")
+            self._ray.kill(actor.handle)
 
     def _report(self, report: ShardReport) -> None:
         self._on_report(replace(report, notes=(*self._notes, *report.notes)))
         self._notes.clear()
 
-    def _retry(self, task: ShardTask, reason: str) -> None:
-        stem = task.entry.stem
-        self._tries[stem] = self._tries.get(stem, 0) + 1
-        if self._tries[stem] <= MAX_RETRIES:
-            self._queue.append(task)
+    def _retry(self, actor: _Actor, reason: str) -> None:
+        """Replace an actor, and queue its tasks again, unless it was one that has failed too often."""
+        tasks = [job.task for job in actor.running.values()]
+        for reference in actor.running:
+            del self._running[reference]
+        actor.running.clear()
+        stems = [task.entry.stem for task in tasks]
+        if len(tasks) > 1:  # any of them may be to blame
+            self._suspects.update(stems)
         else:
-            self._report(ShardReport(stem=stem, error=f"{task.path}: {reason}"))
+            self._tries[stems[0]] = self._tries.get(stems[0], 0) + 1
+        if self._tries.get(stems[0], 0) <= MAX_RETRIES:  # of a single task; others were not counted
+            self._queue.extend(tasks)
+        else:
+            self._report(ShardReport(stem=stems[0], error=f"{tasks[0].path}: {reason}"))
+        self._replace_actor()
 
     def _kill_hung_actors(self) -> None:
         now = time.monotonic()
         for reference, job in list(self._running.items()):
             limit = hang_limit(job.task.entry.count, self._slowest, self._image_timeout_s)
-            if now > job.begun + limit:
-                del self._running[reference]
-                self._ray.kill(job.actor)
-                self._retry(job.task, f"worker gave no answer in {limit:.0f} s; give more by --image-timeout")
-                self._replace_actor()
+            if reference in self._running and now > job.begun + limit:
+                self._ray.kill(job.actor.handle)
+                self._retry(job.actor, f"worker gave no answer in {limit:.0f} s; give more by --image-timeout")
 
     def _check_workers(self) -> None:
         """Raise ZpipeError if no worker comes up, or none can because no GPU is left."""
@@ -378,7 +438,7 @@ class _Fleet:
     def _gpus_left(self) -> float:
         """GPUs that Ray can give to new workers, now or when others end."""
         alive = {node["NodeID"]: node["Resources"].get("GPU", 0.0) for node in self._ray.nodes() if node["Alive"]}
-        return sum(alive.values()) - self._gpus * sum(place.node_id in alive for _, place in self._parked)
+        return sum(alive.values()) - self._gpus * sum(actor.place.node_id in alive for actor in self._parked)
 
 
 def _is_death(error: Exception) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -121,11 +123,47 @@ class Explained(NamedTuple):
     """float32 [n, gh, gw, D], the patch tokens that the teacher's head reads; D = 0 if they are not saved."""
 
 
+class _Part(NamedTuple):
+    """Some images of a batch, which the device computes."""
+
+    tensors: tuple[Tensor, ...]
+    """Results in the memory of the host, complete when the event has happened."""
+    done: torch.cuda.Event | None
+    """None for what is computed already."""
+    pixels: np.ndarray
+    """Kept until then, because the device copies them when it has the time."""
+
+    def arrays(self) -> list[np.ndarray]:
+        if self.done is not None:
+            self.done.synchronize()
+        return [tensor.numpy() for tensor in self.tensors]
+
+
+Compute = Callable[[np.ndarray, np.ndarray], _Part]
+
+
+class Launched(Generic[T]):
+    """A batch that a GPU computes while the host does something else; on a CPU it is computed already."""
+
+    def __init__(self, parts: Sequence[_Part], make: Callable[..., T]) -> None:
+        self._parts, self._make = parts, make
+
+    def result(self) -> T:
+        """Wait for the result. May be called from any thread, once; faults of the device are raised here."""
+        arrays = [part.arrays() for part in self._parts]
+        self._parts = ()
+        return self._make(*(np.concatenate(values) for values in zip(*arrays, strict=True)))
+
+
 class Explainer:
     """Computes the maps of batches of any size, at most `batch_size` images at once.
 
-    A batch that does not fit the memory of the device is halved and tried again; `notes` has a line about it. Later
-    batches are larger again if they fit, see :class:`BatchSize`.
+    Several threads may call it. A batch that does not fit the memory of the device is halved and tried again; `notes`
+    has a line about it. Later batches are larger again if they fit, see :class:`BatchSize`.
+
+    On CUDA, all batches have the same shape, which kernels that are compiled or recorded for a shape need: a smaller
+    one is filled up with copies of its last image, whose maps are dropped. No map depends on the other images of its
+    batch.
 
     Args:
         teacher: The teacher; its model is moved to the device.
@@ -155,28 +193,43 @@ class Explainer:
         self.config, self.batch_size, self.device, self.name = config, batch_size, device, teacher.name
         self.notes: list[str] = []
         self._batch = BatchSize(batch_size)
+        self._lock = threading.Lock()
         self._cuda = device.startswith("cuda")
+        self._copying = torch.cuda.Stream(torch.device(device)) if self._cuda else None
         self._with_features = features
         dtype, self._sweep = PRECISIONS[config.precision]
         self._dtype = dtype
         self._model = teacher.model.to(device=device, dtype=dtype)
+        rope: Any = getattr(self._model.model, "rope", None)
+        if self._cuda and hasattr(rope, "get_embed"):
+            # timm makes the rotary embedding of DINOv3 on the CPU in each forward pass, and copying it waits for the
+            # device. All images have one size, so the first one serves all.
+            rope.get_embed = lru_cache(maxsize=1)(partial(type(rope).get_embed, rope))
         # bfloat16 would round a pixel three times on its way.
         exact = torch.promote_types(dtype, torch.float32)
         self._mean = torch.tensor(teacher.mean, device=device, dtype=exact).view(1, 3, 1, 1)
         self._std = torch.tensor(teacher.std, device=device, dtype=exact).view(1, 3, 1, 1)
 
     def __call__(self, pixels: np.ndarray, labels: np.ndarray) -> Explained:
-        """Explain a batch.
+        """Explain a batch; see :meth:`begin`."""
+        return self.begin(pixels, labels).result()
+
+    def begin(self, pixels: np.ndarray, labels: np.ndarray) -> Launched[Explained]:
+        """Begin to explain a batch; on CUDA the host does not wait for it.
 
         Args:
-            pixels: uint8 [n, H, W, 3], in the size of the teacher's input.
+            pixels: uint8 [n, H, W, 3], in the size of the teacher's input; n is at least 1. They must not change before
+                the result is there. To CUDA they are copied fastest from an array that `new_array` made.
             labels: int64 [n]; used for the target ``ground-truth`` only.
         """
-        parts = list(self._parts(self._explain, pixels, labels))
-        return Explained(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+        return Launched(self._parts(self._explain, pixels, labels), Explained)
 
     def maps_of(self, pixels: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """Only the maps of a batch, for classes that are known.
+        """Only the maps of a batch, for classes that are known; see :meth:`begin_maps`."""
+        return self.begin_maps(pixels, targets).result()
+
+    def begin_maps(self, pixels: np.ndarray, targets: np.ndarray) -> Launched[np.ndarray]:
+        """Begin to compute only the maps of a batch, for classes that are known.
 
         Args:
             pixels: uint8 or float32 [n, H, W, 3] in grey levels, 0 to 255, in the size of the teacher's input.
@@ -185,25 +238,29 @@ class Explainer:
         Returns:
             float32 [n, gh, gw]; raw.
         """
-        return np.concatenate(list(self._parts(self._maps, pixels, targets)))
+        return Launched(self._parts(self._maps, pixels, targets), lambda maps: maps)
 
-    def _parts(
-        self, compute: Callable[[np.ndarray, np.ndarray], T], pixels: np.ndarray, labels: np.ndarray
-    ) -> Iterator[T]:
+    def new_array(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An uninitialised uint8 array; for CUDA in pinned memory, which torch reuses when it is free again."""
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._cuda).numpy()
+
+    def _parts(self, compute: Compute, pixels: np.ndarray, labels: np.ndarray) -> list[_Part]:
+        parts = []
         start = 0
-        while start < len(pixels):
-            chosen = slice(start, start + self._batch.size)
-            part = self._unless_out_of_memory(compute, pixels[chosen], labels[chosen])
-            if part is None:
-                self._make_room(len(pixels[chosen]))
-                continue
-            self._batch.fitted(len(pixels[chosen]))
-            yield part
-            start = chosen.stop
+        # One thread at a time: the arithmetic of float32 is a setting of the process, the batch size one of the device.
+        with self._lock:
+            while start < len(pixels):
+                chosen = slice(start, start + self._batch.size)
+                part = self._unless_out_of_memory(compute, pixels[chosen], labels[chosen])
+                if part is None:
+                    self._make_room(len(pixels[chosen]))
+                    continue
+                self._batch.fitted(len(pixels[chosen]))
+                parts.append(part)
+                start = chosen.stop
+        return parts
 
-    def _unless_out_of_memory(
-        self, compute: Callable[[np.ndarray, np.ndarray], T], pixels: np.ndarray, labels: np.ndarray
-    ) -> T | None:
+    def _unless_out_of_memory(self, compute: Compute, pixels: np.ndarray, labels: np.ndarray) -> _Part | None:
         try:
             return compute(pixels, labels)
         except (RuntimeError, MemoryError) as error:
@@ -224,10 +281,10 @@ class Explainer:
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
-    def _explain(self, pixels: np.ndarray, labels: np.ndarray) -> Explained:
+    def _explain(self, pixels: np.ndarray, labels: np.ndarray) -> _Part:
         asked = self._targets(labels)
         images = self._normalised(pixels, asked)
-        asked = self._moved(asked) if isinstance(asked, Tensor) else asked
+        asked = self._filled_up(self._moved(asked)) if isinstance(asked, Tensor) else asked
         attribution = self._attribute(images, asked)
         targets = self._explained_classes(attribution.logits, asked)
         # Both maps explain the same class, even if the teacher predicts another one for the mirrored image.
@@ -236,32 +293,48 @@ class Explainer:
         logits = attribution.logits.float()
         broken = ~logits.isfinite().all(dim=1).view(-1, *[1] * (maps.ndim - 1))
         maps = maps.float().masked_fill(broken, torch.nan)
-        return Explained(*self._arrays(maps, logits, targets.to(torch.int64), self._features(images)))
+        return self._to_host(pixels, maps, logits, targets.to(torch.int64), self._features(images))
 
-    def _maps(self, pixels: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    def _maps(self, pixels: np.ndarray, targets: np.ndarray) -> _Part:
         known = torch.from_numpy(targets).clamp(min=0)
-        images, classes = self._normalised(pixels, known), self._moved(known)
+        images, classes = self._normalised(pixels, known), self._filled_up(self._moved(known))
         maps = self._attribute(images, classes).maps
-        (array,) = self._arrays(self._symmetrised(maps, images, classes).float())
-        return array
+        return self._to_host(pixels, self._symmetrised(maps, images, classes).float())
 
     def _normalised(self, pixels: np.ndarray, targets: Targets) -> Tensor:
         """Images [n, 3, H, W] on the device. Pixels and targets are checked before, while the CPU has them."""
         given = torch.from_numpy(pixels)
         check_values(given, targets, self._model.num_classes)
-        images = self._moved(given).permute(0, 3, 1, 2).to(self._mean.dtype) / 255.0
+        images = self._filled_up(self._moved(given)).permute(0, 3, 1, 2).to(self._mean.dtype) / 255.0
         return ((images - self._mean) / self._std).to(self._dtype)
 
-    def _moved(self, tensor: Tensor) -> Tensor:
-        """A tensor on the device; to CUDA it is copied asynchronously, through pinned memory."""
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self._cuda else tensor.to(self.device)
+    def _filled_up(self, tensor: Tensor) -> Tensor:
+        """On CUDA, a tensor [n, ...] with copies of its last row up to the batch size."""
+        lacking = self._batch.size - len(tensor)
+        if not self._cuda or lacking <= 0:
+            return tensor
+        return torch.cat([tensor, tensor[-1:].expand(lacking, *tensor.shape[1:])])
 
-    def _arrays(self, *tensors: Tensor) -> list[np.ndarray]:
-        """Tensors of the device as arrays; the host waits for it once, after the last of them."""
-        copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-        if self._cuda:
-            torch.cuda.current_stream(torch.device(self.device)).synchronize()
-        return [copy.numpy() for copy in copies]
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """A tensor on the device; to CUDA it is copied from pinned memory while the device computes other batches."""
+        if self._copying is None:
+            return tensor.to(self.device)
+        pinned = tensor if tensor.is_pinned() else tensor.pin_memory()
+        with torch.cuda.stream(self._copying):
+            moved = pinned.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(torch.device(self.device))
+        computing.wait_stream(self._copying)
+        moved.record_stream(computing)  # or its memory would be reused while this stream still reads it
+        return moved
+
+    def _to_host(self, pixels: np.ndarray, *tensors: Tensor) -> _Part:
+        """Begin to copy the results of the images; those of filling are left out."""
+        copies = tuple(tensor[: len(pixels)].to("cpu", non_blocking=True) for tensor in tensors)
+        if not self._cuda:
+            return _Part(copies, None, pixels)
+        done = torch.cuda.Event(blocking=True)  # who waits for it leaves its core to the decoding threads
+        done.record(torch.cuda.current_stream(torch.device(self.device)))
+        return _Part(copies, done, pixels)
 
     def _symmetrised(self, maps: Tensor, images: Tensor, targets: Tensor) -> Tensor:
         """Average the maps with those of the mirrored images if `symmetrise` is set, else return them."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -36,6 +38,8 @@ from zpipe.schemas.storage import as_path, open_file, storage_errors
 from zpipe.schemas.tar_file import HashingFile, read_members
 
 SCAN_THREADS = 8
+BATCHES_AHEAD = 2  # read and decoded while the consumer has another one
+MAX_GROUP = 8  # images that a decoding thread takes at once
 PIL_FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -259,11 +263,16 @@ class Frame:
         return Box(left, top, right, bottom)
 
 
-def frame_image(sample: Sample, frame: Frame) -> FramedImage:
+def frame_image(sample: Sample, frame: Frame, out: np.ndarray | None = None) -> FramedImage:
     """Decode a sample and resize the part that the frame shows to the size of the teacher's input.
 
     The EXIF orientation is ignored, as it is by the usual ImageNet loaders, so that boxes refer to the pixels as
     stored. If the image cannot be decoded, `pixels` is None and `problem` says why.
+
+    Args:
+        sample: The sample.
+        frame: The part of the image that is shown.
+        out: Where to put the pixels, uint8 [H, W, 3]; by default, in an array of their own.
     """
     digest = image_digest(sample.image)
     try:
@@ -284,38 +293,78 @@ def frame_image(sample: Sample, frame: Frame) -> FramedImage:
         )
     box, (out_h, out_w) = frame.box(width, height), frame.size
     pixels = np.asarray(rgb.resize((out_w, out_h), PIL_FILTERS[frame.interpolation], box=box.as_tuple()))  # [H, W, 3]
+    if out is not None:
+        out[...] = pixels
+        pixels = out
     return FramedImage(
         key=sample.key, label=sample.label, pixels=pixels, width=width, height=height, frame=box, digest=digest
     )
 
 
-def framed_batches(
-    samples: Iterable[Sample], frame: Frame, *, batch_size: int, threads: int
-) -> Iterator[list[FramedImage]]:
-    """Decode samples ahead in threads, and yield them in order.
+class PixelBatch(NamedTuple):
+    """Some images and their pixels, side by side."""
+
+    images: list[FramedImage]
+    """The images, whose `pixels` are rows of the array."""
+    pixels: np.ndarray
+    """uint8 [n, H, W, 3]; the rows of images that could not be decoded hold anything."""
+
+
+def new_array(shape: tuple[int, ...]) -> np.ndarray:
+    """An uninitialised uint8 array."""
+    return np.empty(shape, np.uint8)
+
+
+def pixel_batches(
+    samples: Iterable[Sample],
+    frame: Frame,
+    *,
+    batch_size: int,
+    threads: int,
+    new_array: Callable[[tuple[int, ...]], np.ndarray] = new_array,
+) -> Iterator[PixelBatch]:
+    """Read samples in one thread, decode them in others, and yield them in order.
+
+    `BATCHES_AHEAD` batches are read and decoded ahead. The pixels are written straight to their place in a batch.
 
     Args:
         samples: The samples.
         frame: The part of each image that is shown.
         batch_size: Images per batch; the last one may be smaller.
-        threads: Number of threads. At most two batches are decoded ahead.
+        threads: Number of decoding threads.
+        new_array: Makes the uint8 array of a batch from its shape.
     """
-    with ThreadPoolExecutor(max_workers=threads) as pool:
-        pending: deque[Future[FramedImage]] = deque()
-        batch: list[FramedImage] = []
-        source = iter(samples)
-        exhausted = False
-        while pending or not exhausted:
-            while not exhausted and len(pending) < 2 * batch_size:
-                sample = next(source, None)
-                if sample is None:
-                    exhausted = True
-                else:
-                    pending.append(pool.submit(frame_image, sample, frame))
-            if pending:
-                batch.append(pending.popleft().result())
-            if len(batch) == batch_size:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
+    source = iter(samples)
+    group = max(1, min(MAX_GROUP, batch_size // threads))
+
+    def read_batch() -> tuple[list[Future[list[FramedImage]]], np.ndarray]:
+        pixels = new_array((batch_size, *frame.size, 3))
+        decoded, start = [], 0
+        while some := list(islice(source, min(group, batch_size - start))):
+            decoded.append(pool.submit(_frame_images, some, frame, pixels[start : start + len(some)]))
+            start += len(some)
+        return decoded, pixels[:start]
+
+    with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as reader:
+        batches = deque(reader.submit(read_batch) for _ in range(BATCHES_AHEAD))
+        try:
+            while True:
+                decoded, pixels = batches.popleft().result()
+                if not decoded:
+                    return
+                batches.append(reader.submit(read_batch))
+                yield PixelBatch([image for images in decoded for image in images.result()], pixels)
+        finally:  # after an error, or if the consumer wants no more
+            reader.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
+
+
+def _frame_images(samples: list[Sample], frame: Frame, out: np.ndarray) -> list[FramedImage]:
+    return [frame_image(sample, frame, pixels) for sample, pixels in zip(samples, out, strict=True)]
+
+
+def framed_batches(
+    samples: Iterable[Sample], frame: Frame, *, batch_size: int, threads: int
+) -> Iterator[list[FramedImage]]:
+    """As :func:`pixel_batches`, but yields the images alone."""
+    return (batch.images for batch in pixel_batches(samples, frame, batch_size=batch_size, threads=threads))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Set
+from dataclasses import dataclass
 
-MAX_DEATHS = 2  # of workers on one GPU
+MAX_DEATHS = 2  # of workers on one GPU, in a row
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Place:
 
 @dataclass
 class _Deaths:
-    shards: set[str] = field(default_factory=set)
+    suspects: Set[str]  # the shards that may be to blame for all of them
     in_a_row: int = 0
     last: str = ""
 
@@ -32,17 +33,23 @@ class _Deaths:
 class SickGpus:
     """Counts the deaths of workers on each GPU.
 
-    A GPU is sick when its workers died of `MAX_DEATHS` different shards, or as often in a row. One shard that is deadly
+    A GPU is sick when its workers died of different shards, or `MAX_DEATHS` times in a row. One shard that is deadly
     everywhere makes no GPU sick that computes other shards in between.
     """
 
     def __init__(self) -> None:
         self._deaths: dict[Place, _Deaths] = {}
 
-    def died(self, place: Place, shard: str, reason: str) -> bool:
-        """A worker died of a shard ("" while it started); returns whether its GPU is sick."""
-        deaths = self._deaths.setdefault(place, _Deaths())
-        deaths.shards.add(shard)
+    def died(self, place: Place, shards: Set[str], reason: str) -> bool:
+        """A worker died; returns whether its GPU is sick.
+
+        Args:
+            place: Where it was.
+            shards: Those that it had, of which one may be to blame; {""} while it started.
+            reason: What its last error said.
+        """
+        deaths = self._deaths.setdefault(place, _Deaths(shards))
+        deaths.suspects &= shards
         deaths.in_a_row += 1
         deaths.last = reason
         return place in self
@@ -54,7 +61,7 @@ class SickGpus:
 
     def __contains__(self, place: Place) -> bool:
         deaths = self._deaths.get(place)
-        return deaths is not None and max(len(deaths.shards), deaths.in_a_row) >= MAX_DEATHS
+        return deaths is not None and (not deaths.suspects or deaths.in_a_row >= MAX_DEATHS)
 
     def __str__(self) -> str:
         """The sick GPUs, each with why its last worker died."""

@@ -5,44 +5,41 @@ A worker knows nothing of a cluster.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from zpipe.pipeline.device_turns import LAUNCHED, DeviceTurns
 from zpipe.pipeline.explainer import (
     NO_CLASS,
     PRECISIONS,
     ExplainConfig,
     Explained,
     Explainer,
+    Launched,
     available_memory,
     batch_that_fits,
     bytes_per_image,
 )
-from zpipe.pipeline.shard_reader import Frame, FramedImage, framed_batches, read_samples
+from zpipe.pipeline.shard_reader import Frame, FramedImage, PixelBatch, pixel_batches, read_samples
+from zpipe.pipeline.shard_rows import Tensors, append_rows
 from zpipe.pipeline.stability import add_noise, stability
 from zpipe.pipeline.teacher import Teacher, TeacherSpec, load_teacher
 from zpipe.schemas.devices import Fault, device_fault
 from zpipe.schemas.errors import ZpipeError, first_line
-from zpipe.schemas.relevance_store import (
-    MORE_COLUMNS,
-    NONFINITE,
-    OK,
-    UNDECODABLE,
-    ZERO,
-    concentration,
-    index_schema,
-    write_shard,
-)
+from zpipe.schemas.relevance_store import MORE_COLUMNS, index_schema, write_shard
 from zpipe.schemas.shard_index import ShardEntry
 from zpipe.schemas.storage import as_path
-from zpipe.schemas.tensor_kinds import KINDS, SAVED, TensorKind, encode
+from zpipe.schemas.tensor_kinds import KINDS, SAVED, TensorKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +74,9 @@ class WorkerSpec:
     saved: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints of the stores that are filled beside the maps, by their names in `SAVED`."""
 
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 MAPS = ""  # name of the store of maps among those that are filled in one pass
 
@@ -116,11 +116,16 @@ class ShardReport:
 
 
 class ShardWorker:
-    """Holds one frozen teacher and runs shards through it, one at a time.
+    """Holds one frozen teacher and runs shards through it.
+
+    On a GPU `process` may run in several threads at once, so that the GPU computes one shard while another one is read
+    or written. Each shard makes its own batches, so its maps do not depend on the others.
 
     Raises:
         ZpipeError: The weights on this machine are not those that the run began with.
     """
+
+    _stopped = False
 
     def __init__(self, spec: WorkerSpec) -> None:
         torch.set_num_threads(spec.threads)
@@ -140,6 +145,10 @@ class ShardWorker:
             features="features" in spec.saved,
         )
         self._notes = [note] if note else []
+        self._noted = 0  # how many notes of the explainer have been reported
+        self._lock = threading.Lock()
+        self._turns = DeviceTurns() if shards_at_once(spec.device) > 1 else None
+        self._ages = count()
         self._frame = frame_of(self.teacher, spec.frame)
 
     def ready(self) -> bool:
@@ -162,28 +171,27 @@ class ShardWorker:
                 raise
             return ShardReport(stem=task.entry.stem, error=f"{task.path}: {first_line(error)}", fault=fault)
 
+    def stop(self) -> None:
+        """Let the shards that are being processed in other threads fail at their next batch."""
+        self._stopped = True
+
     def _process(self, task: ShardTask) -> ShardReport:
         path, count = as_path(task.path), task.entry.count
         columns: dict[str, list[Any]] = {name: [] for name in index_schema(MORE_COLUMNS.names).names}
-        measure = self.spec.stability and MAPS in task.stores
-        tensors = {name: _Tensors(self._kind(name)) for name in task.stores}
+        tensors = {name: Tensors(self._kind(name)) for name in task.stores}
         problems: dict[str, str] = {}
-        first_notes, self._notes = self._notes, []
-        explainer_notes = len(self._explainer.notes)
-        for batch in self._batches(path, task):
-            explained = self._explain(batch, path)
-            if len(columns["key"]) + len(batch) > count:
+        for images, explained, stable in self._explained(path, task):
+            if self._stopped:
+                raise ZpipeError(f"{path}: the run was ended; run again to resume")
+            if len(columns["key"]) + len(images) > count:
                 raise ZpipeError(
                     f"{path}: more than the {count} samples its index names: altered; make the shards again"
                 )
-            for item, logit, target in zip(batch, explained.logits, explained.targets, strict=True):
-                if item.problem:
-                    problems[item.key] = item.problem
-                _append_row(columns, item, logit, np.atleast_1d(target))
-            if measure:
-                columns["stability"] += self._stability(batch, explained).tolist()
+            problems |= {item.key: item.problem for item in images if item.problem}
+            append_rows(columns, images, explained)
+            columns["stability"] += stable.tolist()
             for name, part in tensors.items():
-                part.add(batch, explained.logits, getattr(explained, name or "maps"))
+                part.add(images, explained.logits, getattr(explained, name or "maps"))
         if len(columns["key"]) != count:
             raise ZpipeError(
                 f"{path}: {len(columns['key'])} samples, its index names {count}: truncated or altered; "
@@ -192,15 +200,24 @@ class ShardWorker:
         for name in task.stores:
             self._write(task.entry, name, columns, tensors[name])
         statuses = dict(Counter(tensors[task.stores[-1]].statuses))
-        notes = (*first_notes, *self._explainer.notes[explainer_notes:])
-        return ShardReport(stem=task.entry.stem, count=count, statuses=statuses, problems=problems, notes=notes)
+        return ShardReport(
+            stem=task.entry.stem, count=count, statuses=statuses, problems=problems, notes=self._new_notes()
+        )
+
+    def _new_notes(self) -> tuple[str, ...]:
+        """The notes that no shard has reported."""
+        with self._lock:
+            notes = (*self._notes, *self._explainer.notes[self._noted :])
+            self._notes.clear()
+            self._noted = len(self._explainer.notes)
+            return notes
 
     def _kind(self, name: str) -> TensorKind:
         if name != MAPS:
             return KINDS[SAVED[name]]
         return KINDS["map" if self.spec.explain.top_classes is None else "class-maps"]
 
-    def _write(self, entry: ShardEntry, name: str, columns: Mapping[str, list[Any]], tensors: _Tensors) -> None:
+    def _write(self, entry: ShardEntry, name: str, columns: Mapping[str, list[Any]], tensors: Tensors) -> None:
         """Commit the shard of one store."""
         values: dict[str, Any] = {**columns, **tensors.columns()}
         if name != MAPS:  # logits and features explain no class
@@ -219,43 +236,75 @@ class ShardWorker:
             fingerprint=self.spec.saved[name] if name else self.spec.fingerprint,
         )
 
-    def _batches(self, path: Path, task: ShardTask) -> Iterator[list[FramedImage]]:
-        samples = read_samples(path, task.entry, label_field=task.label_field)
-        return framed_batches(
-            samples,
+    def _explained(self, path: Path, task: ShardTask) -> Iterator[tuple[list[FramedImage], Explained, np.ndarray]]:
+        """The images of a shard in batches, with what was computed of them, and the stability of their maps."""
+        age = next(self._ages)
+        ahead = LAUNCHED if self._turns else 0
+        batches = pixel_batches(
+            read_samples(path, task.entry, label_field=task.label_field),
             self._frame,
             batch_size=self._explainer.batch_size,
             threads=max(1, self.spec.threads),
+            new_array=self._explainer.new_array,
         )
+        explained = _ahead(((batch, self._explain(batch, path, age)) for batch in batches), ahead)
+        if not (self.spec.stability and MAPS in task.stores):
+            for batch, found in explained:
+                yield batch.images, found, np.zeros(0)
+            return
+        measured = _ahead((((each, self._stability(*each, age)) for each in explained)), ahead)
+        for (batch, found), stable in measured:
+            yield batch.images, found, stable
 
-    def _explain(self, batch: list[FramedImage], path: Path) -> Explained:
-        """Explain a batch; images that could not be decoded get NaN maps and logits, and no class."""
-        truth = [self._class_of(item, path) for item in batch]
+    def _explain(self, batch: PixelBatch, path: Path, age: int) -> Callable[[], Explained]:
+        """Begin to explain a batch; images that could not be decoded get NaN maps and logits, and no class."""
+        truth = np.array([self._class_of(item, path) for item in batch.images], np.int64)
+        rows = [i for i, item in enumerate(batch.images) if item.pixels is not None]
+        if len(rows) == len(truth):
+            return self._start(age, lambda: self._explainer.begin(batch.pixels, truth))
         shape, grid = self.spec.explain.shape(self.teacher.grid), self.teacher.grid
         width = self.teacher.model.width if "features" in self.spec.saved else 0
-        maps = np.full((len(batch), *shape), np.nan, np.float32)
-        logits = np.full((len(batch), self.teacher.num_classes), np.nan, np.float32)
-        targets = np.full((len(batch), *shape[:-2]), NO_CLASS, np.int64)
-        features = np.full((len(batch), *grid, width), np.nan, np.float32)
-        decoded = {i: item.pixels for i, item in enumerate(batch) if item.pixels is not None}
-        if decoded:
-            rows, pixels = list(decoded), np.stack(list(decoded.values()))  # uint8 [n, H, W, 3]
-            labels = np.array([truth[i] for i in rows], np.int64)
-            maps[rows], logits[rows], targets[rows], features[rows] = self._explainer(pixels, labels)
-        return Explained(maps, logits, targets, features)
+        all_rows = Explained(
+            np.full((len(truth), *shape), np.nan, np.float32),
+            np.full((len(truth), self.teacher.num_classes), np.nan, np.float32),
+            np.full((len(truth), *shape[:-2]), NO_CLASS, np.int64),
+            np.full((len(truth), *grid, width), np.nan, np.float32),
+        )
+        if not rows:
+            return lambda: all_rows
+        decoded = self._start(age, lambda: self._explainer.begin(batch.pixels[rows], truth[rows]))
 
-    def _stability(self, batch: list[FramedImage], explained: Explained) -> np.ndarray:
-        """The stability of the maps, of several the first one: float64 [n], NaN where there is no usable map."""
+        def fill() -> Explained:
+            for array, found in zip(all_rows, decoded(), strict=True):
+                array[rows] = found
+            return all_rows
+
+        return fill
+
+    def _stability(self, batch: PixelBatch, explained: Explained, age: int) -> Callable[[], np.ndarray]:
+        """Begin to measure how stable the maps are, of several the first one.
+
+        The result is float64 [n], NaN where there is no usable map.
+        """
         first = explained.maps if self.spec.explain.top_classes is None else explained.maps[:, 0]
         targets = explained.targets if explained.targets.ndim == 1 else explained.targets[:, 0]
-        values = np.full(len(batch), np.nan)
+        values = np.full(len(first), np.nan)
         usable = np.isfinite(first).all(axis=(1, 2)) & np.isfinite(explained.logits).all(axis=1)
-        if len(rows := np.flatnonzero(usable)):
-            chosen = [batch[row] for row in rows]
-            pixels = np.stack([item.pixels for item in chosen if item.pixels is not None])  # uint8 [n, H, W, 3]
-            noisy = self._explainer.maps_of(add_noise(pixels, [item.key for item in chosen]), targets[rows])
-            values[rows] = stability(first[rows], noisy)
-        return values
+        rows = np.flatnonzero(usable)
+        if not len(rows):
+            return lambda: values
+        noisy = add_noise(batch.pixels[rows], [batch.images[row].key for row in rows])
+        maps = self._start(age, lambda: self._explainer.begin_maps(noisy, targets[rows]))
+
+        def fill() -> np.ndarray:
+            values[rows] = stability(first[rows], maps())
+            return values
+
+        return fill
+
+    def _start(self, age: int, launch: Callable[[], Launched[T]]) -> Callable[[], T]:
+        """Launch a batch of a shard: on a GPU when it is its turn. Returns what waits for the result."""
+        return launch().result if self._turns is None else self._turns.start(age, launch).result
 
     def _class_of(self, item: FramedImage, path: Path) -> int:
         """The teacher's class of an image's label; `NO_CLASS` where maps do not explain the label."""
@@ -283,6 +332,38 @@ class ShardWorker:
         return number
 
 
+def shards_at_once(device: str) -> int:
+    """How many shards a worker has: on a GPU a second one, which is read or written while the first is computed."""
+    return 2 if device.startswith("cuda") else 1
+
+
+def process_all(worker: ShardWorker, tasks: Sequence[ShardTask], check: Callable[[], None]) -> Iterator[ShardReport]:
+    """Run tasks, `shards_at_once`, and yield their reports in the order of completion.
+
+    Args:
+        worker: The worker.
+        tasks: The tasks.
+        check: Called before each of them; it may raise to end the run.
+    """
+    at_once = shards_at_once(worker.spec.device)
+    if at_once == 1:
+        for task in tasks:
+            check()
+            yield worker.process(task)
+        return
+    queue, running = deque(tasks), set[Future[ShardReport]]()
+    with ThreadPoolExecutor(at_once) as pool:
+        try:
+            while queue or running:
+                while queue and len(running) < at_once:
+                    check()
+                    running.add(pool.submit(worker.process, queue.popleft()))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        finally:
+            worker.stop()  # after an error or Ctrl-C, the threads need not finish their shards
+
+
 def _batch_size(spec: WorkerSpec, teacher: Teacher) -> tuple[int, str]:
     """The batch size to begin with, and a note where it is lower than the requested one."""
     if spec.device.startswith("cuda"):
@@ -297,73 +378,19 @@ def _batch_size(spec: WorkerSpec, teacher: Teacher) -> tuple[int, str]:
     return fits, f"a batch of {requested} would take {gib:.1f} GiB in {spec.sharing} workers: lowered to {fits}"
 
 
-class _Tensors:
-    """What one store gets of a shard, encoded batch by batch, and what its index says of it."""
-
-    def __init__(self, kind: TensorKind) -> None:
-        self.kind = kind
-        self.stored: list[np.ndarray] = []
-        self.statuses: list[str] = []
-        self._scales: list[np.ndarray] = []
-        self._measures: list[tuple[np.ndarray, np.ndarray]] = []
-
-    def add(self, batch: list[FramedImage], logits: np.ndarray, raw: np.ndarray) -> None:
-        """Add the tensors [n, ...] of a batch."""
-        statuses = [self._status(item, one, logit) for item, one, logit in zip(batch, raw, logits, strict=True)]
-        # An answer that is no number has no map, even if the sweep made one of it.
-        raw[[status == NONFINITE for status in statuses]] = np.nan
-        stored, scale = encode(self.kind, raw)
-        self.stored.append(stored)
-        self.statuses += statuses
-        self._scales.append(scale)
-        self._measures.append(concentration(raw, self.kind))
-
-    def columns(self) -> dict[str, Any]:
-        """The columns of the index that depend on the tensors."""
-        entropy, top_mass = (np.concatenate(parts) for parts in zip(*self._measures, strict=True))
-        scale = np.concatenate(self._scales)
-        return {"scale": scale, "entropy": entropy, "top10_mass": top_mass, "status": self.statuses}
-
-    def _status(self, item: FramedImage, tensor: np.ndarray, logit: np.ndarray) -> str:
-        if item.pixels is None:
-            return UNDECODABLE
-        if not (np.isfinite(tensor).all() and np.isfinite(logit).all()):
-            return NONFINITE
-        return OK if tensor.any() or not self.kind.is_relevance else ZERO
-
-
 def frame_of(teacher: Teacher, kind: str) -> Frame:
     """The frame of that kind, `full` or `center`, at the input size of the teacher."""
     crop_pct = teacher.crop_pct if kind == "center" else 1.0
     return Frame(kind=kind, size=teacher.image_size, interpolation=teacher.interpolation, crop_pct=crop_pct)
 
 
-def _append_row(columns: dict[str, list[Any]], item: FramedImage, logit: np.ndarray, targets: np.ndarray) -> None:
-    """Add what an index says of a sample, whatever its tensor; the first one of its target classes counts."""
-    target = int(targets[0])
-    answered = item.pixels is not None and bool(np.isfinite(logit).all())
-    probability = _softmax(logit) if answered else logit
-    predicted = int(probability.argmax()) if answered else NO_CLASS
-    values = {
-        "key": item.key,
-        "label": NO_CLASS if item.label is None else item.label,
-        "target": target,
-        "predicted": predicted,
-        "predicted_probability": probability[predicted] if answered else np.nan,
-        "target_probability": probability[target] if answered and target != NO_CLASS else np.nan,
-        "width": item.width,
-        "height": item.height,
-        "frame_x1": item.frame.x1,
-        "frame_y1": item.frame.y1,
-        "frame_x2": item.frame.x2,
-        "frame_y2": item.frame.y2,
-        "targets": targets,
-        "image_digest": item.digest,
-    }
-    for name, value in values.items():
-        columns[name].append(value)
-
-
-def _softmax(logit: np.ndarray) -> np.ndarray:
-    shifted = np.exp(logit.astype(np.float64) - float(logit.max()))
-    return shifted / shifted.sum()
+def _ahead(started: Iterable[tuple[S, Callable[[], T]]], ahead: int) -> Iterator[tuple[S, T]]:
+    """Wait for results in order, each once so many others have been started."""
+    waiting: deque[tuple[S, Callable[[], T]]] = deque()
+    for each in started:
+        waiting.append(each)
+        if len(waiting) > ahead:
+            item, result = waiting.popleft()
+            yield item, result()
+    for item, result in waiting:
+        yield item, result()

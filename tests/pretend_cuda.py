@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 from flash_on_cpu import flash_on_cpu
 from pretend_autocast import AUTOCAST, autocast_lists
+from pretend_pinned import is_pinned, of_array, pin
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -254,8 +255,6 @@ class _Calls(TorchFunctionMode):
             raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu() first")
         if name in ("pin_memory", "is_pinned") and args:
             return (pin if name == "pin_memory" else is_pinned)(args[0])
-        if mine and name == "record_stream":
-            return None
         if name == "cuda":
             func, args = torch.Tensor.to, (args[0], CUDA)
         pinned = kwargs.pop("pin_memory", False)
@@ -284,20 +283,6 @@ def _is_cuda(device: Any) -> bool:
 @cache
 def _decomposes(func: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
-
-
-def pin(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in pinned memory, or the tensor itself if it is there."""
-    if is_pinned(tensor):
-        return tensor
-    copy = tensor.clone()
-    copy.untyped_storage().pretends_pinned = True  # this attribute lives as long as the storage
-    return copy
-
-
-def is_pinned(tensor: torch.Tensor) -> bool:
-    """Whether a CPU tensor is, or is a view of one, that `pin` has made."""
-    return not isinstance(tensor, OnDevice) and hasattr(tensor.untyped_storage(), "pretends_pinned")
 
 
 def place() -> str:
@@ -429,6 +414,9 @@ def pretend_cuda() -> Iterator[PretendCuda]:
         stack.enter_context(mock.patch.multiple(torch.cuda, **stubs))
         stack.enter_context(mock.patch.multiple(torch.accelerator, **shared))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
+        stack.enter_context(mock.patch.object(torch, "from_numpy", partial(of_array, torch.from_numpy)))
+        # The one of torch refuses a stream that is none of its own.
+        stack.enter_context(mock.patch.object(torch.Tensor, "record_stream"))
         stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False))
         optimizers = sys.modules["torch.optim.optimizer"]
         kinds = [*optimizers._foreach_supported_types, OnDevice]

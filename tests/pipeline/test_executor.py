@@ -1,6 +1,7 @@
 """Workers whose GPU fails, or who hang: on Ray, which believes in GPUs, and in this process."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.sick_gpus import Place, SickGpus
 from zpipe.pipeline.teacher import TeacherSpec
 from zpipe.pipeline.worker import ShardReport, ShardTask, ShardWorker, WorkerSpec
+from zpipe.schemas.devices import device_fault
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.ray_session import ray_session
 from zpipe.schemas.shard_index import ShardEntry
@@ -61,19 +63,22 @@ def run(session, tmp_path):
         class Faulty(ShardWorker):
             def __init__(self, spec):
                 self.gpu = os.environ["CUDA_VISIBLE_DEVICES"]
-                self.done = 0
+                self.done, self.fault = 0, None
+                self.computing = threading.Lock()  # a GPU computes one thing after the other
                 assert spec.threads == 4  # of eight for two GPUs
                 self.fail("")
 
             def fail(self, stem):
-                fault = faults(self.gpu, stem, self.done)
+                fault = self.fault or faults(self.gpu, stem, self.done)
                 if isinstance(fault, Exception):
+                    self.fault = fault if device_fault(fault) else None  # which the process doesn't survive
                     raise fault
                 time.sleep(fault or 0.01)
 
             def _process(self, task):
-                self.fail(task.entry.stem)
-                self.done += 1
+                with self.computing:
+                    self.fail(task.entry.stem)
+                    self.done += 1
                 with (tmp_path / self.gpu).open("a") as file:
                     file.write(f"{task.entry.stem}\n")
                 return ShardReport(stem=task.entry.stem, count=task.entry.count)
@@ -147,6 +152,16 @@ def test_what_is_no_fault_of_the_gpu_costs_its_shard_alone(run, tmp_path, monkey
 
 
 @pytest.mark.slow
+def test_a_shard_beside_a_deadly_one_uses_up_no_try(run, monkeypatch):
+    monkeypatch.setattr(executor, "MAX_RETRIES", 0)
+    deadly = {
+        "shard-01": RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
+        "shard-04": torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    }
+    assert lost(run(lambda gpu, stem, done: deadly.get(stem), count=8)).keys() == deadly.keys()
+
+
+@pytest.mark.slow
 def test_without_a_sound_gpu_the_run_ends_with_one_line(run):
     with pytest.raises(ZpipeError) as raised:
         run(lambda gpu, stem, done: torch.AcceleratorError(ECC))
@@ -168,13 +183,20 @@ def test_the_hang_limit_follows_the_pace():
 def test_which_gpus_are_sick():
     first, second = Place("a", "1", ("0",)), Place("a", "1", ("1",))
     sick = SickGpus()
-    assert not sick.died(first, "x", "one") and not sick.died(second, "x", "one")
+    assert not sick.died(first, {"x"}, "one") and not sick.died(second, {"x"}, "one")
     sick.worked(first)
-    assert not sick.died(first, "x", "one")  # the shard is to blame
-    assert sick.died(second, "x", "two")  # twice without success in between
+    assert not sick.died(first, {"x"}, "one")  # the shard is to blame
+    assert sick.died(second, {"x"}, "two")  # twice without success in between
     assert second in sick and first not in sick and str(sick) == "GPU 1 of a (two)"
     sick.worked(first)
-    assert sick.died(first, "y", "three") and first in sick
+    assert sick.died(first, {"y"}, "three") and first in sick
+
+
+def test_two_deaths_of_one_shard_beside_others_make_no_gpu_sick():
+    place, sick = Place("a", "1", ("0",)), SickGpus()
+    for suspects, is_sick in (({"x", "y"}, False), ({"x"}, False), ({"x", "z"}, False), ({"y"}, True)):
+        assert sick.died(place, suspects, "one") == is_sick
+        sick.worked(place)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +210,7 @@ def test_in_this_process_a_fault_ends_the_run_with_one_line(monkeypatch, error, 
     def fail(self, task):
         raise error
 
-    monkeypatch.setattr(ShardWorker, "__init__", lambda self, spec: None)
+    monkeypatch.setattr(ShardWorker, "__init__", lambda self, spec: setattr(self, "spec", spec))
     monkeypatch.setattr(ShardWorker, "_process", fail)
     with pytest.raises(ZpipeError) as raised:
         run_local(SPEC, tasks(2), Resources(), lambda report: None, lambda: None)
