@@ -18,6 +18,7 @@ from torch import Tensor
 from zpipe.pipeline.batch_size import BatchSize
 from zpipe.pipeline.classifier import Classifier, Targets
 from zpipe.pipeline.methods import CLASS_BLIND, CLOSED_FORM, DEFAULT_METHOD, METHODS, methods_of, refusal_of
+from zpipe.pipeline.prepared import Prepared
 from zpipe.pipeline.recorded_forward import Attribution
 from zpipe.pipeline.relevance import attribute
 from zpipe.pipeline.supported import check_values, values_are_checked
@@ -197,7 +198,7 @@ class Explainer:
         self._cuda = device.startswith("cuda")
         self._copying = torch.cuda.Stream(torch.device(device)) if self._cuda else None
         self._with_features = features
-        dtype, self._sweep = PRECISIONS[config.precision]
+        dtype, sweep = PRECISIONS[config.precision]
         self._dtype = dtype
         self._model = teacher.model.to(device=device, dtype=dtype)
         rope: Any = getattr(self._model.model, "rope", None)
@@ -205,6 +206,11 @@ class Explainer:
             # timm makes the rotary embedding of DINOv3 on the CPU in each forward pass, and copying it waits for the
             # device. All images have one size, so the first one serves all.
             rope.get_embed = lru_cache(maxsize=1)(partial(type(rope).get_embed, rope))
+        self._prepared: Prepared | None = None
+        if config.method in CLOSED_FORM:
+            # Workers share the memory of a CPU, where neither brings much.
+            compiler = "inductor" if self._cuda else None
+            self._prepared = Prepared(self._model.model, sweep, keep=self._cuda, compiler=compiler, notes=self.notes)
         # bfloat16 would round a pixel three times on its way.
         exact = torch.promote_types(dtype, torch.float32)
         self._mean = torch.tensor(teacher.mean, device=device, dtype=exact).view(1, 3, 1, 1)
@@ -351,10 +357,11 @@ class Explainer:
 
     def _attribute(self, images: Tensor, targets: Targets) -> Attribution:
         with values_are_checked():
-            if self._sweep == "model":
+            if self._prepared is None:
                 return METHODS[self.config.method](self._model, images, targets)
-            split = CLOSED_FORM[self.config.method]
-            return attribute(self._model.model, images, targets, sweep=self._sweep, split=split)
+            return attribute(
+                self._prepared.model, images, targets, split=CLOSED_FORM[self.config.method], prepared=self._prepared
+            )
 
     def _targets(self, labels: np.ndarray) -> Targets:
         if self.config.target == "predicted":

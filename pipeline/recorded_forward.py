@@ -7,16 +7,16 @@ K target classes per image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GELUTanh, LayerScale
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
+from zpipe.pipeline.block_weights import BlockWeights, Linear, Norm
 from zpipe.pipeline.classifier import Targets
+from zpipe.pipeline.prepared import Prepared
 from zpipe.pipeline.supported import resolve_targets
 
 
@@ -29,37 +29,6 @@ class Attribution(NamedTuple):
     """[B, classes]."""
 
 
-class Linear(NamedTuple):
-    """Weight and bias of a linear layer."""
-
-    weight: Tensor  # [out, in]
-    bias: Tensor | None  # [out]
-
-    @classmethod
-    def of(cls, layer: nn.Linear, scale: nn.Module | None = None) -> Linear:
-        """The layer, merged with the LayerScale that may follow it.
-
-        A linear layer and a factor per channel are one linear layer with scaled rows, and get relevance as such. So a
-        network has the same map whether the factor is stored separately or multiplied in.
-        """
-        if not isinstance(scale, LayerScale):
-            return cls(layer.weight, layer.bias)
-        bias = None if layer.bias is None else layer.bias * scale.gamma
-        return cls(layer.weight * scale.gamma[:, None], bias)
-
-    def rows(self, rows: slice) -> Linear:
-        """The layer that computes only these outputs."""
-        return Linear(self.weight[rows], None if self.bias is None else self.bias[rows])
-
-    def to(self, dtype: torch.dtype) -> Linear:
-        """The layer in another dtype."""
-        return Linear(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        return F.linear(x, self.weight, self.bias)
-
-
 class Normed(NamedTuple):
     """The output of a LayerNorm, with what its gradient needs."""
 
@@ -68,23 +37,21 @@ class Normed(NamedTuple):
     rstd: Tensor  # [B, tokens, 1]
 
     @classmethod
-    def of(cls, norm: nn.LayerNorm, x: Tensor) -> Normed:
+    def of(cls, norm: Norm, x: Tensor) -> Normed:
         """Normalise x [B, tokens, D]."""
-        return cls(*torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+        return cls(*torch.native_layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps))
 
     def to(self, dtype: torch.dtype) -> Normed:
         """The record in another dtype."""
         return Normed(*(part.to(dtype) for part in self))
 
-    def grad(self, norm: nn.LayerNorm, x: Tensor, grad: Tensor) -> Tensor:
+    def grad(self, norm: Norm, x: Tensor, grad: Tensor) -> Tensor:
         """Gradient of the input x, from that of the output; all [B, tokens, D]."""
-        weight = None if norm.weight is None else norm.weight.to(grad.dtype)
-        args = (norm.normalized_shape, self.mean, self.rstd, weight, None)
+        args = (x.shape[-1:], self.mean, self.rstd, norm.weight, None)
         return torch.ops.aten.native_layer_norm_backward(grad, x, *args, [True, False, False])[0]
 
 
-@dataclass(slots=True)
-class BlockRecord:
+class BlockRecord(NamedTuple):
     """What the sweep needs from one block."""
 
     x: Tensor  # [B, N, D] input
@@ -104,11 +71,10 @@ class BlockRecord:
 
     def to(self, dtype: torch.dtype) -> BlockRecord:
         """The record in another dtype."""
-        return BlockRecord(**{field.name: getattr(self, field.name).to(dtype) for field in fields(self)})
+        return self._replace(**{name: getattr(self, name).to(dtype) for name in self._fields})
 
 
-@dataclass(slots=True)
-class TopRecord:
+class TopRecord(NamedTuple):
     """What the sweep needs from the final norm and the head."""
 
     x: Tensor  # [B, 1, D]
@@ -143,61 +109,59 @@ class Recorded(NamedTuple):
         return maps[:, 0] if self.single else maps
 
 
-def record_forward(
-    model: VisionTransformer, images: Tensor, targets: Targets, dtype: torch.dtype | None = None
-) -> Recorded:
+def record_forward(model: VisionTransformer, images: Tensor, targets: Targets, prepared: Prepared) -> Recorded:
     """Run the model on a batch in its own dtype and determine the target classes.
 
     Args:
         model: The model; it and the other arguments have passed `check_request`.
         images: [B, C, H, W].
         targets: Class numbers [B] or [B, K], or a function that computes them from the logits [B, classes].
-        dtype: The dtype of the records, in which the sweep computes; None keeps the dtype of the model.
+        prepared: The weights, the dtype of the records, and how the function of a block is called.
 
     Raises:
         ValueError: Targets that were computed from the logits do not fit.
     """
-    dtype = dtype or images.dtype
-    blocks, top = _forward(model, images, dtype)
-    logits = top.logits[:, 0]
-    chosen, single = resolve_targets(targets, logits)
-    return Recorded(blocks, top.to(dtype), chosen, single, logits)
-
-
-def _forward(model: VisionTransformer, images: Tensor, dtype: torch.dtype) -> tuple[list[BlockRecord], TopRecord]:
     # Relevance ends at the attention of block 1, so timm's own embedding, and a norm after it, need no record; in eval
     # mode it drops nothing.
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))  # [B, N, D]
     records = []
-    for number, block in enumerate(model.blocks, start=1):
-        record = _record_block(block, x, only_class_token=number == len(model.blocks))
-        x = record.out
-        records.append(record if dtype == x.dtype else record.to(dtype))
-    norm = Normed.of(model.norm, x)  # [B, 1, D]
+    for number in range(len(model.blocks)):
+        last = number + 1 == len(model.blocks)
+        x, record = prepared.call(record_block, prepared.forward(number), x, prepared.dtype, only_class_token=last)
+        records.append(record)
+    norm = Normed.of(Norm.of(model.norm), x)  # [B, 1, D]
     logits = Linear.of(model.head).forward(norm.out)  # [B, 1, classes]
-    return records, TopRecord(x, norm, logits)
+    top = TopRecord(x, norm, logits).to(prepared.dtype)
+    chosen, single = resolve_targets(targets, logits[:, 0])
+    return Recorded(records, top, chosen, single, logits[:, 0])
 
 
-def _record_block(block: Block, x: Tensor, only_class_token: bool) -> BlockRecord:
-    attn, live = block.attn, slice(0, 1) if only_class_token else slice(None)
-    qkv, width = Linear.of(attn.qkv), attn.num_heads * attn.head_dim
+def record_block(
+    block: BlockWeights, x: Tensor, dtype: torch.dtype, *, only_class_token: bool
+) -> tuple[Tensor, BlockRecord]:
+    """Run a block on its input [B, N, D]. Returns its output [B, Q, D], and the record in the given dtype."""
+    live = slice(0, 1) if only_class_token else slice(None)
     norm1 = Normed.of(block.norm1, x)
     if only_class_token:
-        q = split_heads(qkv.rows(slice(0, width)).forward(norm1.out[:, live]), attn.num_heads, 1)[0]
-        k, v = split_heads(qkv.rows(slice(width, None)).forward(norm1.out), attn.num_heads, 2)
+        width = block.qkv.weight.shape[0] // 3
+        to_q, to_kv = block.qkv.rows(slice(0, width)), block.qkv.rows(slice(width, None))
+        (q,) = split_heads(to_q.forward(norm1.out[:, live]), block.heads, 1)
+        k, v = split_heads(to_kv.forward(norm1.out), block.heads, 2)
     else:
-        q, k, v = split_heads(qkv.forward(norm1.out), attn.num_heads, 3)
+        parts = split_heads(block.qkv.forward(norm1.out), block.heads, 3)
+        q, k, v = (part.clone(memory_format=torch.contiguous_format) for part in parts)  # products would copy views
     scores = q @ k.mT  # [B, H, Q, N]
-    context = softmax(scores, attn.scale) @ v  # [B, H, Q, d]
-    attended = Linear.of(attn.proj, block.ls1).forward(join_heads(context))  # [B, Q, D]
+    context = softmax(scores, block.scale) @ v  # [B, H, Q, d]
+    attended = block.proj.forward(join_heads(context))  # [B, Q, D]
     middle = x[:, live] + attended
 
     norm2 = Normed.of(block.norm2, middle)
-    hidden = Linear.of(block.mlp.fc1).forward(norm2.out)  # [B, Q, F]
-    active = F.gelu(hidden, approximate=gelu_kind(block.mlp.act))
-    mixed = Linear.of(block.mlp.fc2, block.ls2).forward(active)  # [B, Q, D]
+    hidden = block.fc1.forward(norm2.out)  # [B, Q, F]
+    active = F.gelu(hidden, approximate=block.gelu)
+    mixed = block.fc2.forward(active)  # [B, Q, D]
     out = middle + mixed
-    return BlockRecord(x, norm1, q, k, v, scores, context, attended, middle, norm2, hidden, active, mixed, out)
+    record = BlockRecord(x, norm1, q, k, v, scores, context, attended, middle, norm2, hidden, active, mixed, out)
+    return out, record if dtype == x.dtype else record.to(dtype)
 
 
 def split_heads(x: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
@@ -207,17 +171,13 @@ def split_heads(x: Tensor, heads: int, parts: int) -> tuple[Tensor, ...]:
 
 def join_heads(*parts: Tensor) -> Tensor:
     """The inverse of `split_heads`: join parts [B, H, tokens, d] to [B, tokens, parts * E]."""
-    return torch.stack([part.transpose(1, 2) for part in parts], dim=2).flatten(2)
+    by_token = [part.transpose(1, 2) for part in parts]  # [B, tokens, H, d] each
+    return (torch.stack(by_token, dim=2) if len(parts) > 1 else by_token[0]).flatten(2)
 
 
 def softmax(scores: Tensor, scale: float) -> Tensor:
     """Attention [B, H, Q, N] from the scores before they are scaled."""
     return torch.softmax(scores * scale, dim=-1)
-
-
-def gelu_kind(act: nn.Module) -> str:
-    """The approximation of a GELU module, as torch names it."""
-    return "tanh" if isinstance(act, GELUTanh) else getattr(act, "approximate", "none")
 
 
 def softmax_grad(attention: Tensor, grad: Tensor) -> Tensor:

@@ -35,18 +35,19 @@ Symbols in the shape comments are those of `zpipe.pipeline.recorded_forward`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from zpipe.pipeline.block_weights import BlockWeights, Linear
 from zpipe.pipeline.classifier import Targets, as_classifier
+from zpipe.pipeline.prepared import SWEEPS, Prepared
 from zpipe.pipeline.recorded_forward import (
     Attribution,
     BlockRecord,
-    Linear,
     Recorded,
-    gelu_kind,
     join_heads,
     record_forward,
     softmax,
@@ -58,7 +59,6 @@ from zpipe.schemas.devices import float32_arithmetic
 
 __all__ = ["SPLITS", "SWEEPS", "Attribution", "attribute", "transformer_attribution"]
 
-SWEEPS = ("model", "float32", "tf32", "bfloat16")
 SPLITS = ("sum", "magnitude")
 GUARD = 1e-9  # added to every denominator whatever its sign, as in the public implementation
 
@@ -70,7 +70,13 @@ def transformer_attribution(model: VisionTransformer, images: Tensor, targets: T
 
 @torch.no_grad()
 def attribute(
-    model: VisionTransformer, images: Tensor, targets: Targets, *, sweep: str = "model", split: str = "sum"
+    model: VisionTransformer,
+    images: Tensor,
+    targets: Targets,
+    *,
+    sweep: str = "model",
+    split: str = "sum",
+    prepared: Prepared | None = None,
 ) -> Attribution:
     """Compute relevance maps and logits, with one forward pass and one downward sweep for each target.
 
@@ -88,6 +94,7 @@ def attribute(
             0.99 in the median and 0.7 at worst; in the sweep, to 0.9999 and 0.9997.
         split: How a residual connection splits relevance, one of SPLITS: "sum" is the published rule; "magnitude"
             gives each branch its share of abs(a) + abs(b).
+        prepared: What is kept between batches of the same model; its sweep is taken. By default nothing is kept.
 
     Returns:
         Maps and logits. Register tokens take part in every rule, but they have no place in the image and are left out
@@ -96,21 +103,23 @@ def attribute(
     Raises:
         ValueError: The model is not supported, is in train mode, or mixes dtypes or devices; images have another shape,
             dtype or device, or are not finite; targets have another shape or are outside the classes; the sweep or the
-            split is unknown, or the sweep is not available on this device.
+            split is unknown, or the sweep is not available on this device; `prepared` is of another model.
     """
     check_supported(model)
     check_request(as_classifier(model), images, targets)
-    products = _products(sweep, images)
+    prepared = prepared or Prepared(model, sweep)
+    if prepared.model is not model:
+        raise ValueError("prepared is of another model")
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}")
-    rule = residual_rule if split == "sum" else magnitude_rule
+    rules = Rules(_products(prepared.sweep, images), residual_rule if split == "sum" else magnitude_rule)
     # Autocast would silently compute the products, and so the divisions after them, in another dtype than the model's.
     with torch.autocast(images.device.type, enabled=False):
         with float32_arithmetic():
-            recorded = record_forward(model, images, targets, images.dtype if sweep == "model" else torch.float32)
+            recorded = record_forward(model, images, targets, prepared)
         count = recorded.targets.shape[1]
-        with float32_arithmetic("tf32" if sweep == "tf32" else "ieee"):
-            rows = [_sweep(model, recorded, k, products, rule, keep=k + 1 < count) for k in range(count)]
+        with float32_arithmetic("tf32" if prepared.sweep == "tf32" else "ieee"):
+            rows = [_sweep(prepared, recorded, k, rules, keep=k + 1 < count) for k in range(count)]
         return Attribution(recorded.as_maps(model, rows), recorded.logits)
 
 
@@ -120,9 +129,14 @@ Product = Callable[[Tensor, Tensor], Tensor]
 ResidualRule = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+class Rules(NamedTuple):
+    """What differs between sweeps."""
+
+    matmul: Product
+    residual: ResidualRule
+
+
 def _products(sweep: str, images: Tensor) -> Product:
-    if sweep not in SWEEPS:
-        raise ValueError(f"sweep={sweep!r}: choose one of {', '.join(SWEEPS)}")
     if sweep == "tf32" and images.device.type != "cuda":
         raise ValueError(f"sweep='tf32' is an arithmetic of CUDA devices, the images are on {images.device}")
     if sweep != "bfloat16":
@@ -155,7 +169,12 @@ def guarded_divide(a: Tensor, b: Tensor) -> Tensor:
 
 
 def linear_rule(
-    x: Tensor, product: Tensor, weight: Tensor, relevance: Tensor, matmul: Product = torch.matmul
+    x: Tensor,
+    product: Tensor,
+    weight: Tensor,
+    relevance: Tensor,
+    matmul: Product = torch.matmul,
+    abs_weight: Tensor | None = None,
 ) -> Tensor:
     """Relevance of the input of a linear layer (alpha = 1, beta = 0).
 
@@ -168,11 +187,12 @@ def linear_rule(
         weight: [out, in].
         relevance: Relevance of the output [..., out].
         matmul: Matrix product of the sweep.
+        abs_weight: abs(weight) [out, in], if it is kept.
 
     Returns:
         [..., in].
     """
-    abs_x, abs_weight = x.abs(), weight.abs()
+    abs_x, abs_weight = x.abs(), weight.abs() if abs_weight is None else abs_weight
     magnitude = matmul(abs_x, abs_weight.T)  # [..., out]
     z = (product + magnitude).mul_(0.5)
     # Z = 0 for an output that no input speaks for, but as the difference of two rounded sums it is noise.
@@ -248,87 +268,94 @@ def _down(
     layer: Linear, x: Tensor, out: Tensor, grad: Tensor, relevance: Tensor, matmul: Product
 ) -> tuple[Tensor, Tensor]:
     """Gradient and relevance of the input `x` of a linear layer, from those of `out` = layer.forward(x)."""
-    layer = layer.to(x.dtype)
     product = out if layer.bias is None else out - layer.bias
-    return matmul(grad, layer.weight), linear_rule(x, product, layer.weight, relevance, matmul)
+    below = linear_rule(x, product, layer.weight, relevance, matmul, layer.magnitude)
+    return matmul(grad, layer.weight), below
 
 
 # ---------------------------------------------------------------------------------------------------------- sweep
 
 
-def _sweep(
-    model: VisionTransformer, recorded: Recorded, k: int, matmul: Product, residual: ResidualRule, *, keep: bool
-) -> Tensor:
+def _sweep(prepared: Prepared, recorded: Recorded, k: int, rules: Rules, *, keep: bool) -> Tensor:
     """Sweep from the logit of the k-th target down to the attention of block 1.
 
     Returns the class token's row of C, [B, N]. The record of each block is freed after its use, unless `keep` is set
     because the next target needs it.
     """
-    top = recorded.top
+    top, (norm, head) = recorded.top, prepared.top
     grad = relevance = recorded.one_hot(k)[:, None]  # [B, 1, classes]
-    grad, relevance = _down(Linear.of(model.head), top.norm.out, top.logits, grad, relevance, matmul)  # [B, 1, D]
+    grad, relevance = _down(head, top.norm.out, top.logits, grad, relevance, rules.matmul)  # [B, 1, D]
     relevance = clone_rule(top.norm.out, relevance)  # the pooling takes the class token, one use of the norm's output
-    grad = top.norm.grad(model.norm, top.x, grad)
-
-    row: Tensor | None = None  # [B, N], the class token's row of Abar_B ... Abar_b
-    for number in reversed(range(len(model.blocks))):
-        block = model.blocks[number]
+    swept = Swept(top.norm.grad(norm, top.x, grad), relevance, None)
+    for number in reversed(range(len(prepared.model.blocks))):
         record = recorded.blocks[number] if keep else recorded.blocks.pop()
-        grad, relevance, grad_context, relevance_context = _sweep_to_context(
-            block, record, grad, relevance, matmul, residual
-        )
-        attention = softmax(record.scores, block.attn.scale)  # [B, H, Q, N]
-        s = guarded_divide(relevance_context, record.context)  # [B, H, Q, d]
-        grad_attention = matmul(grad_context, record.v.mT)  # [B, H, Q, N]
-        relevance_attention = matmul(s, record.v.mT).mul_(attention).mul_(0.5)
+        swept = prepared.call(sweep_block, prepared.down(number), record, swept, rules, lowest=number == 0)
+    assert swept.row is not None  # check_supported refuses a model without blocks
+    return swept.row
 
-        # C Abar = C + C mean(max(0, G R)): the row is multiplied with each head first, so the mean is over rows, not
-        # matrices. In the last block C is the class token's unit row.
-        positive = (grad_attention * relevance_attention).clamp_(min=0)
-        if row is None:
-            row = positive.mean(dim=1)[:, 0]
-            row[:, 0] += 1
-        else:
-            row = row + (row[:, None, None] @ positive).mean(dim=1)[:, 0]
-        if number == 0:
-            break  # block 1: nothing below its attention is needed
 
-        relevance_v = matmul(attention.mT, s).mul_(record.v).mul_(0.5)
-        grad_v = matmul(attention.mT, grad_context)  # [B, H, N, d]
-        relevance_q, relevance_k = matmul_rule(record.q, record.k.mT, record.scores, relevance_attention, matmul)
-        grad_scores = softmax_grad(attention, grad_attention).mul_(block.attn.scale)
-        grad_q, grad_k = matmul(grad_scores, record.k), matmul(grad_scores.mT, record.q)
-        grads, relevances = (grad_q, grad_k, grad_v), (relevance_q, relevance_k.mT, relevance_v)
-        grad, relevance = _sweep_to_input(block, record, (grad, relevance), grads, relevances, matmul)
-    assert row is not None  # check_supported refuses a model without blocks
-    return row
+class Swept(NamedTuple):
+    """What a sweep carries down."""
+
+    grad: Tensor  # [B, Q, D] by the output of the next block
+    relevance: Tensor  # [B, Q, D] of that output
+    row: Tensor | None  # [B, N], the class token's row of Abar_B ... Abar_b; None above the last block
+
+
+def sweep_block(block: BlockWeights, record: BlockRecord, swept: Swept, rules: Rules, *, lowest: bool) -> Swept:
+    """Sweep down through a block; through the lowest one, only to its attention: `grad` and `relevance` remain."""
+    matmul = rules.matmul
+    skip, grad_context, relevance_context = _sweep_to_context(block, record, swept, rules)
+    attention = softmax(record.scores, block.scale)  # [B, H, Q, N]
+    s = guarded_divide(relevance_context, record.context)  # [B, H, Q, d]
+    grad_attention = matmul(grad_context, record.v.mT)  # [B, H, Q, N]
+    relevance_attention = matmul(s, record.v.mT).mul_(attention).mul_(0.5)
+
+    # C Abar = C + C mean(max(0, G R)): the row is multiplied with each head first, so the mean is over rows, not
+    # matrices. In the last block C is the class token's unit row.
+    positive = (grad_attention * relevance_attention).clamp_(min=0)
+    if swept.row is None:
+        row = positive.mean(dim=1)[:, 0]
+        row[:, 0] += 1
+    else:
+        row = swept.row + (swept.row[:, None, None] @ positive).mean(dim=1)[:, 0]
+    if lowest:
+        return swept._replace(row=row)
+
+    relevance_v = matmul(attention.mT, s).mul_(record.v).mul_(0.5)
+    grad_v = matmul(attention.mT, grad_context)  # [B, H, N, d]
+    relevance_q, relevance_k = matmul_rule(record.q, record.k.mT, record.scores, relevance_attention, matmul)
+    grad_scores = softmax_grad(attention, grad_attention).mul_(block.scale)
+    grad_q, grad_k = matmul(grad_scores, record.k), matmul(grad_scores.mT, record.q)
+    grads, relevances = (grad_q, grad_k, grad_v), (relevance_q, relevance_k.mT, relevance_v)
+    grad, relevance = _sweep_to_input(block, record, skip, grads, relevances, matmul)
+    return Swept(grad, relevance, row)
 
 
 def _sweep_to_context(
-    block: Block, record: BlockRecord, grad: Tensor, relevance: Tensor, matmul: Product, residual: ResidualRule
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    block: BlockWeights, record: BlockRecord, swept: Swept, rules: Rules
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
     """Sweep down through the MLP and the output projection of the attention.
 
-    Takes the gradient and relevance of the block's output, [B, Q, D]. Returns those of the skip branch of the first
-    residual connection, [B, Q, D], and those of the context A V, [B, H, Q, d].
+    Returns gradient and relevance of the skip branch of the first residual connection, [B, Q, D] each, and gradient
+    and relevance of the context A V, [B, H, Q, d].
     """
-    heads, kind = block.attn.num_heads, gelu_kind(block.mlp.act)
-    skip, r = residual(record.middle, record.mixed, record.out, relevance)
-    g, r = _down(Linear.of(block.mlp.fc2, block.ls2), record.active, record.mixed, grad, r, matmul)  # [B, Q, F]
-    g = torch.ops.aten.gelu_backward(g, record.hidden, approximate=kind)
-    g, r = _down(Linear.of(block.mlp.fc1), record.norm2.out, record.hidden, g, r, matmul)  # [B, Q, D]
-    grad = record.norm2.grad(block.norm2, record.middle, g).add_(grad)
+    matmul = rules.matmul
+    skip, r = rules.residual(record.middle, record.mixed, record.out, swept.relevance)
+    g, r = _down(block.fc2, record.active, record.mixed, swept.grad, r, matmul)  # [B, Q, F]
+    g = torch.ops.aten.gelu_backward(g, record.hidden, approximate=block.gelu)
+    g, r = _down(block.fc1, record.norm2.out, record.hidden, g, r, matmul)  # [B, Q, D]
+    grad = record.norm2.grad(block.norm2, record.middle, g).add_(swept.grad)
     relevance = clone_rule(record.middle, r.add_(skip))
 
     live = record.x[:, : record.middle.shape[1]]
-    skip, r = residual(live, record.attended, record.middle, relevance)
-    proj, context = Linear.of(block.attn.proj, block.ls1), join_heads(record.context)
-    g, r = _down(proj, context, record.attended, grad, r, matmul)  # [B, Q, E]
-    return grad, skip, split_heads(g, heads, 1)[0], split_heads(r, heads, 1)[0]
+    skip, r = rules.residual(live, record.attended, record.middle, relevance)
+    g, r = _down(block.proj, join_heads(record.context), record.attended, grad, r, matmul)  # [B, Q, E]
+    return (grad, skip), split_heads(g, block.heads, 1)[0], split_heads(r, block.heads, 1)[0]
 
 
 def _sweep_to_input(
-    block: Block,
+    block: BlockWeights,
     record: BlockRecord,
     skip: tuple[Tensor, Tensor],
     grads: tuple[Tensor, Tensor, Tensor],
@@ -340,7 +367,7 @@ def _sweep_to_input(
     `skip` is the gradient and relevance [B, Q, D] of the skip branch; `grads` and `relevances` are those of q [B, H, Q,
     d], k and v [B, H, N, d].
     """
-    qkv, normed, live = Linear.of(block.attn.qkv), record.norm1.out, record.q.shape[2]
+    qkv, normed, live = block.qkv, record.norm1.out, record.q.shape[2]
     if live == normed.shape[1]:
         out = join_heads(record.q, record.k, record.v)  # [B, N, 3E]
         grad, relevance = _down(qkv, normed, out, join_heads(*grads), join_heads(*relevances), matmul)  # [B, N, D]

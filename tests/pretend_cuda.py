@@ -426,6 +426,7 @@ def pretend_cuda() -> Iterator[PretendCuda]:
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, converted)
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compilers look for a real device
         stack.enter_context(flash_on_cpu())
         stack.enter_context(autocast_lists(OnDevice))
         stack.enter_context(cuda)
