@@ -257,11 +257,12 @@ class Explainer:
         with self._lock:
             while start < len(pixels):
                 chosen = slice(start, start + self._batch.size)
+                count = self._batch.size if self._cuda else len(pixels[chosen])  # filled up on CUDA
                 part = self._unless_out_of_memory(compute, pixels[chosen], labels[chosen])
                 if part is None:
-                    self._make_room(len(pixels[chosen]))
+                    self._make_room(count)
                     continue
-                self._batch.fitted(len(pixels[chosen]))
+                self._batch.fitted(count)
                 parts.append(part)
                 start = chosen.stop
         return parts

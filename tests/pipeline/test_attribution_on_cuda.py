@@ -150,6 +150,23 @@ def test_arrays_for_pixels_are_pinned(cuda):
     assert not torch.from_numpy(images()).is_pinned()
 
 
+def test_one_image_in_a_batch_that_does_not_fit_gets_a_smaller_batch(cuda, monkeypatch):
+    """What has to fit is the batch as it is filled up, so that there is room to lower it."""
+    here, there = explainers(vit(), batch_size=4, method="gradient-attention")
+    sizes = []
+
+    def look(module, args, output):
+        sizes.append(len(output))
+        if len(output) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    there._model.model.head.register_forward_hook(look)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    found = there(images()[:1], np.zeros(1, np.int64)).maps
+    assert sizes == [4, 2, 1]
+    np.testing.assert_allclose(found, here(images()[:1], np.zeros(1, np.int64)).maps, rtol=1e-3, atol=1e-6)
+
+
 def test_every_batch_has_the_same_shape(cuda, monkeypatch):
     here, there = explainers(vit(), batch_size=4, target="predicted")
     sizes = []
