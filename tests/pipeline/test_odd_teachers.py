@@ -10,8 +10,8 @@ from zpipe.pipeline.classifier import as_classifier
 from zpipe.pipeline.explainer import ExplainConfig, Explainer, precisions_of
 from zpipe.pipeline.methods import CLASS_BLIND, METHODS
 from zpipe.pipeline.shard_reader import FramedImage
+from zpipe.pipeline.shard_rows import Tensors, append_rows
 from zpipe.pipeline.teacher import Teacher
-from zpipe.pipeline.worker import _append_row, _Tensors
 from zpipe.schemas.errors import UsageError
 from zpipe.schemas.geometry import Box
 from zpipe.schemas.relevance_store import INDEX_SCHEMA, MORE_COLUMNS, NONFINITE, OK, ZERO, index_schema
@@ -99,9 +99,8 @@ def statuses(explained):
     columns = {name: [] for name in index_schema(MORE_COLUMNS.names).names}
     frame = {"width": SIDE, "height": SIDE, "frame": Box(0, 0, SIDE, SIDE), "digest": bytes(16)}
     batch = [FramedImage(key=f"k{i}", label=0, pixels=logit, **frame) for i, logit in enumerate(explained.logits)]
-    for item, logit, target in zip(batch, explained.logits, explained.targets, strict=True):
-        _append_row(columns, item, logit, np.atleast_1d(target))
-    tensors = _Tensors(KINDS["map"])
+    append_rows(columns, batch, explained)
+    tensors = Tensors(KINDS["map"])
     tensors.add(batch, explained.logits, explained.maps.copy())
     columns |= tensors.columns()
     index = pa.table({field.name: pa.array(columns[field.name], field.type) for field in INDEX_SCHEMA})
