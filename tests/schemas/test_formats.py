@@ -232,6 +232,7 @@ def test_a_run_older_than_a_setting_goes_on_under_its_default(example):
     """Settings come without a new version of the format; before them, a run was as their default is now."""
     import dataclasses
 
+    from zpipe.train.fit.defaults import of_earlier_versions
     from zpipe.train.fit.train_vit import VitConfig
     from zpipe.train.run_files import begin_run
     from zpipe.train.settings import to_json
@@ -240,7 +241,7 @@ def test_a_run_older_than_a_setting_goes_on_under_its_default(example):
     settings = record["settings"]
     older = settings | {"train": {name: value for name, value in settings["train"].items() if name != "precision"}}
     change(example / "stopped" / "run.json", settings=older)
-    defaults = to_json(dataclasses.asdict(VitConfig()))
+    defaults = of_earlier_versions(to_json(dataclasses.asdict(VitConfig())))
     assert not begin_run(example / "stopped", "vit", settings, defaults=defaults)
     other = settings | {"train": settings["train"] | {"precision": "bf16"}}
     with pytest.raises(ZpipeError, match="was begun with train.precision = 'float32', now it is 'bf16'"):
