@@ -663,6 +663,7 @@ def test_a_signal_saves_and_ends_and_the_run_resumes(data, fifteen, tmp_path, nu
 
 def test_a_second_signal_ends_training_that_does_not_come_to_its_next_step(data, tmp_path):
     """Without the command line: the first is held back, the second is as without training."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what runs in the background ignore it
     sent = []
 
     def hang(stage, done, total, **facts):
