@@ -11,11 +11,11 @@ from zpipe.pipeline.explainer import Launched
 
 T = TypeVar("T")
 
-LAUNCHED = 2  # batches: one that the device computes, and the next one
+MAX_LAUNCHED = 2  # batches: one that the device computes, and the next one
 
 
 class DeviceTurns:
-    """Keeps `LAUNCHED` batches on a device, of the oldest shard that has any.
+    """Keeps up to `MAX_LAUNCHED` batches on the device; the oldest shard that waits goes first.
 
     Thus a shard is computed as fast as if it were alone, the next one fills the gaps, and has begun when the first one
     is written. If they took turns, both would end at the same time, and the device would wait until both are written.
@@ -23,10 +23,10 @@ class DeviceTurns:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._free = LAUNCHED
+        self._free = MAX_LAUNCHED
         self._waiting: list[int] = []  # the ages of the shards
         # Threads that wait for the device, so that a turn ends with a batch, whatever the thread of its shard does.
-        self._fetchers = ThreadPoolExecutor(LAUNCHED)
+        self._fetchers = ThreadPoolExecutor(MAX_LAUNCHED)
 
     def start(self, age: int, launch: Callable[[], Launched[T]]) -> Future[T]:
         """Launch a batch when it is its turn.
@@ -36,7 +36,7 @@ class DeviceTurns:
             launch: Launches the batch.
 
         Returns:
-            What becomes the result of the batch.
+            The future of the result of the batch.
         """
         with self._changed:
             self._waiting.append(age)

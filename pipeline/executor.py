@@ -69,7 +69,7 @@ def hang_limit(count: int, slowest: float | None, image_timeout_s: float | None 
 def run_local(
     spec: WorkerSpec, tasks: Sequence[ShardTask], resources: Resources, on_report: OnReport, check: Check
 ) -> None:
-    """Run the tasks in this process, on a GPU several at once, on a CPU one after the other.
+    """Run the tasks in this process, two at a time on a GPU, one after the other on a CPU.
 
     Args:
         spec: What the worker needs.
@@ -87,8 +87,8 @@ def run_local(
             raise ZpipeError(f"{report.error}: {spec.device} has failed; {GPU_REMEDY}")
         if report.fault == "assert":
             raise ZpipeError(
-                f"{report.error}: a value in this shard is out of range; leave the shard out, and report a defect of "
-                "zpipe (of shards on the device at once, it may be the other one); run again to resume"
+                f"{report.error}: a value in this shard is out of range, or in the other one that the device had; "
+                "leave the shard out, and report a defect of zpipe; run again to resume"
             )
         on_report(report)
 
@@ -101,7 +101,7 @@ def run_ray(
     check: Check,
     make_worker: MakeWorker = ShardWorker,
 ) -> None:
-    """Run the tasks on Ray actors, on each with a GPU several at once, on others one at a time.
+    """Run the tasks on Ray actors, two at a time on each with a GPU, one at a time on others.
 
     A worker that hangs or dies, alone, with its GPU or with its node, is replaced, and its shard is retried up to
     `MAX_RETRIES` times; then the shard is reported as failed, and the others continue. If the worker had several
@@ -387,7 +387,10 @@ class _Fleet:
         """Give up an actor whose GPU has failed while it had some shards ("" while it started)."""
         if self._sick.died(actor.place, stems, reason):
             self._notes.append(f"{actor.place} failed again ({reason}): not used any more")
-            self._parked.append(actor)
+            if len(actor.running) > 1:
+                self._ray.kill(actor.handle)  # it may still write the other shard; the next actor there is parked
+            else:
+                self._parked.append(actor)
         else:
             self._notes.append(f"{actor.place} failed ({reason}): its worker was replaced")
             self._ray.kill(actor.handle)

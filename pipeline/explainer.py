@@ -246,6 +246,11 @@ class Explainer:
         """
         return Launched(self._parts(self._maps, pixels, targets), lambda maps: maps)
 
+    @property
+    def current_batch_size(self) -> int:
+        """How many images are computed at once now: fewer than `batch_size` where memory was short."""
+        return self._batch.size
+
     def new_array(self, shape: tuple[int, ...]) -> np.ndarray:
         """An uninitialised uint8 array; for CUDA in pinned memory, which torch reuses when it is free again."""
         return torch.empty(shape, dtype=torch.uint8, pin_memory=self._cuda).numpy()

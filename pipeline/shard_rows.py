@@ -1,4 +1,4 @@
-"""What the index of a store says of the images of a shard, and their tensors as they are stored."""
+"""The rows of the index of a shard, and its tensors as they are stored."""
 
 from __future__ import annotations
 

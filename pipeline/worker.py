@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from zpipe.pipeline.device_turns import LAUNCHED, DeviceTurns
+from zpipe.pipeline.device_turns import MAX_LAUNCHED, DeviceTurns
 from zpipe.pipeline.explainer import (
     NO_CLASS,
     PRECISIONS,
@@ -207,9 +207,10 @@ class ShardWorker:
     def _new_notes(self) -> tuple[str, ...]:
         """The notes that no shard has reported."""
         with self._lock:
-            notes = (*self._notes, *self._explainer.notes[self._noted :])
+            found = self._explainer.notes[self._noted :]  # once: another thread may add to them
+            self._noted += len(found)
+            notes = (*self._notes, *found)
             self._notes.clear()
-            self._noted = len(self._explainer.notes)
             return notes
 
     def _kind(self, name: str) -> TensorKind:
@@ -239,7 +240,7 @@ class ShardWorker:
     def _explained(self, path: Path, task: ShardTask) -> Iterator[tuple[list[FramedImage], Explained, np.ndarray]]:
         """The images of a shard in batches, with what was computed of them, and the stability of their maps."""
         age = next(self._ages)
-        ahead = LAUNCHED if self._turns else 0
+        ahead = MAX_LAUNCHED if self._turns else 0
         batches = pixel_batches(
             read_samples(path, task.entry, label_field=task.label_field),
             self._frame,
@@ -385,7 +386,7 @@ def frame_of(teacher: Teacher, kind: str) -> Frame:
 
 
 def _ahead(started: Iterable[tuple[S, Callable[[], T]]], ahead: int) -> Iterator[tuple[S, T]]:
-    """Wait for results in order, each once so many others have been started."""
+    """Yield results in order, with up to `ahead` later ones started."""
     waiting: deque[tuple[S, Callable[[], T]]] = deque()
     for each in started:
         waiting.append(each)

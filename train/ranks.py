@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from zpipe.schemas.devices import ASSERT_TEXT
 from zpipe.schemas.errors import UsageError, ZpipeError
 
 Value = TypeVar("Value")
@@ -134,6 +135,8 @@ def is_lost_process(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     message = str(error)
+    if ASSERT_TEXT in message:  # a kernel refused a value, as it would again
+        return False
     return isinstance(error, RuntimeError) and any(
         sign in message for sign in ("gloo", "Gloo", "DataLoader worker (pid", "CUDA error")
     )

@@ -129,8 +129,8 @@ DataWorkers = Annotated[
 TrainingDevice = Annotated[
     str,
     typer.Option(
-        help="auto, cpu or cuda. On a GPU, training is in bf16 and transformer blocks are compiled, unless --set "
-        "train.precision=float32 or --set train.compile=false say otherwise."
+        help="auto, cpu or cuda. On a GPU that computes in bf16, training does, and the blocks of a ZoomViT or a plain "
+        "ViT are compiled, unless --set train.precision=float32 or --set train.compile=false say otherwise."
     ),
 ]
 NumWorkers = Annotated[
@@ -207,7 +207,9 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images per batch.")]
 LoadingProcesses = Annotated[
     int | None,
     typer.Option(
-        min=0, help="Data-loading processes. Default 0 on a CPU, for a GPU up to 16, as many as there are cores for."
+        min=0,
+        help="Data-loading processes. Default 0 on a CPU and where --limit leaves out images, for a GPU up to 16, as "
+        "many as there are cores for.",
     ),
 ]
 Scores = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ def _training() -> Iterator[tuple[Progress, Callable[[str], None]]]:
 
     Of torchrun's processes, only the first one shows lines, and only the one that fails first shows its error.
     """
-    with reporting() as progress:
+    with reporting(bars=os.environ.get("TORCHELASTIC_RUN_ID") is None or os.environ["RANK"] == "0") as progress:
         from zpipe.train.fit.torchrun import first_error_alone, is_first
 
         with first_error_alone():

@@ -89,10 +89,14 @@ def printing() -> Iterator[None]:
 
 
 @contextmanager
-def reporting() -> Iterator[ProgressBars | ProgressLines]:
-    """Show progress while a verb runs; turn errors that users can act on into one line and an exit code."""
+def reporting(*, bars: bool = True) -> Iterator[ProgressBars | ProgressLines]:
+    """Show progress while a verb runs; turn errors that users can act on into one line and an exit code.
+
+    Args:
+        bars: Whether a terminal shows bars. Those of several processes would erase each other.
+    """
     try:
-        with stoppable(), _warnings_as_lines(), progress_for(err) as progress:
+        with stoppable(), _warnings_as_lines(), progress_for(err) if bars else ProgressLines() as progress:
             yield progress
     except ZpipeError as error:
         fail(str(error), error.details, error.exit_code)

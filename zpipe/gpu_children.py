@@ -6,6 +6,7 @@ A child is `python -m zpipe.gpu_children PART DEVICE SETTINGS`; the last line of
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import msgspec
+
+LATE = "no answer within"
 
 T = TypeVar("T")
 
@@ -71,12 +74,14 @@ def _answer_of(part: Part[T], running: subprocess.Popen[bytes], deadline: float,
     try:
         output, errors = running.communicate(timeout=max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return Answer(value=None, problem=f"no answer within {limit_s:g} s")
+        return Answer(value=None, problem=f"{LATE} {limit_s:g} s")
     if running.returncode < 0:
         return Answer(value=None, problem=f"its process was ended by {signal.Signals(-running.returncode).name}")
     if running.returncode:
         lines = [line.strip() for line in errors.decode(errors="replace").splitlines() if line.strip()]
-        return Answer(value=None, problem=lines[-1][:200] if lines else f"exit code {running.returncode}")
+        # A traceback ends with the error, whose text may go on for some lines.
+        named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)] or lines
+        return Answer(value=None, problem=named[-1][:200] if named else f"exit code {running.returncode}")
     try:
         return Answer(value=msgspec.json.decode(output.strip().rpartition(b"\n")[2], type=part.answer))
     except msgspec.MsgspecError as error:

@@ -205,16 +205,18 @@ def map_rate(teacher: Teacher, precision: str, device: torch.device, config: Rat
     def maps(count: int) -> object:
         return explain.maps_of(pixels[:count], targets[:count])
 
-    few = max(1, count // 16)
-    maps(few)
-    one = seconds_of(lambda: maps(few), device, 0) / few
-    while count > few and count * one > 2 * config.seconds:
-        count //= 2
+    if device.type != "cuda":  # where smaller batches are filled up, and a batch takes less than a second
+        few = max(1, count // 16)
+        maps(few)
+        one = seconds_of(lambda: maps(few), device, 0) / few
+        while count > few and count * one > 2 * config.seconds:
+            count //= 2
+    maps(count)  # kernels are compiled, and a batch that does not fit is halved
     before = _begin_peak(device)
     maps(count)
     taken = None if before is None else torch.cuda.max_memory_allocated(device) - before
     seconds = seconds_of(lambda: maps(count), device, config.seconds)
-    batch = max(1, count >> len(explain.notes))  # the explainer halved what did not fit
+    batch = min(count, explain.current_batch_size)
     image_bytes = None if taken is None else taken // batch
     return Rate(images_per_s=count / seconds, batch_size=batch, image_bytes=image_bytes)
 

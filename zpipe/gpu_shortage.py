@@ -23,7 +23,9 @@ class Shortage:
     """What became of a batch that did not fit the memory."""
 
     notes: tuple[str, ...]
-    """What the explainer said of it; empty if memory was not short."""
+    """What the explainer said of it."""
+    lowered: bool
+    """Whether it computed fewer images at once; False if memory was not short."""
     agreement: float
     """Median rank correlation of its maps with those without a shortage."""
     kept_bytes: int | None
@@ -34,7 +36,7 @@ class Shortage:
     @property
     def ok(self) -> bool:
         """Whether memory was short, the maps are the same, and memory was given back."""
-        return bool(self.notes) and self.agreement >= 0.99 and 10 * (self.kept_bytes or 0) <= self.taken_bytes
+        return self.lowered and self.agreement >= 0.99 and 10 * (self.kept_bytes or 0) <= self.taken_bytes
 
 
 def provoke_shortage(device: torch.device, config: NumbersConfig) -> Shortage:
@@ -60,10 +62,12 @@ def provoke_shortage(device: torch.device, config: NumbersConfig) -> Shortage:
         held, taken = 0, bytes_per_image(teacher.model) * count
     with _limited(device, int(SHORTAGE * taken)):
         found = maps(count)
+    lowered = explain.current_batch_size < count
     kept = torch.cuda.memory_allocated(device) - held if device.type == "cuda" else None
     notes = tuple(explain.notes)
     ranks = np.nan_to_num(stability(maps(count), found), nan=-1.0)
-    return Shortage(notes=notes, agreement=float(np.median(ranks)), kept_bytes=kept, taken_bytes=taken)
+    agreement = float(np.median(ranks))
+    return Shortage(notes=notes, lowered=lowered, agreement=agreement, kept_bytes=kept, taken_bytes=taken)
 
 
 def _peak_of(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
@@ -82,13 +86,17 @@ def _limited(device: torch.device, more: int) -> Iterator[None]:
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + more) / total, device)
-        yield
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
     else:
         limits = resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (_status_bytes("VmSize") + more, limits[1]))
-        yield
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def _status_bytes(name: str) -> int:

@@ -10,7 +10,7 @@ import pytest
 from tiny import encode, write_shards
 
 from zpipe.pipeline import worker
-from zpipe.pipeline.device_turns import LAUNCHED, DeviceTurns
+from zpipe.pipeline.device_turns import MAX_LAUNCHED, DeviceTurns
 from zpipe.pipeline.explainer import NO_CLASS, Explained
 from zpipe.pipeline.shard_reader import BATCHES_AHEAD, Frame, frame_image, pixel_batches
 from zpipe.pipeline.shard_rows import append_rows
@@ -55,7 +55,7 @@ def test_the_oldest_shard_has_the_next_turn():
     with ThreadPoolExecutor(3) as pool:
         started = [pool.submit(turns.start, age, batches[age].launch) for age in (3, 1, 2)]
         until(lambda: len(turns._waiting) == 3)
-        assert log == [5, 6] and LAUNCHED == 2
+        assert log == [5, 6] and MAX_LAUNCHED == 2
         for age, expected in ((6, 1), (1, 2), (5, 3)):
             batches[age].done.set()
             until(lambda expected=expected: log[-1] == expected)
@@ -74,7 +74,7 @@ def test_a_batch_that_fails_ends_its_turn():
     def fail():
         raise RuntimeError("of the launch")
 
-    for _ in range(3 * LAUNCHED):
+    for _ in range(3 * MAX_LAUNCHED):
         with pytest.raises(RuntimeError, match="of the launch"):
             turns.start(0, fail)
         with pytest.raises(RuntimeError, match="of the result"):

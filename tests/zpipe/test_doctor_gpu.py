@@ -166,12 +166,15 @@ def test_memory_of_the_pretend_device_is_short_and_given_back(cuda, memory, monk
     def halve(explainer, pixels, targets):
         if fractions[-1] < 1:
             explainer.notes.append("halved")
+            explainer._batch.failed(4)
         return true(explainer, pixels, targets)
 
     monkeypatch.setattr(gpu_shortage.Explainer, "maps_of", halve)
     found = gpu_shortage.provoke_shortage(torch.device("cuda"), replace(SMALL, images=2, depth=1))
     assert fractions == [1.0, pytest.approx((1000 + 2000) / 10_000), 1.0]
-    assert found == Shortage(notes=("halved",), agreement=1.0, kept_bytes=0, taken_bytes=4000) and found.ok
+    assert (
+        found == Shortage(notes=("halved",), lowered=True, agreement=1.0, kept_bytes=0, taken_bytes=4000) and found.ok
+    )
 
 
 def test_a_training_batch_that_does_not_fit_is_halved(monkeypatch):
@@ -223,6 +226,7 @@ def test_processes_sum_over_their_devices(tmp_path):
         ("echo hello", "its answer can't be read"),
         ("exit 3", "exit code 3"),
         ("echo a text >&2; echo CUDA error: unknown >&2; exit 1", "CUDA error: unknown"),
+        ("echo torch.AcceleratorError: CUDA error: x >&2; echo Compile with DSA >&2; exit 1", "torch.AcceleratorError"),
         ("echo a text of a library; echo true", ""),
     ],
 )
@@ -263,7 +267,9 @@ def report(numbers):
         date="2026-12-01T00:00:00+00:00",
         chip=replace(chip, name="NVIDIA H200", memory_bytes=139 * GIB, capability="9.0", cores=16),
         numbers=replace(numbers, agreement=tuple(AGREEMENT), waits=waits),
-        shortage=Shortage(notes=("a batch of 64 did not fit",), agreement=1.0, kept_bytes=0, taken_bytes=1 << 30),
+        shortage=Shortage(
+            notes=("a batch of 64 did not fit",), lowered=True, agreement=1.0, kept_bytes=0, taken_bytes=1 << 30
+        ),
         poisoned=Poisoned(said="CUDA error: device-side assert triggered", fault="assert", usable=False),
         alive_afterwards=True,
         sums=(),
@@ -300,12 +306,16 @@ def test_wrong_numbers_are_problems_with_a_remedy(report, name):
     ("changes", "name", "said"),
     [
         (
-            {"shortage": Shortage(notes=(), agreement=1.0, kept_bytes=0, taken_bytes=1 << 30)},
+            {
+                "shortage": Shortage(
+                    notes=("kernels can't be fused",), lowered=False, agreement=1.0, kept_bytes=0, taken_bytes=1 << 30
+                )
+            },
             "memory shortage",
             "was not short",
         ),
         (
-            {"shortage": Shortage(notes=("x",), agreement=1.0, kept_bytes=1 << 30, taken_bytes=1 << 30)},
+            {"shortage": Shortage(notes=("x",), lowered=True, agreement=1.0, kept_bytes=1 << 30, taken_bytes=1 << 30)},
             "memory shortage",
             "report it",
         ),
@@ -314,7 +324,7 @@ def test_wrong_numbers_are_problems_with_a_remedy(report, name):
         (
             {"rates": None, "problems": {"rates": "no answer within 150 s"}},
             "rates",
-            "no answer within 150 s; run again",
+            "no answer within 150 s; run again when nothing else runs here",
         ),
         ({"numbers": None, "problems": {"numbers": "x"}}, "numbers", "do not compute with it"),
     ],

@@ -16,7 +16,7 @@ from zpipe.train.ranks import ranks
 from zpipe.train.run_files import CHECKPOINT_NAME, RUN_NAME, read_record
 from zpipe.train.settings import rebuild
 
-# What runs did before these settings were left to the machine.
+# The defaults of versions in which these settings did not depend on the machine.
 BEFORE: Mapping[str, Any] = {"precision": "float32", "compile": False, "data_workers": 1}
 
 
@@ -51,7 +51,7 @@ def resolved(config: TrainConfig, run: Path) -> TrainConfig:
 
 
 def _recorded(run: Path) -> TrainConfig:
-    """The settings in question of a run that has begun; those that it doesn't record are of an earlier version."""
+    """These settings from run.json; where an earlier version did not record one, its default of that time."""
     recorded = read_record(run)["settings"].get("train", {})
     try:
         return rebuild(TrainConfig(**BEFORE), {name: recorded[name] for name in BEFORE if name in recorded})
@@ -60,5 +60,5 @@ def _recorded(run: Path) -> TrainConfig:
 
 
 def of_earlier_versions(settings: dict[str, Any]) -> dict[str, Any]:
-    """The default settings of a stage, but those that are left to the machine now as they were before that."""
+    """The default settings of a stage, with those of earlier versions where they now depend on the machine."""
     return settings | {"train": settings["train"] | BEFORE}

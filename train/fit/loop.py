@@ -121,7 +121,7 @@ class Trainer:
         with (
             stop_flag() as signalled,
             self._open_log() as log,
-            explain_out_of_memory(self.run, self.device),
+            explain_out_of_memory(self.run, self.device, self.config.precision),
         ):
             self._stop_requested = lambda: signalled() or stop()
             batch = stand_in(self.loader, self.loader.batch_size)
@@ -403,7 +403,7 @@ class Trainer:
 
 
 @contextmanager
-def explain_out_of_memory(run: Path, device: torch.device) -> Iterator[None]:
+def explain_out_of_memory(run: Path, device: torch.device, precision: str = "float32") -> Iterator[None]:
     """Turn an error that says that memory is short into one line that says what needs less."""
     try:
         yield
@@ -412,7 +412,7 @@ def explain_out_of_memory(run: Path, device: torch.device) -> Iterator[None]:
             raise
         raise ZpipeError(
             f"{run}: a step doesn't fit into the memory of {device}; lower --batch-size (train.accumulate=2 makes the "
-            "step as large as before), or set train.precision=bf16"
+            f"step as large as before){', or set train.precision=bf16' if precision == 'float32' else ''}"
         ) from error
 
 

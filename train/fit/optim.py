@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -86,12 +87,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -
     # Before it is loaded: a fused optimizer counts its steps on the device.
     groups = [other | own for other, own in zip(state["param_groups"], machine, strict=False)]
     optimizer.load_state_dict(state | {"param_groups": groups + state["param_groups"][len(groups) :]})
-    if any(len(set(kinds)) > 1 for kinds in _forms(optimizer).values()):
+    state_of = getattr(optimizer, "_base_optimizer", optimizer).state  # timm's Lookahead has none of its own
+    if any(len(set(kinds)) > 1 for kinds in _forms(state_of).values()):
         raise ValueError("its optimizer holds numbers where it holds tensors for other weights")
     for group in optimizer.param_groups:
         kinds: dict[torch.Size, dict[str, Any]] = {}  # some optimizers treat matrices, or large weights, in another way
         for weight in group["params"]:
-            held = optimizer.state.get(weight, {})  # empty for a weight that had no gradient so far
+            held = state_of.get(weight, {})  # empty for a weight that had no gradient so far
             if held:
                 alike = kinds.setdefault(weight.shape, {name: _kind(value) for name, value in held.items()})
                 _check_held(weight, held, alike)
@@ -120,10 +122,10 @@ def _kind(value: Any) -> Any:
     return (value.dtype, value.ndim) if isinstance(value, Tensor) else type(value)
 
 
-def _forms(optimizer: torch.optim.Optimizer) -> dict[str, list[bool]]:
+def _forms(state: Mapping[Tensor, dict[str, Any]]) -> dict[str, list[bool]]:
     """Whether what an optimizer holds for each weight, by name, is a tensor with more than a number."""
     found: dict[str, list[bool]] = {}
-    for weight, held in optimizer.state.items():
+    for weight, held in state.items():
         for name, value in held.items() if weight.ndim else ():
             found.setdefault(name, []).append(isinstance(value, Tensor) and value.ndim > 0)
     return found

@@ -1,7 +1,7 @@
 """Training in processes that torchrun started, one for each GPU, without Ray.
 
-Every process runs the whole command: torch.distributed joins them, and the first one writes and speaks. torchrun ends
-all of them when one fails, and starts them again if it was told to (`--max-restarts`); they then resume from the run's
+Every process runs the whole command: torch.distributed joins them, and the first one writes files and shows progress.
+torchrun ends all of them when one fails, and with `--max-restarts` starts them again; they then resume from the run's
 last checkpoint.
 """
 
@@ -46,6 +46,10 @@ def run_as_rank(function: Callable[..., Any], arguments: Mapping[str, Any], devi
         UsageError: If there are fewer GPUs than processes; else as `function`.
         ZpipeError: If another process was lost; else as `function`.
     """
+    if int(os.environ["GROUP_WORLD_SIZE"]) > 1 and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        raise UsageError(
+            "torchrun: --max-restarts works on one machine only; leave it out, and run the same command again to resume"
+        )
     if resolve_device(device).type == "cuda":
         count, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if count > gpus:
@@ -62,7 +66,7 @@ def run_as_rank(function: Callable[..., Any], arguments: Mapping[str, Any], devi
     try:
         function(**arguments, progress=progress if is_first() else silent)
     except RuntimeError as error:
-        if not is_lost_process(error):
+        if not is_lost_process(error) or "DataLoader worker" in str(error):  # of which the command line says more
             raise
         raise ZpipeError(
             f"a training process or its device was lost ({last_line(error)[:200]}); run the same command again to "
@@ -92,7 +96,7 @@ def _restarts() -> int:
 
 @contextmanager
 def first_error_alone() -> Iterator[None]:
-    """Let only that of torchrun's processes which fails first say why; the others end with exit code 1.
+    """Show only the error of the process that fails first; torchrun's other processes exit with code 1.
 
     The first one has the cause. The others fail because they miss it, or are terminated by torchrun.
     """

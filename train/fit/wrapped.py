@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -79,9 +81,14 @@ def wrap(task: Task, batch: Batch, context: Context, *, compile: bool | None) ->
 
 
 def compiles_by_default(model: nn.Module) -> bool:
-    """Whether a model is compiled if the settings don't say: block by block, on a CUDA device with Triton."""
+    """Whether a model is compiled if the settings don't say: block by block, on a CUDA device with Triton.
+
+    Triton builds its launchers with a C compiler.
+    """
     device = next(model.parameters()).device
     if device.type != "cuda" or importlib.util.find_spec("triton") is None or not has_blocks_to_compile(model):
+        return False
+    if not any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))):
         return False
     return torch.cuda.get_device_capability(device) >= MIN_TRITON_CAPABILITY
 
@@ -95,7 +102,6 @@ def _compiled_if_possible(task: Task, batch: Batch, context: Context, *, require
     try:
         _rehearse(task, batch, context)
     except TorchDynamoException as error:
-        task.model.zero_grad(set_to_none=True)
         problem = last_line(error)[:200]
     group = ranks()
     problems = [each for each in group.gather(problem) if each]
@@ -104,7 +110,7 @@ def _compiled_if_possible(task: Task, batch: Batch, context: Context, *, require
     if required:
         raise ZpipeError(f"train.compile: the model can't be compiled ({problems[0]}); set train.compile=false")
     if group.first:
-        warnings.warn(f"the model can't be compiled ({problems[0]}), and runs as it is", stacklevel=2)
+        warnings.warn(f"the model can't be compiled ({problems[0]}), and is trained uncompiled", stacklevel=2)
     task.call = task.model
     return task.model
 
@@ -116,15 +122,16 @@ def _rehearse(task: Task, batch: Batch, context: Context) -> bool:
     """
     model = task.model.train()
     kept = [buffer.clone() for buffer in model.buffers()]  # such as the statistics of BatchNorm
-    with context():
-        loss, _ = task.loss(batch)
-    loss.backward()
-    complete = all(each.grad is not None for each in model.parameters() if each.requires_grad)
-    model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for buffer, value in zip(model.buffers(), kept, strict=True):
-            buffer.copy_(value)
-    return complete
+    try:
+        with context():
+            loss, _ = task.loss(batch)
+        loss.backward()
+        return all(each.grad is not None for each in model.parameters() if each.requires_grad)
+    finally:
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for buffer, value in zip(model.buffers(), kept, strict=True):
+                buffer.copy_(value)
 
 
 def stand_in(loader: RelevanceLoader, count: int) -> Batch:

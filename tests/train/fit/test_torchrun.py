@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 from tiny import BODY, SIDE, scenes
 
 from zpipe.schemas.errors import UsageError
+from zpipe.schemas.progress import silent
 from zpipe.train.fit import torchrun
 from zpipe.train.fit.config import TrainConfig
 from zpipe.train.fit.distributed import Workers, run_training
@@ -219,3 +220,11 @@ def test_a_rank_joins_takes_its_gpu_and_resumes_if_it_was_started_again(cuda, mo
     assert calls == [*(["cuda:1"] if device == "auto" else []), backend, "left"]
     assert given["resume"] == "auto" and given["config"] is config
     assert given["progress"] is torchrun.silent
+
+
+def test_restarts_on_several_machines_are_refused(monkeypatch):
+    """Each machine counts its own, so that their processes would not find each other."""
+    for name, value in {"GROUP_WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="--max-restarts works on one machine only"):
+        torchrun.run_as_rank(train_vit, {}, "cpu", silent)
