@@ -18,7 +18,7 @@ from zpipe.train.fit.config import TrainConfig
 # Options of a group of weights that the schedule or the machine sets, not the settings of the run.
 OF_THE_MACHINE = ("foreach", "fused", "capturable", "differentiable")
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)  # those with a kernel for CUDA
-CHANGING = ("lr", "step", *OF_THE_MACHINE)
+CHANGING = ("lr", "step", "lookahead_step", *OF_THE_MACHINE)
 MAX_WARMUP = 0.25  # of the training
 
 

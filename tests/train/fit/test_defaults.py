@@ -261,20 +261,23 @@ def test_an_optimizer_without_a_fused_kernel_is_left_alone(cuda):
     assert not any(group.get("fused") for group in optimizer.param_groups)
 
 
+@pytest.mark.parametrize("opt", ["adamw", "lookahead_adamw"])
 @pytest.mark.parametrize("fused", [True, False], ids=["from a CPU", "from a GPU"])
-def test_a_state_moves_between_fused_and_other_kernels(fused):
+def test_a_state_moves_between_fused_and_other_kernels(fused, opt):
     """And between memory formats; the steps after it are the same up to rounding."""
     torch.manual_seed(0)
     images = torch.randn(2, 3, 8, 8)
     first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     second = copy.deepcopy(first).to(memory_format=torch.channels_last)
-    before = make_optimizer(first, TrainConfig(lr=0.1, opt_args={"fused": not fused}))
-    after = make_optimizer(second, TrainConfig(lr=0.1, opt_args={"fused": fused}))
+    before = make_optimizer(first, TrainConfig(opt=opt, lr=0.1, opt_args={"fused": not fused}))
+    after = make_optimizer(second, TrainConfig(opt=opt, lr=0.1, opt_args={"fused": fused}))
     stepped(before, first, images)
     second.load_state_dict(first.state_dict())
     restore_optimizer(after, copy.deepcopy(before.state_dict()))
     assert all(group["fused"] is fused for group in after.param_groups)
-    for weight, held in after.state.items():
+    state = getattr(after, "_base_optimizer", after).state
+    assert len(state) == 4
+    for weight, held in state.items():
         assert held["exp_avg"].stride() == weight.stride() and float(held["step"]) == 1
     stepped(before, first, images)
     stepped(after, second, images)
