@@ -203,7 +203,10 @@ def test_two_deaths_of_one_shard_beside_others_make_no_gpu_sick():
     ("error", "said"),
     [
         (torch.AcceleratorError(ECC), f"/tars/shard-00.tar: {ECC}: cuda has failed; look at nvidia-smi"),
-        (RuntimeError("CUDA error: device-side assert triggered"), "a value in this shard is out of range, or in the other one that the device had; leave"),
+        (
+            RuntimeError("CUDA error: device-side assert triggered"),
+            "a value in this shard is out of range, or in the other one that the device had; leave",
+        ),
     ],
 )
 def test_in_this_process_a_fault_ends_the_run_with_one_line(monkeypatch, error, said):
