@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -139,8 +139,14 @@ def _explained(path: Path) -> Iterator[None]:
         raise ZpipeError(f"{path}: could not be written ({first_line(error)}); {remedy}, then run again") from error
 
 
-def save_model(run: Path, model: nn.Module, preprocessing: Preprocessing) -> None:
+def save_model(run: Path, model: nn.Module, preprocessing: Preprocessing, classes: Sequence[str] = ()) -> None:
     """Write a timm model's finished weights and, last, the model description, which marks the run as finished.
+
+    Args:
+        run: The run folder.
+        model: The model.
+        preprocessing: How its images are prepared.
+        classes: Names of the classes, for a folder whose settings do not name them.
 
     Raises:
         ZpipeError: If they can't be written.
@@ -148,7 +154,8 @@ def save_model(run: Path, model: nn.Module, preprocessing: Preprocessing) -> Non
     data = _data_config(preprocessing)
 
     def write(folder: Path) -> None:
-        save_for_hf(model, str(folder), safe_serialization=True, data_config=data)
+        names = {"label_names": list(classes)} if classes else None
+        save_for_hf(model, str(folder), model_config=names, safe_serialization=True, data_config=data)
         (folder / WEIGHTS_NAME).unlink()
         _save_sealed(folder / WEIGHTS_NAME, model.state_dict())
 

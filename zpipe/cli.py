@@ -11,6 +11,7 @@ from rich.table import Table
 from zpipe import __version__
 from zpipe.arguments import SecretlessGroup
 from zpipe.cli_data import extract_command, fit_head_command, make_shards_command
+from zpipe.cli_import import import_command
 from zpipe.cli_maps import maps_app
 from zpipe.cli_options import Seed, moved
 from zpipe.cli_results import (
@@ -57,6 +58,7 @@ app.command("extract-teacher-maps", short_help="Store a frozen teacher's maps of
 app.command("fit-head", short_help="Fit a linear head to a frozen encoder.")(fit_head_command)
 app.command("train-zoomer", short_help="Stage 1: teach a Zoomer to predict the maps.")(train_zoomer_command)
 app.command("train-vit", short_help="Stage 2: train a ZoomViT, a plain ViT or a rival.")(train_vit_command)
+app.command("import", short_help="Open other people's weights as a run.")(import_command)
 app.command(
     "evaluate",
     short_help="Measure accuracy, tokens, GMACs and images/s.",

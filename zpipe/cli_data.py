@@ -22,7 +22,17 @@ from zpipe.cli_options import (
     TeacherName,
     TeacherWeights,
 )
-from zpipe.console import count_or_auto, local_path, parse_settings, path_or_url, print_table, reporting, tell, warn
+from zpipe.console import (
+    count_or_auto,
+    local_path,
+    parse_channels,
+    parse_settings,
+    path_or_url,
+    print_table,
+    reporting,
+    tell,
+    warn,
+)
 from zpipe.schemas.errors import UsageError, ZpipeError
 from zpipe.schemas.names import printable
 from zpipe.schemas.storage import as_local
@@ -333,8 +343,8 @@ def extract_command(
             num_classes=num_classes,
             teacher_args=parse_settings(model_arg, "--model-arg"),
             seed=seed,
-            mean=_channels(mean, "--mean"),
-            std=_channels(std, "--std"),
+            mean=parse_channels(mean, "--mean"),
+            std=parse_channels(std, "--std"),
             interpolation=interpolation,
             crop_pct=crop_pct,
             own_head=own_head,
@@ -428,8 +438,8 @@ def fit_head_command(
             weights=weights,
             model_args=parse_settings(model_arg, "--model-arg"),
             seed=seed,
-            mean=_channels(mean, "--mean"),
-            std=_channels(std, "--std"),
+            mean=parse_channels(mean, "--mean"),
+            std=parse_channels(std, "--std"),
             interpolation=interpolation,
             crop_pct=crop_pct,
             own_head=own_head,
@@ -462,15 +472,3 @@ def fit_head_command(
                 "remove them, then run again",
                 report.unusable[:20],
             )
-
-
-def _channels(text: str | None, option: str) -> tuple[float, float, float] | None:
-    """Three numbers, separated by commas, or one for all channels."""
-    if text is None:
-        return None
-    try:
-        numbers = [float(part) for part in text.strip("[]() ").split(",")]
-        red, green, blue = numbers * 3 if len(numbers) == 1 else numbers
-    except ValueError as error:
-        raise UsageError(f"{option} {text}: write it as R,G,B, such as 0.5,0.5,0.5") from error
-    return red, green, blue

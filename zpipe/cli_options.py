@@ -196,8 +196,8 @@ Labels = Annotated[
     Path | None,
     typer.Option(
         parser=local_path,
-        metavar="FILE",
-        help="JSON file with the right classes of each key, possibly several (ImageNet-ReaL's real.json).",
+        metavar="FILE|real",
+        help="JSON file with the right classes of each key, possibly several; real: those of ImageNet-ReaL.",
     ),
 ]
 Precision = Annotated[str, typer.Option(help="float32, or under autocast bf16 or fp16.")]

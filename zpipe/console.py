@@ -151,6 +151,18 @@ def count_or_auto(text: str) -> int:
     return int(text)
 
 
+def parse_channels(text: str | None, option: str) -> tuple[float, float, float] | None:
+    """Three numbers, separated by commas, or one for all channels; None stays."""
+    if text is None:
+        return None
+    try:
+        numbers = [float(part) for part in text.strip("[]() ").split(",")]
+        red, green, blue = numbers * 3 if len(numbers) == 1 else numbers
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: write it as R,G,B, such as 0.5,0.5,0.5") from error
+    return red, green, blue
+
+
 def parse_settings(pairs: list[str] | None, option: str) -> dict[str, Any]:
     """`key=value` pairs; values are JSON where they parse as such, text otherwise."""
     settings: dict[str, Any] = {}

@@ -216,7 +216,6 @@ def test_runs_start_others_with_other_heads_and_a_fused_model_from_its_backbone(
         ({"token_label_weight": 0.5}, ("maps",), "needs an lvvit_"),
         ({"token_label_weight": -1.0}, (), "give a number from 0 to"),
         ({"token_label_weight": 1.0, "label_smoothing": 0.1}, (), "without mixup, cutmix and label_smoothing"),
-        ({"model": "zoomvit_released", "scores": "centre"}, (), "is for published checkpoints"),
         ({"model": "fused_vit", "model_args": {"backbone": "resnet18"}, "scores": "centre"}, (), "regular grid"),
         (
             {

@@ -396,6 +396,7 @@ def test_all_verbs_are_there():
         "fit-head",
         "train-zoomer",
         "train-vit",
+        "import",
         "evaluate",
         "study",
         "calibrate",

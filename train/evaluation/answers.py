@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Final, cast
 
@@ -22,6 +23,7 @@ from zpipe.train.data.labels import check_labels
 from zpipe.train.evaluation.metrics import LARGEST_LOGIT, check_numbers
 from zpipe.train.run_files import RUN_NAME
 
+REAL = Path("real")
 REAL_KEY = "ILSVRC2012_val_{:08d}"  # of the n-th entry of ReaL's real.json, counted from 1
 MAX_CLASSES_BYTES = 16 << 20  # of a file of classes
 BY_NAME: Final = "by-name"
@@ -206,10 +208,16 @@ _Several = cast("type[dict[str, list[int]] | list[list[int]]]", dict[str, _Class
 def read_several(path: Path, num_classes: int) -> dict[str, list[int]]:
     """The right classes of every key, from a JSON file: {key: [classes]}, or ReaL's own list of lists.
 
+    Args:
+        path: The file; `real` stands for the copy of ReaL's that timm contains.
+        num_classes: How many classes the model has.
+
     Raises:
         ZpipeError: the file has another form, or names a class that the model does not have.
     """
     remedy = "give JSON with a list of classes for each key, or ReaL's real.json"
+    if Path(path) == REAL:
+        path = Path(str(files("timm.data") / "_info" / "imagenet_real_labels.json"))
     content = read_json(Path(path), "labels", type=_Several, remedy=remedy)
     if isinstance(content, list):
         content = {REAL_KEY.format(number): classes for number, classes in enumerate(content, start=1)}

@@ -67,5 +67,5 @@ class CostMeter:
         arguments = dict(each.arguments)
         use = score_use(self._model)
         if self._scored and use is not None:
-            arguments["scores"] = torch.zeros(1, use.grid**2, device=image.device)
+            arguments.setdefault("scores", torch.zeros(1, use.grid**2, device=image.device))
         return count_macs(lambda: self._model(image, **arguments))

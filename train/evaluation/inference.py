@@ -134,7 +134,8 @@ class OpenRun:
         with torch.inference_mode(), self._context():
             ids = self.model.tokenise(prepared["image"], scores, **point.arguments).by_image()
         size = self.run.preprocessing.image_size
-        return [token_boxes(each.cpu(), self.model.coarse_grid, size) for each in ids]
+        # A released ZoomViT has tokens that stand for no place.
+        return [token_boxes(each[each >= 0].cpu(), self.model.coarse_grid, size) for each in ids]
 
 
 def trained_with(run: Run) -> str | None:

@@ -55,7 +55,8 @@ class ImageCost(NamedTuple):
     Attributes:
         tokens: tokens that enter a block, as a mean over blocks, without the class token; None for a model without
             tokens.
-        arguments: keyword arguments of a forward pass of the same cost, besides an image and any scores.
+        arguments: keyword arguments of a forward pass of the same cost, besides an image; scores only where the cost
+            depends on their values.
         exited: whether the first of two stages answered; None for a model of one stage.
     """
 

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from zpipe.train.models import zoom_tokens
 from zpipe.train.models.backbone import DEIT_SMALL, build, untrained_cfgs
-from zpipe.train.models.operating_points import ScoreUse
+from zpipe.train.models.operating_points import (
+    ImageCost,
+    OperatingPoint,
+    Requested,
+    ScoreUse,
+    zoom_points,
+)
 from zpipe.train.models.packing import packing
 from zpipe.train.models.released_weights import ReleasedWeights
 from zpipe.train.models.zoom_tokens import Zoom
@@ -49,6 +55,7 @@ class ReleasedZoomViT(ZoomViT):
 
     RELEASE_NAME = "ZoomViT"
     RELEASE_CONFIG = ("num_heads", "zoom_factor", "alpha")
+    setting_names = ("alpha",)
 
     def __init__(self, *args: Any, alpha: float, init_values: float | None = 1e-4, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, init_values=init_values, pos="sincos-1d", zfe="fixed")
@@ -63,7 +70,7 @@ class ReleasedZoomViT(ZoomViT):
         budget: int | str | None = None,
         prune: str = "backward",
     ) -> Tensor:
-        """As of `ZoomViT`, but only under the threshold: keep_tokens, budget and scores=None raise ValueError."""
+        """As of `ZoomViT`, but only under the threshold: keep_tokens and budget raise ValueError."""
         return self._run_packed(self.tokenise(images, scores, alpha, keep_tokens, budget, prune))
 
     def tokenise(
@@ -76,9 +83,11 @@ class ReleasedZoomViT(ZoomViT):
         prune: str = "backward",
     ) -> Tokens:
         """As of `ZoomViT`; the two zero vectors have id -1."""
-        if scores is None or keep_tokens is not None or budget is not None:
-            raise ValueError("the released ZoomViT works by threshold: give scores, and no keep_tokens or budget")
+        if keep_tokens is not None or budget is not None:
+            raise ValueError("the released ZoomViT works by threshold: give no keep_tokens and no budget")
         alpha = self.alpha if alpha is None else alpha
+        if scores is None:  # all cells are below the threshold
+            scores, alpha = images.new_zeros(len(images), self.score_grid**2), 1.0
         self._choose_for(images, scores, Zoom(alpha, prune=prune))  # checks the arguments
         cell_scores = zoom_tokens.coarse_scores(scores, self.zoom_factor)
         place_scores = zoom_tokens.fine_scores(scores, self.zoom_factor)
@@ -117,20 +126,47 @@ class ReleasedZoomViT(ZoomViT):
         """As of `ZoomViT`, including the two zero vectors."""
         if keep_tokens is not None or budget is not None:
             raise ValueError("the released ZoomViT works by threshold: give no keep_tokens and no budget")
+        fine, coarse = self._present(scores, alpha)
+        return fine.sum(1) + coarse.sum(1) + 2
+
+    def _present(self, scores: Tensor, alpha: float | None) -> tuple[Tensor, Tensor]:
+        """Which fine and which coarse tokens images have, bool [B, 4C] and [B, C]."""
         alpha = self.alpha if alpha is None else zoom_tokens.check_alpha(alpha)
-        fine = (zoom_tokens.fine_scores(scores, self.zoom_factor) > alpha).sum(1)
-        return fine + (zoom_tokens.coarse_scores(scores, self.zoom_factor) < alpha).sum(1) + 2
+        fine = zoom_tokens.fine_scores(scores, self.zoom_factor) > alpha
+        return fine, zoom_tokens.coarse_scores(scores, self.zoom_factor) < alpha
 
     def macs(self, zoomed: int, keep_tokens: int | None = None) -> int:
         """Raise ValueError: the length of a sequence depends on more than the number of zoomed cells."""
         raise ValueError("what the released ZoomViT costs depends on the scores; count it by train.macs.count_macs")
 
+    def operating_points(self, requested: Requested) -> list[OperatingPoint]:
+        """A point for each threshold."""
+        return zoom_points(requested, self.resolve_budget)
+
+    def cost_kinds(self, point: OperatingPoint, scores: Tensor | None, output: Any) -> Tensor | None:
+        """The number of fine tokens times C + 1, plus that of coarse tokens, of each image, int64 [B]."""
+        if scores is None:
+            return None
+        fine, coarse = self._present(scores, point.arguments.get("alpha"))
+        return fine.sum(1) * (self.coarse_grid**2 + 1) + coarse.sum(1)
+
+    def cost(self, point: OperatingPoint, kind: int | None = None) -> ImageCost:
+        """The cost of an image of a kind; its tokens include the two zero vectors."""
+        c, alpha = self.coarse_grid, 0.5
+        if kind is None:  # without scores
+            return ImageCost(c * c + 2, {})
+        fine, coarse = divmod(kind, c * c + 1)
+        # Scores that make as many tokens: the first places are above the threshold and the last cells below it.
+        cells = torch.full((c * c, 4), alpha, device=self.cls_token.device)
+        cells.view(-1)[:fine] = 1.0
+        cells[c * c - coarse :] = 0.0
+        scores = cells[:, 0] if self.zoom_factor == 2.0 else cells.view(c, c, 2, 2).transpose(1, 2)
+        return ImageCost(fine + coarse + 2, {"scores": scores.reshape(1, -1), "alpha": alpha})
+
     @property
     def score_use(self) -> ScoreUse:
-        """Raise ValueError: evaluation and training refuse this model, whose tokens they can't count."""
-        raise ValueError(
-            "zoomvit_released is for published checkpoints, from Python: load_release(...); choose zoomvit_*"
-        )
+        """How scores guide the model."""
+        return ScoreUse(grid=self.score_grid, zooms=True)
 
     @classmethod
     def load_release(

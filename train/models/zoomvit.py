@@ -103,7 +103,7 @@ class ZoomViT(StandaloneModel):
     undecayed = ("cls_token", "pos_cls", "pos_coarse", "pos_fine")
     stem_pattern = r"^cls_token|^pos_|^patch_embed"
     own_prefix = "pos_fine"  # see `warm_start.StartsFromViT`
-    setting_names = ("alpha", "budget", "keep", "prune")
+    setting_names: tuple[str, ...] = ("alpha", "budget", "keep", "prune")
 
     pos_cls: Tensor
     pos_coarse: Tensor

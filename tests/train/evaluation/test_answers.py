@@ -151,3 +151,11 @@ def test_labels_by_key_and_as_real_has_them(tmp_path):
     path.write_text('{"a": [0, 3]}')
     with pytest.raises(ZpipeError, match="key a: class 3; the model has 3 classes"):
         read_several(path, 3)
+
+
+def test_the_labels_of_real_come_along():
+    """50,000 images, of which 3,163 have none of the classes, the first one among them."""
+    labels = read_several(Path("real"), 1000)
+    assert len(labels) == 50_000 and sum(not classes for classes in labels.values()) == 3163
+    first = [labels[f"ILSVRC2012_val_{number:08d}"] for number in (1, 2, 3)]
+    assert first[0] == [] and 970 in first[1] and 230 in first[2]  # these two are ImageNet's own labels

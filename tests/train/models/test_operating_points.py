@@ -32,6 +32,7 @@ MODELS = {
     "zoomvit_tiny_patch16_224": SIZED,
     "zoomvit_small_patch16_224": SIZED | {"zoom_factor": 0.5},
     "zoomvit_base_patch16_224": SIZED | {"init_values": 1e-4, "pos": "sincos"},
+    "zoomvit_released": SIZED | {"alpha": 0.1},
     "cfvit_tiny": SIZED,
     "cfvit_small": SIZED | {"reuse": "mlp+class", "selection": "negative"},
     "lfvit_tiny": SIZED | {"region_size": 1},
@@ -45,7 +46,6 @@ MODELS = {
     "image_zoom": PLAIN | {"patch_size": 8},
     "fused_vit": PLAIN | {"patch_size": 8},
 }
-REFUSES = {"zoomvit_released"}  # its tokens can't be counted; see test_the_released_zoomvit_refuses
 REQUESTED = {
     "alpha": (0.0, 0.3, 1.0),
     "budget": (0, 3),
@@ -69,7 +69,7 @@ def images_and_scores(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor | No
 
 
 def run(model: nn.Module, images: torch.Tensor, scores: torch.Tensor | None, arguments: Mapping):
-    return model(images, **({} if scores is None else {"scores": scores}), **arguments)
+    return model(images, **{**({} if scores is None else {"scores": scores}), **arguments})
 
 
 def all_points(model: nn.Module) -> list[OperatingPoint]:
@@ -92,7 +92,7 @@ def tokens_per_block(model: nn.Module, run_once) -> float:
 
 def test_no_model_is_left_out():
     ours = {name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("zpipe.")}
-    assert ours == MODELS.keys() | REFUSES
+    assert ours == MODELS.keys()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -151,6 +151,19 @@ def test_an_image_costs_what_the_model_says(name):
             assert stated.exited is (exits if "exit" in setting_names(model) else None)
 
 
+@torch.no_grad()
+def test_the_cost_of_a_released_zoomvit_that_splits_cells_in_part():
+    model = timm.create_model("zoomvit_released", **SIZED, zoom_factor=0.5, alpha=0.1).eval()
+    images, scores = images_and_scores(model)
+    scores[1, :4], scores[2] = 0.1, 0.05  # cells at the threshold have no token; nothing is zoomed
+    (point,) = operating_points(model, {"alpha": (0.1,)})
+    for i, kind in enumerate(cost_kinds(model, point, scores, None).tolist()):
+        stated = cost(model, point, kind)
+        alone = partial(run, model, images[i : i + 1], scores[i : i + 1], {"alpha": 0.1})
+        assert count_macs(partial(run, model, images[:1], None, stated.arguments)) == count_macs(alone)
+        assert stated.tokens == model.token_counts(scores, 0.1)[i]
+
+
 def test_models_that_zoom_state_a_kind_for_every_scored_image():
     for name, kinds in (("zoomvit_tiny_patch16_224", [16, 16, 16, 16]), ("fused_vit", [0, 0, 0, 0])):
         model = build(name)
@@ -188,11 +201,3 @@ def test_models_of_timm_have_defaults():
     assert cost(vit, point) == (16.0, {}, None)
     assert cost_kinds(vit, point, None, vit(torch.zeros(1, 3, SIDE, SIDE))) is None
     assert cost(timm.create_model("resnet18"), point).tokens is None
-
-
-def test_the_released_zoomvit_refuses():
-    model = timm.create_model("zoomvit_released", **SIZED)
-    with pytest.raises(ValueError, match="for published checkpoints"):
-        score_use(model)
-    with pytest.raises(ValueError, match="depends on the scores"):
-        model.macs(3)

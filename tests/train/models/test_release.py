@@ -117,9 +117,10 @@ def test_registered_and_named():
     model = timm.create_model("zoomvit_released", depth=1, embed_dim=48, num_heads=3, alpha=0.03)
     assert isinstance(model, ReleasedZoomViT) and model.alpha == 0.03
     images, scores = torch.zeros(1, 3, 224, 224), torch.zeros(1, 196)
-    for arguments in ({"scores": None}, {"scores": scores, "budget": 3}, {"scores": scores, "keep_tokens": 3}):
+    for arguments in ({"scores": scores, "budget": 3}, {"scores": scores, "keep_tokens": 3}):
         with pytest.raises(ValueError, match="by threshold"):
             model(images, **arguments)
+    torch.testing.assert_close(model(images), model(images, scores))  # without scores nothing is zoomed
     with pytest.raises(ValueError, match="got NaN"):
         model(images, scores * float("nan"))
     with pytest.raises(ValueError, match="alpha must lie in"):
