@@ -14,9 +14,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.extract import ExtractConfig, extract_teacher_maps
 from zpipe.pipeline.make_shards import SceneSource, index_shards, make_shards
 from zpipe.pipeline.scenes import SceneConfig
+from zpipe.pipeline.teacher import TeacherSpec
+from zpipe.pipeline.worker import WorkerSpec
 from zpipe.schemas.manifest import read_manifest, write_manifest
 from zpipe.schemas.relevance_store import OK, encode_maps, index_path, read_index, write_shard
 from zpipe.schemas.shard_index import digest_file
@@ -24,6 +27,19 @@ from zpipe.schemas.shard_index import digest_file
 SIDE, GRID = 32, 4
 BODY = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 TEACHER = {"img_size": SIDE} | BODY
+# A worker on a GPU that loads no teacher; with `threads` 0 it takes its share of the machine.
+GPU_WORKER = WorkerSpec(
+    teacher=TeacherSpec(name="none", weights="random"),
+    teacher_digest="",
+    fingerprint="",
+    out="",
+    explain=ExplainConfig(),
+    frame="full",
+    batch_size=0,
+    threads=0,
+    sharing=1,
+    device="cuda",
+)
 
 
 def scenes(out: Path, count: int = 40, *, shard_size: int = 10, seed: int = 0, split: str = "train") -> Path:

@@ -228,7 +228,7 @@ def load_run(run: Path, weights: str = "final") -> Run:
     if not os.path.lexists(run / CONFIG_NAME):
         if (run / RUN_NAME).is_file():
             raise UsageError(f"{run}: this run is not finished; run its command again to resume it")
-        raise UsageError(f"{run}: not a training run (no {CONFIG_NAME}); train-zoomer and train-vit make them")
+        raise UsageError(f"{run}: not a training run (no {CONFIG_NAME}); train-zoomer, train-vit and import make them")
     config = read_model_config(run / CONFIG_NAME)
     # A folder that timm saved is a model too, but has no settings.
     settings = read_record(run)["settings"] if os.path.lexists(run / RUN_NAME) else {}

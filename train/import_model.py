@@ -275,25 +275,27 @@ def _imported(
     )
 
 
-def _names(asked: str | None, given: Sequence[str], count: int) -> tuple[str, ...]:
+def _names(wanted: str | None, given: Sequence[str], count: int) -> tuple[str, ...]:
     """The names of the classes, in the order of their numbers."""
-    if asked == "none":
+    if wanted == "none":
         return ()
-    if asked is None and (given or count != IMAGENET_CLASSES):
+    if wanted is None and (given or count != IMAGENET_CLASSES):
         return tuple(given)
-    if asked in (None, IMAGENET):
+    if wanted in (None, IMAGENET):
         names = tuple(ImageNetInfo(IMAGENET).label_names())
     else:
         try:
-            text = read_file(asked, MAX_NAMES_BYTES).decode("utf-8-sig")
+            text = read_file(wanted, MAX_NAMES_BYTES).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
-            raise UsageError(f"--classes {asked}: can't be read ({reason}); give a text file, or {IMAGENET}") from error
+            raise UsageError(
+                f"--classes {wanted}: can't be read ({reason}); give a text file, or {IMAGENET}"
+            ) from error
         names = tuple(line.strip() for line in text.splitlines() if line.strip())
         if odd := next((name for name in names if printable(name) != name), None):
-            raise UsageError(f"--classes {asked}: {printable(odd)[:80]}: not a printable name")
+            raise UsageError(f"--classes {wanted}: {printable(odd)[:80]}: not a printable name; rename the class")
         if len(set(names)) < len(names):
-            raise UsageError(f"--classes {asked}: names a class twice")
+            raise UsageError(f"--classes {wanted}: names a class twice; give each class one line")
     if len(names) != count:
-        raise UsageError(f"--classes {asked}: {len(names)} names, the model has {count} classes")
+        raise UsageError(f"--classes {wanted}: {len(names)} names, the model has {count} classes")
     return names

@@ -18,7 +18,7 @@ REPETITIONS = 10  # of a sum over devices
 class Poisoned:
     """What an index out of range did to a process."""
 
-    said: str
+    message: str
     """First line of the error."""
     fault: str | None
     """What `zpipe.schemas.devices.device_fault` makes of the error."""
@@ -60,14 +60,14 @@ def poison(device: torch.device) -> Poisoned:
     table, index = torch.zeros(4, 2, device=device), torch.full((1,), 1000, device=device)
     try:
         table[index].sum().item()
-        said, fault = "no error", None
+        message, fault = "no error", None
     except (RuntimeError, IndexError) as error:
-        said, fault = first_line(error), device_fault(error)
+        message, fault = first_line(error), device_fault(error)
     try:
         usable = torch.ones(2, device=device).sum().item() == 2
     except RuntimeError:
         usable = False
-    return Poisoned(said=said, fault=fault, usable=usable)
+    return Poisoned(message=message, fault=fault, usable=usable)
 
 
 def is_alive(device: torch.device) -> bool:

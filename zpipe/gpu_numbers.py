@@ -267,14 +267,14 @@ def waits_of(device: torch.device, config: NumbersConfig) -> list[Check]:
 
 def count_waits(run: Callable[[], object]) -> int:
     """How often the host waits for a CUDA device while `run` runs; waiting for an event does not count."""
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing CUDA operation" in str(each.message) for each in said)
+    return sum("called a synchronizing CUDA operation" in str(each.message) for each in caught)
 
 
 def attribution_batch(device: torch.device, config: NumbersConfig) -> Callable[[], object]:

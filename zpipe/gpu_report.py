@@ -251,7 +251,7 @@ def _of_faults(report: GpuReport) -> list[Finding]:
         findings.append(Finding(name="memory shortage", value=value, ok=shortage.ok))
     if (poisoned := report.poisoned) is not None:
         known = "recognised as a failed assertion" if poisoned.fault == "assert" else "the process goes on"
-        value = f"{poisoned.said}: {known if poisoned.ok else 'not recognised as a failed assertion: report it'}"
+        value = f"{poisoned.message}: {known if poisoned.ok else 'not recognised as a failed assertion: report it'}"
         findings.append(Finding(name="poisoned process", value=value, ok=poisoned.ok))
     if report.alive_afterwards is not None:
         alive = report.alive_afterwards

@@ -23,7 +23,7 @@ class Shortage:
     """What became of a batch that did not fit the memory."""
 
     notes: tuple[str, ...]
-    """What the explainer said of it."""
+    """One line for each change that the explainer made, such as a lower batch size."""
     lowered: bool
     """Whether it computed fewer images at once; False if memory was not short."""
     agreement: float

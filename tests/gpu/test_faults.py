@@ -2,38 +2,27 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from tiny import GPU_WORKER
 
 from zpipe.gpu_children import Part, ask, ask_together
 from zpipe.gpu_faults import Poisoned, Sum, SumConfig
 from zpipe.gpu_numbers import NumbersConfig
 from zpipe.gpu_shortage import Shortage
 from zpipe.pipeline.executor import Resources, run_local, run_ray
-from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.shard_reader import open_shards
-from zpipe.pipeline.teacher import TeacherSpec
-from zpipe.pipeline.worker import ShardReport, ShardTask, ShardWorker, WorkerSpec
+from zpipe.pipeline.worker import ShardReport, ShardTask, ShardWorker
 from zpipe.schemas.errors import ZpipeError
 
 pytestmark = pytest.mark.gpu
 
 LIMIT_S = 120
-SPEC = WorkerSpec(
-    teacher=TeacherSpec(name="none", weights="random"),
-    teacher_digest="",
-    fingerprint="",
-    out="",
-    explain=ExplainConfig(),
-    frame="full",
-    batch_size=0,
-    threads=1,
-    sharing=1,
-    device="cuda",
-)
+SPEC = replace(GPU_WORKER, threads=1)
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_its_memory_given_back():

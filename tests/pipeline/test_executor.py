@@ -6,30 +6,18 @@ import time
 
 import pytest
 import torch
+from tiny import GPU_WORKER
 
 from zpipe.pipeline import executor
 from zpipe.pipeline.executor import GRACE_S, Resources, _Fleet, hang_limit, run_local
-from zpipe.pipeline.explainer import ExplainConfig
 from zpipe.pipeline.sick_gpus import Place, SickGpus
-from zpipe.pipeline.teacher import TeacherSpec
-from zpipe.pipeline.worker import ShardReport, ShardTask, ShardWorker, WorkerSpec
+from zpipe.pipeline.worker import ShardReport, ShardTask, ShardWorker
 from zpipe.schemas.devices import device_fault
 from zpipe.schemas.errors import ZpipeError
 from zpipe.schemas.ray_session import ray_session
 from zpipe.schemas.shard_index import ShardEntry
 
-SPEC = WorkerSpec(
-    teacher=TeacherSpec(name="none", weights="random"),
-    teacher_digest="",
-    fingerprint="",
-    out="",
-    explain=ExplainConfig(),
-    frame="full",
-    batch_size=0,
-    threads=0,
-    sharing=1,
-    device="cuda",
-)
+SPEC = GPU_WORKER
 ECC = "CUDA error: uncorrectable ECC error encountered"
 
 

@@ -245,12 +245,14 @@ def test_a_failed_assertion_is_recognised(monkeypatch):
         raise torch.AcceleratorError("CUDA error: device-side assert triggered\nmore")
 
     here = poison(CPU)
-    assert here.ok and here.usable and here.fault is None and "out of bounds" in here.said
+    assert here.ok and here.usable and here.fault is None and "out of bounds" in here.message
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "item", asserted)
         patch.setattr(torch.Tensor, "__getitem__", lambda table, index: table)
         found = poison(CPU)
-    assert found == Poisoned(said="CUDA error: device-side assert triggered", fault="assert", usable=False) and found.ok
+    assert (
+        found == Poisoned(message="CUDA error: device-side assert triggered", fault="assert", usable=False) and found.ok
+    )
     assert not replace(found, fault=None).ok and is_alive(CPU)
 
 
@@ -270,7 +272,7 @@ def report(numbers):
         shortage=Shortage(
             notes=("a batch of 64 did not fit",), lowered=True, agreement=1.0, kept_bytes=0, taken_bytes=1 << 30
         ),
-        poisoned=Poisoned(said="CUDA error: device-side assert triggered", fault="assert", usable=False),
+        poisoned=Poisoned(message="CUDA error: device-side assert triggered", fault="assert", usable=False),
         alive_afterwards=True,
         sums=(),
         rates=H200,
@@ -319,7 +321,7 @@ def test_wrong_numbers_are_problems_with_a_remedy(report, name):
             "memory shortage",
             "report it",
         ),
-        ({"poisoned": Poisoned(said="odd", fault=None, usable=False)}, "poisoned process", "not recognised"),
+        ({"poisoned": Poisoned(message="odd", fault=None, usable=False)}, "poisoned process", "not recognised"),
         ({"alive_afterwards": False}, "a new process afterwards", "nvidia-smi"),
         (
             {"rates": None, "problems": {"rates": "no answer within 150 s"}},

@@ -216,15 +216,16 @@ def read_several(path: Path, num_classes: int) -> dict[str, list[int]]:
         ZpipeError: the file has another form, or names a class that the model does not have.
     """
     remedy = "give JSON with a list of classes for each key, or ReaL's real.json"
-    if Path(path) == REAL:
-        path = Path(str(files("timm.data") / "_info" / "imagenet_real_labels.json"))
-    content = read_json(Path(path), "labels", type=_Several, remedy=remedy)
+    file = Path(path)
+    if file == REAL:
+        file = Path(str(files("timm.data") / "_info" / "imagenet_real_labels.json"))
+    content = read_json(file, "labels", type=_Several, remedy=remedy)
     if isinstance(content, list):
         content = {REAL_KEY.format(number): classes for number, classes in enumerate(content, start=1)}
     for key, classes in content.items():
         if beyond := [item for item in classes if item >= num_classes]:
             raise ZpipeError(
-                f"{path}: key {key}: class {beyond[0]}; the model has {num_classes} classes, numbered from 0: give "
-                "labels in the model's numbering"
+                f"--labels {path}: key {key}: class {beyond[0]}; the model has {num_classes} classes, numbered from 0: "
+                "give labels in the model's numbering"
             )
     return content
